@@ -1,0 +1,32 @@
+"""D2S: image-text embeddings trained by dense-to-sparse feature distillation.
+
+Names are handed out on first use, so that `import d2s.shards` brings no torch and `import d2s.kernels`
+nothing but torch and triton.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+_LAZY = {
+    "D2SModel": "d2s.model",
+    "ModelConfig": "d2s.model",
+    "TrainConfig": "d2s.config",
+    "recall_report": "d2s.metrics",
+}
+__all__ = list(_LAZY)
+
+# In a checkout the rooms lie beside this folder, not in it. A plain install is shadowed by the checkout when
+# Python starts at its root, and `deepspeed d2s/train.py` runs without any install: both find the rooms here.
+_ROOT = Path(__file__).resolve().parent.parent
+if (_ROOT / "setup.py").is_file() and (_ROOT / "kernels").is_dir():
+    __path__.append(str(_ROOT))
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'd2s' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,44 @@
+"""Maps the four rooms at the root into the one package `d2s`."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+SHARDS = ["numpy>=2.0", "pillow>=11.0", "pyarrow>=20.0", "rich>=13.9", "webdataset>=1.0"]
+MODEL = ["torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0"]
+TRAIN = [*MODEL, "deepspeed>=0.19", "tensorboard>=2.18", "tyro>=1.0"]
+
+setup(
+    name="d2s",
+    version="0.1.0",
+    description="Image-text embeddings by dense-to-sparse distillation: shards, kernels, training, clusters",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        "d2s",
+        "d2s.model",
+        "d2s.kernels",
+        "d2s.kernels.chunked",
+        "d2s.launchers",
+        "d2s.shards",
+        "d2s.shards.scenes",
+        "d2s.shards.sources",
+    ],
+    package_dir={
+        "d2s.kernels": "kernels",
+        "d2s.launchers": "launchers",
+        "d2s.shards": "shards",
+    },
+    install_requires=SHARDS,
+    extras_require={
+        "model": MODEL,
+        "train": TRAIN,
+        "triton": ["triton>=3.6"],
+        "cluster": ["submitit>=1.5"],
+        "wandb": ["wandb"],
+        "test": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["d2s = d2s.__main__:main"]},
+)
