@@ -1,0 +1,220 @@
+"""Retrieval metrics: pure functions of embeddings.
+
+Sizes: N images, M captions (texts), D width, F folds. `owner` is an int64 tensor (M,) that holds, for each
+caption, the position in 0..N-1 of the image that it describes: any number of captions per image, even none.
+
+Conventions, tested by hand-computed matrices:
+
+* R@K is a *hit rate*: the share of queries with at least one right candidate among the first K, in percent.
+  It is not the recall of information retrieval, which divides by the number of right candidates.
+* Ties count against the model: a rank is the number of wrong candidates whose similarity is at least that of
+  the best right one. So a collapsed model, all embeddings equal, scores 0 and not 100.
+* An image without captions has no right answer: it is left out as a query of image -> text, and stays among
+  the candidates of text -> image, where it can only mislead.
+* Embeddings that are not finite are an error: NaN compares as smaller than everything and would rank first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2s.kernels import retrieval_ranks
+
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """One direction of retrieval, from queries to candidates."""
+
+    hits: tuple[float, float, float]
+    """R@1, R@5, R@10 in percent."""
+    chance: tuple[float, float, float]
+    """The same in expectation for a random order of the candidates."""
+    median_rank: float
+    """Median over the queries of the rank of the best right candidate; the best rank is 1."""
+    mean_rank: float
+    """Mean of the same ranks."""
+    queries: int
+    """Number of queries that have a right candidate."""
+    candidates: int
+    """Number of candidates each query is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Both directions over one set of images and captions, or their mean over folds."""
+
+    i2t: Recall
+    """Image -> text."""
+    t2i: Recall
+    """Text -> image."""
+
+    @property
+    def rsum(self) -> float:
+        """Sum of the six recalls, 600 at most."""
+        return sum(self.i2t.hits) + sum(self.t2i.hits)
+
+    @property
+    def chance_rsum(self) -> float:
+        """The rSum of a random order."""
+        return sum(self.i2t.chance) + sum(self.t2i.chance)
+
+    def to_dict(self) -> dict:
+        """Plain numbers and lists, for JSON."""
+        return {
+            "rsum": self.rsum,
+            "i2t": list(self.i2t.hits),
+            "t2i": list(self.t2i.hits),
+            "median_rank": {"i2t": self.i2t.median_rank, "t2i": self.t2i.median_rank},
+            "mean_rank": {"i2t": self.i2t.mean_rank, "t2i": self.t2i.mean_rank},
+            "queries": {"i2t": self.i2t.queries, "t2i": self.t2i.queries},
+            "chance": {
+                "rsum": self.chance_rsum,
+                "i2t": list(self.i2t.chance),
+                "t2i": list(self.t2i.chance),
+            },
+        }
+
+
+def normalize(embeddings: Tensor, name: str = "embeddings") -> Tensor:
+    """Float32 rows of length 1, ready for cosine similarity: x / |x|. A zero row stays zero.
+
+    Args:
+        embeddings: (N, D), any float type.
+        name: what the rows are, for the message.
+
+    Raises:
+        ValueError: when a row is not finite; the message counts them.
+    """
+    if embeddings.ndim != 2:
+        raise ValueError(f"{name} must have the shape (number, width), not {tuple(embeddings.shape)}")
+    bad = int((~torch.isfinite(embeddings).all(1)).sum())
+    if bad:
+        raise ValueError(
+            f"{name}: {bad} of {len(embeddings)} rows are not finite and cannot be ranked; the weights have probably"
+            " diverged: use an earlier checkpoint"
+        )
+    return F.normalize(embeddings.float(), dim=1)
+
+
+def hit_rates(ranks: Tensor, ks: tuple[int, ...] = KS) -> tuple[float, ...]:
+    """R@K = 100 * mean over queries of [rank < K].
+
+    Args:
+        ranks: (N,) int64, 0-based rank of the best right candidate.
+
+    Source: as in Karpathy and Fei-Fei (CVPR 2015) and VSE++ (BMVC 2018) for Flickr30K and COCO.
+    """
+    return tuple(100.0 * float((ranks < k).double().mean()) for k in ks)
+
+
+def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tuple[float, ...]:
+    """Expected R@K of a random order: 100 * mean over queries of 1 - C(M - P, K) / C(M, K).
+
+    Args:
+        right: (N,) int64, P, the number of right candidates of each query.
+        candidates: M.
+
+    Source: hypergeometric distribution; with P = 1 it is K / M.
+    """
+    rates = []
+    missed = torch.ones(len(right), dtype=torch.float64)
+    wrong = (candidates - right.cpu()).double()
+    for drawn in range(max(ks)):
+        if drawn < candidates:
+            missed = missed * ((wrong - drawn).clamp(min=0) / (candidates - drawn))
+        if drawn + 1 in ks:
+            rates.append(100.0 * float((1 - missed).mean()))
+    return tuple(rates)
+
+
+def summarize(ranks: Tensor, right: Tensor, candidates: int) -> Recall:
+    """Makes a `Recall` from 0-based ranks (N,), the number of right candidates (N,) and M."""
+    assert len(ranks) == len(right) > 0
+    ordered = torch.sort(ranks.double()).values
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return Recall(
+        hits=hit_rates(ranks),
+        chance=chance_rates(right, candidates),
+        median_rank=float(middle) + 1,
+        mean_rank=float(ranks.double().mean()) + 1,
+        queries=len(ranks),
+        candidates=candidates,
+    )
+
+
+def recall_report(images: Tensor, texts: Tensor, owner: Tensor) -> Retrieval:
+    """R@1/5/10, median and mean rank in both directions, by cosine similarity.
+
+    Memory is O(N + M) beside the embeddings: similarities are made by chunks.
+
+    Args:
+        images: (N, D), normalised here.
+        texts: (M, D), normalised here.
+        owner: (M,) int64, position of each caption's image in `images`.
+
+    Raises:
+        ValueError: no caption at all, shapes that do not fit, an owner outside 0..N-1, or rows not finite.
+    """
+    images, texts = normalize(images, "image embeddings"), normalize(texts, "caption embeddings")
+    owner = owner.to(images.device)
+    if len(texts) == 0 or len(images) == 0:
+        raise ValueError(f"retrieval needs images and captions, but there are {len(images)} and {len(texts)}")
+    if images.shape[1] != texts.shape[1]:
+        widths = f"image width {images.shape[1]}, caption width {texts.shape[1]}"
+        raise ValueError(f"{widths}: embed both with one model")
+    if owner.shape != (len(texts),):
+        raise ValueError(
+            f"owner must hold one image per caption: {tuple(owner.shape)} for {len(texts)} captions"
+        )
+    if int(owner.min()) < 0 or int(owner.max()) >= len(images):
+        raise ValueError(f"owner must lie in 0..{len(images) - 1}, but spans {owner.min()}..{owner.max()}")
+    right = torch.bincount(owner, minlength=len(images))
+    asked = torch.nonzero(right).squeeze(1)
+    i2t = retrieval_ranks(images[asked], texts, query_ids=asked, candidate_ids=owner)
+    everyone = torch.arange(len(images), device=images.device)
+    t2i = retrieval_ranks(texts, images, query_ids=owner, candidate_ids=everyone)
+    return Retrieval(
+        i2t=summarize(i2t, right[asked], len(texts)),
+        t2i=summarize(t2i, torch.ones_like(owner), len(images)),
+    )
+
+
+def fold_report(images: Tensor, texts: Tensor, owner: Tensor, *, folds: int) -> Retrieval:
+    """Mean over F folds of N / F consecutive images, each ranked among its own captions and images only.
+
+    COCO "1K" is this with 5,000 images and 5 folds; the first 1,000 images alone are not. Every number is the
+    mean over the folds, median ranks included.
+
+    Args:
+        images, texts, owner: as in `recall_report`, the images in the order in which folds are cut.
+        folds: F, a divisor of N.
+
+    Raises:
+        ValueError: when F does not divide N, or a fold has no caption.
+    """
+    if folds < 1 or len(images) % folds:
+        raise ValueError(f"{len(images)} images cannot be cut into {folds} equal folds: choose a divisor")
+    size = len(images) // folds
+    reports = []
+    for start in range(0, len(images), size):
+        inside = (owner >= start) & (owner < start + size)
+        reports.append(recall_report(images[start : start + size], texts[inside], owner[inside] - start))
+    return Retrieval(i2t=_mean([r.i2t for r in reports]), t2i=_mean([r.t2i for r in reports]))
+
+
+def _mean(recalls: list[Recall]) -> Recall:
+    def mean(values: list) -> float:
+        return sum(values) / len(values)
+
+    return Recall(
+        hits=tuple(mean([r.hits[i] for r in recalls]) for i in range(len(KS))),
+        chance=tuple(mean([r.chance[i] for r in recalls]) for i in range(len(KS))),
+        median_rank=mean([r.median_rank for r in recalls]),
+        mean_rank=mean([r.mean_rank for r in recalls]),
+        queries=round(mean([r.queries for r in recalls])),
+        candidates=round(mean([r.candidates for r in recalls])),
+    )
