@@ -1,0 +1,113 @@
+"""What a caption says, as predicates: every caption is worded from claims whose truth can be checked.
+
+`claim.holds(scene)` is literal truth: "two red objects" holds where exactly two are red, a pattern that says
+nothing of the texture fits every texture, "next to" means neighbouring places of one row.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from d2s.shards.scenes.world import Content, Thing
+
+RELATIONS = ("left", "right", "above", "below", "beside", "front", "behind")
+
+
+class Claim(Protocol):
+    """Something that is true of a scene or not."""
+
+    def holds(self, scene: Content) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A partial description of one thing: None leaves an attribute open.
+
+    `row` and `col` may be given together (a place) or alone (a side).
+    """
+
+    shape: str | None = None
+    colour: str | None = None
+    texture: str | None = None
+    size: str | None = None
+    row: int | None = None
+    col: int | None = None
+
+    def fits(self, thing: Thing) -> bool:
+        """Whether the thing has everything that is said."""
+        return (
+            self.shape in (None, thing.shape)
+            and self.colour in (None, thing.colour)
+            and self.texture in (None, thing.texture)
+            and self.size in (None, thing.size)
+            and self.row in (None, thing.row)
+            and self.col in (None, thing.col)
+        )
+
+
+@dataclass(frozen=True)
+class Some:
+    """There is such a thing."""
+
+    pattern: Pattern
+
+    def holds(self, scene: Content) -> bool:
+        return any(self.pattern.fits(thing) for thing in scene.things)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The background is this one."""
+
+    background: str
+
+    def holds(self, scene: Content) -> bool:
+        return scene.background == self.background
+
+
+@dataclass(frozen=True)
+class Number:
+    """Exactly so many things fit."""
+
+    pattern: Pattern
+    count: int
+
+    def holds(self, scene: Content) -> bool:
+        return sum(self.pattern.fits(thing) for thing in scene.things) == self.count
+
+
+@dataclass(frozen=True)
+class Both:
+    """There are two different things, one fitting each pattern; with a relation, the first stands so to the second."""
+
+    first: Pattern
+    second: Pattern
+    relation: str | None = None
+
+    def holds(self, scene: Content) -> bool:
+        return any(
+            a is not b
+            and self.first.fits(a)
+            and self.second.fits(b)
+            and (self.relation is None or related(a, self.relation, b))
+            for a in scene.things
+            for b in scene.things
+        )
+
+
+def related(a: Thing, relation: str, b: Thing) -> bool:
+    """Whether `a` stands in the relation (one of `RELATIONS`) to `b`, judged by their places on the grid.
+
+    Left, right, above and below ask for the same row or column; beside, for neighbours in a row. Of two things
+    at one place the small one is in front, and no other relation holds between them.
+    """
+    if a.cell == b.cell:
+        return relation == {"small": "front", "large": "behind"}.get(a.size) and a.size != b.size
+    return {
+        "left": a.row == b.row and a.col < b.col,
+        "right": a.row == b.row and a.col > b.col,
+        "above": a.col == b.col and a.row < b.row,
+        "below": a.col == b.col and a.row > b.row,
+        "beside": a.row == b.row and abs(a.col - b.col) == 1,
+        "front": False,
+        "behind": False,
+    }[relation]

@@ -1,0 +1,343 @@
+"""What there is in a scene: objects, backgrounds, themes, and families of look-alikes.
+
+No pixels and no words here: a `Content` is a background and four to six `Thing`s on a grid of 3 x 3 places.
+Everything is drawn from `random.Random(text)`, and only through its `random()` method, whose sequence Python
+promises to keep between versions; so a content is a function of (seed, number) on every machine.
+
+Two structures are laid into the world on purpose (why: see `d2s.shards.scenes`):
+
+- **Themes** make one part of a scene tell about the others. Each theme has its usual background and a cast of
+  usual objects (a `Kind`: shape, colour, texture, size and row that go together), some of which come in pairs.
+  `DEVIATION` says how often each attribute of an object leaves its kind, `OFF_THEME` how often the whole object
+  does.
+- **Families** are the look-alikes. `FAMILY` scenes with neighbouring numbers have theme, background and most
+  objects in common; each differs from the first one by one or two edits (`TWO_EDITS`).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SHAPES = (
+    "circle", "square", "triangle", "star", "cross", "ring", "heart", "hexagon", "crescent", "diamond", "flower",
+    "drop",
+)  # fmt: skip
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+TEXTURES = ("plain", "striped", "dotted", "checked")
+SIZES = ("small", "medium", "large")
+BACKGROUNDS = ("sky", "grass", "sand", "night", "paper", "brick", "sea", "snow")
+HIDDEN = {
+    "sky": ("blue",),
+    "grass": ("green",),
+    "sand": ("yellow", "orange"),
+    "night": ("black", "brown", "blue"),
+    "paper": ("white",),
+    "brick": ("red", "brown"),
+    "sea": ("blue", "green"),
+    "snow": ("white",),
+}
+"""Colours that could hardly be seen on a background, and so never lie on it."""
+
+FAMILY = 5
+"""Scenes in a family of look-alikes: more makes sparse captions harder to place."""
+TWO_EDITS = 0.5
+"""Probability that a member differs from the first of its family by two edits and not by one."""
+COUNTS = {4: 0.3, 5: 0.4, 6: 0.3}
+"""Objects in a scene and how probable."""
+OFF_THEME = 0.12
+"""Probability that an object has nothing to do with the theme."""
+PAIRED = 0.8
+"""Probability that a scene has one of its theme's pairs."""
+OTHER_GROUND = 0.15
+"""Probability of the theme's second background in place of its first."""
+OVERLAP = 0.4
+"""Probability that a small object stands in front of a large one."""
+DEVIATION = {"colour": 0.2, "texture": 0.25, "size": 0.35, "row": 0.25}
+"""Probability that an attribute of an object is not the one of its kind."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object. `row` and `col` (0..2, from the top left) are its place.
+
+    Two things may share a place; then one is large, the other small, and the small one stands in front.
+    """
+
+    shape: str
+    colour: str
+    texture: str
+    size: str
+    row: int
+    col: int
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """The place as (row, column)."""
+        return self.row, self.col
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a scene shows, without pixels and words."""
+
+    theme: str
+    background: str
+    things: tuple[Thing, ...]
+
+    def overlapping(self) -> list[tuple[Thing, Thing]]:
+        """Pairs (front, rear) that share a place."""
+        return [
+            (front, rear)
+            for front in self.things
+            for rear in self.things
+            if front.cell == rear.cell and front.size == "small" and rear.size == "large"
+        ]
+
+    def crowded(self, thing: Thing) -> bool:
+        """Whether another thing has the same place."""
+        return sum(other.cell == thing.cell for other in self.things) > 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An object as it usually looks in a theme; `row` -1 stands for any."""
+
+    shape: str
+    colour: str
+    texture: str
+    size: str
+    row: int = -1
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Usual background, a second one, the cast, and which members of the cast come together (by number)."""
+
+    grounds: tuple[str, str]
+    cast: tuple[Kind, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+
+THEMES = {
+    "night": Theme(
+        ("night", "snow"),
+        (
+            Kind("crescent", "yellow", "plain", "large", 0),
+            Kind("star", "white", "plain", "small", 0),
+            Kind("star", "yellow", "dotted", "medium", 1),
+            Kind("ring", "purple", "plain", "large", 1),
+            Kind("circle", "orange", "striped", "medium", 2),
+            Kind("diamond", "pink", "plain", "small"),
+        ),
+        ((0, 1), (3, 4), (2, 5)),
+    ),
+    "meadow": Theme(
+        ("grass", "sky"),
+        (
+            Kind("flower", "red", "plain", "medium", 2),
+            Kind("flower", "yellow", "dotted", "small", 2),
+            Kind("heart", "pink", "plain", "medium", 1),
+            Kind("circle", "yellow", "plain", "large", 0),
+            Kind("drop", "blue", "striped", "small", 1),
+            Kind("hexagon", "brown", "checked", "large"),
+        ),
+        ((0, 1), (3, 4), (2, 5)),
+    ),
+    "beach": Theme(
+        ("sand", "sea"),
+        (
+            Kind("star", "red", "dotted", "medium", 2),
+            Kind("ring", "red", "striped", "large", 1),
+            Kind("circle", "blue", "striped", "large", 0),
+            Kind("drop", "white", "plain", "small", 1),
+            Kind("crescent", "brown", "plain", "medium", 2),
+            Kind("heart", "pink", "dotted", "small"),
+        ),
+        ((0, 4), (1, 3), (2, 5)),
+    ),
+    "kites": Theme(
+        ("sky", "grass"),
+        (
+            Kind("diamond", "red", "checked", "large", 0),
+            Kind("diamond", "green", "striped", "medium", 1),
+            Kind("triangle", "purple", "plain", "medium", 0),
+            Kind("heart", "red", "plain", "small", 1),
+            Kind("circle", "yellow", "plain", "large", 0),
+            Kind("cross", "black", "plain", "small", 2),
+        ),
+        ((0, 3), (1, 2), (4, 5)),
+    ),
+    "desk": Theme(
+        ("paper", "brick"),
+        (
+            Kind("triangle", "green", "plain", "medium", 2),
+            Kind("square", "blue", "checked", "large", 1),
+            Kind("cross", "red", "plain", "medium", 0),
+            Kind("hexagon", "orange", "dotted", "medium", 1),
+            Kind("star", "black", "plain", "small", 0),
+            Kind("ring", "brown", "plain", "small", 2),
+        ),
+        ((0, 1), (2, 4), (3, 5)),
+    ),
+    "street": Theme(
+        ("brick", "paper"),
+        (
+            Kind("square", "white", "checked", "large", 0),
+            Kind("heart", "black", "plain", "large", 1),
+            Kind("cross", "green", "plain", "medium", 0),
+            Kind("triangle", "yellow", "striped", "medium", 2),
+            Kind("ring", "blue", "plain", "small", 1),
+            Kind("drop", "purple", "dotted", "medium", 2),
+        ),
+        ((0, 2), (1, 5), (3, 4)),
+    ),
+    "harbour": Theme(
+        ("sea", "sand"),
+        (
+            Kind("triangle", "white", "striped", "large", 1),
+            Kind("ring", "orange", "plain", "small", 2),
+            Kind("hexagon", "red", "plain", "medium", 2),
+            Kind("crescent", "black", "plain", "large", 2),
+            Kind("circle", "yellow", "plain", "medium", 0),
+            Kind("flower", "white", "plain", "small"),
+        ),
+        ((0, 3), (1, 2), (4, 5)),
+    ),
+    "winter": Theme(
+        ("snow", "night"),
+        (
+            Kind("triangle", "green", "dotted", "large", 1),
+            Kind("star", "yellow", "plain", "small", 0),
+            Kind("hexagon", "blue", "plain", "small", 0),
+            Kind("circle", "red", "plain", "medium", 2),
+            Kind("square", "purple", "striped", "medium", 2),
+            Kind("flower", "pink", "checked", "medium"),
+        ),
+        ((0, 1), (3, 4), (2, 5)),
+    ),
+}
+
+
+def pick(rng: random.Random, options: Sequence[T]) -> T:
+    """One of the options, each as probable as another."""
+    return options[int(rng.random() * len(options))]
+
+
+def pick_weighted(rng: random.Random, weights: dict[T, float]) -> T:
+    """One of the keys, with probability in proportion to its value."""
+    left = rng.random() * sum(weights.values())
+    for option, weight in weights.items():
+        left -= weight
+        if left < 0:
+            return option
+    return option
+
+
+def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
+    """The items in random order."""
+    return [item for _, item in sorted(((rng.random(), item) for item in items), key=lambda pair: pair[0])]
+
+
+def content(seed: int, number: int) -> Content:
+    """What scene `number` of world `seed` shows."""
+    return _family(seed, number // FAMILY)[number % FAMILY]
+
+
+@lru_cache(maxsize=64)
+def _family(seed: int, family: int) -> tuple[Content, ...]:
+    """The `FAMILY` members: the first as drawn, the others one or two edits away, no two the same."""
+    rng = random.Random(f"d2s scenes {seed} family {family}")
+    members = [_first(rng)]
+    seen = {_signature(members[0])}
+    while len(members) < FAMILY:
+        member = members[0]
+        for _ in range(1 + (rng.random() < TWO_EDITS)):
+            member = _edited(rng, member)
+        if _signature(member) not in seen:
+            seen.add(_signature(member))
+            members.append(member)
+    return tuple(members)
+
+
+def _signature(scene: Content) -> frozenset[Thing]:
+    return frozenset(scene.things)
+
+
+def _first(rng: random.Random) -> Content:
+    theme_name = pick(rng, tuple(THEMES))
+    theme = THEMES[theme_name]
+    ground = theme.grounds[rng.random() < OTHER_GROUND]
+    order = shuffled(rng, range(len(theme.cast)))
+    if rng.random() < PAIRED:
+        pair = pick(rng, theme.pairs)
+        order = [*pair, *(kind for kind in order if kind not in pair)]
+    kinds = [theme.cast[kind] for kind in order[: pick_weighted(rng, COUNTS)]]
+    scene = Content(theme_name, ground, ())
+    for kind in kinds:
+        scene = replace(scene, things=(*scene.things, _placed(rng, scene, kind)))
+    return _overlapped(rng, scene) if rng.random() < OVERLAP else scene
+
+
+def _placed(rng: random.Random, scene: Content, kind: Kind) -> Thing:
+    """A thing of about this kind at a place that is still free."""
+    taken = {thing.cell for thing in scene.things}
+    free = [(row, col) for row in range(3) for col in range(3) if (row, col) not in taken]
+    row = -1 if rng.random() < DEVIATION["row"] else kind.row
+    cell = pick(rng, [cell for cell in free if cell[0] == row] or free)
+    return _thing(rng, scene, kind, cell)
+
+
+def _thing(rng: random.Random, scene: Content, kind: Kind, cell: tuple[int, int]) -> Thing:
+    seen = [colour for colour in COLOURS if colour not in HIDDEN[scene.background]]
+    if rng.random() < OFF_THEME:
+        return Thing(pick(rng, SHAPES), pick(rng, seen), pick(rng, TEXTURES), pick(rng, SIZES), *cell)
+    keep = {name: rng.random() >= DEVIATION[name] for name in ("colour", "texture", "size")}
+    usual = sorted({other.colour for other in THEMES[scene.theme].cast if other.colour in seen})
+    colour = kind.colour if keep["colour"] and kind.colour in seen else pick(rng, usual)
+    texture = kind.texture if keep["texture"] else pick(rng, TEXTURES)
+    return Thing(kind.shape, colour, texture, kind.size if keep["size"] else pick(rng, SIZES), *cell)
+
+
+def _overlapped(rng: random.Random, scene: Content) -> Content:
+    """The scene with one thing moved in front of another of a different colour, where there is such a pair."""
+    first, second = shuffled(rng, range(len(scene.things)))[:2]
+    rear, front = replace(scene.things[first], size="large"), replace(scene.things[second], size="small")
+    if rear.colour == front.colour:
+        return scene
+    front = replace(front, row=rear.row, col=rear.col)
+    changed = {first: rear, second: front}
+    return replace(scene, things=tuple(changed.get(i, thing) for i, thing in enumerate(scene.things)))
+
+
+def _edited(rng: random.Random, scene: Content) -> Content:
+    """The scene with one object changed, or two objects in each other's place."""
+    while True:
+        i, j = shuffled(rng, range(len(scene.things)))[:2]
+        old, things = scene.things[i], list(scene.things)
+        edit = pick(rng, ("colour", "colour", "shape", "texture", "size", "swap", "swap", "kind", "kind"))
+        if edit == "swap":
+            things[i] = replace(old, row=things[j].row, col=things[j].col)
+            things[j] = replace(things[j], row=old.row, col=old.col)
+        elif edit == "kind":
+            things[i] = _thing(rng, scene, pick(rng, THEMES[scene.theme].cast), old.cell)
+        else:
+            options = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES, "size": SIZES}[edit]
+            things[i] = replace(old, **{edit: pick(rng, options)})
+        result = replace(scene, things=tuple(things))
+        if _signature(result) != _signature(scene) and _legible(result):
+            return result
+
+
+def _legible(scene: Content) -> bool:
+    """Whether every object can be told from its background and from the one behind it."""
+    if any(thing.colour in HIDDEN[scene.background] for thing in scene.things):
+        return False
+    pairs = scene.overlapping()
+    if any(front.colour == rear.colour for front, rear in pairs):
+        return False
+    cells = {thing.cell for thing in scene.things}
+    return len(cells) + len(pairs) == len(scene.things)
