@@ -1,0 +1,87 @@
+"""What the sweeps share: precision, chunks of rows, and the pairs that show the same image."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Entries of one chunk of the similarity matrix: small enough to stay in a CPU's last cache level between the
+# passes over it, large enough for the matrix product to run at its full rate.
+CHUNK_ENTRIES = 1 << 21
+MIN_ROWS = 16
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x (any shape), detached and contiguous in its accumulator type; no copy where it is so already."""
+    return x.detach().to(accumulator(x.dtype)).contiguous()
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context in which autocast leaves the matrix products alone."""
+    return torch.autocast(device_type=device.type, enabled=False)
+
+
+class Sweep:
+    """Chunks of rows of S = rows @ columns^T, one after the other in one buffer.
+
+    rows: (n, D), columns: (M, D), both as `upcast` gives them. The forward and the backward sweep of a loss
+    make the same chunks by the same arithmetic, so that the probabilities of both agree to the last bit.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+        self.rows, self.columns = rows, columns
+        n, m = rows.shape[0], columns.shape[0]
+        self.size = max(1, min(n, max(MIN_ROWS, CHUNK_ENTRIES // max(m, 1))))
+        self._buffer = rows.new_empty(self.size, m)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yields (start, stop, S[start:stop]) with S (stop - start, M); the next step overwrites it."""
+        for start in range(0, self.rows.shape[0], self.size):
+            stop = min(start + self.size, self.rows.shape[0])
+            s = self._buffer[: stop - start]
+            torch.mm(self.rows[start:stop], self.columns.t(), out=s)
+            yield start, stop, s
+
+
+class SamePairs:
+    """The entries of the matrix whose two sides carry the same image id.
+
+    row_ids: (n,) int64, column_ids: (M,) int64. On a CPU the few such entries are listed from the sorted ids
+    instead of being looked for in the whole matrix; elsewhere they are compared, which never waits for the
+    device.
+    """
+
+    def __init__(self, row_ids: Tensor, column_ids: Tensor) -> None:
+        self.row_ids, self.column_ids = row_ids, column_ids
+        self.listed = row_ids.device.type == "cpu"
+        if self.listed:
+            ordered, self.order = torch.sort(column_ids, stable=True)
+            self.low = torch.searchsorted(ordered, row_ids)
+            self.count = torch.searchsorted(ordered, row_ids, right=True) - self.low
+
+    def entries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(row - start, column) of every same-image entry of rows start..stop, by row."""
+        count = self.count[start:stop]
+        rows = torch.repeat_interleave(torch.arange(stop - start), count)
+        first = torch.cumsum(count, 0) - count
+        within = torch.arange(rows.shape[0]) - first[rows]
+        return rows, self.order[self.low[start:stop][rows] + within]
+
+    def fill(self, s: Tensor, start: int, stop: int, value: float) -> None:
+        """Writes value into the same-image entries of the chunk s (stop - start, M) of rows start..stop."""
+        if self.listed:
+            rows, columns = self.entries(start, stop)
+            s[rows, columns] = value
+        else:
+            same = self.row_ids[start:stop, None] == self.column_ids
+            s.masked_fill_(same, value)
+
+
+def positive_entries(s: Tensor, start: int, offset: int) -> Tensor:
+    """A view (rows,) of the chunk's positive pairs: row i stands against column offset + i."""
+    return s[:, start + offset :].diagonal()

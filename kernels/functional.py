@@ -1,0 +1,277 @@
+"""The public interface of `d2s.kernels`: argument checks, then the chosen implementation.
+
+`D2S_KERNELS` chooses it: `chunked` (any device, the default) or `reference` (dense, float64, slow: for tests
+and for doubts). Every implementation is a module with these functions and the same contract.
+
+Common to all losses here:
+- They are *sums* over the batch, 0-dim, in float32 (float64 for float64 inputs); bf16 and fp16 inputs are
+  computed with in float32, also under autocast.
+- image (n, D) and text (M, D) are L2-normalised by the caller. Row i's positive is column `offset + i`. With
+  one process n = M and offset = 0; a worker passes its own rows, everybody's columns, and where its rows
+  begin among them.
+- image_ids (n,) and text_ids (M,) are int64; a pair of equal ids shows the same image and is never a
+  negative. text_ids defaults to image_ids.
+- Gradients flow to both sides, local and gathered.
+Sizes: B local batch, N global batch, M candidates, K tokens, D width.
+"""
+
+import logging
+import math
+import os
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = {"chunked": "d2s.kernels.chunked", "reference": "d2s.kernels.reference"}
+DEFAULT = "chunked"
+KINDS = ("cosine", "l1", "l2")
+log = logging.getLogger("d2s.kernels")
+
+
+def implementation() -> str:
+    """The name of the implementation in use. Raises ValueError where D2S_KERNELS names none."""
+    name = os.environ.get("D2S_KERNELS") or DEFAULT
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"D2S_KERNELS: {name!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
+    return name
+
+
+@cache
+def _load(name: str) -> ModuleType:
+    log.info("kernels: %s", name)
+    return import_module(IMPLEMENTATIONS[name])
+
+
+def _chosen() -> ModuleType:
+    return _load(implementation())
+
+
+def hinge_loss(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor | None = None,
+    *,
+    margin: float = 0.2,
+    hardest: bool = True,
+    offset: int = 0,
+    both: bool = True,
+) -> Tensor:
+    """Sum of hinge violations [margin + S_ij - S_positive]+ over negatives (VSE++, Faghri et al. 2018).
+
+    hardest: only the hardest negative of each row (and column), ties to the lowest index; else all of them.
+    both: rows and columns from one sweep (n = M, offset 0); else rows alone, so that two calls with the sides
+    exchanged add up to one call with both. A row without negatives costs nothing; the gradient of a violation
+    of exactly 0 is 0. Raises ValueError for shapes, types, devices or margins that do not fit.
+    """
+    text_ids = _check_sides(image, text, image_ids, text_ids, offset, both)
+    _check_number("margin", margin)
+    return _chosen().hinge_loss(
+        image, text, image_ids, text_ids, margin=margin, hardest=hardest, offset=offset, both=both
+    )
+
+
+def info_nce_loss(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor | None = None,
+    *,
+    scale: Tensor | float,
+    offset: int = 0,
+    both: bool = True,
+) -> Tensor:
+    """Sum of 0.5 * cross entropy of scale * S over rows, and columns if both (CLIP, Radford et al. 2021).
+
+    scale: a number, or a tensor of one entry, which then gets a gradient; the factor itself, not its log.
+    Same-image pairs other than the positive are left out of the denominators. The 0.5 stays with both=False:
+    two calls with the sides exchanged add up to one call with both. Raises ValueError as `hinge_loss`.
+    """
+    text_ids = _check_sides(image, text, image_ids, text_ids, offset, both)
+    scale = _as_tensor("scale", scale, image)
+    return _chosen().info_nce_loss(image, text, image_ids, text_ids, scale=scale, offset=offset, both=both)
+
+
+def sigmoid_loss(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor | None = None,
+    *,
+    scale: Tensor | float,
+    bias: Tensor | float,
+    offset: int = 0,
+) -> Tensor:
+    """Sum over pairs of log(1 + exp(-y * (scale * S + bias))) (SigLIP, Zhai et al. 2023).
+
+    y is 1 for the positive pair and -1 for the others; other pairs of the same image are left out. Every
+    pair counts once, so the calls of workers with their own rows add up to one call with the whole batch.
+    scale, bias: numbers, or tensors of one entry, which then get gradients. ValueError as `hinge_loss`.
+    """
+    text_ids = _check_sides(image, text, image_ids, text_ids, offset, both=False)
+    scale, bias = _as_tensor("scale", scale, image), _as_tensor("bias", bias, image)
+    return _chosen().sigmoid_loss(image, text, image_ids, text_ids, scale=scale, bias=bias, offset=offset)
+
+
+def pointwise_distillation(
+    student: Tensor, teacher: Tensor, *, kind: str = "cosine", normalize: bool = True
+) -> Tensor:
+    """Sum over rows of the distance of student (B, D) to teacher (B, D); no gradient to the teacher.
+
+    kind: cosine = 1 - s.t, l1 = sum |s - t| and l2 = sum (s - t)^2 over the channels. normalize: both
+    sides are L2-normalised first, with its Jacobian in the gradient; a row of zeros stays zero and gets no gradient.
+    Raises ValueError for an unknown kind and for sides that do not fit.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    _check_matrix("student", student)
+    _check_like("teacher", teacher, student, tuple(student.shape))
+    return _chosen().pointwise_distillation(student, teacher, kind=kind, normalize=normalize)
+
+
+def relational_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    student_all: Tensor | None = None,
+    teacher_all: Tensor | None = None,
+    *,
+    temperature: float,
+) -> Tensor:
+    """Sum over rows of KL(teacher's || student's) softmax of similarities / temperature; none to the teacher.
+
+    student (B, D) and teacher (B, E) rows against student_all (N, D) and teacher_all (N, E), by default
+    themselves; L2-normalised by the caller; the widths may differ. A row's similarity with itself takes part.
+    Gradients flow to student and student_all. Raises ValueError for sides or temperatures that do not fit.
+    """
+    _check_matrix("student", student)
+    _check_matrix("teacher", teacher)
+    _check_like("teacher", teacher, student, (student.shape[0], teacher.shape[1]))
+    if (student_all is None) != (teacher_all is None):
+        raise ValueError("student_all, teacher_all: only one of them is given; give both or neither")
+    if student_all is None:
+        student_all, teacher_all = student, teacher
+    _check_matrix("student_all", student_all)
+    _check_like("student_all", student_all, student, (student_all.shape[0], student.shape[1]))
+    _check_like("teacher_all", teacher_all, student, (student_all.shape[0], teacher.shape[1]))
+    _check_number("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature: {temperature} is not above 0")
+    return _chosen().relational_distillation(
+        student, teacher, student_all, teacher_all, temperature=temperature
+    )
+
+
+def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """Generalised pooling (Chen et al. 2021): (B, D) in the type of the features.
+
+    features (B, K, D); weights (B, K): weights[b, k] goes to the k-th largest value of every channel of b,
+    and what lies beyond its number of tokens is ignored; mask (B, K) bool, true for real tokens, in any places.
+    Each channel is sorted in descending order by itself over the real tokens, ties by the lowest token. A
+    sample without tokens gives zeros. Gradients flow to features and weights. Raises ValueError for tensors
+    that do not fit.
+    """
+    if features.dim() != 3 or not features.is_floating_point():
+        raise ValueError(f"features: {_describe(features)} is not a float tensor (B, K, D)")
+    _check_like("weights", weights, features, tuple(features.shape[:2]))
+    _check_like("mask", mask, features, tuple(features.shape[:2]), torch.bool)
+    return _chosen().gpo_pool(features, weights, mask)
+
+
+def retrieval_ranks(
+    queries: Tensor,
+    candidates: Tensor,
+    positives: tuple[Tensor, Tensor] | None = None,
+    *,
+    query_ids: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+) -> Tensor:
+    """For each query (n, D) the 0-based rank of its best positive among the candidates (M, D): (n,) int64.
+
+    The rank is the number of other candidates whose similarity (dot product) is at least that of the best
+    positive: ties, and similarities that are not numbers, count against the model. Positives are either
+    a pair (starts (n + 1,), indices) of int64 tensors, query i's being indices[starts[i]:starts[i + 1]], or
+    the candidates whose candidate_ids (M,) equal query_ids (n,). A query without any gets rank M. Raises
+    ValueError for tensors that do not fit.
+    """
+    _check_matrix("queries", queries)
+    _check_matrix("candidates", candidates)
+    _check_like("candidates", candidates, queries, (candidates.shape[0], queries.shape[1]))
+    n, m = queries.shape[0], candidates.shape[0]
+    if positives is not None:
+        if query_ids is not None or candidate_ids is not None:
+            raise ValueError("positives: given beside query_ids or candidate_ids; give one of the two forms")
+        starts, indices = positives
+        _check_like("positives[0]", starts, queries, (n + 1,), torch.int64)
+        _check_like("positives[1]", indices, queries, (indices.numel(),), torch.int64)
+    else:
+        if query_ids is None or candidate_ids is None:
+            raise ValueError("positives: missing; give (starts, indices), or query_ids and candidate_ids")
+        _check_like("query_ids", query_ids, queries, (n,), torch.int64)
+        _check_like("candidate_ids", candidate_ids, queries, (m,), torch.int64)
+    return _chosen().retrieval_ranks(queries, candidates, positives, query_ids, candidate_ids)
+
+
+def _describe(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+
+def _check_matrix(name: str, x: Tensor) -> None:
+    if x.dim() != 2 or not x.is_floating_point() or 0 in x.shape:
+        raise ValueError(f"{name}: {_describe(x)} is not a float matrix with at least one row and column")
+
+
+def _check_like(
+    name: str, x: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:
+    """x has the shape, lies where `like` does, and is of the type (any float type where none is given)."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: the shape is {tuple(x.shape)} and should be {shape}")
+    if x.dtype != dtype if dtype is not None else not x.is_floating_point():
+        wanted = "a float type" if dtype is None else str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: the type is {str(x.dtype).removeprefix('torch.')} and should be {wanted}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: lies on {x.device}; move it to {like.device}")
+
+
+def _check_sides(
+    image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None, offset: int, both: bool
+) -> Tensor:
+    """Checks the two sides of a contrastive loss; gives text_ids."""
+    _check_matrix("image", image)
+    _check_matrix("text", text)
+    n, m = image.shape[0], text.shape[0]
+    _check_like("text", text, image, (m, image.shape[1]), image.dtype)
+    _check_like("image_ids", image_ids, image, (n,), torch.int64)
+    if text_ids is None:
+        if n != m:
+            raise ValueError(f"text_ids: missing; {n} image rows and {m} text rows cannot share image_ids")
+        text_ids = image_ids
+    _check_like("text_ids", text_ids, image, (m,), torch.int64)
+    if both and (n != m or offset != 0):
+        raise ValueError(
+            f"both: needs as many rows as columns and offset 0, not {n}, {m}, {offset}; set False"
+        )
+    if not 0 <= offset <= m - n:
+        raise ValueError(f"offset: {offset} + {n} rows do not lie in the {m} columns")
+    return text_ids
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, Tensor) or not math.isfinite(value):
+        raise ValueError(f"{name}: {value} is not a finite number")
+
+
+def _as_tensor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """A number or a tensor of one entry as a float tensor on the device of `like`."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name}: {_describe(value)} is not a float tensor of one entry")
+        if value.device != like.device:
+            raise ValueError(f"{name}: lies on {value.device}; move it to {like.device}")
+        return value
+    _check_number(name, value)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.full((1,), value, dtype=dtype, device=like.device)
