@@ -1,0 +1,30 @@
+"""Where captions and images come from. Each module turns one layout into a stream of entries.
+
+A source module has `NEEDS` (options it cannot do without) and
+`entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]`.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from d2s.shards.sample import SourceOptions
+
+NAMES = ("karpathy", "coco", "flickr", "release", "jsonl", "parquet", "img2dataset", "scenes")
+
+
+def source(name: str) -> ModuleType:
+    """The module of a source by its name."""
+    assert name in NAMES, name
+    return import_module(f"d2s.shards.sources.{'table' if name in ('jsonl', 'parquet') else name}")
+
+
+def check_options(name: str, options: SourceOptions) -> None:
+    """Raises ValueError if an option that the source needs was not given, or a folder does not exist."""
+    for need in source(name).NEEDS:
+        if not getattr(options, need):
+            flag = "--count" if need == "counts" else f"--{need}"
+            raise ValueError(f"source {name} needs {flag}")
+    if options.images is not None and not options.images.is_dir():
+        raise ValueError(f"--images {options.images}: no such folder")
+    if options.captions is not None and not options.captions.exists():
+        raise ValueError(f"--captions {options.captions}: no such file")

@@ -1,0 +1,77 @@
+"""manifest.parquet: one row a sample, everything about it but the pixels."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2s.shards.files import whole_file
+
+NAME = "manifest.parquet"
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image_id", pa.int64()),
+        ("source_id", pa.string()),
+        ("split", pa.string()),
+        ("shard", pa.string()),
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
+        ("sha256", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sparse", pa.list_(pa.string())),
+        ("dense", pa.list_(pa.string())),
+    ]
+)
+
+
+def schema() -> pa.Schema:
+    """The columns of the manifest. Offsets and sizes in bytes, width and height in pixels."""
+    return _SCHEMA
+
+
+def record(row: dict) -> bytes:
+    """The JSON member of a sample: UTF-8, sorted keys, no spaces."""
+    fields = ("key", "image_id", "split", "sparse", "dense", "width", "height", "sha256")
+    value = {name: row[name] for name in fields}
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def open_writer(file: object) -> pq.ParquetWriter:
+    """A writer of row groups, one a shard, so that a reader can take one shard's rows alone."""
+    return pq.ParquetWriter(file, _SCHEMA, compression="zstd", store_schema=True)
+
+
+def write_manifest(folder: Path, table: pa.Table) -> None:
+    """Writes manifest.parquet, whole or not at all; one row group for each run of rows of one shard."""
+    shards = table.column("shard").to_pylist()
+    cuts = [0, *(i for i in range(1, len(shards)) if shards[i] != shards[i - 1]), len(shards)]
+    with whole_file(Path(folder) / NAME) as file, open_writer(file) as writer:
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            writer.write_table(table.slice(start, stop - start), row_group_size=max(1, stop - start))
+
+
+def read_manifest(folder: Path, columns: list[str] | None = None, split: str | None = None) -> pa.Table:
+    """Reads the manifest, all columns or some, all splits or one; rows in their stored order.
+
+    Raises:
+        ValueError: no manifest there, it is damaged, or the split has no rows.
+    """
+    path = Path(folder) / NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: no {NAME}; make one with `python -m d2s.shard build --out {folder} ...`"
+            f" or, beside tars that exist, `python -m d2s.shard index {folder}`"
+        )
+    try:
+        filters = None if split is None else [("split", "==", split)]
+        table = pq.read_table(path, columns=columns, filters=filters)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
+    if split is not None and not table.num_rows:
+        raise ValueError(f"{folder}: split {split!r} has no rows")
+    return table

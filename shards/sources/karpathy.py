@@ -1,0 +1,35 @@
+"""Karpathy's JSON: captions and splits of Flickr8k, Flickr30K and COCO in one file, images in a folder."""
+
+from collections.abc import Iterator
+
+from d2s.shards.files import read_json
+from d2s.shards.sample import Entry, Faults, SourceOptions
+
+NEEDS = ("captions", "images")
+# The images of COCO's validation set that the field trains on since 2014.
+_SPLITS = {"restval": "train"}
+
+
+def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
+    """Reads images[].{filename, filepath?, split, cocoid|imgid, sentences[].raw}."""
+    value = read_json(options.captions)
+    if not isinstance(value, dict) or not isinstance(value.get("images"), list):
+        raise ValueError(f"{options.captions}: no list 'images': this is not Karpathy's layout")
+    for number, image in enumerate(value["images"]):
+        where = f"{options.captions}: images[{number}]"
+        try:
+            name, split = image["filename"], image["split"]
+            sparse = tuple(sentence["raw"] for sentence in image["sentences"])
+        except (KeyError, TypeError) as error:
+            faults.add(where, f"no field {error}: every image has filename, split and sentences[].raw")
+            continue
+        folder = options.images / image.get("filepath", "")
+        path = folder / name if folder.is_dir() else options.images / name
+        yield Entry(
+            split=_SPLITS.get(split, split),
+            source_id=name,
+            where=where,
+            sparse=sparse,
+            image_id=image.get("cocoid", image.get("imgid")),
+            path=str(path),
+        )

@@ -1,0 +1,104 @@
+"""Tar files whose bytes depend on their content alone, and the places of the members in any tar."""
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A regular file in a tar: its bytes are `size` bytes from `offset`."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def header(name: str, size: int) -> bytes:
+    """The 512 bytes before a member: plain ustar; time 0, owner 0, mode 0644, so that nothing varies."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    data = info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+    assert len(data) == BLOCK, "keys are short enough for one header block"
+    return data
+
+
+def padding(size: int) -> bytes:
+    """Zeros that fill the last block of a member."""
+    return bytes(-size % BLOCK)
+
+
+def ending(size: int) -> bytes:
+    """What closes a tar of `size` bytes: two empty blocks, then zeros up to a whole record of 10,240."""
+    return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
+
+
+class TarFile:
+    """Writes members into an open binary file; knows offset, size and sha256 of everything written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.size += len(data)
+
+    def add(self, name: str, data: bytes) -> Member:
+        """Appends a member and returns its place."""
+        self._write(header(name, len(data)))
+        member = Member(name, self.size, len(data))
+        self._write(data)
+        self._write(padding(len(data)))
+        return member
+
+    def finish(self) -> str:
+        """Writes the end of the tar and returns the sha256 of the whole file."""
+        self._write(ending(self.size))
+        return self._digest.hexdigest()
+
+
+def leads_outside(name: str) -> bool:
+    """True where unpacking the name could write outside of the folder it is unpacked to."""
+    parts = name.replace("\\", "/").split("/")
+    return name.startswith(("/", "\\")) or ".." in parts or (len(parts[0]) == 2 and parts[0][1] == ":")
+
+
+def scan(path: Path) -> Iterator[Member]:
+    """Lists the regular files in an uncompressed tar in their order.
+
+    Raises:
+        ValueError: not a tar, cut short, a link or device in it, or a path that leads outside.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            length = path.stat().st_size
+            for info in tar:
+                if leads_outside(info.name):
+                    raise ValueError(f"{path}: member {info.name!r} leads outside of the tar; refused")
+                if info.isdir():
+                    continue
+                if not info.isreg():
+                    raise ValueError(f"{path}: member {info.name!r} is a link or device; refused")
+                if info.offset_data + info.size > length:
+                    raise ValueError(f"{path}: cut short within member {info.name!r}")
+                yield Member(info.name, info.offset_data, info.size)
+                # tarfile keeps every header that it has read; a long scan would grow without bound.
+                tar.members.clear()
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a readable, uncompressed tar: {error}") from None
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and suffix by the WebDataset rule: the suffix begins at the first dot of the last path component."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
