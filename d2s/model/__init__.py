@@ -1,0 +1,18 @@
+"""The model of D2S-VSE: two towers, generalised pooling, and the decoder."""
+
+from d2s.model.config import DecoderConfig, ModelConfig, TowerConfig
+from d2s.model.model import D2SModel, TextOutput
+from d2s.model.norms import hold_statistics
+from d2s.model.teacher import Teacher
+from d2s.model.tokenizer import build_word_tokenizer
+
+__all__ = [
+    "D2SModel",
+    "DecoderConfig",
+    "ModelConfig",
+    "Teacher",
+    "TextOutput",
+    "TowerConfig",
+    "build_word_tokenizer",
+    "hold_statistics",
+]

@@ -1,0 +1,73 @@
+"""The decoder of stage 2: mask tokens that stand for the words a sparse caption leaves out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from d2s.model.config import DecoderConfig
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a key mask."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend from x (B, K, D) to the tokens of x where mask (B, 1, 1, K) is true."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Map x (B, K, D) to (B, K, D)."""
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
+class Decoder(nn.Module):
+    """Reads word features together with learnable mask tokens and returns the prompt p."""
+
+    def __init__(self, config: DecoderConfig, width: int, attend_padding: bool = False) -> None:
+        super().__init__()
+        self.attend_padding = attend_padding
+        half = {"surround": config.tokens // 2, "prefix": config.tokens, "postfix": 0}
+        self.before = half[config.layout]
+        self.tokens = nn.Parameter(torch.empty(config.tokens, width))
+        nn.init.normal_(self.tokens, std=0.02)
+        hidden = int(width * config.mlp_ratio)
+        self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        """Prompt p (B, D) of word features (B, L, D), whose real words are where mask (B, L) is true."""
+        batch, length = mask.shape
+        tokens = self.tokens.to(words.dtype).expand(batch, -1, -1)
+        x = torch.cat([tokens[:, : self.before], words, tokens[:, self.before :]], dim=1)
+        allowed = None
+        if not self.attend_padding:
+            after = self.tokens.shape[0] - self.before
+            allowed = nn.functional.pad(mask, (self.before, after), value=True)[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, allowed)
+        prompt = torch.cat([x[:, : self.before], x[:, self.before + length :]], dim=1)
+        return self.norm(prompt).mean(1)

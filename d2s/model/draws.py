@@ -1,0 +1,50 @@
+"""Random numbers of the model that belong to a sample and not to a batch: a counter-based hash on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from d2s.model.config import ModelConfig
+
+
+def _wrapped(value: int) -> int:
+    """A 64-bit number as the signed integer with the same bits, which is what torch can hold."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GOLDEN = _wrapped(0x9E3779B97F4A7C15)
+_FIRST = _wrapped(0xBF58476D1CE4E5B9)
+_SECOND = _wrapped(0x94D049BB133111EB)
+
+
+def _right(value: Tensor, by: int) -> Tensor:
+    """Logical shift to the right: torch's own carries the sign along."""
+    return (value >> by) & ((1 << (64 - by)) - 1)
+
+
+def mix(value: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64 tensors, bit for bit (Steele, Lea, Flood, OOPSLA 2014)."""
+    value = (value ^ _right(value, 30)) * _FIRST
+    value = (value ^ _right(value, 27)) * _SECOND
+    return value ^ _right(value, 31)
+
+
+def uniforms(seeds: Tensor, count: int) -> Tensor:
+    """Numbers in [0, 1): (B, count) float64, row b a function of seeds[b] (int64) alone."""
+    counter = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64)
+    bits = mix(seeds[:, None] + counter * _GOLDEN)
+    return _right(bits, 11).double() * 2.0**-53
+
+
+def kept_tokens(seeds: Tensor, tokens: int, config: ModelConfig) -> Tensor:
+    """Size augmentation: which tokens of each image stay, (B, tokens) bool.
+
+    A share `token_dropout` of the images loses each token with a rate drawn between `token_dropout_min` and
+    `token_dropout_max`; the others lose none. One token always stays.
+    """
+    draws = uniforms(seeds, tokens + 2)
+    touched, rate, each = draws[:, :1], draws[:, 1:2], draws[:, 2:]
+    rate = config.token_dropout_min + (config.token_dropout_max - config.token_dropout_min) * rate
+    kept = (touched >= config.token_dropout) | (each >= rate)
+    return kept | (each == each.amax(1, keepdim=True))

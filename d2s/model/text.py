@@ -1,0 +1,72 @@
+"""From word pieces to a text embedding and the word features that the decoder reads."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from d2s.model.config import ModelConfig
+from d2s.model.gpo import GPO
+from d2s.model.norms import WordBatchNorm
+from d2s.model.towers import build_tower, tower_width
+
+
+class WordMLP(nn.Module):
+    """hidden -> D/2, norm, ReLU, -> D, over the real words of a batch."""
+
+    def __init__(self, hidden: int, config: ModelConfig) -> None:
+        super().__init__()
+        half = config.width // 2
+        self.inner = nn.Linear(hidden, half)
+        batch = config.text_mlp_norm == "batch"
+        self.norm = WordBatchNorm(half) if batch else nn.LayerNorm(half)
+        self.outer = nn.Linear(half, config.width)
+        self.pads = batch and config.compat_batch_norm
+        if self.pads:
+            self.norm.across_workers = False
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Map hidden (B, L, H) to (B, L, D). mask (B, L) says which words are real."""
+        inner = self.inner(hidden)
+        flat = inner.flatten(0, 1)
+        if self.pads or not (self.training and isinstance(self.norm, WordBatchNorm)):
+            normed = self.norm(flat)
+        else:
+            real = mask.flatten().nonzero().squeeze(1)
+            normed = torch.zeros_like(flat).index_copy(0, real, self.norm(flat[real]).to(flat.dtype))
+        return self.outer(torch.relu(normed).view_as(inner))
+
+
+class TextEncoder(nn.Module):
+    """Tower, dropout, word features, pooling over the real length, LayerNorm."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int | None = None) -> None:
+        super().__init__()
+        self.frozen = config.text_encoder.freeze
+        changes = {} if vocab_size is None else {"vocab_size": vocab_size}
+        self.tower = build_tower(config.text_encoder, "text", **changes)
+        hidden = tower_width(self.tower)
+        self.dropout = nn.Dropout(config.text_dropout)
+        self.linear = nn.Linear(hidden, config.width)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.mlp = WordMLP(hidden, config)
+        self.pool = GPO(config.gpo_width, config.gpo_temperature)
+        self.norm = nn.LayerNorm(config.width) if config.text_norm else nn.Identity()
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Set the mode; a frozen tower stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.tower.eval()
+        return self
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Text embedding t (B, D), not of unit length, and word features (B, L, D) of ids (B, L)."""
+        with torch.no_grad() if self.frozen else nullcontext():
+            hidden = self.tower(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        hidden = self.dropout(hidden)
+        words = self.linear(hidden) + self.mlp(hidden, mask)
+        return self.norm(self.pool(words, mask)), words

@@ -1,0 +1,74 @@
+"""Tokenizers: the one that belongs to a text tower, or a vocabulary of words made from captions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from d2s.model.config import TowerConfig
+from d2s.model.towers import locate, one_line
+
+WORDS = "words"
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def build_word_tokenizer(
+    captions: Iterable[str], *, min_count: int = 2, max_words: int = 30_000
+) -> PreTrainedTokenizerFast:
+    """A lower-case word tokenizer for text towers with random weights; the same captions give the same one.
+
+    Words that occur `min_count` times or more, the most frequent `max_words` of them, are one piece each; any
+    other word falls back to its characters (the first bare, the others with `##`), and only a character that no
+    caption has becomes [UNK].
+    Raises ValueError where there is no caption with a word in it.
+    """
+    normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.StripAccents()]
+    )
+    splitter = pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+    if not counts:
+        raise ValueError("captions=[]: no words to build a tokenizer from, give it the training captions")
+    characters = sorted({character for word in counts for character in word})
+    frequent = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
+    pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters), *frequent[:max_words]]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    return _word_piece(vocabulary, normalizer, splitter)
+
+
+def _word_piece(
+    vocabulary: dict[str, int], normalizer: normalizers.Normalizer, splitter: pre_tokenizers.PreTokenizer
+) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = splitter
+    backend.decoder = decoders.WordPiece(prefix="##")
+    cls, sep = vocabulary["[CLS]"], vocabulary["[SEP]"]
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **dict(zip(names, SPECIAL, strict=True)))
+
+
+def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that the text tower names. Raises ValueError where there is none to be had."""
+    name = tower.tokenizer or tower.name
+    if name is None or name == WORDS:
+        raise ValueError(
+            f"text_encoder.tokenizer={tower.tokenizer!r}: hand D2SModel a tokenizer, for instance "
+            "build_word_tokenizer(captions), or name one"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text_encoder.tokenizer={name!r}: {one_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        # Texts of different lengths need padding; the mask keeps it out of every result.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer

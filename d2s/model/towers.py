@@ -1,0 +1,182 @@
+"""Towers: encoders of Hugging Face, by name, by folder, from inside a package, or from random weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from d2s.model.config import TowerConfig
+from d2s.model.norms import across_workers
+
+PACKAGE = "package:"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no list of unused heads while transformers loads weights."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def locate(name: str) -> str:
+    """Turn `package:<module>/<folder>` into the folder's path; other names are returned as they are.
+
+    Raises ValueError where the package is not installed or has no such folder.
+    """
+    if not name.startswith(PACKAGE):
+        return name
+    module, _, folder = name.removeprefix(PACKAGE).partition("/")
+    spec = find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"tower name {name!r}: package {module!r} is not installed, install it with pip")
+    path = Path(spec.submodule_search_locations[0], folder)
+    if not path.is_dir():
+        raise ValueError(f"tower name {name!r}: the package has no folder {folder!r}")
+    return str(path)
+
+
+def _base_config(tower: TowerConfig) -> PreTrainedConfig:
+    if tower.config is not None:
+        fields = {key: value for key, value in tower.config.items() if key != "model_type"}
+        try:
+            return AutoConfig.for_model(tower.config["model_type"], **fields)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"tower.config: {one_line(error)}") from error
+    try:
+        return AutoConfig.from_pretrained(locate(tower.name))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tower name {tower.name!r}: not a folder, and not to be had from the hub ({one_line(error)})"
+        ) from error
+
+
+def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
+    """The full Hugging Face configuration of a tower.
+
+    `changes` (image_size, vocab_size) are made where the configuration has such a field and the weights are
+    random. Raises ValueError on an unknown name, model type or field.
+    """
+    config = _base_config(tower)
+    if tower.layers is not None:
+        have = getattr(config, "num_hidden_layers", None)
+        if have is None or tower.layers > have:
+            raise ValueError(f"tower.layers={tower.layers!r}: {config.model_type} has {have} layers to keep")
+        config.num_hidden_layers = tower.layers
+    if tower.name is None or not tower.pretrained:
+        for key, value in changes.items():
+            if hasattr(config, key):
+                setattr(config, key, value)
+    return config
+
+
+def _part(model: nn.Module, kind: str) -> nn.Module:
+    """The tower itself: one half of a two-tower model (CLIP, SigLIP), or the encoder of an encoder-decoder."""
+    half = getattr(model, f"{kind}_model", None)
+    if isinstance(half, nn.Module) and hasattr(model, "logit_scale"):
+        return half
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder()
+    return model
+
+
+def _without_unused(model: nn.Module) -> nn.Module:
+    """Take out what the tokens do not pass through: parameters that get no gradient trouble the optimizer."""
+    pooler = getattr(model, "pooler", None)
+    if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
+        model.pooler = None
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token"):
+            parameter.requires_grad_(False)
+    return model
+
+
+def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedModel:
+    """Build the encoder that `tower` describes; `kind` is "vision" or "text". See `tower_config` for changes.
+
+    A pretrained vision tower is brought to `changes["image_size"]` by resizing its position embeddings.
+    Raises ValueError on an unknown name, model type or field.
+    """
+    config = tower_config(tower, **changes)
+    with quiet():
+        if tower.name is not None and tower.pretrained:
+            try:
+                model = AutoModel.from_pretrained(locate(tower.name), config=config)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"tower name {tower.name!r}: {one_line(error)}") from error
+        else:
+            model = AutoModel.from_config(config)
+    model = _part(model, kind)
+    if kind == "vision":
+        model = across_workers(at_size(model, changes["image_size"]))
+    model = _without_unused(model)
+    if tower.freeze:
+        model.requires_grad_(False)
+    return model
+
+
+def at_size(model: PreTrainedModel, size: int) -> PreTrainedModel:
+    """The same tower for square images of `size` pixels: position embeddings are resized (bicubic), once."""
+    before = getattr(model.config, "image_size", None)
+    if before is None or before in (size, [size, size], (size, size)):
+        return model
+    config = type(model.config).from_dict({**model.config.to_dict(), "image_size": size})
+    resized = type(model)(config)
+    shapes = {name: value.shape for name, value in resized.state_dict().items()}
+    state = model.state_dict()
+    for name, value in state.items():
+        if value.shape != shapes[name]:
+            state[name] = resize_positions(value, shapes[name][-2])
+    resized.load_state_dict(state)
+    return resized.to(next(model.parameters()).dtype)
+
+
+def resize_positions(table: Tensor, count: int) -> Tensor:
+    """Resize position embeddings (..., n, C) of a square grid behind a few extra tokens (CLS) to `count` rows."""
+    rows, channels = table.shape[-2:]
+    old, new = int(rows**0.5), int(count**0.5)
+    extra = rows - old * old
+    if count - new * new != extra:
+        raise ValueError(f"position embeddings: {rows} cannot be brought to {count}, neither grid is square")
+    flat = table.reshape(rows, channels)
+    grid = flat[extra:].view(1, old, old, channels).movedim(3, 1)
+    grid = nn.functional.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
+    grid = grid.movedim(1, 3).reshape(new * new, channels).to(table.dtype)
+    return torch.cat([flat[:extra], grid]).view(*table.shape[:-2], count, channels)
+
+
+def tower_width(model: PreTrainedModel) -> int:
+    """Width C of the tokens that a tower gives."""
+    config = model.config
+    sizes = getattr(config, "hidden_sizes", None) or getattr(config, "channels", None)
+    width = sizes[-1] if isinstance(sizes, (list, tuple)) else getattr(config, "hidden_size", None)
+    if width is None:
+        raise ValueError(
+            f"tower.config.model_type={config.model_type!r}: does not tell the width of its tokens"
+        )
+    return int(width)
+
+
+def wants_interpolation(model: nn.Module) -> bool:
+    """Whether the tower's forward has to be asked to fit its position embeddings to the image."""
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
