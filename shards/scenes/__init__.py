@@ -1,20 +1,22 @@
 """A procedural data set: pictures of simple objects with five sparse captions and a dense one each.
 
-It exists for the demo, the tests and the ablation: no downloads, and every property of the data can be measured,
-because a caption is worded from claims whose truth can be checked (`d2s.shards.scenes.claims`).
+It exists for the demo, the tests and the ablation: no downloads, and every property of the data can be
+measured, because a caption is worded from claims whose truth can be checked (`d2s.shards.scenes.claims`).
 
-A scene has four to six objects (shape, colour, texture, size, place, relation) on a background. The dense caption
-names them all; a sparse caption is a view of that: one or two objects with some of their attributes, or the number
-of objects alike, or an object and the background. How the world is made decides what can be learned from it:
+A scene has four to six objects (shape, colour, texture, size, place, relation) on a background. The dense
+caption names them all; a sparse caption is a view of that: one or two objects with some of their attributes,
+or the number of objects alike, or an object and the background. How the world is made decides what can be
+learned from it:
 
-- *Families of look-alikes.* Five scenes with neighbouring numbers share theme, background and most objects, and
-  differ by one or two edits. A sparse caption is often true of several of them, the dense caption of one.
-- *Themes.* Backgrounds, objects, their attributes and their company go together (a dark sky, a yellow crescent,
-  white stars). So what a sparse caption says tells something about what it leaves out; without that, nothing
-  could be learned by predicting the dense embedding from the sparse caption.
+- *Families of look-alikes.* Five scenes with neighbouring numbers share theme, background and most objects,
+  and differ by one or two edits. A sparse caption is often true of several, the dense caption of one.
+- *Themes.* Backgrounds, objects, their attributes and their company go together (a dark sky, a yellow
+  crescent, white stars). So what a sparse caption says tells something about what it leaves out; without
+  that, nothing could be learned by predicting the dense embedding from the sparse caption.
 - *Points of view.* The five captions of an image take turns over its objects, so they overlap little.
 
-The knobs are constants at the head of `world` (how look-alike, how regular) and `captions` (how much is said).
+The knobs are constants at the head of `world` (how look-alike, how regular) and of `captions` (how much is
+said).
 
 Left and right matter in the captions: train without horizontal flips, and with little cropping.
 """
@@ -83,7 +85,7 @@ class SceneEntry:
 def scene(number: int, seed: int, size: int) -> Scene:
     """Scene `number` of the world `seed`, to be drawn at `size` x `size` pixels.
 
-    A function of its arguments alone, in any order and any process; objects and captions do not depend on `size`.
+    A function of its arguments alone, in any order and process; `size` changes neither objects nor captions.
 
     Raises:
         ValueError: if the number is negative or the size is below 16 pixels.
@@ -106,8 +108,8 @@ def scene(number: int, seed: int, size: int) -> Scene:
 def plan(counts: dict[str, int], seed: int, size: int) -> Iterator[SceneEntry]:
     """The scenes of a data set, split by split.
 
-    Each split has a range of numbers of its own that starts with a new family. So no family lies in two splits,
-    and a larger training split leaves val and test as they were.
+    Each split has a range of numbers of its own that starts with a new family. So no family lies in two
+    splits, and a larger training split leaves val and test as they were.
 
     Args:
         counts: scenes wanted in each of "train", "val" and "test".

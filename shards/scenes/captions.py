@@ -1,8 +1,8 @@
 """Captions of a scene: five sparse ones, each from a point of view, and a dense one about everything.
 
-A caption is drawn in two steps: first what it says (claims, `d2s.shards.scenes.claims`), then how (templates and
-synonyms). What a sparse caption leaves out is drawn attribute by attribute with the probabilities in `SAID`:
-raising them makes captions more telling and retrieval easier.
+A caption is drawn in two steps: first what it says (claims, `d2s.shards.scenes.claims`), then how (templates
+and synonyms). What a sparse caption leaves out is drawn attribute by attribute with the probabilities in
+`SAID`: raising them makes captions more telling and retrieval easier.
 """
 
 import random
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from d2s.shards.scenes.claims import Both, Claim, Ground, Number, Pattern, Some, related
 from d2s.shards.scenes.world import Content, Thing, pick, shuffled
 
-SAID = {"shape": 0.85, "colour": 0.65, "texture": 0.3, "size": 0.25}
+SAID = {"shape": 0.9, "colour": 0.75, "texture": 0.35, "size": 0.35}
 """Probability that a sparse caption says an attribute of an object that it mentions."""
 SPARSE_WORDS = (8, 14)
 VIEWS = ("place", "ground", "relation", "relation", "count")
@@ -116,13 +116,13 @@ def _name(rng: random.Random, pattern: Pattern, plural: bool = False) -> str:
     return " ".join(words)
 
 
-def _partial(rng: random.Random, thing: Thing) -> Pattern:
-    """Some of the thing's attributes; never neither shape nor colour. A plain texture is rarely worth a word."""
+def _partial(rng: random.Random, thing: Thing, least: int = 1) -> Pattern:
+    """At least so many attributes, shape or colour among them; a plain texture is rarely worth a word."""
     while True:
         said = {name: rng.random() < chance for name, chance in SAID.items()}
         if thing.texture == "plain":
             said["texture"] = said["texture"] and rng.random() < 0.2
-        if said["shape"] or said["colour"]:
+        if (said["shape"] or said["colour"]) and sum(said.values()) >= least:
             return Pattern(**{name: getattr(thing, name) for name, yes in said.items() if yes})
 
 
@@ -148,7 +148,7 @@ def _worded(rng: random.Random, scene: Content, thing: Thing, view: str) -> Capt
 
 
 def _place(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    pattern = _partial(rng, thing)
+    pattern = _partial(rng, thing, least=2)
     name = _a(_name(rng, pattern))
     side = rng.random()
     if side < 0.5:
@@ -172,7 +172,7 @@ def _place(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _ground(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    pattern = _partial(rng, thing)
+    pattern = _partial(rng, thing, least=2)
     name, where = _a(_name(rng, pattern)), pick(rng, GROUNDS[scene.background])
     text = pick(
         rng,
@@ -213,7 +213,7 @@ def _relation(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _count(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """How many objects share something, preferably with the one whose turn it is."""
+    """How many objects share something, preferably with the one whose turn it is, and another fact."""
     groups = []
     for name in ("colour", "shape", "texture", "size"):
         for value in sorted({getattr(other, name) for other in scene.things}):
@@ -226,26 +226,30 @@ def _count(rng: random.Random, scene: Content, thing: Thing) -> Caption:
     if not telling:
         return _ground(rng, scene, thing)
     pattern, things = pick(rng, telling)
-    number, name = NUMBERS[len(things)], _name(rng, pattern, plural=True)
-    where = pick(rng, GROUNDS[scene.background])
+    name = f"{NUMBERS[len(things)]} {_name(rng, pattern, plural=True)}"
     claims: tuple[Claim, ...] = (Number(pattern, len(things)),)
     if rng.random() < 0.5:
-        text = pick(rng, (f"{number} {name} can be seen {where}", f"there are {number} {name} {where}"))
-        claims = (*claims, Ground(scene.background))
-    else:
+        where = pick(rng, GROUNDS[scene.background])
         text = pick(
-            rng,
-            (
-                f"{pick(rng, PICTURE)} shows exactly {number} {name} among other things",
-                f"there are {number} {name} in {pick(rng, PICTURE)}",
-                f"you can count {number} {name} in {pick(rng, PICTURE)}",
-            ),
+            rng, (f"{name} can be seen {where}", f"there are {name} {where}", f"{where} there are {name}")
         )
-    return Caption(_sentence(text), claims, things)
+        return Caption(_sentence(text), (*claims, Ground(scene.background)), things)
+    other = pick(rng, [other for other in scene.things if other not in things])
+    extra = _partial(rng, other)
+    one, whole = _a(_name(rng, extra)), pick(rng, PICTURE)
+    text = pick(
+        rng,
+        (
+            f"{whole} shows {name} and {one}",
+            f"there are {name} and also {one}",
+            f"{one} and {name} lie in {whole}",
+        ),
+    )
+    return Caption(_sentence(text), (*claims, Some(extra)), (*things, other))
 
 
 def dense(scene: Content, rng: random.Random) -> Caption:
-    """Everything: the background, how many objects, each with all its attributes and place, and some relations."""
+    """Everything: the background, the number of objects, attributes and place of each, what covers what."""
     number = NUMBERS[len(scene.things)]
     where = pick(rng, GROUNDS[scene.background])
     opening = pick(

@@ -77,7 +77,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Both:
-    """There are two different things, one fitting each pattern; with a relation, the first stands so to the second."""
+    """There are two things, one fitting each pattern; with a relation, the first stands so to the second."""
 
     first: Pattern
     second: Pattern
@@ -97,8 +97,8 @@ class Both:
 def related(a: Thing, relation: str, b: Thing) -> bool:
     """Whether `a` stands in the relation (one of `RELATIONS`) to `b`, judged by their places on the grid.
 
-    Left, right, above and below ask for the same row or column; beside, for neighbours in a row. Of two things
-    at one place the small one is in front, and no other relation holds between them.
+    Left, right, above and below ask for the same row or column; beside, for neighbours in a row. Of two
+    things at one place the small one is in front, and no other relation holds between them.
     """
     if a.cell == b.cell:
         return relation == {"small": "front", "large": "behind"}.get(a.size) and a.size != b.size

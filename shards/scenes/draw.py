@@ -1,9 +1,9 @@
 """Pixels of a scene: a background at the final size, and each object on a patch of its own.
 
-An object is drawn `SUPER` times larger as polygons filled with a texture, scaled down with its mask, and pasted.
-So its edges are smooth, and the cost does not grow with the empty part of the picture. The jitter of places,
-angles and shades is drawn from `random.Random` (see `d2s.shards.scenes.world`); backgrounds use numpy's frozen
-`RandomState` stream and integer noise, so that pictures do not change with numpy's version.
+An object is drawn `SUPER` times larger as polygons filled with a texture, scaled down with its mask, and
+pasted. So its edges are smooth, and the empty part of the picture costs nothing. The jitter of places, angles
+and shades is drawn from `random.Random` (see `d2s.shards.scenes.world`); backgrounds use the frozen stream of
+numpy's `RandomState`, so that pictures do not change with numpy's version.
 """
 
 import math
