@@ -1,0 +1,101 @@
+"""Checkpoints: complete or invisible, newest complete one found by itself.
+
+    checkpoints/step-00000120/    the engine's own files, then `complete.json`, the marker, written last
+    checkpoints/.step-00000120/   being written, or left behind by a killed process; never read
+    best/, last/                  D2SModel folders (safetensors), for use and evaluation
+
+A checkpoint is written under a hidden name, synced to disk, marked, and renamed; only then are old ones removed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+MARKER = "complete.json"
+_TAG = "engine"
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flushes every file below `folder`, and the folders themselves, to disk."""
+    for root, _, files in os.walk(folder):
+        for name in [*files, "."]:
+            handle = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON atomically: the old content or the new, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fills a new folder with `write` and puts it in the place of `folder`."""
+    fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    write(fresh)
+    fsync_tree(fresh)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    complete = [path for path in (run / "checkpoints").glob("step-*") if (path / MARKER).is_file()]
+    return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def save(run: Path, step: int, state: dict, save_engine: Callable[..., object], *, is_main: bool,
+         barrier: Callable[[], None], keep: int) -> None:  # fmt: skip
+    """Writes checkpoint `step` of a run, on all workers together, and keeps the newest `keep`.
+
+    state: JSON-serialisable; save_engine(folder, tag=...): writes this worker's share of the engine.
+    """
+    final = run / "checkpoints" / f"step-{step:08d}"
+    hidden = final.with_name(f".{final.name}")
+    if is_main:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+    barrier()
+    save_engine(str(hidden), tag=_TAG)
+    barrier()
+    if is_main:
+        fsync_tree(hidden)
+        write_json(hidden / MARKER, state)
+        shutil.rmtree(final, ignore_errors=True)
+        hidden.rename(final)
+        _prune(final.parent, keep)
+    barrier()
+
+
+def load(checkpoint: Path, load_engine: Callable[..., object]) -> dict:
+    """Restores the engine from a complete checkpoint and returns its state.
+
+    Raises ValueError where the engine finds nothing to load.
+    """
+    path, _ = load_engine(str(checkpoint), tag=_TAG)
+    if path is None:
+        raise ValueError(
+            f"{checkpoint}: the engine's files are missing; remove this folder to use an older one"
+        )
+    return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+
+
+def _prune(folder: Path, keep: int) -> None:
+    steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    for path in [*steps[:-keep], *folder.glob(".step-*")]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,140 @@
+"""What a run says: metrics.jsonl (the source of truth), TensorBoard, W&B if asked for, and the screen.
+
+Only the first worker writes. On a terminal one line is redrawn; elsewhere plain lines appear, so that a batch
+system's log stays readable.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class RunLog:
+    """Appends rows to `run`/metrics.jsonl and mirrors their numbers to TensorBoard and, if asked, W&B.
+
+    is_main: on all other workers every call does nothing. resume_step: rows after this step are dropped first,
+    since a resumed run will write them again.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        is_main: bool,
+        resume_step: int | None,
+        total_steps: int,
+        wandb_project: str = "",
+    ) -> None:
+        self._is_main = is_main
+        self._line = ProgressLine(total_steps)
+        if not is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = run / "metrics.jsonl"
+        if resume_step is not None:
+            _drop_after(self._path, resume_step)
+        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step)
+        self._wandb = _start_wandb(wandb_project, run) if wandb_project else None
+
+    def row(self, kind: str, step: int, values: dict[str, object]) -> None:
+        """Writes one row: {"kind", "step", ...values}; numbers (also in lists) go to TensorBoard."""
+        if not self._is_main:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        scalars = {
+            f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)
+        }
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        if self._is_main:
+            self._line.show(step, values)
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own, above the progress line; all workers may speak."""
+        self._line.clear()
+        print(text, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._line.clear()
+        if not self._is_main:
+            return
+        self._file.close()
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(kind is not None))
+
+
+class ProgressLine:
+    """Loss, learning rate, samples/s and time left, from the rate since this process started."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._terminal = sys.stdout.isatty()
+        self._start: tuple[int, float] | None = None
+        self._drawn = False
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (step, now)
+        steps, seconds = step - self._start[0], now - self._start[1]
+        left = f"{clock(seconds / steps * (self._total - step))} left" if steps else "measuring the rate"
+        text = (
+            f"step {step}/{self._total}  epoch {values['epoch']:.2f}  loss {values['loss']:.3f}  "
+            f"lr {values['lr']:.2e}  {values['samples_per_s']:.0f} samples/s  {left}"
+        )
+        if self._terminal:
+            print(f"\r\x1b[2K{text}", end="", flush=True)
+            self._drawn = True
+        else:
+            print(text, flush=True)
+
+    def clear(self) -> None:
+        if self._drawn:
+            print("\r\x1b[2K", end="", flush=True)
+            self._drawn = False
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def read_rows(run: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [row for row in read_rows(path.parent) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _start_wandb(project: str, run: Path) -> object:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "log.wandb is set but wandb is not installed: pip install wandb, or unset it"
+        ) from error
+    return wandb.init(project=project, name=run.name, dir=str(run))

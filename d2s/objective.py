@@ -1,0 +1,176 @@
+"""What is minimised: alignment of images with captions, plus distillation of the dense caption's embedding.
+
+Every term is a sum over the global batch of N pairs, and the total is stated at a reference batch of 128, the
+paper's:
+
+    loss = 128 / N * (align_weight * align + distill_weight / 128 * distill)
+
+so that at N = 128 it is the paper's `align + distill` (a sum and a mean), and the ratio of the two terms and
+the meaning of a clipping norm stay the same at any batch size and any number of workers.
+
+Each worker computes its share (its rows against the gathered columns); the shares add up to the loss, and the
+gathered rows carry gradient. An engine that averages gradients over W workers therefore needs W times the
+share.
+"""
+
+from dataclasses import dataclass
+from math import log
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from d2s.distributed import all_gather, gather_rows
+from d2s.kernels import functional as F
+
+REFERENCE_BATCH = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The terms of the objective and their weights, stated at a batch of 128 pairs."""
+
+    align: Literal["hinge", "infonce", "sigmoid"] = "hinge"
+    """The alignment loss: VSE++ hinge, symmetric InfoNCE, or SigLIP's sigmoid."""
+    align_weight: float = 1.0
+    """Weight of the alignment term; 0 leaves it out."""
+    margin: float = 0.2
+    """Margin of the hinge, in cosine similarity."""
+    warmup_epochs: float = 1.0
+    """Epochs of the hinge's sum form, its weight rising from 0 to 1; then the hardest negative alone."""
+    logit_scale: float = 14.2857
+    """Initial inverse temperature of InfoNCE and sigmoid; learned."""
+    max_logit_scale: float = 100.0
+    """Upper bound of the learned inverse temperature."""
+    logit_bias: float = -10.0
+    """Initial bias of the sigmoid loss; learned."""
+    distill: Literal["cosine", "l1", "l2", "relational"] = "cosine"
+    """How the sparse caption's embedding is drawn to the frozen dense caption's embedding."""
+    distill_weight: float = 0.0
+    """Weight of the distillation term; 0 leaves it out, and then no teacher is needed."""
+    distill_temperature: float = 0.05
+    """Temperature of the similarity rows in relational distillation."""
+    teacher: Literal["cached", "online"] = "cached"
+    """Teacher embeddings of the training split are computed once and stored in the run, or at every step."""
+    teacher_train_mode: bool = False
+    """As the authors' release: the online teacher keeps its dropout on and its BatchNorm drifting."""
+
+    def __post_init__(self) -> None:
+        for name in ("align_weight", "distill_weight", "warmup_epochs", "margin"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}: it must be 0 or more")
+        for name in ("logit_scale", "distill_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}: it must be above 0")
+        if self.teacher_train_mode and self.teacher == "cached":
+            raise ValueError("loss.teacher_train_mode is on with loss.teacher 'cached': set it to 'online'")
+        if self.logit_scale > self.max_logit_scale:
+            raise ValueError(
+                f"loss.logit_scale {self.logit_scale} is above loss.max_logit_scale {self.max_logit_scale}"
+            )
+        if not (self.align_weight or self.distill_weight):
+            raise ValueError("loss.align_weight and loss.distill_weight are both 0: nothing would be learned")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """This worker's share of the total (0-dim, with gradient) and of its terms (0-dim, detached)."""
+
+    total: Tensor
+    align: Tensor
+    distill: Tensor
+
+
+class Objective(nn.Module):
+    """The loss of `config`, with its temperature and bias (of shape (1,): DeepSpeed fails on 0-dim ones)."""
+
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.align in ("infonce", "sigmoid"):
+            self.log_scale = nn.Parameter(torch.tensor([log(config.logit_scale)]))
+        if config.align == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias]))
+
+    def scale(self) -> Tensor:
+        """The inverse temperature, shape (1,), bounded above."""
+        return self.log_scale.clamp(max=log(self.config.max_logit_scale)).exp()
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_ids: Tensor,
+        *,
+        warmup: float = 1.0,
+        teacher: Tensor | None = None,
+    ) -> Losses:
+        """This worker's share of the loss.
+
+        image, text: (B, D), L2-normalised, the local rows, pair i in row i. image_ids: (B,) int64. warmup:
+        how far the sum form of the hinge has come, in [0, 1]; from 1 on the hardest negative alone counts.
+        teacher: (B, D), the frozen embedding of each pair's dense caption; needed where distill_weight > 0.
+        """
+        image, text = image.float(), text.float()
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        pairs = image.shape[0] * world
+        zero = text.new_zeros(())
+        align = self._align(image, text, image_ids, warmup) if self.config.align_weight else zero
+        distill = zero
+        if self.config.distill_weight:
+            assert teacher is not None, "distillation without teacher embeddings"
+            distill = self._distill(text, teacher.float())
+        total = REFERENCE_BATCH / pairs * self.config.align_weight * align
+        total = total + self.config.distill_weight / pairs * distill
+        return Losses(total, align.detach(), distill.detach())
+
+    def _align(self, image: Tensor, text: Tensor, ids: Tensor, warmup: float) -> Tensor:
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world == 1:
+            return self._align_loss(image, text, ids, None, warmup, both=True)
+        # Rows of either side against the gathered other side: both directions, each row on one worker only.
+        all_image, all_text, all_ids = gather_rows(image), gather_rows(text), all_gather(ids)
+        offset = dist.get_rank() * image.shape[0]
+        loss = self._align_loss(image, all_text, ids, all_ids, warmup, both=False, offset=offset)
+        if self.config.align == "sigmoid":
+            return loss
+        return loss + self._align_loss(text, all_image, ids, all_ids, warmup, both=False, offset=offset)
+
+    def _align_loss(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        row_ids: Tensor,
+        column_ids: Tensor | None,
+        warmup: float,
+        *,
+        both: bool,
+        offset: int = 0,
+    ) -> Tensor:
+        config = self.config
+        if config.align == "hinge":
+            hardest = warmup >= 1
+            loss = F.hinge_loss(
+                rows, columns, row_ids, column_ids,
+                margin=config.margin, hardest=hardest, offset=offset, both=both,
+            )  # fmt: skip
+            return loss if hardest else warmup * loss
+        if config.align == "infonce":
+            return F.info_nce_loss(
+                rows, columns, row_ids, column_ids, scale=self.scale(), offset=offset, both=both
+            )
+        return F.sigmoid_loss(
+            rows, columns, row_ids, column_ids, scale=self.scale(), bias=self.logit_bias, offset=offset
+        )
+
+    def _distill(self, text: Tensor, teacher: Tensor) -> Tensor:
+        if self.config.distill == "relational":
+            return F.relational_distillation(
+                text,
+                torch.nn.functional.normalize(teacher, dim=-1),
+                gather_rows(text),
+                torch.nn.functional.normalize(all_gather(teacher), dim=-1),
+                temperature=self.config.distill_temperature,
+            )
+        return F.pointwise_distillation(text, teacher, kind=self.config.distill)

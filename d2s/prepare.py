@@ -1,0 +1,273 @@
+"""From a command line to a trainer: every check first, then the long work of building.
+
+:func:`plan` reads and checks; it touches no file. :meth:`Plan.start` builds the model, the teacher's table, the
+loader and the engine, and makes the run folder.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2s import checkpoint
+from d2s.config import TrainConfig, differences, field_names, fields_of, from_dict, override, to_dict
+from d2s.data import TrainBatches
+from d2s.distributed import Workers, barrier, start_workers
+from d2s.engine import engine_settings, start_engine
+from d2s.logs import RunLog
+from d2s.model import D2SModel, Teacher, build_word_tokenizer
+from d2s.model.files import read_config
+from d2s.model.tokenizer import WORDS
+from d2s.objective import Objective
+from d2s.optim import build_optimizer
+from d2s.recipes import RECIPES
+from d2s.shards.index import ShardIndex
+from d2s.shards.manifest import read_manifest
+from d2s.shards.order import steps_per_epoch
+from d2s.teacher import teacher_table
+from d2s.text import TextPipeline
+from d2s.trainer import Trainer, TrainingModule
+
+TOWERS = ("image_encoder", "text_encoder")
+# What may change when a run is resumed: none of these alters a loss.
+RESUMABLE = ("log.", "data.loader_workers", "data.damage_budget", "engine.zero_stage", "nonfinite_limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked run: nothing in it is missing or contradictory, and nothing has been built yet."""
+
+    config: TrainConfig
+    data: Path
+    index: ShardIndex
+    run: Path | None
+    init: Path | None
+    resume_from: Path | None
+    world: int
+
+    @property
+    def captions(self) -> str:
+        """Which captions a training batch brings: the loader's word for it."""
+        if self.config.stage == "pretrain":
+            return "dense"
+        return "both" if self.config.loss.distill_weight else "sparse"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.items, self.config.batch_size)
+
+    @property
+    def items(self) -> int:
+        """What an epoch passes over: images, or image-caption pairs."""
+        if self.config.stage == "finetune" and self.config.data.sparse == "all":
+            return self.index.n_sparse_total("train")
+        return len(self.index.rows("train"))
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.max_steps or self.config.epochs * self.steps_per_epoch
+
+    def build_model(self) -> D2SModel:
+        """The model: the towers of `init` where there is one, else with the weights that the towers name."""
+        torch.manual_seed(self.config.seed)
+        settings = self.config.model
+        if self.init:
+            # The towers are those of stage 1, with all their settings but whether they learn.
+            changes = {name: getattr(settings, name) for name in field_names(settings) - {*TOWERS}}
+            saved = read_config(self.init)
+            for name in TOWERS:
+                freeze = getattr(settings, name).freeze
+                changes[name] = dataclasses.replace(getattr(saved, name), freeze=freeze)
+            return D2SModel.from_pretrained(self.init, **changes)
+        tokenizer = None
+        if settings.text_encoder.tokenizer == WORDS:
+            table = read_manifest(self.data, columns=["sparse", "dense"], split="train")
+            captions = (text for row in table.to_pylist() for text in [*row["sparse"], *row["dense"]])
+            tokenizer = build_word_tokenizer(captions)
+        return D2SModel(settings, tokenizer)
+
+    def start(self) -> Trainer:
+        """Builds everything, on all workers together, and restores the newest checkpoint when resuming."""
+        config, workers = self.config, start_workers()
+        assert self.run is not None
+        if workers.is_main:
+            self._make_run_folder()
+        barrier()
+        model = self.build_model().to(workers.device)
+        pipeline = TextPipeline(model.tokenizer, config.data.max_words_dense)
+        teacher = self._teacher(model, pipeline, workers)
+        module = TrainingModule(model, Objective(config.loss), bf16=config.engine.precision == "bf16")
+        module.to(workers.device)
+        batches = TrainBatches(
+            self.index,
+            "train",
+            config.data,
+            pipeline,
+            captions=self.captions,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=workers.rank,
+            world=workers.world,
+            dense_text=config.loss.teacher == "online",
+        )
+        backbone = [parameter for _, parameter in model.parameter_parts()["backbone"]]
+        optimizer = build_optimizer(module, backbone, config.optim)
+        settings = engine_settings(config.engine, config.batch_size // self.world, config.optim.grad_clip)
+        trainer = Trainer(
+            config=config,
+            run=self.run,
+            workers=workers,
+            index=self.index,
+            engine=start_engine(module, optimizer, settings),
+            batches=batches,
+            total_steps=self.total_steps,
+            teacher=teacher,
+            log=None,
+        )
+        if self.resume_from:
+            trainer.restore(self.resume_from)
+        trainer.log = RunLog(
+            self.run,
+            is_main=workers.is_main,
+            resume_step=trainer.step if self.resume_from else None,
+            total_steps=self.total_steps,
+            wandb_project=config.log.wandb,
+        )
+        return trainer
+
+    def _make_run_folder(self) -> None:
+        self.run.mkdir(parents=True, exist_ok=True)
+        content = {
+            "config": to_dict(self.config),
+            "data": str(self.data),
+            "init": str(self.init) if self.init else None,
+            "workers": self.world,
+            "torch": torch.__version__,
+        }
+        checkpoint.write_json(self.run / "config.json", content)
+
+    def _teacher(self, model: D2SModel, pipeline: TextPipeline, workers: Workers) -> Any:
+        """A frozen copy of the text tower as stage 1 left it, or the table of what it says."""
+        if not self.config.loss.distill_weight:
+            return None
+        teacher = Teacher(model.text_encoder, train_mode=self.config.loss.teacher_train_mode)
+        if self.config.loss.teacher == "online":
+            return teacher
+        with open(self.init / "model.safetensors", "rb") as weights:
+            digest = hashlib.file_digest(weights, "sha256").hexdigest()
+        return teacher_table(
+            self.run / "teacher",
+            teacher,
+            self.index,
+            "train",
+            pipeline,
+            workers,
+            made_from=f"weights {digest}, data {self.index.fingerprint()}",
+        )
+
+
+def plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
+    """Checks everything that a user can get wrong.
+
+    Raises ValueError, in one line that names the argument or field, the value and the remedy.
+    """
+    config = override(find_recipe(options.recipe), overrides)
+    if options.run is None and not options.dry_run:
+        raise ValueError("--run is missing: name the folder that this run writes to")
+    init = find_model(options.init) if options.init else None
+    if config.loss.distill_weight and init is None:
+        raise ValueError(
+            f"loss.distill_weight is {config.loss.distill_weight} but there is no teacher: "
+            "give --init, the run of the pretrain stage, or set the weight to 0"
+        )
+    data = _find_data(options)
+    index = ShardIndex.open(data)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    _check_data(config, index, world)
+    resume_from = None if options.dry_run else _check_run(options.run, config, resume=options.resume)
+    prepared = Plan(
+        config=config,
+        data=data,
+        index=index,
+        run=options.run,
+        init=init,
+        resume_from=resume_from,
+        world=world,
+    )
+    if config.max_steps == 0 and prepared.steps_per_epoch < 1:
+        raise ValueError(f"batch_size is {config.batch_size} but an epoch has {prepared.items} items")
+    return prepared
+
+
+def find_recipe(name: str) -> TrainConfig:
+    """The recipe's configuration. Raises ValueError with the nearest name for an unknown one."""
+    if name not in RECIPES:
+        nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.3)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "; --help lists them"
+        raise ValueError(f"there is no recipe {name!r}{hint}")
+    return dataclasses.replace(RECIPES[name](), recipe=name)
+
+
+def find_model(path: Path) -> Path:
+    """The model folder at `path`: a run's best model, or the folder itself."""
+    for candidate in (path / "best", path):
+        if (candidate / "model.safetensors").is_file():
+            return candidate
+    raise ValueError(
+        f"--init {path}: neither a run with a best/ model nor a model folder (model.safetensors)"
+    )
+
+
+def _find_data(options: argparse.Namespace) -> Path:
+    if options.data:
+        return Path(options.data)
+    for folder in (options.run if options.resume else None, options.init):
+        if folder and (folder / "config.json").is_file():
+            data = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("data")
+            if data:
+                return Path(data)
+    raise ValueError("--data is missing: name a folder made by `python -m d2s.shard build`")
+
+
+def _check_data(config: TrainConfig, index: ShardIndex, world: int) -> None:
+    for split in ("train", "val"):
+        index.rows(split)
+    needed = ["dense"] if config.stage == "pretrain" else ["sparse"]
+    if config.loss.distill_weight:
+        needed.append("dense")
+    for kind in needed:
+        missing, first = index.without("train", kind)
+        if missing:
+            raise ValueError(
+                f"{missing} images of the train split have no {kind} caption, the first is {index.keys([first])[0]}: "
+                f"stage {config.stage} needs one for each"
+            )
+    if config.batch_size % world:
+        raise ValueError(f"batch_size {config.batch_size} does not divide among {world} workers")
+
+
+def _check_run(run: Path, config: TrainConfig, *, resume: bool) -> Path | None:
+    """The checkpoint to resume from; refuses to write over an earlier run or to resume a different one."""
+    if not run.exists() or not any(run.iterdir()):
+        return None
+    if not resume:
+        raise ValueError(f"--run {run} is not empty: choose another folder, or add --resume to go on with it")
+    saved = run / "config.json"
+    if not saved.is_file():
+        raise ValueError(f"--run {run} holds no run (no config.json): choose another folder")
+    old = from_dict(json.loads(saved.read_text(encoding="utf-8"))["config"])
+    changed = [name for name in differences(old, config) if not name.startswith(RESUMABLE)]
+    if changed:
+        name = changed[0]
+        was, now = fields_of(old).get(name), fields_of(config).get(name)
+        raise ValueError(
+            f"--resume: {name} was {was!r} in {run} and is now {now!r}; keep it, or start a new run"
+        )
+    return checkpoint.newest(run)
