@@ -1,0 +1,360 @@
+"""From an index to batches: training batches by step, evaluation batches that show everything once.
+
+Step g of epoch e is a pure function of (seed, e, g, rank, world): the order names the items, the reader fetches
+them, and every random draw derives from (seed, epoch, item). An item is an (image, sparse caption) pair or an
+image; its number is what draws.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from d2s.images import CROP_DRAWS, eval_image, train_image
+from d2s.loader import Batch, DataConfig, StepLoader
+from d2s.shards import draws
+from d2s.shards.index import ShardIndex
+from d2s.shards.order import BlockPermutation, Permutation, batch_positions, steps_per_epoch
+from d2s.shards.reader import DamagedSample, Record, ShardReader
+from d2s.text import TextPipeline
+
+__all__ = ["Batch", "DataConfig", "TrainBatches", "eval_images", "eval_texts"]
+
+I64 = NDArray[np.int64]
+Captions = Literal["sparse", "dense", "both"]
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_REPLACEMENTS = 16
+
+
+class TrainBatches:
+    """The training batches of one worker.
+
+    Args:
+        index: the data set. split: the split to train on.
+        config: image, text, order and loading settings.
+        pipeline: the text pipeline.
+        captions: what to align with the images: "sparse"; "dense"; or "both": sparse captions, with a dense one
+            of the same image for the teacher.
+        batch_size: the global batch N; each worker gets N / world rows.
+        seed: of the order and of all draws.
+        rank, world: this worker and the number of workers.
+        dense_text: with "both", give the clean dense caption's tokens too; else only its number in the data set
+            (for a teacher whose embeddings are stored).
+    Attributes:
+        damaged: a line for each damaged sample that this worker met, each once.
+    Raises:
+        ValueError: an unknown or empty split, images without the captions asked for, or too large a batch.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        split: str,
+        config: DataConfig,
+        pipeline: TextPipeline,
+        *,
+        captions: Captions,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        dense_text: bool = True,
+    ) -> None:
+        if captions not in ("sparse", "dense", "both"):
+            raise ValueError(f"captions is {captions!r}: use 'sparse', 'dense' or 'both'")
+        self.items = _Items(index, split, config, captions)
+        batch_positions(0, batch_size, rank, world)
+        self.steps_per_epoch = steps_per_epoch(self.items.n, batch_size)
+        self.batch_size, self.config = batch_size, config
+        self.damaged: list[str] = []
+        self._dataset = _TrainSteps(
+            self.items, pipeline, seed=seed, batch=(batch_size, rank, world), dense_text=dense_text
+        )
+        self._loader = StepLoader(self._dataset, config.loader_workers)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches start_step .. steps_per_epoch - 1 of an epoch. A second call ends the first one's iterator.
+
+        Raises:
+            ValueError: more damaged samples than config.damage_budget.
+        """
+        for batch in self._loader.run([(epoch, step) for step in range(start_step, self.steps_per_epoch)]):
+            for note in batch.damaged:
+                if note not in self.damaged:
+                    self.damaged.append(note)
+            if len(self.damaged) > self.config.damage_budget:
+                raise ValueError(
+                    f"damage_budget is {self.config.damage_budget} but {len(self.damaged)} samples are damaged, "
+                    f"the last: {self.damaged[-1]} (see: python -m d2s.shard verify)"
+                )
+            yield batch
+
+
+class _Items:
+    """What an epoch goes through: (image, sparse caption) pairs of a split, or its images."""
+
+    def __init__(self, index: ShardIndex, split: str, config: DataConfig, captions: Captions) -> None:
+        self.index, self.split, self.config, self.captions = index, split, config, captions
+        self.rows = index.rows(split)
+        self.pairs = captions != "dense" and config.sparse == "all"
+        needed = {"sparse": ["sparse"], "dense": ["dense"], "both": ["sparse", "dense"]}[captions]
+        if self.pairs and index.n_sparse_total(split):
+            needed.remove("sparse")  # an image without one is simply in no pair
+        for kind in needed:
+            count, row = index.without(split, kind)
+            if count:
+                raise ValueError(
+                    f"captions is {captions!r} but {count} of {len(self.rows)} images of split {split!r} have no "
+                    f"{kind} caption, the first: {index.keys([row])[0]}; build the data set with them or without it"
+                )
+        self.n = index.n_sparse_total(split) if self.pairs else len(self.rows)
+
+    def order(self, seed: int, epoch: int) -> Permutation | BlockPermutation:
+        if self.config.order == "rows":
+            return Permutation(self.n, seed, epoch)
+        sizes = self.index.shard_sizes(self.split, "sparse" if self.pairs else "rows")
+        return BlockPermutation(sizes, seed, epoch, self.config.block_shards)
+
+    def rows_and_captions(self, items: I64, seed: int, epoch: int) -> tuple[I64, I64]:
+        """Global rows and sparse caption numbers (or -1) of items: (B,), (B,)."""
+        if self.pairs:
+            return self.index.pair(self.split, items)
+        rows = items + self.rows.start
+        if self.captions == "dense":
+            return rows, np.full(len(rows), -1)
+        return rows, _choose(self.index.take("n_sparse", rows), seed, epoch, items, "caption")
+
+
+def _choose(counts: I64, seed: int, epoch: int, items: I64, stream: str) -> I64:
+    """One of `counts` things for each item: int64 (B,)."""
+    return (draws.uniform(seed, epoch, items, stream)[:, 0] * counts).astype(np.int64)
+
+
+class _TrainSteps(Dataset):
+    """Maps (epoch, step) to a Batch. Lives in the worker processes."""
+
+    def __init__(
+        self,
+        items: _Items,
+        pipeline: TextPipeline,
+        *,
+        seed: int,
+        batch: tuple[int, int, int],
+        dense_text: bool,
+    ) -> None:
+        self.items, self.pipeline, self.seed, self.batch = items, pipeline, seed, batch
+        self.dense_text = dense_text
+        self.reader = ShardReader(items.index)
+        self._order: tuple[int, Permutation | BlockPermutation] | None = None
+
+    def __getitem__(self, where: tuple[int, int]) -> Batch:
+        epoch, step = where
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self.items.order(self.seed, epoch))
+        positions = batch_positions(step, *self.batch)
+        items = self._order[1](np.arange(positions.start, positions.stop))
+        rows, numbers = self.items.rows_and_captions(items, self.seed, epoch)
+        config, notes, records = self.items.config, [], []
+        images = np.empty((len(items), 3, config.image_size, config.image_size), np.uint8)
+        crops = draws.uniform(self.seed, epoch, items, "crop", CROP_DRAWS)
+        for i, item in enumerate(items):
+            place = (rows[i], numbers[i])
+            rows[i], numbers[i], record = self._sample(item, place, crops[i], epoch, images[i], notes)
+            records.append(record)
+        return self._batch(records, rows, numbers, items, images, epoch, notes)
+
+    def _sample(
+        self,
+        item: np.int64,
+        place: tuple[int, int],
+        crop: NDArray,
+        epoch: int,
+        out: NDArray,
+        notes: list[str],
+    ) -> tuple[int, int, Record]:
+        """Reads one sample, its image to `out`. A damaged one is replaced by others that `item` draws."""
+        config, (row, number), others = self.items.config, place, None
+        for attempt in range(_REPLACEMENTS):
+            try:
+                record = self.reader.record(int(row))
+                try:
+                    out[:] = train_image(
+                        record.image, config.image_size, crop, crop_min=config.crop_min, flip=config.flip
+                    )
+                except ValueError as error:
+                    raise self.reader.damaged(int(row), str(error)) from None
+                return int(row), int(number), record
+            except DamagedSample as error:
+                notes.append(str(error))
+            if others is None:
+                picks = draws.bits(self.seed, epoch, [item], "replacement", _REPLACEMENTS)[0]
+                others = (picks % np.uint64(self.items.n)).astype(np.int64)
+            rows, numbers = self.items.rows_and_captions(others[attempt : attempt + 1], self.seed, epoch)
+            row, number = rows[0], numbers[0]
+        raise ValueError(f"{_REPLACEMENTS} samples one after the other are damaged, the last: {notes[-1]}")
+
+    def _batch(
+        self,
+        records: list[Record],
+        rows: I64,
+        numbers: I64,
+        items: I64,
+        images: NDArray,
+        epoch: int,
+        notes: list[str],
+    ) -> Batch:
+        config, captions, seed = self.items.config, self.items.captions, self.seed
+        cut_before = self.pipeline.truncated
+        dense_index = np.full(len(rows), -1)
+        dense: list[str] = []
+        if captions != "sparse":
+            which = _choose(self.items.index.take("n_dense", rows), seed, epoch, items, "dense")
+            dense_index = self.items.index.take("dense_start", rows) + which
+            dense = [record.dense[j] for record, j in zip(records, which, strict=True)]
+        if captions == "dense":
+            texts, room = dense, config.max_words_dense
+            if config.dense == "sentences":
+                texts = [_some_sentences(t, seed, epoch, i) for t, i in zip(dense, items, strict=True)]
+        else:
+            texts = [record.sparse[j] for record, j in zip(records, numbers, strict=True)]
+            room = config.max_words_sparse
+        ids, mask = self.pipeline.augment(
+            texts, seed, epoch, items, word_augment=config.word_augment, max_length=room
+        )
+        dense_ids = dense_mask = None
+        if captions == "both" and self.dense_text:
+            dense_ids, dense_mask = self.pipeline.encode(dense, config.max_words_dense)
+        return Batch(
+            images=torch.from_numpy(images),
+            text_ids=ids,
+            text_mask=mask,
+            dense_ids=dense_ids,
+            dense_mask=dense_mask,
+            image_ids=torch.from_numpy(np.array([record.image_id for record in records], np.int64)),
+            samples=torch.from_numpy(rows.astype(np.int64)),
+            dense_index=torch.from_numpy(dense_index.astype(np.int64)),
+            draw_seeds=torch.from_numpy(draws.bits(seed, epoch, items, "tokens")[:, 0].astype(np.int64)),
+            damaged=notes,
+            truncated=self.pipeline.truncated - cut_before,
+        )
+
+
+def _some_sentences(text: str, seed: int, epoch: int, item: int) -> str:
+    """A random subset, of random size, of a text's sentences, in their order; at least one."""
+    sentences = _SENTENCE_END.split(text.strip())
+    if len(sentences) == 1:
+        return text
+    draw = draws.uniform(seed, epoch, [int(item)], "sentences", len(sentences) + 1)[0]
+    count = 1 + int(draw[0] * len(sentences))
+    return " ".join(sentences[i] for i in np.sort(np.argsort(draw[1:])[:count]))
+
+
+class _ImageSteps(Dataset):
+    def __init__(self, index: ShardIndex, rows: range, size: int, batch: tuple[int, int, int]) -> None:
+        self.rows, self.size, self.batch = rows, size, batch
+        self.reader = ShardReader(index)
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        numbers, valid = _slice(len(self.rows), step, *self.batch)
+        images = np.zeros((len(numbers), 3, self.size, self.size), np.uint8)
+        for i, number in enumerate(numbers[valid]):
+            row = self.rows[int(number)]
+            try:
+                images[i] = eval_image(self.reader.record(row).image, self.size)
+            except DamagedSample:
+                raise
+            except ValueError as error:
+                raise self.reader.damaged(row, str(error)) from None
+        rows = np.where(valid, numbers + self.rows.start, -1)
+        return torch.from_numpy(rows), torch.from_numpy(images), torch.from_numpy(valid)
+
+
+class _TextSteps(Dataset):
+    def __init__(
+        self,
+        index: ShardIndex,
+        split: str,
+        pipeline: TextPipeline,
+        kind: str,
+        room: int | None,
+        batch: tuple[int, int, int],
+    ) -> None:
+        self.index, self.split, self.pipeline, self.kind, self.room = index, split, pipeline, kind, room
+        self.batch = batch
+        self.total = index.total(split, kind)
+        self.reader = ShardReader(index)
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
+        numbers, valid = _slice(self.total, step, *self.batch)
+        rows, which = self.index.pair(self.split, np.minimum(numbers, self.total - 1), self.kind)
+        texts, last = [], (-1, ((), ()))
+        for row, j in zip(rows, which, strict=True):
+            if last[0] != row:
+                last = (row, self.reader.captions(int(row))[1:])
+            texts.append(last[1][self.kind == "dense"][j])
+        ids, mask = self.pipeline.encode(texts, self.room)
+        arrays = (np.where(valid, numbers, -1), np.where(valid, rows, -1), valid)
+        numbers_, rows_, valid_ = map(torch.from_numpy, arrays)
+        return numbers_, rows_, ids, mask, valid_
+
+
+def _slice(n: int, step: int, local: int, rank: int, world: int) -> tuple[I64, NDArray[np.bool_]]:
+    """Numbers 0..n-1 that a worker handles at a step (local,), and which of them exist (local,)."""
+    positions = batch_positions(step, local * world, rank, world)
+    numbers = np.arange(positions.start, positions.stop)
+    return numbers, numbers < n
+
+
+def eval_images(
+    index: ShardIndex, split: str, config: DataConfig, batch_size: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Every image of a split once, over all workers together; each worker makes the same number of steps.
+
+    Args:
+        batch_size: rows a worker and step, B.
+    Yields:
+        Global rows int64 (B,), images uint8 (B, 3, H, W), valid bool (B,): False (row -1, a black image) where
+        the split has ended.
+    Raises:
+        ValueError: no such split, or a damaged sample (an evaluation replaces none).
+    """
+    rows = index.rows(split)
+    dataset = _ImageSteps(index, rows, config.image_size, (batch_size, rank, world))
+    yield from StepLoader(dataset, config.loader_workers).run(range(-(-len(rows) // (batch_size * world))))
+
+
+def eval_texts(
+    index: ShardIndex,
+    split: str,
+    pipeline: TextPipeline,
+    kind: Literal["sparse", "dense"] = "sparse",
+    batch_size: int = 256,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    max_length: int | None = None,
+    loader_workers: int = 0,
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Every caption of a kind of a split once, over all workers together, clean; equal steps for each worker.
+
+    Args:
+        batch_size: captions a worker and step, B. max_length: positions at most, else the pipeline's.
+    Yields:
+        Caption numbers within the split int64 (B,), global image rows int64 (B,), ids int64 (B, L), mask bool
+        (B, L), valid bool (B,): False (numbers -1, some other caption's tokens) where the split has ended.
+    Raises:
+        ValueError: no such split, no captions of this kind in it, or a damaged sample.
+    """
+    if index.total(split, kind) == 0:
+        raise ValueError(
+            f"split {split!r} of {index.root} has no {kind} captions: evaluate another kind or split"
+        )
+    dataset = _TextSteps(index, split, pipeline, kind, max_length, (batch_size, rank, world))
+    yield from StepLoader(dataset, loader_workers).run(range(-(-dataset.total // (batch_size * world))))

@@ -1,0 +1,105 @@
+"""Random draws as a pure function of (seed, epoch, sample, stream): no state, no generator to save.
+
+The function, in unsigned 64-bit arithmetic that wraps (>> is the logical shift):
+
+    GAMMA        = 0x9E3779B97F4A7C15
+    mix(z)       : z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+                   z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+                   return z ^ (z >> 31)
+    absorb(h, w) = mix((h ^ mix(w)) + GAMMA)
+    name(s)      = FNV-1a, 64 bits, over the UTF-8 bytes of s
+    state        = absorb(absorb(absorb(absorb(0, name(stream)), seed), epoch), sample)
+    draw j       = mix(state + (j + 1) * GAMMA)          j = 0, 1, ...
+    uniform j    = (draw j >> 11) * 2**-53               in [0, 1)
+
+So the draws of one sample are the output of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) started at `state`,
+whose mix is Stafford's 13th variant. A twin in another array library needs `mix` and `expand` alone when it is
+handed a state: `bits(..., count=1)` of a sample may serve as such a state.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_M1 = np.uint64(0xBF58476D1CE4E5B9)
+_M2 = np.uint64(0x94D049BB133111EB)
+_S30, _S27, _S31, _S11 = (np.uint64(s) for s in (30, 27, 31, 11))
+_WORD = (1 << 64) - 1
+
+U64 = NDArray[np.uint64]
+
+
+def mix(z: U64) -> U64:
+    """The finaliser of SplitMix64, elementwise on uint64 arrays of at least one dimension."""
+    z = (z ^ (z >> _S30)) * _M1
+    z = (z ^ (z >> _S27)) * _M2
+    return z ^ (z >> _S31)
+
+
+def _words(values: ArrayLike) -> U64:
+    """Integers of any sign as uint64 (two's complement), at least one-dimensional."""
+    array = np.atleast_1d(np.asarray(values))
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"samples are of type {array.dtype}, use integers")
+    return array.astype(np.uint64, copy=False)
+
+
+def absorb(state: U64, word: U64) -> U64:
+    """Mixes one more 64-bit word into a state; see the module."""
+    return mix((state ^ mix(word)) + GAMMA)
+
+
+def name(stream: str) -> int:
+    """FNV-1a hash (64 bits) of a stream's name."""
+    value = 0xCBF29CE484222325
+    for byte in stream.encode():
+        value = ((value ^ byte) * 0x100000001B3) & _WORD
+    return value
+
+
+def states(seed: int, epoch: int, samples: ArrayLike, stream: str) -> U64:
+    """The state of each sample's stream: uint64 (n,) for n samples."""
+    state = np.zeros(1, np.uint64)
+    for word in (name(stream), seed & _WORD, epoch & _WORD):
+        state = absorb(state, np.array([word], np.uint64))
+    return absorb(state, _words(samples))
+
+
+def expand(state: U64, count: int) -> U64:
+    """The first `count` draws of each state: uint64 (n, count) from (n,)."""
+    return mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * GAMMA)
+
+
+def bits(seed: int, epoch: int, samples: ArrayLike, stream: str, count: int = 1) -> U64:
+    """64 random bits, `count` times for each sample.
+
+    Args:
+        seed: the run's seed. epoch: counted from 0. Both may be any Python integer (64 bits count).
+        samples: integers (n,): whatever numbers the things that draw.
+        stream: what the draw is for ("crop", "words", ...): streams are independent of each other.
+    Returns:
+        uint64 (n, count).
+    """
+    return expand(states(seed, epoch, samples, stream), count)
+
+
+def bits_at(seed: int, epoch: int, samples: ArrayLike, stream: str, counters: ArrayLike) -> U64:
+    """Draw number counters[i] of samples[i]: uint64 (n,). Equals bits(...)[i, counters[i]]."""
+    return mix(states(seed, epoch, samples, stream) + (_words(counters) + np.uint64(1)) * GAMMA)
+
+
+def to_uniform(random_bits: U64) -> NDArray[np.float64]:
+    """64 random bits to a float64 in [0, 1): the upper 53 bits, so every value is exact."""
+    return (random_bits >> _S11) * 2.0**-53
+
+
+def uniform(seed: int, epoch: int, samples: ArrayLike, stream: str, count: int = 1) -> NDArray[np.float64]:
+    """float64 (n, count) in [0, 1); arguments as in `bits`."""
+    return to_uniform(bits(seed, epoch, samples, stream, count))
+
+
+def uniform_at(
+    seed: int, epoch: int, samples: ArrayLike, stream: str, counters: ArrayLike
+) -> NDArray[np.float64]:
+    """float64 (n,) in [0, 1); arguments as in `bits_at`."""
+    return to_uniform(bits_at(seed, epoch, samples, stream, counters))
