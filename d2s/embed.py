@@ -110,6 +110,7 @@ def _embed_texts(
 ) -> TextSet:
     device = next(model.parameters()).device
     limit = config.max_words_sparse if kind == "sparse" else config.max_words_dense
+    limit = min(limit, model.max_words)
     pipeline = TextPipeline(model.tokenizer, limit)
     total = index.total(split, kind)
     parts, numbers, truncated = [], [], 0

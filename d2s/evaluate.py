@@ -321,8 +321,8 @@ def data_config_of(folder: Path, model: D2SModel) -> DataConfig:
     settings = folder.resolve().parent / "config.json"
     known = DataConfig()
     if settings.is_file():
-        values = read_json(settings)
-        values = values.get("data", {}) if isinstance(values, dict) else {}
+        run = read_json(settings)
+        values = run.get("config", {}).get("data", {}) if isinstance(run, dict) else {}
         kept = ("max_words_sparse", "max_words_dense", "loader_workers")
         known = replace(known, **{name: values[name] for name in kept if name in values})
     return replace(known, image_size=model.config.image_size)

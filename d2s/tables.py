@@ -19,14 +19,16 @@ CAPACITY = {
 def recall_table(rows: Sequence[tuple[str, Retrieval | None]], title: str = "", chance: bool = True) -> Table:
     """A table with one row per (name, retrieval), None for a line between groups.
 
+    i->t is image -> text, t->i is text -> image.
+
     Args:
         chance: print under each row what a random order would reach.
     """
     table = Table(title=title or None, title_justify="left", header_style="bold")
     table.add_column("", no_wrap=True)
-    for way in ("image->text", "text->image"):
+    for way in ("i->t", "t->i"):
         for k in KS:
-            table.add_column(f"{way}\nR@{k}" if k == KS[0] else f"\nR@{k}", justify="right", no_wrap=True)
+            table.add_column(f"{way}\nR@{k}", justify="right", no_wrap=True)
         table.add_column("median\nrank", justify="right")
     table.add_column("\nrSum", justify="right", style="bold")
     for name, retrieval in rows:
