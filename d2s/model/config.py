@@ -59,7 +59,7 @@ class TowerConfig(_Settings):
     layers: int | None = None
     """Keep only the first so many layers of the tower; None keeps all."""
     tokenizer: str | None = None
-    """Text towers: where the tokenizer comes from: None means `name`, "words" a vocabulary made from captions."""
+    """Text towers: where the tokenizer is; None means `name`, "words" a vocabulary made from captions."""
 
     def __post_init__(self) -> None:
         _require(
@@ -70,7 +70,7 @@ class TowerConfig(_Settings):
         )
         if self.config is not None:
             kind = self.config.get("model_type")
-            _require(isinstance(kind, str), "tower.config.model_type", kind, "name a Hugging Face model type")
+            _require(isinstance(kind, str), "tower.config.model_type", kind, "name a Hugging Face type")
         _require(
             self.layers is None or self.layers >= 1, "tower.layers", self.layers, "use 1 or more, or None"
         )

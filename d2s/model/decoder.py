@@ -53,7 +53,8 @@ class Decoder(nn.Module):
         half = {"surround": config.tokens // 2, "prefix": config.tokens, "postfix": 0}
         self.before = half[config.layout]
         self.tokens = nn.Parameter(torch.empty(config.tokens, width))
-        nn.init.normal_(self.tokens, std=0.02)
+        # Spread as wide as the word features: the prompt is their mean, so it starts small beside t.
+        nn.init.normal_(self.tokens)
         hidden = int(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)

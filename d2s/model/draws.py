@@ -1,4 +1,7 @@
-"""Random numbers of the model that belong to a sample and not to a batch: a counter-based hash on the device."""
+"""Random numbers that belong to a sample and not to its batch: a counter-based hash on the device.
+
+The twin of `expand` and `to_uniform` in `d2s.shards.draws`, bit for bit: a sample's seed is its state there.
+"""
 
 from __future__ import annotations
 

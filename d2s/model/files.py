@@ -78,7 +78,8 @@ def _download(name: str) -> Path:
         raise ValueError(f"model {name!r}: not a folder, and not to be had from the hub") from error
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path) -> ModelConfig:
+    """The settings of the saved model in `folder`. ValueError, in one line, where they are none."""
     try:
         return ModelConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
@@ -90,7 +91,7 @@ def _read_config(folder: Path) -> ModelConfig:
 def load(cls: type[D2SModel], name: str | Path, changes: dict[str, object]) -> D2SModel:
     """See `D2SModel.from_pretrained`."""
     folder = find(name)
-    config = dataclasses.replace(_read_config(folder), **changes)
+    config = dataclasses.replace(read_config(folder), **changes)
     try:
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
@@ -102,7 +103,7 @@ def load(cls: type[D2SModel], name: str | Path, changes: dict[str, object]) -> D
 
 
 def put_state(model: D2SModel, state: dict[str, Tensor], source: str) -> None:
-    """Put a public state into the model; only the decoder may be missing, and only position tables may differ.
+    """Put a public state into the model; the decoder may be missing, and position tables may differ in size.
 
     Raises ValueError naming `source` and the first key that does not fit.
     """

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from d2s.model.gru import packed_gru, shared_input_gru
+
 DIRECTIONS = ("ahead", "back")
 GRU_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -42,11 +44,11 @@ class LengthWeights(nn.Module):
                 self.register_parameter(f"{name}_{key.removesuffix('_l0')}", nn.Parameter(value.detach()))
         self.score = nn.Parameter(nn.Linear(width, 1, bias=False).weight.detach())
 
-    def _run(self, name: str, data: Tensor, batch_sizes: Tensor) -> Tensor:
-        """One direction over packed data (n, width), in the dtype of the data whatever the weights are kept in."""
+    def _gru(self, name: str, data: Tensor, counts: list[int]) -> Tensor:
+        """One direction: states (T, n, width), see `shared_input_gru`; in the dtype of the data (T, width)."""
         weights = [getattr(self, f"{name}_{key}").to(data.dtype) for key in GRU_WEIGHTS]
-        start = data.new_zeros(1, int(batch_sizes[0]), self.width)
-        return torch.gru(data, batch_sizes, start, weights, True, 1, 0.0, False, False)[0]
+        run = packed_gru if data.is_cuda else shared_input_gru
+        return run(data, counts, *weights)
 
     def forward(self, lengths: list[int]) -> Tensor:
         """Weights of distinct lengths, longest first: (len(lengths), max(lengths)), zero past the length.
@@ -56,24 +58,16 @@ class LengthWeights(nn.Module):
         assert lengths == sorted(set(lengths), reverse=True), "distinct lengths, longest first"
         assert lengths[-1] >= 1, "nothing to pool"
         dtype = torch.float64 if self.score.dtype == torch.float64 else torch.float32
-        with torch.autocast(self.score.device.type, enabled=False):
-            return self._softmax(lengths, dtype, self.score.device)
-
-    def _softmax(self, lengths: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        longest = lengths[0]
-        code = position_code(longest, self.width, device, dtype)
-        ahead = self._run("ahead", code, torch.ones(longest, dtype=torch.int64))
-        sizes = torch.tensor(lengths)
-        # Packed order: by step from the end, then by row; a row takes part while its step is inside it.
-        step = torch.arange(longest)[:, None]
-        inside = step < sizes
-        position = (sizes - 1 - step)[inside].to(device)
-        row = torch.arange(len(lengths)).expand(longest, -1)[inside].to(device)
-        back = self._run("back", code[position], inside.sum(1))
-        features = (ahead[position] + back) / 2
-        score = (features @ self.score.to(dtype).squeeze(0)) / self.temperature
-        table = score.new_full((len(lengths), longest), -torch.inf)
-        return table.index_put((row, position), score).softmax(dim=1)
+        device = self.score.device
+        with torch.autocast(device.type, enabled=False):
+            code = position_code(lengths[0], self.width, device, dtype)
+            ahead = self._gru("ahead", code, [1] * lengths[0])
+            sizes = torch.tensor(lengths)
+            inside = torch.arange(lengths[0])[:, None] < sizes
+            back = self._gru("back", code.flip(0), inside.sum(1).flip(0).tolist()).flip(0)
+            features = (ahead + back) / 2
+            score = (features @ self.score.to(dtype).squeeze(0)) / self.temperature
+            return score.masked_fill(~inside.to(device), -torch.inf).softmax(dim=0).t()
 
 
 class GPO(nn.Module):

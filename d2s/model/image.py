@@ -36,7 +36,7 @@ class ImageEncoder(nn.Module):
         return self
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to the dtype of the weights: ((x / 255) - mean) / std, computed in float32 at least."""
+        """uint8 (B, 3, H, W) as (x / 255 - mean) / std, in the dtype of the weights."""
         dtype = self.linear.weight.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         mean = torch.tensor(self.config.image_mean, dtype=wide, device=images.device).view(3, 1, 1)

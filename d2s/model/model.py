@@ -1,4 +1,4 @@
-"""The model: image tower, text tower, decoder; from tensors in training and from pictures and strings in use."""
+"""The model: image tower, text tower, decoder; for tensors in training, pictures and strings in use."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ class D2SModel(nn.Module):
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.text_encoder)
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config, len(self.tokenizer))
+        have = self.text_encoder.tower.get_input_embeddings().num_embeddings
+        if len(self.tokenizer) > have:
+            raise ValueError(
+                f"text_encoder: its tokenizer has {len(self.tokenizer)} pieces and the tower knows {have}, "
+                "name the tokenizer that belongs to it"
+            )
         self.decoder: Decoder | None = None
         if config.decoder is not None:
             self.decoder = Decoder(config.decoder, config.width, config.compat_decoder_padding)
@@ -55,18 +61,18 @@ class D2SModel(nn.Module):
 
     @property
     def max_words(self) -> int:
-        """Longest text in word pieces: the setting, or what the text tower has positions for, if that is less."""
+        """Longest text in word pieces: the setting, or what the text tower has positions for if less."""
         positions = getattr(self.text_encoder.tower.config, "max_position_embeddings", None)
         return min(self.config.max_words, positions or self.config.max_words)
 
     def forward_image(self, images: Tensor, draw_seeds: Tensor | None = None) -> Tensor:
-        """Embed uint8 images (B, 3, H, W): (B, D) of unit length. draw_seeds (B,) int64: see `ImageEncoder`."""
+        """Embed uint8 images (B, 3, H, W): (B, D) of unit length. For draw_seeds see `ImageEncoder`."""
         return self.image_encoder(images, draw_seeds)
 
     def forward_text(self, ids: Tensor, mask: Tensor, *, decoder: bool | None = None) -> TextOutput:
         """Embed word pieces ids (B, L) int64 whose real ones are where mask (B, L) bool is true.
 
-        decoder: None uses the decoder if there is one; False leaves it out; True raises ValueError without one.
+        decoder: None uses the decoder if there is one, False leaves it out, True insists on it (ValueError).
         """
         if decoder and self.decoder is None:
             raise ValueError(
@@ -149,7 +155,7 @@ class D2SModel(nn.Module):
         return coded["input_ids"], coded["attention_mask"].bool()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors, config.json and the tokenizer to `folder`, which is made if it is missing."""
+        """Write model.safetensors, config.json and the tokenizer to `folder`, made if it is missing."""
         files.save(self, Path(folder))
 
     @classmethod

@@ -79,7 +79,7 @@ class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
 
 
 def across_workers(module: nn.Module) -> nn.Module:
-    """Give every BatchNorm2d inside `module` statistics over all workers; names of weights stay. Returns it."""
+    """Give every BatchNorm2d inside `module` statistics over all workers, in place. Returns the module."""
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = MapBatchNorm

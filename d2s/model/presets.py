@@ -14,7 +14,7 @@ def vit_b16() -> TowerConfig:
 
 
 def swin_b(size: int = 224) -> TowerConfig:
-    """Swin-B, pretrained on ImageNet-22k: at 384 pixels with window 12 if `size` is 384 or more, else at 224."""
+    """Swin-B, pretrained on ImageNet-22k: at 384 pixels with window 12 from `size` 384 on, else at 224."""
     window, pixels = (12, 384) if size >= 384 else (7, 224)
     return TowerConfig(name=f"microsoft/swin-base-patch4-window{window}-{pixels}-in22k")
 
@@ -30,7 +30,7 @@ def minilm(*, freeze: bool = True, layers: int | None = None) -> TowerConfig:
 
 
 def small_resnet(widths: tuple[int, ...] = (32, 64, 128, 192)) -> TowerConfig:
-    """A ResNet of basic blocks with random weights, 1.2 million parameters; tokens are 1/32 of the image's side."""
+    """A ResNet of basic blocks with random weights; an image of S pixels gives (S / 32)^2 tokens."""
     fields = {
         "model_type": "resnet",
         "embedding_size": widths[0],

@@ -1,7 +1,7 @@
 """Names of a tower's weights: those of the installed transformers, and those of the hub's files.
 
-Releases of transformers rename modules inside; checkpoints on the hub keep the old names, and transformers maps
-between the two. A saved model uses the hub's names and so can be read by another release.
+Releases of transformers rename modules inside; checkpoints on the hub keep the old names, and transformers
+maps between the two. A saved model uses the hub's names and so can be read by another release.
 """
 
 from __future__ import annotations

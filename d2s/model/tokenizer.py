@@ -21,13 +21,11 @@ def build_word_tokenizer(
     """A lower-case word tokenizer for text towers with random weights; the same captions give the same one.
 
     Words that occur `min_count` times or more, the most frequent `max_words` of them, are one piece each; any
-    other word falls back to its characters (the first bare, the others with `##`), and only a character that no
-    caption has becomes [UNK].
+    other word is spelt by the longest pieces that fit, down to single characters (inside a word with `##`), and
+    only a word with a character that no caption has becomes [UNK].
     Raises ValueError where there is no caption with a word in it.
     """
-    normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.StripAccents()]
-    )
+    normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
     for caption in captions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -91,7 +90,7 @@ def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
 
 
 def _part(model: nn.Module, kind: str) -> nn.Module:
-    """The tower itself: one half of a two-tower model (CLIP, SigLIP), or the encoder of an encoder-decoder."""
+    """The tower itself: half of a two-tower model (CLIP, SigLIP), or the encoder of an encoder-decoder."""
     half = getattr(model, f"{kind}_model", None)
     if isinstance(half, nn.Module) and hasattr(model, "logit_scale"):
         return half
@@ -152,7 +151,7 @@ def at_size(model: PreTrainedModel, size: int) -> PreTrainedModel:
 
 
 def resize_positions(table: Tensor, count: int) -> Tensor:
-    """Resize position embeddings (..., n, C) of a square grid behind a few extra tokens (CLS) to `count` rows."""
+    """Resize position embeddings (..., n, C), a square grid behind extra tokens (CLS), to `count` rows."""
     rows, channels = table.shape[-2:]
     old, new = int(rows**0.5), int(count**0.5)
     extra = rows - old * old
@@ -171,12 +170,5 @@ def tower_width(model: PreTrainedModel) -> int:
     sizes = getattr(config, "hidden_sizes", None) or getattr(config, "channels", None)
     width = sizes[-1] if isinstance(sizes, (list, tuple)) else getattr(config, "hidden_size", None)
     if width is None:
-        raise ValueError(
-            f"tower.config.model_type={config.model_type!r}: does not tell the width of its tokens"
-        )
+        raise ValueError(f"tower.config.model_type={config.model_type!r}: it does not tell its tokens' width")
     return int(width)
-
-
-def wants_interpolation(model: nn.Module) -> bool:
-    """Whether the tower's forward has to be asked to fit its position embeddings to the image."""
-    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
