@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from d2s.shards.scenes.world import Content, Thing
 
 SUPER = 4
-DIAMETER = {"small": 0.2, "medium": 0.275, "large": 0.37}
+DIAMETER = {"small": 0.22, "medium": 0.29, "large": 0.37}
 """Width of an object as a part of the image's width."""
 CENTRES = (0.2, 0.5, 0.8)
 PALETTE = {
@@ -116,7 +116,7 @@ def _paste(picture: Image.Image, scene: Content, thing: Thing, size: int, rng: r
     in_front = thing.size == "small" and scene.crowded(thing)
     shift = 0.075 if in_front else 0.0
     x, y = (
-        CENTRES[place] + 0.035 * (2 * rng.random() - 1) + shift * (1 if rng.random() < 0.5 else -1)
+        CENTRES[place] + 0.03 * (2 * rng.random() - 1) + shift * (1 if rng.random() < 0.5 else -1)
         for place in (thing.col, thing.row)
     )
     diameter = DIAMETER[thing.size] * (0.94 + 0.12 * rng.random())
