@@ -1,0 +1,128 @@
+"""What `--dry-run` prints: the resolved configuration, parameters by part, steps, an estimate of memory."""
+
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2s.config import to_dict
+from d2s.data import TrainBatches
+from d2s.objective import Objective
+from d2s.prepare import Plan
+from d2s.text import TextPipeline
+from d2s.trainer import TrainingModule
+
+GIB = 1024**3
+_PROBE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one worker."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def describe(plan: Plan) -> str:
+    """The whole text. Builds the model on the CPU and sends a few real pairs through it."""
+    model = plan.build_model()
+    module = TrainingModule(model, Objective(plan.config.loss), bf16=plan.config.engine.precision == "bf16")
+    memory = estimate_memory(plan, module, activation_bytes(plan, module))
+    lines = [json.dumps(to_dict(plan.config), indent=2), "", _parameters(module), ""]
+    unit = "image-caption pairs" if plan.items != len(plan.index.rows("train")) else "images"
+    lines.append(
+        f"train split      {len(plan.index.rows('train')):,} images; an epoch passes over {plan.items:,} {unit}"
+    )
+    lines.append(f"steps            {plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all")
+    lines.append(
+        f"batch            {plan.config.batch_size} on {plan.world} workers, "
+        f"{plan.config.batch_size // plan.world} each"
+    )
+    lines.append("")
+    lines.append(
+        f"memory a worker  {memory.total / GIB:.2f} GiB, estimated (the allocator's slack not counted)"
+    )
+    for name in ("weights", "gradients", "optimizer", "activations"):
+        lines.append(f"  {name:<15}{getattr(memory, name) / GIB:.3f} GiB")
+    return "\n".join(lines)
+
+
+def _parameters(module: TrainingModule) -> str:
+    model = module.model
+    parts = {
+        "image tower": model.image_encoder.tower,
+        "image head": model.image_encoder,
+        "text tower": model.text_encoder.tower,
+        "text head": model.text_encoder,
+        "decoder": model.decoder,
+        "objective": module.objective,
+    }
+    lines, seen = [f"{'parameters':<17}{'all':>13}{'learned':>13}"], set()
+    for name, part in parts.items():
+        if part is None:
+            continue
+        fresh = [p for p in part.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in fresh}
+        every, learned = sum(p.numel() for p in fresh), sum(p.numel() for p in fresh if p.requires_grad)
+        lines.append(f"  {name:<15}{every:>13,}{learned:>13,}")
+    return "\n".join(lines)
+
+
+def estimate_memory(plan: Plan, module: torch.nn.Module, activations: int) -> Memory:
+    """Weights and gradients in fp32, AdamW's two moments, what ZeRO divides divided, and the activations."""
+    stage, world = plan.config.engine.zero_stage, plan.world
+    every = 4 * sum(p.numel() for p in module.parameters())
+    learned = 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    # ZeRO 1 to 3 keep an fp32 copy of the weights beside the module's own in the flat optimizer state.
+    copies = 3 if stage else 2
+    return Memory(
+        weights=every // (world if stage == 3 else 1),
+        gradients=learned // (world if stage >= 2 else 1),
+        optimizer=copies * learned // (world if stage >= 1 else 1),
+        activations=activations,
+    )
+
+
+def activation_bytes(plan: Plan, module: TrainingModule) -> int:
+    """What a worker's forward pass keeps for the backward, scaled up from a probe of a few real pairs.
+
+    Counts the storages that autograd saves, each once, the parameters left out.
+    """
+    local = plan.config.batch_size // plan.world
+    probe = min(_PROBE, len(plan.index.rows("train")))
+    config = plan.config.data
+    batches = TrainBatches(
+        plan.index,
+        "train",
+        type(config)(**{**vars(config), "loader_workers": 0}),
+        TextPipeline(module.model.tokenizer, config.max_words_dense),
+        captions="dense" if plan.captions == "dense" else "sparse",
+        batch_size=probe,
+        seed=plan.config.seed,
+    )
+    batch = next(batches.epoch(0))
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    teacher = torch.zeros(probe, plan.config.model.width) if plan.config.loss.distill_weight else None
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # The graph is kept until the count is taken, or a freed storage's address would be counted again.
+        losses = module(batch, 1.0, teacher)
+    del losses
+    return sum(saved.values()) * local // probe
