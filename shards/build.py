@@ -1,50 +1,49 @@
-"""Writes a data set: a plan, then shard after shard, then what describes them all."""
+"""Makes a data set: a plan, then shard after shard, then what describes them all."""
 
 import fcntl
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2s.shards import manifest
 from d2s.shards.dense import DenseOptions
 from d2s.shards.files import file_sha256, read_json, whole_file, write_json
+from d2s.shards.index_file import NAME as INDEX
 from d2s.shards.index_file import IndexWriter
-from d2s.shards.pictures import Picture, check
-from d2s.shards.plan import Plan, Shard, ShardSize, digest, make_plan, read_bytes
+from d2s.shards.plan import Layout, Plan, Shard, digest, make_plan
 from d2s.shards.progress import Progress, track
 from d2s.shards.sample import Entry, Faults
-from d2s.shards.tar import TarFile
-from d2s.shards.workers import map_unordered
+from d2s.shards.workers import map_ordered
+from d2s.shards.writer import SCRATCH, Work, is_done, part_path, start, write_shard
 
-SCRATCH = ".build"
 CHECKSUMS = "checksums.json"
 SIZES = "sizes.json"
 SETTINGS = "build.json"
 QUARANTINE = "quarantine.jsonl"
+SIDECAR = "captions.jsonl"
+_DESCRIPTION = (manifest.NAME, INDEX, SIZES, SETTINGS, QUARANTINE, SIDECAR)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     """What decides the bytes of a data set, besides its input."""
 
-    source: str
     resize: int | None = None
     """shrink the shorter side of larger images to so many pixels"""
     quality: int = 95
     """JPEG quality of images that are re-encoded, 1 to 100"""
-    shard_size: ShardSize = ShardSize()
-    seed: int = 0
-    """of the order within each split"""
+    layout: Layout = field(default_factory=Layout)
+    """how the images are ordered and cut into shards"""
     quarantine: bool = False
     """list and leave out bad input instead of stopping at it"""
+    decode: bool = True
+    """for tars indexed in place: False reads only the headers of the images"""
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < 16:
@@ -55,7 +54,7 @@ class BuildConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What a build has made: samples a split, shards, bytes of the tars, input that was left out."""
+    """What a build has made: samples a split, shards, bytes of the tars, and what was left out."""
 
     samples: dict[str, int]
     shards: int
@@ -64,113 +63,35 @@ class BuildReport:
     extra: int
 
 
-# One worker process writes for one build; set by its initializer.
-_writer: "ShardWriter | None" = None
-
-
-class ShardWriter:
-    """Writes single shards of a plan, in any process and any order."""
-
-    def __init__(self, out: Path, config: BuildConfig) -> None:
-        self._out, self._config = out, config
-        self._plan = Plan(out / SCRATCH)
-
-    def write(self, shard: Shard) -> None:
-        """Writes the tar, then its rows, then the marker that says that both are complete."""
-        faults = Faults(self._config.quarantine)
-        path = self._out / shard.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = []
-        with whole_file(path) as file:
-            tar = TarFile(file)
-            for entry in self._plan.entries(shard):
-                taken = self._take(entry, faults)
-                if taken is not None:
-                    rows.append(_store(tar, shard.name, *taken))
-            sha256 = tar.finish()
-        if not rows:
-            path.unlink()
-        part = part_path(self._out, shard)
-        form = manifest.schema().append(pa.field("crc32", pa.uint32()))
-        with whole_file(part) as file:
-            pq.write_table(pa.Table.from_pylist(rows, schema=form), file)
-        marker = {"samples": len(rows), "bytes": tar.size, "sha256": sha256, "faults": faults.rows}
-        write_json(part.with_suffix(".json"), marker)
-
-    def _take(self, entry: Entry, faults: Faults) -> tuple[Entry, Picture] | None:
-        if entry.number >= 0:
-            from d2s.shards.sources.scenes import draw
-
-            entry, data = draw(entry)
-        else:
-            try:
-                data = read_bytes(entry)
-            except OSError as error:
-                faults.add(entry.where, f"image {entry.path}: {error.strerror}", entry.key)
-                return None
-        try:
-            return entry, check(data, self._config.resize, self._config.quality)
-        except ValueError as error:
-            faults.add(entry.where, f"image {entry.path}: {error}", entry.key)
-            return None
-
-
-def _store(tar: TarFile, shard: str, entry: Entry, picture: Picture) -> dict:
-    import hashlib
-
-    row = {
-        "key": entry.key,
-        "image_id": entry.image_id,
-        "source_id": entry.source_id,
-        "split": entry.split,
-        "shard": shard,
-        "sha256": hashlib.sha256(picture.data).hexdigest(),
-        "width": picture.width,
-        "height": picture.height,
-        "sparse": list(entry.sparse),
-        "dense": list(entry.dense),
-    }
-    text = manifest.record(row)
-    image = tar.add(f"{entry.key}.{picture.suffix}", picture.data)
-    captions = tar.add(f"{entry.key}.json", text)
-    row.update(image_offset=image.offset, image_size=image.size)
-    row.update(json_offset=captions.offset, json_size=captions.size)
-    row["crc32"] = zlib.crc32(text, zlib.crc32(picture.data))
-    return row
-
-
-def part_path(out: Path, shard: Shard) -> Path:
-    """Where the manifest rows of one finished shard wait for the others."""
-    return out / SCRATCH / "parts" / (shard.name.removesuffix(".tar").replace("/", "-") + ".parquet")
-
-
-def _start(out: Path, config: BuildConfig) -> None:
-    global _writer
-    _writer = ShardWriter(out, config)
-
-
-def _work(shard: Shard) -> None:
-    assert _writer is not None
-    _writer.write(shard)
-
-
-def open_output(out: Path, resume: bool) -> bool:
-    """Makes the output folder ready; True if a complete data set lies there already.
-
-    Raises ValueError if something lies there that this build must not touch.
-    """
+def open_output(out: Path, resume: bool) -> None:
+    """Makes the folder of a build ready. Raises ValueError if something in it must not be touched."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, not a folder")
     held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if held and not resume:
-        hint = "; --resume continues the build that was interrupted there" if SCRATCH in held else ""
-        raise ValueError(f"--out {out}: not empty (holds {held[0]}){hint or '; choose another folder'}")
+        resumable = SCRATCH in held
+        remedy = (
+            "--resume continues the build that was interrupted there"
+            if resumable
+            else "choose another folder"
+        )
+        raise ValueError(f"--out {out}: not empty (holds {held[0]}); {remedy}")
+    if CHECKSUMS in held:
+        raise ValueError(f"--out {out}: a complete data set lies there; nothing to resume")
     if held and SCRATCH not in held:
-        if CHECKSUMS in held and SETTINGS in held:
-            return True
         raise ValueError(f"--out {out}: holds {held[0]}, but no interrupted build to resume")
-    (out / SCRATCH).mkdir(parents=True, exist_ok=True)
-    return False
+
+
+def open_in_place(folder: Path, force: bool) -> None:
+    """Refuses to describe tars a second time unless forced; then drops the old description."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    held = [name for name in (CHECKSUMS, *_DESCRIPTION) if (folder / name).exists()]
+    if CHECKSUMS in held and not force:
+        raise ValueError(f"{folder}: is indexed already; --force does it anew")
+    # The marker goes first: a half-removed description never looks complete.
+    for name in held:
+        (folder / name).unlink()
 
 
 def build(
@@ -182,40 +103,53 @@ def build(
     facts: dict | None = None,
     faults: Faults | None = None,
     workers: int = 1,
-    resume: bool = False,
 ) -> BuildReport:
-    """Builds a data set from a source's entries.
+    """Builds a data set from a source's entries; goes on with one that was interrupted in the same folder.
 
     Args:
         entries: the source, whose own faults go to `faults`.
-        facts: what build.json says about the input, beside the settings.
+        out: the folder; `open_output` or `open_in_place` has seen to it.
+        facts: what build.json is to say about the input, beside the settings.
         workers: processes; the output does not depend on it.
 
     Raises:
-        ValueError: bad input (one line), an output folder in use, or other input than the interrupted build's.
+        ValueError: bad input (one line), another build at work there, or other input than before the
+            interruption.
     """
     faults = faults or Faults(config.quarantine)
-    if open_output(out, resume):
-        raise ValueError(f"--out {out}: a complete data set lies there already; nothing to resume")
     scratch = out / SCRATCH
+    scratch.mkdir(parents=True, exist_ok=True)
     with open(scratch / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--out {out}: another build is writing there now") from None
+        settings = {"version": 1, **_settings(config), **(facts or {})}
         try:
-            plan = make_plan(
-                scratch, entries, dense=dense, shard_size=config.shard_size, seed=config.seed, faults=faults
-            )
-            settings = {"version": 1, **asdict(config), **(facts or {})}
+            plan = make_plan(scratch, entries, dense=dense, layout=config.layout, faults=faults)
             _same_build(scratch, settings)
         except ValueError:
             _leave_no_trace(out)
             raise
-        _write_shards(plan, out, config, workers)
-        report = _finish(plan, out, settings, faults)
+        _make_shards(plan, out, config, workers)
+        report = _finish(plan, out, config, settings, faults)
     shutil.rmtree(scratch)
     return report
+
+
+def _settings(config: BuildConfig) -> dict:
+    layout = config.layout
+    size = layout.shard_size
+    return {
+        "resize": config.resize,
+        "quality": config.quality,
+        "shard_size": size.samples if size.bytes is None else f"{size.bytes} bytes",
+        "seed": layout.seed,
+        "holdout": layout.holdout,
+        "in_place": layout.in_place is not None,
+        "decoded": config.decode,
+        "on_error": "quarantine" if config.quarantine else "stop",
+    }
 
 
 def _same_build(scratch: Path, settings: dict) -> None:
@@ -224,7 +158,7 @@ def _same_build(scratch: Path, settings: dict) -> None:
     now = {"settings": json.loads(json.dumps(settings)), "plan": digest(scratch)}
     if path.exists() and read_json(path) != now:
         raise ValueError(
-            f"{scratch.parent}: input or options changed since this build was interrupted; delete it"
+            f"{scratch.parent}: input or options changed since the interrupted build; build elsewhere"
         )
     write_json(path, now)
 
@@ -237,71 +171,79 @@ def _leave_no_trace(out: Path) -> None:
             out.rmdir()
 
 
-def _write_shards(plan: Plan, out: Path, config: BuildConfig, workers: int) -> None:
-    todo = [shard for shard in plan.shards if not _is_done(out, shard)]
+def _make_shards(plan: Plan, out: Path, config: BuildConfig, workers: int) -> None:
+    work = Work(
+        out=out,
+        resize=config.resize,
+        quality=config.quality,
+        quarantine=config.quarantine,
+        in_place=config.layout.in_place is not None,
+        decode=config.decode,
+    )
+    todo = [shard for shard in plan.shards if not is_done(out, shard)]
     total = sum(shard.stop - shard.start for shard in todo)
-    results = map_unordered(_work, todo, workers, _start, (out, config))
+    results = map_ordered(write_shard, todo, workers, start, (work,))
     counted = ((shard.stop - shard.start, shard) for shard, _ in results)
     for _ in track(counted, Progress("shards", total)):
         pass
 
 
-def _is_done(out: Path, shard: Shard) -> bool:
-    marker = part_path(out, shard).with_suffix(".json")
-    if not marker.exists():
-        return False
-    facts = json.loads(marker.read_text(encoding="utf-8"))
-    tar = out / shard.name
-    return not facts["samples"] or (tar.is_file() and tar.stat().st_size == facts["bytes"])
-
-
-def _finish(plan: Plan, out: Path, settings: dict, faults: Faults) -> BuildReport:
+def _finish(plan: Plan, out: Path, config: BuildConfig, settings: dict, faults: Faults) -> BuildReport:
     """Joins the shards' rows into the files that describe the whole; checksums.json last, as the marker."""
-    parts = [(shard, part_path(out, shard)) for shard in plan.shards]
-    markers = {shard.name: read_json(part.with_suffix(".json")) for shard, part in parts}
+    markers = {shard.name: read_json(part_path(out, shard).with_suffix(".json")) for shard in plan.shards}
     samples = dict.fromkeys(plan.counts, 0)
-    for shard, _ in parts:
-        samples[shard.name.split("/")[0]] += markers[shard.name]["samples"]
+    for shard in plan.shards:
+        samples[shard.split] += markers[shard.name]["samples"]
         faults.rows.extend(markers[shard.name]["faults"])
     for split, count in samples.items():
         if not count:
             raise ValueError(f"split {split!r} is empty: every one of its images was left out")
-    parts = [(shard, part) for shard, part in parts if markers[shard.name]["samples"]]
-    write_description(out, [part for _, part in parts], sum(samples.values()), out / SCRATCH)
-    write_json(out / SIZES, {shard.name: markers[shard.name]["samples"] for shard, _ in parts})
+    full = [shard for shard in plan.shards if markers[shard.name]["samples"]]
+    _describe(out, full, sum(samples.values()), in_place=config.layout.in_place is not None)
+    write_json(out / SIZES, {shard.name: markers[shard.name]["samples"] for shard in full})
     write_json(out / SETTINGS, settings)
     if faults.rows:
         with whole_file(out / QUARANTINE) as file:
             for row in faults.rows:
                 file.write(json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n")
-    tars = {shard.name: markers[shard.name] for shard, _ in parts}
-    write_checksums(out, {name: {"bytes": m["bytes"], "sha256": m["sha256"]} for name, m in tars.items()})
+    _write_checksums(out, {shard.name: markers[shard.name] for shard in full})
     return BuildReport(
         samples=samples,
-        shards=len(parts),
-        bytes=sum(marker["bytes"] for marker in tars.values()),
+        shards=len(full),
+        bytes=sum(markers[shard.name]["bytes"] for shard in full),
         quarantined=len(faults.rows),
         extra=plan.extra,
     )
 
 
-def write_description(out: Path, parts: list[Path], rows: int, scratch: Path, json_home: str = "tar") -> None:
-    """Writes manifest.parquet and index.arrow from the rows of each shard, one shard in memory at a time."""
-    index = IndexWriter(rows, scratch)
+def _describe(out: Path, shards: list[Shard], rows: int, in_place: bool) -> None:
+    """Writes manifest.parquet and index.arrow, and captions.jsonl for tars in place; a shard in memory at a time."""
+    index = IndexWriter(rows, out / SCRATCH)
     with whole_file(out / manifest.NAME) as file, manifest.open_writer(file) as writer:
-        for part in parts:
-            table = pq.read_table(part)
-            crc32 = table.column("crc32").to_numpy().astype(np.uint32)
+        base = 0
+        for shard in shards:
+            table = pq.read_table(part_path(out, shard))
+            crc32 = table.column("crc32").to_numpy()
             table = table.drop_columns(["crc32"])
+            if in_place:
+                place = table.schema.get_field_index("json_offset")
+                moved = pa.array(table.column("json_offset").to_numpy() + base)
+                table = table.set_column(place, "json_offset", moved)
+                base += part_path(out, shard).with_suffix(".jsonl").stat().st_size
             writer.write_table(table, row_group_size=table.num_rows)
             index.add(table, crc32)
-    index.finish(out, json_home)
+    if in_place:
+        with whole_file(out / SIDECAR) as file:
+            for shard in shards:
+                with open(part_path(out, shard).with_suffix(".jsonl"), "rb") as part:
+                    shutil.copyfileobj(part, file, 1 << 20)
+    index.finish(out, "sidecar" if in_place else "tar")
 
 
-def write_checksums(out: Path, tars: dict[str, dict]) -> None:
+def _write_checksums(out: Path, tars: dict[str, dict]) -> None:
     """Writes the checksum of every file of the data set. Its presence says that the data set is complete."""
-    files = dict(tars)
-    for name in (manifest.NAME, "index.arrow", SIZES, SETTINGS, QUARANTINE, "captions.jsonl"):
+    files = {name: {"bytes": marker["bytes"], "sha256": marker["sha256"]} for name, marker in tars.items()}
+    for name in _DESCRIPTION:
         if (out / name).exists():
             files[name] = {"bytes": os.path.getsize(out / name), "sha256": file_sha256(out / name)}
     write_json(out / CHECKSUMS, {"version": 1, "files": files})

@@ -6,6 +6,7 @@ millions of rows open in no time.
 
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,6 @@ def write_index(folder: Path, table: pa.Table, crc32: np.ndarray, json_home: str
     cuts = [0, *(i for i in range(1, len(shards)) if shards[i] != shards[i - 1]), len(shards)]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         writer = IndexWriter(table.num_rows, Path(scratch))
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             writer.add(table.slice(start, stop - start), crc32[start:stop])
         writer.finish(Path(folder), json_home)

@@ -1,6 +1,7 @@
 """manifest.parquet: one row a sample, everything about it but the pixels."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -51,7 +52,7 @@ def write_manifest(folder: Path, table: pa.Table) -> None:
     shards = table.column("shard").to_pylist()
     cuts = [0, *(i for i in range(1, len(shards)) if shards[i] != shards[i - 1]), len(shards)]
     with whole_file(Path(folder) / NAME) as file, open_writer(file) as writer:
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             writer.write_table(table.slice(start, stop - start), row_group_size=max(1, stop - start))
 
 

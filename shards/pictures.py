@@ -3,9 +3,11 @@
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # The formats that go into a shard as they are; anything else that Pillow reads is stored as JPEG.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -24,23 +26,43 @@ class Picture:
     height: int
 
 
-def check(data: bytes, resize: int | None = None, quality: int = 95) -> Picture:
+def check(data: bytes, resize: int | None = None, quality: int = 95, convert: bool = True) -> Picture:
     """Decodes an image in full and, if `resize` is given, shrinks its shorter side to that many pixels.
 
-    An image that is small enough keeps its bytes. Raises ValueError with the reason if it does not decode.
+    An image that is small enough keeps its bytes; one in another format than JPEG, PNG or WebP becomes a JPEG,
+    or is refused where `convert` is False. Raises ValueError with the reason if it does not decode.
     """
+    with _opened(data) as image:
+        suffix = SUFFIXES.get(image.format or "")
+        width, height = image.size
+        if suffix and (resize is None or min(width, height) <= resize):
+            image.load()
+            return Picture(data, suffix, width, height)
+        if not convert:
+            raise ValueError(f"format {image.format} is none of JPEG, PNG, WebP")
+        return _encode(image, resize, quality)
+
+
+def measure(data: bytes) -> Picture:
+    """Reads no more of an image than its header. Raises ValueError with the reason if that is not possible."""
+    with _opened(data) as image:
+        if image.format not in SUFFIXES:
+            raise ValueError(f"format {image.format} is none of JPEG, PNG, WebP")
+        return Picture(data, SUFFIXES[image.format], *image.size)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image, not yet decoded; whatever its decoder stumbles over becomes one ValueError."""
     if not data:
         raise ValueError("the image file is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
-                suffix = SUFFIXES.get(image.format or "")
-                width, height = image.size
-                if suffix and (resize is None or min(width, height) <= resize):
-                    image.load()
-                    return Picture(data, suffix, width, height)
-                return _encode(image, resize, quality)
+                yield image
+    except UnidentifiedImageError:
+        raise ValueError("the image does not decode: no known image format") from None
     except _BROKEN as error:
         raise ValueError(f"the image does not decode: {error}") from None
 

@@ -9,8 +9,8 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import astuple, dataclass, field, replace
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,10 @@ from d2s.shards.pictures import check, looks_whole
 from d2s.shards.sample import Entry, Faults, caption_fault, clean_key, hash64, split_rank
 from d2s.shards.spool import Spool, SpoolWriter
 
-_STRINGS = ("split", "source_id", "where", "key", "path", "sha256", "join")
+_STRINGS = ("split", "source_id", "where", "key", "path", "sha256", "filename", "join")
 _SCHEMA = pa.schema(
     [(name, pa.string()) for name in _STRINGS]
-    + [(name, pa.int64()) for name in ("image_id", "offset", "size", "number")]
+    + [(name, pa.int64()) for name in ("image_id", "offset", "size", "number", "seed")]
     + [(name, pa.list_(pa.string())) for name in ("sparse", "dense")]
 )
 _CHECKED_AT_ONCE = 4096
@@ -40,11 +40,25 @@ class ShardSize:
     bytes: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the images are arranged: which go where, in what order, cut how."""
+
+    shard_size: ShardSize = field(default_factory=ShardSize)
+    seed: int = 0
+    """of the order within each split"""
+    holdout: dict[str, int] = field(default_factory=dict)
+    """images taken from train, by the same shuffle, for splits that the source does not have"""
+    in_place: Path | None = None
+    """the folder of tars that stay as they are: a shard is a tar, the order is theirs"""
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A tar to write: positions start..stop of the plan's order."""
 
     name: str
+    split: str
     start: int
     stop: int
 
@@ -66,11 +80,12 @@ class Plan:
     def entries(self, shard: Shard) -> Iterator[Entry]:
         """The entries of a shard in their final order, with final key and captions."""
         for row in self._order[shard.start : shard.stop]:
-            yield self._entry(int(row))
+            yield self._entry(int(row), shard.split)
 
-    def _entry(self, number: int) -> Entry:
+    def _entry(self, number: int, split: str) -> Entry:
         row = self._entries.row(number)
         join = row.pop("join")
+        row["split"] = split
         row["key"] = self._renamed.get(number, row["key"])
         row["sparse"], row["dense"] = tuple(row["sparse"]), tuple(row["dense"])
         entry = Entry(**row)
@@ -98,7 +113,9 @@ class _Listing:
     splits: array
     captions: array
     alive: array
-    split_names: list[str]
+    tars: array  # number of the tar that an image lies in, -1 for a file of its own
+    split_names: list[str] = field(default_factory=list)
+    tar_names: list[str] = field(default_factory=list)
 
 
 def _join_value(entry: Entry, key: str, dense: DenseOptions | None, image_id: int) -> str:
@@ -108,7 +125,11 @@ def _join_value(entry: Entry, key: str, dense: DenseOptions | None, image_id: in
         if not entry.sha256 and entry.path:
             return hashlib.sha256(read_bytes(entry)).hexdigest()
         return entry.sha256.lower()
-    return {"filename": entry.source_id, "key": entry.key or key, "image_id": str(image_id)}[dense.key]
+    return {
+        "filename": entry.filename or entry.source_id,
+        "key": entry.key or key,
+        "image_id": str(image_id),
+    }[dense.key]
 
 
 def read_bytes(entry: Entry) -> bytes:
@@ -123,9 +144,10 @@ def read_bytes(entry: Entry) -> bytes:
 def _list(
     entries: Iterable[Entry], spool: Path, dense: DenseOptions | None, seed: int, faults: Faults
 ) -> _Listing:
-    found = _Listing(*(array(kind) for kind in "QQQQqqhqb"), split_names=[])
+    found = _Listing(*(array(kind) for kind in "QQQQqqhqbi"))
     secret = str(seed).encode()
     places: dict[str, int] = {}
+    tars: dict[str, int] = {}
     entries = iter(entries)
     with SpoolWriter(spool, _SCHEMA) as writer, ThreadPoolExecutor(8) as pool:
         while batch := list(islice(entries, _CHECKED_AT_ONCE)):
@@ -146,8 +168,9 @@ def _list(
                 found.splits.append(places.setdefault(entry.split, len(places)))
                 found.captions.append(-1 if entry.number >= 0 else len(entry.sparse) + len(entry.dense))
                 found.alive.append(not reason)
+                found.tars.append(tars.setdefault(entry.path, len(tars)) if entry.offset >= 0 else -1)
                 writer.append(_row(entry, key, image_id, join, bool(reason)))
-    found.split_names = list(places)
+    found.split_names, found.tar_names = list(places), list(tars)
     return found
 
 
@@ -160,11 +183,13 @@ def _row(entry: Entry, key: str, image_id: int, join: str, bad: bool) -> dict:
         "key": key,
         "path": entry.path,
         "sha256": entry.sha256,
+        "filename": entry.filename,
         "join": join,
         "image_id": image_id,
         "offset": entry.offset,
         "size": entry.size,
         "number": entry.number,
+        "seed": entry.seed,
         "sparse": [] if bad else [caption.strip() for caption in entry.sparse],
         "dense": [] if bad else [caption.strip() for caption in entry.dense],
     }
@@ -252,7 +277,7 @@ def _cut(split: str, rows: np.ndarray, sizes: np.ndarray, limit: ShardSize, star
             filled += size
     ends = [*cuts[1:], len(rows)]
     pairs = enumerate(zip(cuts, ends, strict=True))
-    return [Shard(f"{split}/{number:05d}.tar", start + a, start + b) for number, (a, b) in pairs]
+    return [Shard(f"{split}/{number:05d}.tar", split, start + a, start + b) for number, (a, b) in pairs]
 
 
 def make_plan(
@@ -260,13 +285,12 @@ def make_plan(
     entries: Iterable[Entry],
     *,
     dense: DenseOptions | None,
-    shard_size: ShardSize,
-    seed: int,
+    layout: Layout,
     faults: Faults,
 ) -> Plan:
     """Lists, checks, joins, orders and cuts. Raises ValueError, one line, for what a user has to mend."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = _list(entries, folder / "entries.arrow", dense, seed, faults)
+    found = _list(entries, folder / "entries.arrow", dense, layout.seed, faults)
     if not len(found.names):
         raise ValueError("the source has no images; nothing to build")
     spool = Spool(folder / "entries.arrow")
@@ -289,12 +313,12 @@ def make_plan(
         row = spool.row(int(number))
         faults.add(row["where"], f"image {row['source_id']!r} has no caption", row["source_id"])
         alive[number] = False
-    shards, counts, order = _arrange(found, alive, shard_size)
+    shards, counts, order = _arrange(found, alive, layout)
     np.save(folder / "order.npy", order)
     np.save(folder / "matched.npy", matched)
     facts = {
         "renamed": _rename(found, spool),
-        "shards": [[shard.name, shard.start, shard.stop] for shard in shards],
+        "shards": [astuple(shard) for shard in shards],
         "counts": counts,
         "extra": extra,
     }
@@ -303,25 +327,52 @@ def make_plan(
 
 
 def _arrange(
-    found: _Listing, alive: np.ndarray, shard_size: ShardSize
+    found: _Listing, alive: np.ndarray, layout: Layout
 ) -> tuple[list[Shard], dict[str, int], np.ndarray]:
-    """Shuffles each split by the keyed hash and cuts it into shards."""
+    """Orders each split by the keyed hash and cuts it into shards; or takes order and shards of the tars."""
     splits, shuffle = np.frombuffer(found.splits, np.int16), np.frombuffer(found.order, np.uint64)
     sizes = np.frombuffer(found.sizes, np.int64)
+    groups = {name: np.flatnonzero(alive & (splits == code)) for code, name in enumerate(found.split_names)}
+    if not layout.in_place:
+        groups = {name: rows[np.argsort(shuffle[rows], kind="stable")] for name, rows in groups.items()}
+    _hold_out(groups, layout.holdout)
     shards: list[Shard] = []
     counts: dict[str, int] = {}
     parts: list[np.ndarray] = []
     start = 0
-    for split in sorted(found.split_names, key=split_rank):
-        rows = np.flatnonzero(alive & (splits == found.split_names.index(split)))
+    for split in sorted(groups, key=split_rank):
+        rows = groups[split]
         if not len(rows):
             raise ValueError(f"split {split!r} is empty: every one of its images was left out")
-        rows = rows[np.argsort(shuffle[rows], kind="stable")]
-        shards += _cut(split, rows, sizes, shard_size, start)
+        if layout.in_place:
+            shards += _tars(split, rows, found, layout.in_place, start)
+        else:
+            shards += _cut(split, rows, sizes, layout.shard_size, start)
         counts[split] = len(rows)
         parts.append(rows)
         start += len(rows)
     return shards, counts, np.concatenate(parts)
+
+
+def _hold_out(groups: dict[str, np.ndarray], holdout: dict[str, int]) -> None:
+    for split, count in holdout.items():
+        train = groups.get("train", np.empty(0, np.int64))
+        if split in groups:
+            raise ValueError(
+                f"holdout: the source has a split {split!r} of its own; name another or leave it out"
+            )
+        if count >= len(train):
+            raise ValueError(f"holdout: {split}={count} leaves nothing of the {len(train)} images in train")
+        groups[split], groups["train"] = train[:count], train[count:]
+
+
+def _tars(split: str, rows: np.ndarray, found: _Listing, root: Path, start: int) -> list[Shard]:
+    numbers = np.frombuffer(found.tars, np.int32)[rows]
+    cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(rows)]
+    names = [Path(found.tar_names[numbers[cut]]).relative_to(root).as_posix() for cut in cuts[:-1]]
+    return [
+        Shard(name, split, start + a, start + b) for name, (a, b) in zip(names, pairwise(cuts), strict=True)
+    ]
 
 
 def digest(folder: Path) -> str:

@@ -33,9 +33,10 @@ class Entry:
     """One image of a source before its bytes are read: light, picklable, cheap to list by the million.
 
     The bytes are the whole file at `path`, or `size` bytes from `offset` where `offset` >= 0 (a member of a
-    tar), or, where `number` >= 0, a scene that the worker draws together with its captions. `where` is the
-    place in the source that error messages name. `image_id` None takes the next number; `key` None derives the
-    key from `source_id`. `sha256` is that of the original image where the source knows it.
+    tar), or, where `number` >= 0, scene `number` of the world `seed` at `size` pixels, which the worker draws
+    and words. `where` is the place in the source that error messages name. `image_id` None takes the next
+    number; `key` None derives the key from `source_id`. `sha256` is that of the original image where the
+    source knows it; `filename` is what captions may be joined by, where it is not `source_id`.
     """
 
     split: str
@@ -49,7 +50,9 @@ class Entry:
     offset: int = -1
     size: int = -1
     sha256: str = ""
+    filename: str = ""
     number: int = -1
+    seed: int = 0
 
 
 @dataclass
@@ -70,13 +73,31 @@ class Faults:
 class SourceOptions:
     """What a source may need; which of these it does need, it says in `NEEDS`."""
 
-    captions: Path | None = None
+    captions: tuple[tuple[str | None, Path], ...] = ()
+    """caption files, each with the split it was given for, if any"""
     images: Path | None = None
-    split: str | None = None
+    split: str = "train"
+    """of whatever knows no split of its own"""
+    split_lists: dict[str, Path] = field(default_factory=dict)
+    """flickr: for each split the file that lists its images"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """jsonl, parquet: what our names (path, sparse, dense, split, id) are called there"""
+    dense_columns: tuple[str, ...] = ("text",)
+    """release: the field of the aligned JSON lines"""
     counts: dict[str, int] = field(default_factory=dict)
+    """scenes: images a split"""
     size: int = 64
+    """scenes: pixels a side"""
     seed: int = 0
+    """scenes: of the world"""
     workers: int = 1
+
+    @property
+    def caption_file(self) -> Path:
+        """The one caption file. Raises ValueError if there are several."""
+        if len(self.captions) != 1:
+            raise ValueError(f"--captions: this source takes one file, not {len(self.captions)}")
+        return self.captions[0][1]
 
 
 def clean_key(name: str) -> str:

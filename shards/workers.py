@@ -1,26 +1,27 @@
-"""Runs one function over many tasks in several processes, in order, with the same result for any number."""
+"""Runs one function over many tasks in several processes, with the same result for any number of them."""
 
 import multiprocessing
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 
-def map_unordered(
+def map_ordered(
     function: Callable[[Any], Any],
     tasks: Sequence[Any],
     workers: int,
     initializer: Callable[..., None],
     arguments: tuple,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yields (task, result) as they finish. `initializer(*arguments)` prepares each process.
+    """Yields (task, result) in the order of the tasks. `initializer(*arguments)` prepares each process.
 
-    With one worker everything happens in this process. Processes are spawned, not forked: threads of numpy and
-    pyarrow do not survive a fork. Only a few tasks wait at a time, so that millions of shards need no memory.
+    With one worker everything happens in this process. Processes are spawned, not forked: threads of numpy
+    and pyarrow do not survive a fork. Only a few tasks wait at a time, so that millions of them need no memory.
 
     Raises:
-        ValueError: raised by the function, as it is; or a process died, with what to do.
+        ValueError: raised by the function, as it is (that of the first task in order); or a process died.
     """
     if workers <= 1 or len(tasks) <= 1:
         initializer(*arguments)
@@ -29,20 +30,17 @@ def map_unordered(
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer, arguments)
-    waiting: dict[Future, Any] = {}
+    waiting: deque[tuple[Any, Future]] = deque()
     queue = iter(tasks)
     try:
         while True:
-            while len(waiting) < 2 * workers and (task := next(queue, None)) is not None:
-                waiting[pool.submit(function, task)] = task
+            while len(waiting) < 4 * workers and (task := next(queue, None)) is not None:
+                waiting.append((task, pool.submit(function, task)))
             if not waiting:
                 break
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                task = waiting.pop(future)
-                yield task, future.result()
+            task, future = waiting.popleft()
+            yield task, future.result()
     except BrokenProcessPool:
-        raise ValueError(
-            "a worker process died (out of memory, or killed); run again with fewer --workers"
-        ) from None
+        raise ValueError("a worker process died (killed, or out of memory); use fewer --workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

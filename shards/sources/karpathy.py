@@ -12,11 +12,12 @@ _SPLITS = {"restval": "train"}
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
     """Reads images[].{filename, filepath?, split, cocoid|imgid, sentences[].raw}."""
-    value = read_json(options.captions)
+    path = options.caption_file
+    value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):
-        raise ValueError(f"{options.captions}: no list 'images': this is not Karpathy's layout")
+        raise ValueError(f"{path}: no list 'images': this is not Karpathy's layout")
     for number, image in enumerate(value["images"]):
-        where = f"{options.captions}: images[{number}]"
+        where = f"{path}: images[{number}]"
         try:
             name, split = image["filename"], image["split"]
             sparse = tuple(sentence["raw"] for sentence in image["sentences"])
@@ -24,12 +25,13 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
             faults.add(where, f"no field {error}: every image has filename, split and sentences[].raw")
             continue
         folder = options.images / image.get("filepath", "")
-        path = folder / name if folder.is_dir() else options.images / name
+        # COCO's images are often unpacked into one folder, without the one that the file names.
+        home = folder if folder.is_dir() else options.images
         yield Entry(
             split=_SPLITS.get(split, split),
             source_id=name,
             where=where,
             sparse=sparse,
             image_id=image.get("cocoid", image.get("imgid")),
-            path=str(path),
+            path=str(home / name),
         )
