@@ -8,6 +8,7 @@ numpy's `RandomState`, so that pictures do not change with numpy's version.
 
 import math
 import random
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy
@@ -37,7 +38,7 @@ SECOND = {"white": (128, 132, 142), "yellow": (150, 104, 10), "pink": (170, 34, 
 Contour = tuple[tuple[float, float], ...]
 
 
-def _polar(radius, count: int) -> Contour:
+def _polar(radius: Callable[[float], float], count: int) -> Contour:
     """The points of a closed curve given in polar form, clockwise from the top."""
     turns = [2 * math.pi * i / count for i in range(count)]
     return tuple((radius(turn) * math.sin(turn), -radius(turn) * math.cos(turn)) for turn in turns)
@@ -103,9 +104,8 @@ def render(scene: Content, size: int, rng: random.Random) -> Image.Image:
     tile = _background(scene.background, size, int(rng.random() * 4))
     if rng.random() < 0.5:
         tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    picture = tile.point(
-        [min(255, int(v * (0.94 + 0.12 * g))) for g in [rng.random()] for v in range(256)] * 3
-    )
+    light = 0.94 + 0.12 * rng.random()
+    picture = tile.point([min(255, int(value * light)) for value in range(256)] * 3)
     rank = {"large": 0, "medium": 1, "small": 2}
     for thing in sorted(scene.things, key=lambda thing: (rank[thing.size], thing.cell)):
         _paste(picture, scene, thing, size, rng)
@@ -126,28 +126,39 @@ def _paste(picture: Image.Image, scene: Content, thing: Thing, size: int, rng: r
     half = 0.5 * diameter * size
     side = math.ceil(2.3 * half) + 2
     left, top = math.floor(x * size - side / 2), math.floor(y * size - side / 2)
-    centre = ((x * size - left) * SUPER, (y * size - top) * SUPER)
-    cos, sin = half * SUPER * math.cos(tilt), half * SUPER * math.sin(tilt)
+    mask, fill = _patch(thing, colour, side, (x * size - left, y * size - top), half, tilt)
+    drop = max(1, round(0.012 * size))
+    shadow = mask.point([value * 2 // 5 for value in range(256)])
+    picture.paste((20, 20, 30), (left + drop, top + drop), shadow)
+    picture.paste(fill, (left, top), mask)
+
+
+def _patch(
+    thing: Thing,
+    colour: tuple[int, ...],
+    side: int,
+    centre: tuple[float, float],
+    half: float,
+    tilt: float,
+) -> tuple[Image.Image, Image.Image]:
+    """The mask (L) and the colours (RGB) of one object, side x side pixels; `half` is its radius in pixels."""
+    x, y, half = centre[0] * SUPER, centre[1] * SUPER, half * SUPER
+    cos, sin = half * math.cos(tilt), half * math.sin(tilt)
     outlines = [
-        [(centre[0] + cos * u - sin * v, centre[1] + sin * u + cos * v) for u, v in contour]
+        [(x + cos * u - sin * v, y + sin * u + cos * v) for u, v in contour]
         for contour in CONTOURS[thing.shape]
     ]
     big = (side * SUPER, side * SUPER)
     mask, fill = Image.new("L", big, 0), Image.new("RGB", big, colour)
-    cut = ImageDraw.Draw(mask)
+    cut, brush = ImageDraw.Draw(mask), ImageDraw.Draw(fill)
     cut.polygon(outlines[0], fill=255)
     for hole in outlines[1:]:
         cut.polygon(hole, fill=0)
-    brush = ImageDraw.Draw(fill)
-    _texture(brush, thing, centre, half * SUPER)
+    _texture(brush, thing, (x, y), half)
     edge = tuple(int(c * 0.55) for c in colour) if thing.colour != "black" else (120, 120, 128)
     for outline in outlines:
-        width = max(2, round(0.16 * half * SUPER))
-        brush.line([*outline, *outline[:2]], fill=edge, width=width, joint="curve")
-    mask, fill = mask.reduce(SUPER), fill.reduce(SUPER)
-    drop = max(1, round(0.012 * size))
-    picture.paste((20, 20, 30), (left + drop, top + drop), mask.point([v * 2 // 5 for v in range(256)]))
-    picture.paste(fill, (left, top), mask)
+        brush.line([*outline, *outline[:2]], fill=edge, width=max(2, round(0.16 * half)), joint="curve")
+    return mask.reduce(SUPER), fill.reduce(SUPER)
 
 
 def _texture(brush: ImageDraw.ImageDraw, thing: Thing, centre: tuple[float, float], half: float) -> None:

@@ -5,7 +5,6 @@ They make what a caption says tell about what it leaves out. `d2s.shards.scenes.
 
 from dataclasses import dataclass
 
-BACKGROUNDS = ("sky", "grass", "sand", "night", "paper", "brick", "sea", "snow")
 HIDDEN = {
     "sky": ("blue",),
     "grass": ("green",),
@@ -16,7 +15,7 @@ HIDDEN = {
     "sea": ("blue", "green"),
     "snow": ("white",),
 }
-"""Colours that could hardly be seen on a background, and so never lie on it."""
+"""Colours that could hardly be seen on a background, and so never lie on it; its keys are all the backgrounds."""
 
 
 @dataclass(frozen=True)
