@@ -8,7 +8,9 @@ from torch import Tensor
 # Entries of one chunk of the similarity matrix: small enough to stay in a CPU's last cache level between the
 # passes over it, large enough for the matrix product to run at its full rate.
 CHUNK_ENTRIES = 1 << 21
-MIN_ROWS = 16
+MIN_ROWS = 32
+# Rows among which `column_maxima` searches at once.
+BLOCK = 32
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -36,14 +38,15 @@ class Sweep:
     def __init__(self, rows: Tensor, columns: Tensor) -> None:
         self.rows, self.columns = rows, columns
         n, m = rows.shape[0], columns.shape[0]
-        self.size = max(1, min(n, max(MIN_ROWS, CHUNK_ENTRIES // max(m, 1))))
-        self._buffer = rows.new_empty(self.size, m)
+        # A multiple of the block that the search for column maxima goes by, where there are that many rows.
+        self.size = max(1, min(n, max(MIN_ROWS, CHUNK_ENTRIES // m // BLOCK * BLOCK)))
+        self.buffer = rows.new_empty(self.size, m)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (start, stop, S[start:stop]) with S (stop - start, M); the next step overwrites it."""
         for start in range(0, self.rows.shape[0], self.size):
             stop = min(start + self.size, self.rows.shape[0])
-            s = self._buffer[: stop - start]
+            s = self.buffer[: stop - start]
             torch.mm(self.rows[start:stop], self.columns.t(), out=s)
             yield start, stop, s
 
@@ -85,3 +88,25 @@ class SamePairs:
 def positive_entries(s: Tensor, start: int, offset: int) -> Tensor:
     """A view (rows,) of the chunk's positive pairs: row i stands against column offset + i."""
     return s[:, start + offset :].diagonal()
+
+
+def row_maxima(s: Tensor) -> tuple[Tensor, Tensor]:
+    """(value, index) of the first largest entry of every row of s (r, M), (r,) each."""
+    if s.device.type != "cpu":
+        return s.max(1)
+    # numpy's search is vectorised and torch's is not: 0.4 against 3.6 ms for 512 x 8192 float32.
+    at = torch.from_numpy(s.numpy().argmax(1))
+    return s.gather(1, at[:, None]).squeeze(1), at
+
+
+def column_maxima(s: Tensor) -> tuple[Tensor, Tensor]:
+    """(value, index) of the first largest entry of every column of s (r, M), (M,) each."""
+    r, m = s.shape
+    if s.device.type != "cpu" or r % BLOCK:
+        return s.max(0)
+    # A CPU reduces columns fast but searches them slowly (0.5 against 10 ms for 256 x 8192): so reduce blocks
+    # of rows, search among the blocks, and then in the one block that holds the maximum.
+    blocks = s.view(r // BLOCK, BLOCK, m)
+    best, block = blocks.amax(1).max(0)
+    within = blocks[block, :, torch.arange(m)]
+    return best, block * BLOCK + row_maxima(within)[1]

@@ -5,7 +5,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, upcast
+from d2s.kernels.chunked.common import (
+    SamePairs,
+    Sweep,
+    column_maxima,
+    full_precision,
+    positive_entries,
+    row_maxima,
+    upcast,
+)
 
 
 def hinge_loss(
@@ -48,9 +56,9 @@ class _HingeMax(torch.autograd.Function):
                 positive[start:stop] = diagonal
                 diagonal.fill_(-torch.inf)
                 same.fill(s, start, stop, -torch.inf)
-                row_best[start:stop], row_at[start:stop] = s.max(1)
+                row_best[start:stop], row_at[start:stop] = row_maxima(s)
                 if both:
-                    best, at = s.max(0)
+                    best, at = column_maxima(s)
                     # Only a strictly larger value replaces: the lowest index keeps a tie.
                     better = best > column_best
                     column_best = torch.where(better, best, column_best)
@@ -102,22 +110,22 @@ class _HingeSum(torch.autograd.Function):
             d_rows = torch.zeros_like(rows) if wanted else None
             d_columns = torch.zeros_like(columns) if wanted else None
             pull = rows.new_zeros(n)
-            for start, stop, s in Sweep(rows, columns):
+            sweep = Sweep(rows, columns)
+            active = torch.empty_like(sweep.buffer)
+            for start, stop, s in sweep:
                 positive_entries(s, start, offset).fill_(-torch.inf)
                 same.fill(s, start, stop, -torch.inf)
-                cost = (s + (margin - positive[start:stop, None])).clamp_min_(0)
-                loss += cost.sum()
-                active = (cost > 0).to(s.dtype)
-                pull[start:stop] += active.sum(1)
+                # The sign of a clamped violation is 1 or 0: what its pair gets as gradient.
+                a = torch.sub(s, positive[start:stop, None] - margin, out=active[: stop - start])
+                loss += a.relu_().sum()
+                pull[start:stop] += a.sign_().sum(1)
                 if both:
-                    cost = s.add_(margin - positive).clamp_min_(0)
-                    loss += cost.sum()
-                    active_columns = (cost > 0).to(s.dtype)
-                    pull += active_columns.sum(0)
-                    active += active_columns
+                    loss += s.sub_(positive - margin).relu_().sum()
+                    pull += s.sign_().sum(0)
+                    a += s
                 if wanted:
-                    d_rows[start:stop] = active @ columns
-                    d_columns.addmm_(active.t(), rows[start:stop])
+                    torch.mm(a, columns, out=d_rows[start:stop])
+                    d_columns.addmm_(a.t(), rows[start:stop])
             if wanted:
                 d_rows -= pull[:, None] * matched
                 d_columns[offset : offset + n] -= pull[:, None] * rows
