@@ -299,6 +299,7 @@ class _TextSteps(Dataset):
             if last[0] != row:
                 last = (row, self.reader.captions(int(row))[1:])
             texts.append(last[1][self.kind == "dense"][j])
+        texts[int(valid.sum()) :] = [""] * int((~valid).sum())
         ids, mask = self.pipeline.encode(texts, self.room)
         arrays = (np.where(valid, numbers, -1), np.where(valid, rows, -1), valid)
         numbers_, rows_, valid_ = map(torch.from_numpy, arrays)
@@ -348,7 +349,7 @@ def eval_texts(
         batch_size: captions a worker and step, B. max_length: positions at most, else the pipeline's.
     Yields:
         Caption numbers within the split int64 (B,), global image rows int64 (B,), ids int64 (B, L), mask bool
-        (B, L), valid bool (B,): False (numbers -1, some other caption's tokens) where the split has ended.
+        (B, L), valid bool (B,): False (numbers -1, an empty caption) where the split has ended.
     Raises:
         ValueError: no such split, no captions of this kind in it, or a damaged sample.
     """

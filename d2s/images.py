@@ -1,7 +1,8 @@
-"""Encoded images to square uint8 arrays, with Pillow alone. Normalisation is left to the model.
+"""Encoded images to square uint8 arrays. Pillow decodes, torch resizes; normalisation is left to the model.
 
-Crop and stretch are one antialiased bilinear resize of a box, and JPEGs much larger than needed are decoded at
-a half, quarter or eighth of their size (`Image.draft`), so little is computed that is thrown away.
+JPEGs much larger than needed are decoded at a half, quarter or eighth of their size (`Image.draft`). Crop and
+stretch are one antialiased bilinear resize of a box: torch's for bytes gives the same pixels as Pillow's, to one
+level in rounding, in half the time.
 """
 
 import io
@@ -9,6 +10,7 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -68,12 +70,12 @@ def train_image(
     # The whole image must be decoded large enough for its crop to keep `size` pixels a side.
     whole = int(np.ceil(size / ratio))
     image = decode(data, (whole, whole))
-    width, height = image.size
-    left, top = draws[1] * (1 - ratio) * width, draws[2] * (1 - ratio) * height
-    box = (left, top, min(left + ratio * width, width), min(top + ratio * height, height))
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    pixels = np.asarray(image).transpose(2, 0, 1)
-    return np.ascontiguousarray(pixels[:, :, ::-1] if draws[3] < flip else pixels)
+    if draws[3] < flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    width, height = max(1, round(ratio * image.width)), max(1, round(ratio * image.height))
+    # + 1: every place from the first to the last is equally likely.
+    left, top = int(draws[1] * (image.width - width + 1)), int(draws[2] * (image.height - height + 1))
+    return _stretch(np.array(image)[top : top + height, left : left + width], size)
 
 
 def eval_image(data: bytes, size: int) -> U8:
@@ -82,5 +84,11 @@ def eval_image(data: bytes, size: int) -> U8:
     Raises:
         ValueError: the image cannot be decoded.
     """
-    image = decode(data, (size, size)).resize((size, size), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return _stretch(np.array(decode(data, (size, size))), size)
+
+
+def _stretch(pixels: U8, size: int) -> U8:
+    """uint8 (H, W, 3) to uint8 (3, size, size)."""
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    square = torch.nn.functional.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+    return square[0].contiguous().numpy()
