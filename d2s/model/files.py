@@ -53,6 +53,11 @@ def save(model: D2SModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(self_contained(model).to_dict(), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # The last call's padding and cut would be written along, and two saves of one model differ.
+        backend.no_padding()
+        backend.no_truncation()
     model.tokenizer.save_pretrained(folder)
     save_file(public_state(model), folder / WEIGHTS, metadata={"format": "pt"})
 

@@ -64,5 +64,19 @@ def small_bert(width: int = 128, depth: int = 2) -> TowerConfig:
         "num_hidden_layers": depth,
         "num_attention_heads": 4,
         "intermediate_size": 4 * width,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
     }
     return TowerConfig(config=fields, pretrained=False, tokenizer=WORDS)
+
+
+def small_convnext(widths: tuple[int, ...] = (32, 64, 128, 192)) -> TowerConfig:
+    """A ConvNeXt with random weights, LayerNorm throughout; an image of S pixels gives (S / 32)^2 tokens."""
+    fields = {
+        "model_type": "convnext",
+        "hidden_sizes": list(widths),
+        "depths": [1] * len(widths),
+        "num_stages": len(widths),
+        "drop_path_rate": 0.0,
+    }
+    return TowerConfig(config=fields, pretrained=False)

@@ -1,0 +1,79 @@
+"""Settings: checked, frozen, and the same after a way through JSON."""
+
+import dataclasses
+import json
+
+import pytest
+from model_towers import tiny_config
+
+from d2s.model import DecoderConfig, ModelConfig, TowerConfig, presets
+
+
+def test_json_round_trip():
+    for config in (tiny_config(), tiny_config(decoder=None), ModelConfig()):
+        text = json.dumps(config.to_dict())
+        assert ModelConfig.from_dict(json.loads(text)) == config
+
+
+def test_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny_config().width = 3
+    with pytest.raises(TypeError):
+        DecoderConfig(100)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: ModelConfig.from_dict({"widht": 3}), ["widht", "width"]),
+        (lambda: ModelConfig.from_dict({"decoder": {"tokns": 3}}), ["tokns", "tokens"]),
+        (lambda: TowerConfig(), ["tower.name", "model_type"]),
+        (lambda: TowerConfig(name="a", config={"model_type": "vit"}), ["tower.name", "'a'", "not both"]),
+        (lambda: TowerConfig(config={"hidden_size": 3}), ["model_type"]),
+        (lambda: TowerConfig(name="a", layers=0), ["tower.layers", "0"]),
+        (lambda: DecoderConfig(layout="middle"), ["decoder.layout", "middle", "surround"]),
+        (lambda: DecoderConfig(tokens=0), ["decoder.tokens", "0"]),
+        (lambda: tiny_config(width=15), ["model.width", "15", "even"]),
+        (lambda: tiny_config(decoder=DecoderConfig(heads=3)), ["decoder.heads", "3", "width=16"]),
+        (lambda: tiny_config(text_mlp_norm="group"), ["model.text_mlp_norm", "group", "layer"]),
+        (lambda: tiny_config(token_dropout_min=0.3), ["token_dropout_min", "0.3", "0.2"]),
+        (lambda: tiny_config(image_std=(1.0, 1.0, 0.0)), ["image_std", "positive"]),
+        (lambda: tiny_config(image_mean=(1.0, 1.0)), ["image_mean", "three"]),
+        (lambda: tiny_config(text_dropout=1.5), ["text_dropout", "1.5"]),
+        (lambda: tiny_config(gpo_temperature=0.0), ["gpo_temperature", "positive"]),
+    ],
+)
+def test_mistakes_are_named_in_one_line(build, words):
+    with pytest.raises(ValueError) as caught:
+        build()
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_every_field_is_described():
+    """The plain string after each field is its documentation."""
+    import ast
+    import inspect
+
+    from d2s.model import config
+
+    for node in ast.parse(inspect.getsource(config)).body:
+        if isinstance(node, ast.ClassDef):
+            for field, after in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign):
+                    assert isinstance(after, ast.Expr), f"{node.name}.{field.target.id}"
+
+
+def test_presets_are_valid():
+    towers = [
+        presets.vit_b16(),
+        presets.swin_b(224),
+        presets.swin_b(384),
+        presets.bert_base(),
+        presets.minilm(),
+    ]
+    towers += [presets.small_resnet(), presets.small_convnext(), presets.small_vit(), presets.small_bert()]
+    assert all(TowerConfig.from_dict(tower.to_dict()) == tower for tower in towers)
+    assert "window12-384" in presets.swin_b(480).name
