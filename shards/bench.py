@@ -1,0 +1,123 @@
+"""Opens a made-up index of 100 million rows and looks rows up in it (`python -m d2s.shards.bench`).
+
+Prints seconds to open it in a fresh process, time to look up the samples of thousands of batches in the epoch's
+random order, and resident memory. The file (64 bytes a row) is written to a temporary folder and deleted.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from d2s.shards import index_file, manifest
+from d2s.shards.index import COLUMNS, ShardIndex
+from d2s.shards.order import BlockPermutation, Permutation, batch_positions
+
+_SHARD_ROWS = 10_000
+_CHUNK = 1 << 20
+_CAPTIONS = 5
+_IMAGE, _JSON = 40_000, 1_000
+
+
+def write_made_up(folder: Path, rows: int) -> None:
+    """Writes an index of `rows` rows in shards of 10,000, 5 sparse and 1 dense caption each, chunk by chunk."""
+    shards = [f"train/{number:05}.tar" for number in range(-(-rows // _SHARD_ROWS))]
+    form = index_file.index_schema(shards, {"train": [0, rows]})
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        columns = {}
+        for field in form:
+            column = np.memmap(Path(scratch) / field.name, field.type.to_pandas_dtype(), "w+", shape=(rows,))
+            for start in range(0, rows, _CHUNK):
+                row = np.arange(start, min(start + _CHUNK, rows))
+                column[start : start + len(row)] = _values(field.name, row)
+            columns[field.name] = column
+        batch = pa.record_batch([pa.array(column) for column in columns.values()], schema=form)
+        with pa.OSFile(str(folder / index_file.NAME), "wb") as file, pa.ipc.new_file(file, form) as writer:
+            writer.write_batch(batch)
+    # Opening asks for a manifest; one that names no row will do where no key is looked up.
+    manifest.write_manifest(folder, manifest.schema().empty_table())
+
+
+def _values(name: str, row: np.ndarray) -> np.ndarray | int:
+    offset = (row % _SHARD_ROWS) * (_IMAGE + _JSON + 1024)
+    known = {
+        "shard": row // _SHARD_ROWS,
+        "image_offset": offset,
+        "image_size": _IMAGE,
+        "json_offset": offset + _IMAGE + 512,
+        "json_size": _JSON,
+        "crc32": row & 0xFFFFFFFF,
+        "image_id": row,
+        "n_sparse": _CAPTIONS,
+        "n_dense": 1,
+        "sparse_start": row * _CAPTIONS,
+        "dense_start": row,
+    }
+    assert set(known) == set(COLUMNS)
+    return known[name]
+
+
+def look_up(folder: Path, batches: int, batch_size: int) -> dict[str, float]:
+    """Opens the index and finds the places of all samples of some batches; seconds and MB of this process."""
+    base = psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    index = ShardIndex.open(folder)
+    pairs = index.n_sparse_total("train")
+    result = {"open_s": time.perf_counter() - start}
+    for name in ("rows", "blocks"):
+        start = time.perf_counter()
+        order = (
+            Permutation(pairs, 0, 0)
+            if name == "rows"
+            else BlockPermutation(index.shard_sizes("train", "sparse"), 0, 0, 8)
+        )
+        for step in range(batches):
+            positions = batch_positions(step, batch_size)
+            rows, _ = index.pair("train", order(np.arange(positions.start, positions.stop)))
+            for row in rows.tolist():
+                index.location(row)
+        result[f"{name}_ms"] = (time.perf_counter() - start) / batches * 1e3
+    resident = psutil.Process().memory_info().rss
+    return result | {"base_mb": base / 2**20, "resident_mb": resident / 2**20}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the measurements; 0."""
+    parser = argparse.ArgumentParser(prog="python -m d2s.shards.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=100_000_000, help="rows of the index (64 bytes each)")
+    parser.add_argument("--batches", type=int, default=3000, help="batches to look up in either order")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--dir", type=Path, help="where the temporary folder is made (default: the system's)")
+    parser.add_argument("--quick", action="store_true", help="1 million rows, 200 batches")
+    parser.add_argument("--look-up", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.rows, args.batches = 1_000_000, 200
+    if args.look_up:
+        print(json.dumps(look_up(args.look_up, args.batches, args.batch_size)))
+        return 0
+    with tempfile.TemporaryDirectory(dir=args.dir) as name:
+        start = time.perf_counter()
+        write_made_up(Path(name), args.rows)
+        size = (Path(name) / index_file.NAME).stat().st_size
+        wrote = time.perf_counter() - start
+        print(f"index of {args.rows:,} rows, {size / 2**30:.2f} GB, written in {wrote:.1f} s", flush=True)
+        command = [sys.executable, "-m", "d2s.shards.bench", "--look-up", name]
+        command += ["--batches", str(args.batches), "--batch-size", str(args.batch_size)]
+        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    print(f"opened in a fresh process in {found['open_s']:.3f} s (goal 5)")
+    for order in ("rows", "blocks"):
+        print(f"{args.batch_size} samples found in order by {order}: {found[order + '_ms']:.2f} ms a batch")
+    print(f"resident {found['resident_mb']:.0f} MB, of it {found['base_mb']:.0f} before opening (goal 1024)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
