@@ -142,25 +142,31 @@ def evaluate_model(
         ValueError: no such split, no caption in it, folds that do not divide it, or embeddings not finite.
     """
     start = time.monotonic()
-    images = len(index.rows(split))
-    folds = choose_folds(images, folds) if full else 0
+    if full:
+        choose_folds(len(index.rows(split)), folds)
     embedded = embed_split(
         model, index, split, config=data_config, batch_size=batch_size, rank=rank, world=world, dense=dense
     )
+    result = evaluate_embeddings(embedded, index, split, full=full, folds=folds)
+    return replace(result, seconds=time.monotonic() - start)
+
+
+def evaluate_embeddings(
+    embedded: Embeddings, index: ShardIndex, split: str, *, full: bool = True, folds: int | None = None
+) -> Evaluation:
+    """`evaluate_model` for a split that is embedded already; the arguments are the same."""
+    start = time.monotonic()
     sparse_set, dense_set = embedded.sparse, embedded.dense
     if sparse_set is None and dense_set is None:
         raise ValueError(f"split {split!r} of {index.root} has no caption: choose another split")
-    found: dict[str, Retrieval] = {}
-    for name, texts in (("sparse", sparse_set), ("dense", dense_set)):
-        if texts is not None:
-            found[name] = recall_report(embedded.images, texts.embeddings, texts.owner)
-    folded = None
-    if folds and sparse_set is not None:
-        ids = torch.tensor(index.column("image_id")[index.rows(split).start : index.rows(split).stop])
-        place = torch.argsort(torch.argsort(ids)).to(sparse_set.owner.device)
-        in_order = torch.empty_like(embedded.images)
-        in_order[place] = embedded.images
-        folded = fold_report(in_order, sparse_set.embeddings, place[sparse_set.owner], folds=folds)
+    images = len(embedded.images)
+    folds = choose_folds(images, folds) if full else 0
+    found = {
+        name: recall_report(embedded.images, texts.embeddings, texts.owner)
+        for name, texts in (("sparse", sparse_set), ("dense", dense_set))
+        if texts is not None
+    }
+    folded = _by_folds(embedded, index, split, folds) if folds and sparse_set is not None else None
     return Evaluation(
         split=split,
         images=images,
@@ -175,6 +181,18 @@ def evaluate_model(
         capacity=measure_capacity(embedded) if full else {},
         seconds=time.monotonic() - start,
     )
+
+
+def _by_folds(embedded: Embeddings, index: ShardIndex, split: str, folds: int) -> Retrieval:
+    """Folds of the images by ascending id."""
+    rows, texts = index.rows(split), embedded.sparse
+    ids = torch.tensor(index.column("image_id")[rows.start : rows.stop])
+    order = torch.argsort(ids)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    device = embedded.images.device
+    images = embedded.images[order.to(device)]
+    return fold_report(images, texts.embeddings, place.to(device)[texts.owner], folds=folds)
 
 
 def choose_folds(images: int, folds: int | None) -> int:
