@@ -17,7 +17,7 @@ from d2s.shards.index import ShardIndex
 from d2s.shards.reader import ShardReader
 
 TOP = 5
-THUMB = 132
+THUMB = 160
 _CHUNK = 1024
 # What a query came to, by the 0-based rank of its best right answer.
 OUTCOMES = (("hit", 0, 1), ("near", 1, TOP), ("miss", TOP, 1 << 62))

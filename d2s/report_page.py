@@ -1,6 +1,7 @@
 """The report's page: one HTML file with everything in it. Every text that is not ours is escaped."""
 
 import html
+import math
 from collections.abc import Sequence
 
 from d2s.metrics import KS
@@ -49,7 +50,7 @@ def page(
         _section("Curves", _curves(runs)),
         *seen,
         *([_section("Information capacity", _capacity(capacity))] if capacity else []),
-        _section("Settings", "".join(_settings(r, opened=len(runs) == 1) for r in runs)),
+        _section("Settings", "".join(_settings(r, opened=r is run) for r in runs)),
     ]
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -79,6 +80,10 @@ def _esc(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
+def _one(value: float, form: str = ".1f") -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
 def _section(title: str, body: str) -> str:
     return f"<section><h2>{_esc(title)}</h2>{body}</section>"
 
@@ -88,7 +93,7 @@ def _tiles(run: Run, rows: Sequence[RecallRow]) -> str:
         (
             f"{row.retrieval.rsum:.1f}",
             f"rSum, {row.split}, {row.captions}",
-            f"chance {row.retrieval.chance_rsum:.1f}",
+            f"chance {_one(row.retrieval.chance_rsum)}",
         )
         for row in rows
         if row.run == run.name and row.captions == run.aligned
@@ -111,8 +116,8 @@ def _recall(rows: Sequence[RecallRow]) -> str:
         found = row.retrieval
         cells = []
         for way in (found.i2t, found.t2i):
-            cells += [f"<td>{value:.1f}</td>" for value in way.hits]
-            cells.append(f'<td class="edge">{way.median_rank:g}</td>')
+            cells += [f"<td>{_one(value)}</td>" for value in way.hits]
+            cells.append(f'<td class="edge">{_one(way.median_rank, "g")}</td>')
         width = max(0.0, min(found.rsum / 6, 100))
         name = f'<th class="name">{_esc(row.run)}</th>' if several else ""
         body.append(
@@ -120,17 +125,17 @@ def _recall(rows: Sequence[RecallRow]) -> str:
             f'{"".join(cells)}<td class="sum"><b>{found.rsum:.1f}</b>'
             f'<i style="width:{width:.1f}%"></i></td></tr>'
         )
-        chance = [f"<td>{value:.1f}</td>" for value in found.i2t.chance] + ['<td class="edge"></td>']
-        chance += [f"<td>{value:.1f}</td>" for value in found.t2i.chance] + ['<td class="edge"></td>']
+        chance = [f"<td>{_one(value)}</td>" for value in found.i2t.chance] + ['<td class="edge"></td>']
+        chance += [f"<td>{_one(value)}</td>" for value in found.t2i.chance] + ['<td class="edge"></td>']
         body.append(
             f'<tr class="chance">{"<th></th>" if several else ""}<th></th><td class="kind">chance</td>'
-            f'{"".join(chance)}<td class="sum">{found.chance_rsum:.1f}</td></tr>'
+            f'{"".join(chance)}<td class="sum">{_one(found.chance_rsum)}</td></tr>'
         )
-    first = "<th>run</th>" if several else ""
+    first = '<th class="l">run</th>' if several else ""
     return f"""<div class="wide"><table class="recall"><thead>
 <tr>{"<th></th>" if several else ""}<th></th><th></th><th colspan="4">image to text</th>
 <th colspan="4">text to image</th><th></th></tr>
-<tr>{first}<th>split</th><th>captions</th>{head}{head}<th>rSum</th></tr></thead>
+<tr>{first}<th class="l">split</th><th class="l">captions</th>{head}{head}<th>rSum</th></tr></thead>
 <tbody>{"".join(body)}</tbody></table></div>
 <p class="note">R@K: percent of queries with a right answer among the first K; ties count against the model.
 rSum is the sum of the six recalls, 600 at most (the bar). Chance is the expectation for a random order.</p>"""
@@ -142,7 +147,7 @@ def _curves(runs: Sequence[Run]) -> str:
     for title, note, series, x_label, zero in (
         (
             "Loss",
-            "total of a step; faint: as logged, line: moving average",
+            "total of a step; faint: as logged, line: mean over a window",
             _train(runs, "loss", True),
             "epoch",
             False,

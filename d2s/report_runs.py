@@ -83,7 +83,8 @@ class Run:
         found = []
         validated = [row for row in self.rows if row["kind"] == "val" and self._score(row) is not None]
         if validated:
-            found += self.rows_of("val, best", max(validated, key=self._score))
+            best = max(validated, key=self._score)
+            found += self.rows_of(f"val, best (epoch {best.get('epoch', 0):.3g})", best)
         tests = [(row.get("split", "test"), row) for row in self.rows if row["kind"] == "test"]
         # The newest evaluation of a split counts.
         for split, row in dict([*tests, *self.evaluations]).items():

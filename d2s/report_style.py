@@ -22,15 +22,15 @@ section{background:var(--card);border:1px solid var(--rule);border-radius:10px;p
 .tile b{display:block;font-size:26px;line-height:1.2;font-variant-numeric:tabular-nums}
 .tile span,.tile small{display:block}.tile small{color:var(--soft)}
 .wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:60%}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:60%}.recall{width:100%}
 th,td{padding:5px 10px;text-align:right;white-space:nowrap}
 thead th{color:var(--soft);font-weight:600;font-size:13px;border-bottom:1px solid var(--rule)}
 thead tr:first-child th{border:0;text-align:center;padding-bottom:0}
-th.name,td.kind{text-align:left}th.name{font-weight:600}td.kind{color:var(--soft)}
+.name,td.kind,.recall thead .l{text-align:left}th.name{font-weight:600}td.kind{color:var(--soft)}
 tbody tr+tr:not(.chance)>*{border-top:1px solid var(--rule)}
 tr.chance{color:var(--soft);font-size:13px}tr.chance td{padding-top:0}
 .edge{border-right:1px solid var(--rule)}
-td.sum{min-width:110px}td.sum i{display:block;height:3px;border-radius:2px;background:var(--s1);margin-left:auto}
+td.sum{width:150px;min-width:110px}td.sum i{display:block;height:3px;border-radius:2px;background:var(--s1);margin-left:auto}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:22px}
 figure{margin:0;min-width:0}.charts figcaption span{color:var(--soft);font-size:13px}
 .chart{display:block;width:100%;height:auto;overflow:visible}
@@ -42,6 +42,7 @@ figure{margin:0;min-width:0}.charts figcaption span{color:var(--soft);font-size:
 .legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
 #tip{position:fixed;pointer-events:none;background:var(--ink);color:var(--bg);border-radius:6px;padding:4px 9px;
 font-size:12.5px;white-space:pre;z-index:9}
+.note+.q{margin-top:14px}
 .q{border-top:1px solid var(--rule);padding:14px 0}.q p{margin:0 0 10px}
 .q q{font-size:16px;quotes:none}
 .badge{display:inline-block;border-radius:20px;padding:1px 10px;margin-right:10px;font-size:12.5px;font-weight:600}
