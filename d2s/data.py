@@ -5,7 +5,6 @@ them, and every random draw derives from (seed, epoch, item). An item is an (ima
 image; its number is what draws.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from d2s.images import CROP_DRAWS, eval_image, train_image
-from d2s.loader import Batch, DataConfig, StepLoader
+from d2s.loader import Batch, BatchMaker, Captions, DataConfig, StepLoader, budgeted, choose
 from d2s.shards import draws
 from d2s.shards.index import ShardIndex
 from d2s.shards.order import BlockPermutation, Permutation, batch_positions, steps_per_epoch
@@ -25,8 +24,6 @@ from d2s.text import TextPipeline
 __all__ = ["Batch", "DataConfig", "TrainBatches", "eval_images", "eval_texts"]
 
 I64 = NDArray[np.int64]
-Captions = Literal["sparse", "dense", "both"]
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _REPLACEMENTS = 16
 
 
@@ -64,17 +61,14 @@ class TrainBatches:
         world: int = 1,
         dense_text: bool = True,
     ) -> None:
-        if captions not in ("sparse", "dense", "both"):
-            raise ValueError(f"captions is {captions!r}: use 'sparse', 'dense' or 'both'")
+        maker = BatchMaker(config, pipeline, captions=captions, seed=seed, dense_text=dense_text)
         self.items = _Items(index, split, config, captions)
         batch_positions(0, batch_size, rank, world)
         self.steps_per_epoch = steps_per_epoch(self.items.n, batch_size)
         self.batch_size, self.config = batch_size, config
         self.damaged: list[str] = []
-        self._dataset = _TrainSteps(
-            self.items, pipeline, seed=seed, batch=(batch_size, rank, world), dense_text=dense_text
-        )
-        self._loader = StepLoader(self._dataset, config.loader_workers)
+        dataset = _TrainSteps(self.items, maker, (batch_size, rank, world))
+        self._loader = StepLoader(dataset, config.loader_workers)
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -85,16 +79,8 @@ class TrainBatches:
         Raises:
             ValueError: more damaged samples than config.damage_budget.
         """
-        for batch in self._loader.run([(epoch, step) for step in range(start_step, self.steps_per_epoch)]):
-            for note in batch.damaged:
-                if note not in self.damaged:
-                    self.damaged.append(note)
-            if len(self.damaged) > self.config.damage_budget:
-                raise ValueError(
-                    f"damage_budget is {self.config.damage_budget} but {len(self.damaged)} samples are damaged, "
-                    f"the last: {self.damaged[-1]} (see: python -m d2s.shard verify)"
-                )
-            yield batch
+        steps = [(epoch, step) for step in range(start_step, self.steps_per_epoch)]
+        return budgeted(self._loader.run(steps), self.damaged, self.config.damage_budget)
 
 
 class _Items:
@@ -129,46 +115,47 @@ class _Items:
         rows = items + self.rows.start
         if self.captions == "dense":
             return rows, np.full(len(rows), -1)
-        return rows, _choose(self.index.take("n_sparse", rows), seed, epoch, items, "caption")
-
-
-def _choose(counts: I64, seed: int, epoch: int, items: I64, stream: str) -> I64:
-    """One of `counts` things for each item: int64 (B,)."""
-    return (draws.uniform(seed, epoch, items, stream)[:, 0] * counts).astype(np.int64)
+        return rows, choose(self.index.take("n_sparse", rows), seed, epoch, items, "caption")
 
 
 class _TrainSteps(Dataset):
     """Maps (epoch, step) to a Batch. Lives in the worker processes."""
 
-    def __init__(
-        self,
-        items: _Items,
-        pipeline: TextPipeline,
-        *,
-        seed: int,
-        batch: tuple[int, int, int],
-        dense_text: bool,
-    ) -> None:
-        self.items, self.pipeline, self.seed, self.batch = items, pipeline, seed, batch
-        self.dense_text = dense_text
+    def __init__(self, items: _Items, maker: BatchMaker, batch: tuple[int, int, int]) -> None:
+        self.items, self.maker, self.batch = items, maker, batch
         self.reader = ShardReader(items.index)
         self._order: tuple[int, Permutation | BlockPermutation] | None = None
 
     def __getitem__(self, where: tuple[int, int]) -> Batch:
         epoch, step = where
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self.items.order(self.seed, epoch))
+            self._order = (epoch, self.items.order(self.maker.seed, epoch))
         positions = batch_positions(step, *self.batch)
         items = self._order[1](np.arange(positions.start, positions.stop))
-        rows, numbers = self.items.rows_and_captions(items, self.seed, epoch)
+        rows, numbers = self.items.rows_and_captions(items, self.maker.seed, epoch)
         config, notes, records = self.items.config, [], []
         images = np.empty((len(items), 3, config.image_size, config.image_size), np.uint8)
-        crops = draws.uniform(self.seed, epoch, items, "crop", CROP_DRAWS)
+        crops = draws.uniform(self.maker.seed, epoch, items, "crop", CROP_DRAWS)
         for i, item in enumerate(items):
             place = (rows[i], numbers[i])
             rows[i], numbers[i], record = self._sample(item, place, crops[i], epoch, images[i], notes)
             records.append(record)
-        return self._batch(records, rows, numbers, items, images, epoch, notes)
+        which = np.full(len(rows), -1)
+        dense_index = which
+        if self.items.captions != "sparse":
+            which = choose(self.items.index.take("n_dense", rows), self.maker.seed, epoch, items, "dense")
+            dense_index = self.items.index.take("dense_start", rows) + which
+        return self.maker.make(
+            records,
+            images,
+            items,
+            epoch,
+            sparse=numbers,
+            dense=which,
+            samples=rows,
+            dense_index=dense_index,
+            damaged=notes,
+        )
 
     def _sample(
         self,
@@ -194,66 +181,13 @@ class _TrainSteps(Dataset):
             except DamagedSample as error:
                 notes.append(str(error))
             if others is None:
-                picks = draws.bits(self.seed, epoch, [item], "replacement", _REPLACEMENTS)[0]
+                picks = draws.bits(self.maker.seed, epoch, [item], "replacement", _REPLACEMENTS)[0]
                 others = (picks % np.uint64(self.items.n)).astype(np.int64)
-            rows, numbers = self.items.rows_and_captions(others[attempt : attempt + 1], self.seed, epoch)
+            rows, numbers = self.items.rows_and_captions(
+                others[attempt : attempt + 1], self.maker.seed, epoch
+            )
             row, number = rows[0], numbers[0]
         raise ValueError(f"{_REPLACEMENTS} samples one after the other are damaged, the last: {notes[-1]}")
-
-    def _batch(
-        self,
-        records: list[Record],
-        rows: I64,
-        numbers: I64,
-        items: I64,
-        images: NDArray,
-        epoch: int,
-        notes: list[str],
-    ) -> Batch:
-        config, captions, seed = self.items.config, self.items.captions, self.seed
-        cut_before = self.pipeline.truncated
-        dense_index = np.full(len(rows), -1)
-        dense: list[str] = []
-        if captions != "sparse":
-            which = _choose(self.items.index.take("n_dense", rows), seed, epoch, items, "dense")
-            dense_index = self.items.index.take("dense_start", rows) + which
-            dense = [record.dense[j] for record, j in zip(records, which, strict=True)]
-        if captions == "dense":
-            texts, room = dense, config.max_words_dense
-            if config.dense == "sentences":
-                texts = [_some_sentences(t, seed, epoch, i) for t, i in zip(dense, items, strict=True)]
-        else:
-            texts = [record.sparse[j] for record, j in zip(records, numbers, strict=True)]
-            room = config.max_words_sparse
-        ids, mask = self.pipeline.augment(
-            texts, seed, epoch, items, word_augment=config.word_augment, max_length=room
-        )
-        dense_ids = dense_mask = None
-        if captions == "both" and self.dense_text:
-            dense_ids, dense_mask = self.pipeline.encode(dense, config.max_words_dense)
-        return Batch(
-            images=torch.from_numpy(images),
-            text_ids=ids,
-            text_mask=mask,
-            dense_ids=dense_ids,
-            dense_mask=dense_mask,
-            image_ids=torch.from_numpy(np.array([record.image_id for record in records], np.int64)),
-            samples=torch.from_numpy(rows.astype(np.int64)),
-            dense_index=torch.from_numpy(dense_index.astype(np.int64)),
-            draw_seeds=torch.from_numpy(draws.bits(seed, epoch, items, "tokens")[:, 0].astype(np.int64)),
-            damaged=notes,
-            truncated=self.pipeline.truncated - cut_before,
-        )
-
-
-def _some_sentences(text: str, seed: int, epoch: int, item: int) -> str:
-    """A random subset, of random size, of a text's sentences, in their order; at least one."""
-    sentences = _SENTENCE_END.split(text.strip())
-    if len(sentences) == 1:
-        return text
-    draw = draws.uniform(seed, epoch, [int(item)], "sentences", len(sentences) + 1)[0]
-    count = 1 + int(draw[0] * len(sentences))
-    return " ".join(sentences[i] for i in np.sort(np.argsort(draw[1:])[:count]))
 
 
 class _ImageSteps(Dataset):

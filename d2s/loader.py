@@ -1,11 +1,22 @@
 """What a batch is, how loading is configured, and how worker processes are run."""
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
+
+from d2s.shards import draws
+from d2s.shards.reader import Record
+from d2s.text import TextPipeline
+
+I64 = NDArray[np.int64]
+Captions = Literal["sparse", "dense", "both"]
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +114,98 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
 
+class BatchMaker:
+    """Records and images to a Batch: caption by caption number, augmented, with every draw from its item.
+
+    Args:
+        captions: "sparse", "dense", or "both": sparse ones, with a dense one of the same image for the teacher.
+        dense_text: with "both", tokenise the dense caption too.
+    Raises:
+        ValueError: an unknown `captions`.
+    """
+
+    def __init__(
+        self, config: DataConfig, pipeline: TextPipeline, *, captions: Captions, seed: int, dense_text: bool
+    ) -> None:
+        if captions not in ("sparse", "dense", "both"):
+            raise ValueError(f"captions is {captions!r}: use 'sparse', 'dense' or 'both'")
+        self.config, self.pipeline, self.captions = config, pipeline, captions
+        self.seed, self.dense_text = seed, dense_text
+
+    def make(
+        self,
+        records: Sequence[Record],
+        images: NDArray[np.uint8],
+        items: I64,
+        epoch: int,
+        *,
+        sparse: I64,
+        dense: I64,
+        samples: I64,
+        dense_index: I64,
+        damaged: list[str],
+    ) -> Batch:
+        """Args: images (B, 3, H, W); items (B,), which draw; sparse, dense (B,): caption numbers in the records."""
+        config, seed, cut_before = self.config, self.seed, self.pipeline.truncated
+        long = [] if self.captions == "sparse" else [r.dense[j] for r, j in zip(records, dense, strict=True)]
+        if self.captions != "dense":
+            texts, room = [r.sparse[j] for r, j in zip(records, sparse, strict=True)], config.max_words_sparse
+        else:
+            texts, room = long, config.max_words_dense
+            if config.dense == "sentences":
+                texts = [some_sentences(t, seed, epoch, i) for t, i in zip(long, items, strict=True)]
+        ids, mask = self.pipeline.augment(
+            texts, seed, epoch, items, word_augment=config.word_augment, max_length=room
+        )
+        dense_ids = dense_mask = None
+        if self.captions == "both" and self.dense_text:
+            dense_ids, dense_mask = self.pipeline.encode(long, config.max_words_dense)
+        return Batch(
+            images=torch.from_numpy(images),
+            text_ids=ids,
+            text_mask=mask,
+            dense_ids=dense_ids,
+            dense_mask=dense_mask,
+            image_ids=torch.tensor([record.image_id for record in records], dtype=torch.int64),
+            samples=torch.from_numpy(samples.astype(np.int64)),
+            dense_index=torch.from_numpy(dense_index.astype(np.int64)),
+            draw_seeds=torch.from_numpy(draws.bits(seed, epoch, items, "tokens")[:, 0].astype(np.int64)),
+            damaged=damaged,
+            truncated=self.pipeline.truncated - cut_before,
+        )
+
+
+def choose(counts: I64, seed: int, epoch: int, items: I64, stream: str) -> I64:
+    """One of counts[i] things for each item: int64 (B,) in 0..counts[i]-1."""
+    return (draws.uniform(seed, epoch, items, stream)[:, 0] * counts).astype(np.int64)
+
+
+def some_sentences(text: str, seed: int, epoch: int, item: int) -> str:
+    """A random subset, of random size, of a text's sentences, in their order; at least one."""
+    sentences = _SENTENCE_END.split(text.strip())
+    if len(sentences) == 1:
+        return text
+    draw = draws.uniform(seed, epoch, [int(item)], "sentences", len(sentences) + 1)[0]
+    count = 1 + int(draw[0] * len(sentences))
+    return " ".join(sentences[i] for i in np.sort(np.argsort(draw[1:])[:count]))
+
+
+def budgeted(batches: Iterable[Batch], seen: list[str], budget: int) -> Iterator[Batch]:
+    """Passes batches on and adds the damage that they report to `seen`, each line once.
+
+    Raises:
+        ValueError: more than `budget` lines.
+    """
+    for batch in batches:
+        seen += [note for note in dict.fromkeys(batch.damaged) if note not in seen]
+        if len(seen) > budget:
+            raise ValueError(
+                f"damage_budget is {budget} but {len(seen)} samples are damaged, the last: {seen[-1]} "
+                "(see: python -m d2s.shard verify)"
+            )
+        yield batch
+
+
 class _Plan:
     """A sampler whose content is set anew for each epoch, so that worker processes live through all of them."""
 
@@ -116,6 +219,29 @@ class _Plan:
         return len(self.items)
 
 
+def unwrap(results: Iterable[Any]) -> Iterator[Any]:
+    """Passes results on and raises a ValueError among them.
+
+    A worker process hands a user's mistake over as a value: raised there, it would come out of the DataLoader
+    with two tracebacks in its message instead of one line.
+    """
+    for result in results:
+        if isinstance(result, ValueError):
+            raise result
+        yield result
+
+
+class _Guarded(Dataset):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.dataset[item]
+        except ValueError as error:
+            return error
+
+
 class StepLoader:
     """Runs `dataset[item]` for a list of items in worker processes; results come in the list's order.
 
@@ -125,7 +251,7 @@ class StepLoader:
     def __init__(self, dataset: Dataset, workers: int) -> None:
         self._plan = _Plan()
         self._loader = DataLoader(
-            dataset,
+            _Guarded(dataset),
             batch_size=None,
             sampler=self._plan,
             num_workers=workers,
@@ -137,4 +263,4 @@ class StepLoader:
         """Yields dataset[item] for each item. A second run ends the first."""
         if items:
             self._plan.items = items
-            yield from self._loader
+            yield from unwrap(self._loader)
