@@ -6,7 +6,7 @@ from pathlib import Path
 
 from d2s.shards import sources
 from d2s.shards.dense import KEYS
-from d2s.shards.plan import ShardSize
+from d2s.shards.layout import ShardSize
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _FAULT = argparse.ArgumentTypeError

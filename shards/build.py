@@ -16,7 +16,8 @@ from d2s.shards.dense import DenseOptions
 from d2s.shards.files import file_sha256, read_json, whole_file, write_json
 from d2s.shards.index_file import NAME as INDEX
 from d2s.shards.index_file import IndexWriter
-from d2s.shards.plan import Layout, Plan, Shard, digest, make_plan
+from d2s.shards.layout import Layout, Shard
+from d2s.shards.plan import Plan, digest, make_plan
 from d2s.shards.progress import Progress, track
 from d2s.shards.sample import Entry, Faults
 from d2s.shards.workers import map_ordered

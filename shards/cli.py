@@ -7,7 +7,7 @@ from pathlib import Path
 from d2s.shards import arguments, sources
 from d2s.shards.build import BuildConfig, BuildReport, build, open_in_place, open_output
 from d2s.shards.dense import DenseOptions
-from d2s.shards.plan import Layout
+from d2s.shards.layout import Layout
 from d2s.shards.sample import Faults, SourceOptions
 from d2s.shards.show import describe, find, save_image
 from d2s.shards.stats import stats, table

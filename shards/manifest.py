@@ -44,7 +44,7 @@ def record(row: dict) -> bytes:
 
 def open_writer(file: object) -> pq.ParquetWriter:
     """A writer of row groups, one a shard, so that a reader can take one shard's rows alone."""
-    return pq.ParquetWriter(file, _SCHEMA, compression="zstd", store_schema=True)
+    return pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_page_checksum=True)
 
 
 def write_manifest(folder: Path, table: pa.Table) -> None:
@@ -71,7 +71,7 @@ def read_manifest(folder: Path, columns: list[str] | None = None, split: str | N
     try:
         filters = None if split is None else [("split", "==", split)]
         table = pq.read_table(path, columns=columns, filters=filters)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
     if split is not None and not table.num_rows:
         raise ValueError(f"{folder}: split {split!r} has no rows")

@@ -134,3 +134,16 @@ def caption_fault(captions: tuple[str, ...]) -> str | None:
         except UnicodeEncodeError:
             return f"caption {number} is not valid Unicode"
     return None
+
+
+def text_field(row: dict, name: str) -> str:
+    """A field that has to hold text. Raises KeyError if it is not there, TypeError if it holds anything else."""
+    value = row[name]
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"field {name!r} is {value!r}, not text")
+    return value
+
+
+def field_fault(error: KeyError | TypeError) -> str:
+    """A source's row without a field, or with something else in it, in words."""
+    return f"no field {error}" if isinstance(error, KeyError) else str(error)

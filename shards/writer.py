@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 
 from d2s.shards import manifest
 from d2s.shards.files import file_sha256, whole_file, write_json
+from d2s.shards.layout import Shard
+from d2s.shards.listing import read_bytes
 from d2s.shards.pictures import Picture, check, measure
-from d2s.shards.plan import Plan, Shard, read_bytes
+from d2s.shards.plan import Plan
 from d2s.shards.sample import Entry, Faults
 from d2s.shards.tar import Member, TarFile
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from d2s.shards.files import read_json
-from d2s.shards.sample import Entry, Faults, SourceOptions
+from d2s.shards.sample import Entry, Faults, SourceOptions, field_fault, text_field
 
 NEEDS = ("captions", "images")
 # The images of COCO's validation set that the field trains on since 2014.
@@ -19,12 +19,12 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
     for number, image in enumerate(value["images"]):
         where = f"{path}: images[{number}]"
         try:
-            name, split = image["filename"], image["split"]
+            name, split = text_field(image, "filename"), text_field(image, "split")
             sparse = tuple(sentence["raw"] for sentence in image["sentences"])
         except (KeyError, TypeError) as error:
-            faults.add(where, f"no field {error}: every image has filename, split and sentences[].raw")
+            faults.add(where, f"{field_fault(error)}; every image has filename, split and sentences[].raw")
             continue
-        folder = options.images / image.get("filepath", "")
+        folder = options.images / str(image.get("filepath") or "")
         # COCO's images are often unpacked into one folder, without the one that the file names.
         home = folder if folder.is_dir() else options.images
         yield Entry(

@@ -68,7 +68,7 @@ def _split(folder: Path, name: str, mapping: dict, options: SourceOptions, fault
                     line.strip(),
                 )
                 continue
-        path = mapping[line.strip()]
+        path = str(mapping[line.strip()])
         yield Entry(
             split=_SPLITS.get(name, name),
             source_id=path,

@@ -30,7 +30,7 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
                 number = row.get(column["id"])
                 is_number = isinstance(number, int) and not isinstance(number, bool)
                 yield Entry(
-                    split=row.get(column["split"]) or given or options.split,
+                    split=str(row.get(column["split"]) or given or options.split),
                     source_id=path,
                     where=where,
                     sparse=_captions(row, column["sparse"]),

@@ -1,0 +1,56 @@
+"""The commands that look, and what importing them costs."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import d2s.__main__
+from d2s.shards.cli import main
+from d2s.shards.manifest import read_manifest
+
+
+def test_show_prints_the_captions_and_writes_the_image(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture, refused: Callable[..., str]
+) -> None:
+    row = read_manifest(dataset).to_pylist()[0]
+    assert main(["show", str(dataset), row["key"], "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert all(caption in told for caption in row["sparse"] + row["dense"])
+    image = tmp_path / f"{row['key']}.jpg"
+    data = (dataset / row["shard"]).read_bytes()[row["image_offset"] :][: row["image_size"]]
+    assert image.read_bytes() == data
+    image.write_bytes(b"something dear to the user")
+    assert "exists with other content" in refused(["show", str(dataset), row["key"], "--out", str(tmp_path)])
+    assert "did you mean 'photo_12'" in refused(["show", str(dataset), "photo_112"])
+
+
+def test_stats_counts(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["stats", str(dataset)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1][:3] == ["train", "10", "3"]
+    assert lines[1][4:] == ["40/40/40", "32/32/32"]
+    assert ["train", "sparse", "25", "2.50", "5.0", "5", "5", "5"] in lines
+    assert ["test", "dense", "2", "1.00", "3.0", "3", "3", "3"] in lines
+
+
+def test_every_command_explains_itself_with_an_example(capsys: pytest.CaptureFixture) -> None:
+    for command in ("build", "index", "verify", "stats", "show"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"example: python -m d2s.shard {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_shards_need_no_torch() -> None:
+    code = "import sys, d2s.shard; sys.exit(any(m.split('.')[0] in ('torch', 'transformers') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_console_command_hands_on(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    assert d2s.__main__.main(["shard", "stats", str(dataset)]) == 0
+    assert "train" in capsys.readouterr().out
+    assert d2s.__main__.main(["shart"]) == 2
+    assert "no command 'shart'" in capsys.readouterr().err
+    assert d2s.__main__.main([]) == 2
