@@ -112,7 +112,7 @@ class Objective(nn.Module):
         how far the sum form of the hinge has come, in [0, 1]; from 1 on the hardest negative alone counts.
         teacher: (B, D), the frozen embedding of each pair's dense caption; needed where distill_weight > 0.
         """
-        image, text = image.float(), text.float()
+        image, text = _at_least_fp32(image), _at_least_fp32(text)
         world = dist.get_world_size() if dist.is_initialized() else 1
         pairs = image.shape[0] * world
         zero = text.new_zeros(())
@@ -120,7 +120,7 @@ class Objective(nn.Module):
         distill = zero
         if self.config.distill_weight:
             assert teacher is not None, "distillation without teacher embeddings"
-            distill = self._distill(text, teacher.float())
+            distill = self._distill(text, _at_least_fp32(teacher))
         total = REFERENCE_BATCH / pairs * self.config.align_weight * align
         total = total + self.config.distill_weight / pairs * distill
         return Losses(total, align.detach(), distill.detach())
@@ -174,3 +174,7 @@ class Objective(nn.Module):
                 temperature=self.config.distill_temperature,
             )
         return F.pointwise_distillation(text, teacher, kind=self.config.distill)
+
+
+def _at_least_fp32(rows: Tensor) -> Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))

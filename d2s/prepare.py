@@ -201,8 +201,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
         resume_from=resume_from,
         world=world,
     )
-    if config.max_steps == 0 and prepared.steps_per_epoch < 1:
-        raise ValueError(f"batch_size is {config.batch_size} but an epoch has {prepared.items} items")
+    assert prepared.steps_per_epoch >= 1  # too large a batch raises ValueError with the numbers
     return prepared
 
 

@@ -56,7 +56,7 @@ def compat(config: TrainConfig) -> TrainConfig:
 
 
 def small(
-    stage: str, *, size: int, text: TowerConfig, batch: int, steps: int, distill: float, width: int = 256,
+    stage: str, *, size: int, image: TowerConfig, text: TowerConfig, batch: int, steps: int, distill: float, width: int = 256,
     decoder: bool | None = None, lr: float = 1e-3, words: int = 128, evaluate_epochs: int = 1,
 ) -> TrainConfig:  # fmt: skip
     """A small ResNet from random weights and a given text tower, aligned by InfoNCE; fit for two CPU cores."""
@@ -66,7 +66,7 @@ def small(
         batch_size=batch,
         max_steps=steps,
         model=ModelConfig(
-            image_encoder=presets.small_resnet(),
+            image_encoder=image,
             text_encoder=text,
             width=width,
             image_size=size,
@@ -84,7 +84,7 @@ def small(
 def flickr8k_small(stage: str, *, distill: float, steps: int) -> TrainConfig:
     """Flickr8k photographs at 112 pixels; the text tower is a frozen MiniLM under trained heads."""
     return small(
-        stage, size=112, text=presets.minilm(layers=3), batch=128, steps=steps, distill=distill,
+        stage, size=112, image=presets.small_resnet(), text=presets.minilm(layers=3), batch=128, steps=steps, distill=distill,
         evaluate_epochs=5,
     )  # fmt: skip
 
@@ -92,7 +92,8 @@ def flickr8k_small(stage: str, *, distill: float, steps: int) -> TrainConfig:
 def scenes_small(stage: str, *, distill: float, steps: int) -> TrainConfig:
     """Procedural scenes at 64 pixels; both towers from random weights."""
     return small(
-        stage, size=64, text=presets.small_bert(), batch=128, steps=steps, distill=distill, evaluate_epochs=5
+        stage, size=64, image=presets.small_resnet((32, 64, 128)), text=presets.small_bert(), batch=128,
+        steps=steps, distill=distill, evaluate_epochs=5,
     )  # fmt: skip
 
 

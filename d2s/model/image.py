@@ -41,7 +41,8 @@ class ImageEncoder(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         mean = torch.tensor(self.config.image_mean, dtype=wide, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.config.image_std, dtype=wide, device=images.device).view(3, 1, 1)
-        normal = ((images.to(wide) / 255 - mean) / std).to(dtype)
+        # One pass over the pixels instead of three.
+        normal = torch.addcmul(-mean / std, images.to(wide), 1 / (255 * std)).to(dtype)
         # Convolutions on a CPU, and in bf16 on tensor cores, are about twice as fast with the channels last.
         return normal.contiguous(memory_format=torch.channels_last)
 

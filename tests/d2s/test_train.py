@@ -1,0 +1,181 @@
+"""Training as a user runs it: both stages, resume after a kill, several workers, and mistakes in one line."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2s.logs import read_rows
+from d2s.shards.cli import main as shard
+from d2s.train import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    *("--batch_size", "8", "--model.width", "16", "--log.every", "1", "--log.evaluate_epochs", "1"),
+    *("--data.loader_workers", "0", "--data.image_size", "32", "--model.image_size", "32"),
+    *("--optim.warmup_steps", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 scenes to train on: six steps an epoch at a batch of 8."""
+    out = tmp_path_factory.mktemp("train") / "scenes"
+    assert shard(f"build --source scenes --count train=48,val=8,test=8 --size 32 --out {out}".split()) == 0
+    return out
+
+
+def train(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
+    """Runs the training script as a user does."""
+    command = [*launcher, str(ROOT / "d2s" / "train.py"), *map(str, arguments), *SMALL]
+    env = {**os.environ, "D2S_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, check=False)
+
+
+@pytest.fixture(scope="module")
+def pretrained(scenes: Path) -> Path:
+    """A stage-1 run of two epochs, never interrupted."""
+    run = scenes.parent / "pretrain"
+    done = train("scenes_small_pretrain", "--data", scenes, "--run", run, "--max_steps", 12)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(run) if row["kind"] == "train"]
+
+
+def test_both_stages_leave_a_usable_model(scenes: Path, pretrained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "finetune"
+    # --data is that of the stage-1 run where it is not given.
+    done = train("scenes_small_finetune", "--init", pretrained, "--run", run, "--max_steps", 6)
+    assert done.returncode == 0, done.stderr
+    assert (run / "teacher" / "dense.f32").stat().st_size == 48 * 16 * 4
+    distill = [row["distill"] for row in read_rows(run) if row["kind"] == "train"]
+    assert all(0 < value < 2 for value in distill)
+    probe = (
+        "import sys; from d2s import D2SModel; m = D2SModel.from_pretrained(sys.argv[1]);"
+        "print(tuple(m.encode_text(['a red circle']).shape), 'deepspeed' in sys.modules)"
+    )
+    for folder in ("best", "last"):
+        shown = subprocess.run(
+            [sys.executable, "-c", probe, str(run / folder)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=True,
+        )
+        assert shown.stdout.strip() == "(1, 16) False"
+
+
+def test_the_loss_falls_and_every_step_is_logged(pretrained: Path) -> None:
+    rows = read_rows(pretrained)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 13))
+    assert [row["step"] for row in rows if row["kind"] == "val"] == [6, 12]
+    assert sum(losses(pretrained)[-3:]) < sum(losses(pretrained)[:3])
+    saved = json.loads((pretrained / "config.json").read_text())
+    assert saved["config"]["optim"]["warmup_steps"] == 0
+    assert list((pretrained / "tensorboard").iterdir())
+
+
+def test_killed_and_resumed_is_bit_equal(scenes: Path, pretrained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["scenes_small_pretrain", "--data", scenes, "--run", run, "--max_steps", "12", *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "d2s" / "train.py"), *map(str, arguments)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "D2S_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while len(losses(run)) < 8:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (run / "checkpoints" / "step-00000006" / "complete.json").is_file()
+    done = train("scenes_small_pretrain", "--data", scenes, "--run", run, "--max_steps", 12, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(pretrained)
+    ours, theirs = (load_file(folder / "last" / "model.safetensors") for folder in (run, pretrained))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_incomplete_checkpoint_is_never_used(scenes: Path, pretrained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(pretrained, run)
+    (run / "checkpoints" / "step-00000012" / "complete.json").unlink()
+    done = train("scenes_small_pretrain", "--data", scenes, "--run", run, "--max_steps", 12, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(pretrained)
+
+
+@pytest.mark.dist
+def test_two_workers_under_torchrun(scenes: Path, tmp_path: Path) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--")
+    done = train(
+        "scenes_small_pretrain", "--data", scenes, "--run", tmp_path / "run", "--max_steps", 6,
+        "--engine.zero_stage", 2, launcher=launcher,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 6
+    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("scenes_smal_pretrain --data {data} --run {new}", "did you mean 'scenes_small_pretrain'"),
+        ("scenes_small_pretrain --data {data} --run {new} --optim.rl 1", "no field 'optim.rl'"),
+        ("scenes_small_pretrain --data {empty} --run {new}", "manifest.parquet"),
+        ("scenes_small_pretrain --data {data} --run {full}", "is not empty"),
+        ("scenes_small_pretrain --data {data} --run {full} --resume", "holds no run"),
+        ("scenes_small_pretrain --data {data}", "--run is missing"),
+        ("scenes_small_pretrain --run {new}", "--data is missing"),
+        ("scenes_small_pretrain --data {data} --run {new} --batch_size 64", "batch_size is 64.* 48 "),
+        ("scenes_small_finetune --data {data} --run {new}", "there is no teacher: give --init"),
+        ("scenes_small_finetune --data {data} --run {new} --init {empty}", "neither a run"),
+        ("", "no recipe given"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: str, message: str, scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    places = {name: tmp_path / name for name in ("new", "full", "empty")}
+    places["empty"].mkdir()
+    places["full"].mkdir()
+    (places["full"] / "notes.txt").write_text("mine")
+    assert main(arguments.format(data=scenes, **places).split()) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+
+    assert re.search(message, lines[0]), lines[0]
+    assert not places["new"].exists()
+
+
+def test_resuming_with_another_configuration_is_refused(
+    scenes: Path, pretrained: Path, capfd: pytest.CaptureFixture
+) -> None:
+    arguments = f"scenes_small_pretrain --data {scenes} --run {pretrained} --max_steps 12 --resume".split()
+    assert main([*arguments, *SMALL, "--optim.lr", "0.5"]) == 2
+    assert "optim.lr was 0.001" in capfd.readouterr().err
+
+
+def test_dry_run_prints_steps_and_memory_and_writes_nothing(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    assert main(["scenes_small_pretrain", "--data", str(scenes), "--run", str(run), "--dry-run", *SMALL]) == 0
+    text = capsys.readouterr().out
+    assert "6 an epoch" in text
+    assert "activations" in text
+    assert '"warmup_steps": 0' in text
+    assert not run.exists()
