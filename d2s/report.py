@@ -45,7 +45,7 @@ def write_report(
     gallery, gallery_of, capacity = None, "", {}
     if index is not None:
         gallery, numbers = _look(run, index, split, device, batch_size)
-        gallery_of = f"The best model of {run.name} on the {split} split, {numbers['images']:,} images"
+        gallery_of = f"The best model of {run.name} on the {split} split, {numbers['images']:,} images, {gallery.kind} captions"
         capacity = numbers["capacity"]
         if split != "val" and not any(row.run == run.name and row.split == split for row in rows):
             place = sum(row.run == run.name for row in rows)
@@ -77,7 +77,8 @@ def _look(run: Run, index: ShardIndex, split: str, device: str, batch_size: int)
     config = data_config_of(folder, model)
     embedded = embed_split(model, index, split, config=config, batch_size=batch_size)
     numbers = evaluate_embeddings(embedded, index, split).to_dict()
-    return make_gallery(index, split, embedded), numbers
+    # Shown are the captions that the stage aligns: of a model of stage 1, sparse ones say little.
+    return make_gallery(index, split, embedded, kind=run.aligned), numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:

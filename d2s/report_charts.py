@@ -55,18 +55,21 @@ def short(value: float) -> str:
 
 
 def average(values: np.ndarray) -> np.ndarray:
-    """Mean over a window around each point, a twentieth of all wide; narrower at the ends, so it does not lag."""
+    """Mean over a window around each point, a twentieth of all wide, cut off at the ends: it does not lag."""
     half = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))
-    return (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)
+    start, stop = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (total[stop] - total[start]) / (stop - start)
 
 
-def line_chart(series: Sequence[Series], *, x_label: str, from_zero: bool = False, label: str = "") -> str:
+def line_chart(
+    series: Sequence[Series], *, x_label: str, x_max: float = 0.0, from_zero: bool = False, label: str = ""
+) -> str:
     """A line chart as SVG, its horizontal axis from 0; an empty string where there is nothing to draw.
 
     Args:
+        x_max: let the horizontal axis reach so far at least.
         from_zero: let the vertical axis start at 0.
         label: what the chart shows, for screen readers.
     """
@@ -75,7 +78,9 @@ def line_chart(series: Sequence[Series], *, x_label: str, from_zero: bool = Fals
     if not lines:
         return ""
     xs, ys = np.concatenate([x for _, x, _ in lines]), np.concatenate([y for _, _, y in lines])
-    scale = _Scale(min(0.0, xs.min()), xs.max(), min(0.0, ys.min()) if from_zero else ys.min(), ys.max())
+    scale = _Scale(
+        min(0.0, xs.min()), max(xs.max(), x_max), min(0.0, ys.min()) if from_zero else ys.min(), ys.max()
+    )
     parts = [scale.grid(x_label)]
     points = []
     for s, x, y in lines:
@@ -156,8 +161,8 @@ class _Scale:
         if not x_high > x_low:
             x_low, x_high = x_low - 0.5, x_high + 0.5
         if not y_high > y_low:
-            pad = abs(y_low) * 0.1 or 1.0
-            y_low, y_high = y_low - pad, y_high + pad
+            pad = abs(y_low) * 0.1
+            y_low, y_high = (y_low - pad, y_high + pad) if pad else (0.0, 1.0)
         self.x_low, self.x_high, self.y_low, self.y_high = map(float, (x_low, x_high, y_low, y_high))
 
     def x(self, value: float) -> float:

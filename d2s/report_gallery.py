@@ -78,6 +78,8 @@ class Pairs:
 class Gallery:
     """Everything that the report shows of one split."""
 
+    kind: str
+    """Which captions: sparse or dense."""
     i2t: Direction
     t2i: Direction
     i2t_pairs: Pairs
@@ -86,19 +88,23 @@ class Gallery:
     """Base64 JPEG by position in the split, for every picture that is shown."""
 
 
-def make_gallery(index: ShardIndex, split: str, embedded: Embeddings, per_outcome: int = 4) -> Gallery:
+def make_gallery(
+    index: ShardIndex, split: str, embedded: Embeddings, *, kind: str = "sparse", per_outcome: int = 4
+) -> Gallery:
     """Chooses queries evenly over the split, so many of each outcome, and finds their top five.
 
     Args:
-        embedded: of this split, with sparse captions (dense ones where there are none).
+        embedded: of this split.
+        kind: which captions to show, "sparse" or "dense"; the other where the split has none of them.
 
     Raises:
         ValueError: the split has no captions, or a sample is damaged.
     """
-    texts = embedded.sparse or embedded.dense
+    if getattr(embedded, kind) is None:
+        kind = "dense" if kind == "sparse" else "sparse"
+    texts = getattr(embedded, kind)
     if texts is None:
         raise ValueError(f"split {split!r} of {index.root} has no caption to show: choose another split")
-    kind = "sparse" if embedded.sparse else "dense"
     images, captions = normalize(embedded.images).cpu(), normalize(texts.embeddings).cpu()
     owner = texts.owner.cpu()
     asked = torch.nonzero(torch.bincount(owner, minlength=len(images))).squeeze(1)
@@ -109,6 +115,7 @@ def make_gallery(index: ShardIndex, split: str, embedded: Embeddings, per_outcom
     shown = {answer.image for query in t2i.queries for answer in [*query.answers, query.best]}
     shown |= {query.image for query in [*i2t.queries, *t2i.queries]}
     return Gallery(
+        kind=kind,
         i2t=i2t,
         t2i=t2i,
         i2t_pairs=_pairs(images[asked], captions, asked, owner),

@@ -144,6 +144,7 @@ rSum is the sum of the six recalls, 600 at most (the bar). Chance is the expecta
 def _curves(runs: Sequence[Run]) -> str:
     names = legend([(run.name, _colour(n)) for n, run in enumerate(runs)])
     charts = []
+    reach = max((row["epoch"] for run in runs for row in run.train), default=0.0)
     for title, note, series, x_label, zero in (
         (
             "Loss",
@@ -164,7 +165,7 @@ def _curves(runs: Sequence[Run]) -> str:
             False,
         ),
     ):
-        drawn = line_chart(series, x_label=x_label, from_zero=zero, label=title)
+        drawn = line_chart(series, x_label=x_label, x_max=reach, from_zero=zero, label=title)
         if drawn:
             charts.append(
                 f"<figure><figcaption><b>{title}</b> <span>{note}</span></figcaption>{drawn}</figure>"
@@ -213,7 +214,7 @@ def _query(query: Query) -> str:
     if query.text is None:
         answers = "".join(
             f'<li class="{"right" if a.right else "wrong"}"><span class="place">{a.rank:,}</span>'
-            f'<span>{_esc(a.text)}</span><span class="sim">{a.similarity:.3f}</span></li>'
+            f'<span class="said" title="{_esc(a.text)}">{_esc(a.text)}</span><span class="sim">{a.similarity:.3f}</span></li>'
             for a in [*query.answers, *beyond]
         )
         asked = _picture(query.image, "query")

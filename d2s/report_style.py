@@ -30,7 +30,8 @@ thead tr:first-child th{border:0;text-align:center;padding-bottom:0}
 tbody tr+tr:not(.chance)>*{border-top:1px solid var(--rule)}
 tr.chance{color:var(--soft);font-size:13px}tr.chance td{padding-top:0}
 .edge{border-right:1px solid var(--rule)}
-td.sum{width:150px;min-width:110px}td.sum i{display:block;height:3px;border-radius:2px;background:var(--s1);margin-left:auto}
+td.sum{width:150px;min-width:110px}
+td.sum i{display:block;height:3px;border-radius:2px;background:var(--s1);margin-left:auto}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:22px}
 figure{margin:0;min-width:0}.charts figcaption span{color:var(--soft);font-size:13px}
 .chart{display:block;width:100%;height:auto;overflow:visible}
@@ -60,6 +61,7 @@ width:100%;aspect-ratio:4/3;border-radius:6px}
 .texts{list-style:none;margin:8px 0 0;padding:0}
 .texts li{display:grid;grid-template-columns:4.2em 1fr auto;gap:8px;padding:2px 8px;border-radius:5px}
 .texts li.right{background:var(--goodbg)}.texts li.right .place::before{content:"\\2713 ";color:var(--good)}
+.said{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:3;overflow:hidden}
 .place,.sim{color:var(--soft);font-size:13px;font-variant-numeric:tabular-nums}.place{text-align:right}
 summary{cursor:pointer;font-weight:600}
 .groups{columns:3 300px;column-gap:28px;margin-top:12px}.group{break-inside:avoid;margin-bottom:18px}
