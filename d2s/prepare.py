@@ -31,6 +31,8 @@ from d2s.recipes import RECIPES
 from d2s.shards.index import ShardIndex
 from d2s.shards.manifest import read_manifest
 from d2s.shards.order import steps_per_epoch
+from d2s.shards.stream import is_pattern
+from d2s.stream_data import StreamBatches
 from d2s.teacher import teacher_table
 from d2s.text import TextPipeline
 from d2s.trainer import Trainer, TrainingModule
@@ -45,12 +47,18 @@ class Plan:
     """A checked run: nothing in it is missing or contradictory, and nothing has been built yet."""
 
     config: TrainConfig
-    data: Path
+    data: str
+    """What was given as --data: a data set's folder, or a pattern of tars to stream."""
     index: ShardIndex
+    """The data set, or where tars are streamed the one to validate on."""
     run: Path | None
     init: Path | None
     resume_from: Path | None
     world: int
+
+    @property
+    def streams(self) -> bool:
+        return is_pattern(self.data)
 
     @property
     def captions(self) -> str:
@@ -65,7 +73,9 @@ class Plan:
 
     @property
     def items(self) -> int:
-        """What an epoch passes over: images, or image-caption pairs."""
+        """What an epoch passes over: images, image-caption pairs, or visits of a stream."""
+        if self.streams:
+            return self.config.samples_per_epoch
         if self.config.stage == "finetune" and self.config.data.sparse == "all":
             return self.index.n_sparse_total("train")
         return len(self.index.rows("train"))
@@ -88,10 +98,27 @@ class Plan:
             return D2SModel.from_pretrained(self.init, **changes)
         tokenizer = None
         if settings.text_encoder.tokenizer == WORDS:
-            table = read_manifest(self.data, columns=["sparse", "dense"], split="train")
+            split = "val" if self.streams else "train"
+            table = read_manifest(self.index.root, columns=["sparse", "dense"], split=split)
             captions = (text for row in table.to_pylist() for text in [*row["sparse"], *row["dense"]])
             tokenizer = build_word_tokenizer(captions)
         return D2SModel(settings, tokenizer)
+
+    def build_batches(self, pipeline: TextPipeline, workers: Workers) -> TrainBatches | StreamBatches:
+        """This worker's training batches."""
+        config = self.config
+        common = {
+            "captions": self.captions,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "rank": workers.rank,
+            "world": workers.world,
+            "dense_text": config.loss.teacher == "online",
+        }
+        if not self.streams:
+            return TrainBatches(self.index, "train", config.data, pipeline, **common)
+        samples = config.samples_per_epoch
+        return StreamBatches(self.data, config.data, pipeline, samples_per_epoch=samples, **common)
 
     def start(self) -> Trainer:
         """Builds everything, on all workers together, and restores the newest checkpoint when resuming."""
@@ -105,18 +132,6 @@ class Plan:
         teacher = self._teacher(model, pipeline, workers)
         module = TrainingModule(model, Objective(config.loss), bf16=config.engine.precision == "bf16")
         module.to(workers.device)
-        batches = TrainBatches(
-            self.index,
-            "train",
-            config.data,
-            pipeline,
-            captions=self.captions,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            rank=workers.rank,
-            world=workers.world,
-            dense_text=config.loss.teacher == "online",
-        )
         backbone = [parameter for _, parameter in model.parameter_parts()["backbone"]]
         optimizer = build_optimizer(module, backbone, config.optim)
         settings = engine_settings(config.engine, config.batch_size // self.world, config.optim.grad_clip)
@@ -126,7 +141,7 @@ class Plan:
             workers=workers,
             index=self.index,
             engine=start_engine(module, optimizer, settings),
-            batches=batches,
+            batches=self.build_batches(pipeline, workers),
             total_steps=self.total_steps,
             teacher=teacher,
             log=None,
@@ -146,7 +161,8 @@ class Plan:
         self.run.mkdir(parents=True, exist_ok=True)
         content = {
             "config": to_dict(self.config),
-            "data": str(self.data),
+            "data": self.data,
+            "val_data": str(self.index.root),
             "init": str(self.init) if self.init else None,
             "workers": self.world,
             "torch": torch.__version__,
@@ -188,9 +204,10 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
             "give --init, the run of the pretrain stage, or set the weight to 0"
         )
     data = _find_data(options)
-    index = ShardIndex.open(data)
+    index = _open_data(data, options.val_data, config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    _check_data(config, index, world)
+    if config.batch_size % world:
+        raise ValueError(f"batch_size {config.batch_size} does not divide among {world} workers")
     resume_from = None if options.dry_run else _check_run(options.run, config, resume=options.resume)
     prepared = Plan(
         config=config,
@@ -224,20 +241,43 @@ def find_model(path: Path) -> Path:
     )
 
 
-def _find_data(options: argparse.Namespace) -> Path:
+def _find_data(options: argparse.Namespace) -> str:
     if options.data:
-        return Path(options.data)
+        return options.data
     for folder in (options.run if options.resume else None, options.init):
         if folder and (folder / "config.json").is_file():
             data = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("data")
             if data:
-                return Path(data)
+                return data
     raise ValueError("--data is missing: name a folder made by `python -m d2s.shard build`")
 
 
-def _check_data(config: TrainConfig, index: ShardIndex, world: int) -> None:
-    for split in ("train", "val"):
-        index.rows(split)
+def _open_data(data: str, val_data: str | None, config: TrainConfig) -> ShardIndex:
+    """The index of the data set, or of --val-data where `data` is a stream; captions and splits checked."""
+    if not is_pattern(data):
+        if val_data:
+            raise ValueError(
+                "--val-data goes with a stream of tars only: an indexed data set has its own val split"
+            )
+        index = ShardIndex.open(data)
+        index.rows("train")
+        index.rows("val")
+        _check_captions(config, index)
+        return index
+    if not val_data:
+        raise ValueError("--data is a stream of tars: give --val-data, an indexed data set with a val split")
+    if not config.samples_per_epoch:
+        raise ValueError("--data is a stream of tars, which has no length: give --samples_per_epoch")
+    if config.loss.distill_weight and config.loss.teacher == "cached":
+        raise ValueError(
+            "loss.teacher is 'cached', but a stream's captions have no numbers: set it to 'online'"
+        )
+    index = ShardIndex.open(val_data)
+    index.rows("val")
+    return index
+
+
+def _check_captions(config: TrainConfig, index: ShardIndex) -> None:
     needed = ["dense"] if config.stage == "pretrain" else ["sparse"]
     if config.loss.distill_weight:
         needed.append("dense")
@@ -245,11 +285,9 @@ def _check_data(config: TrainConfig, index: ShardIndex, world: int) -> None:
         missing, first = index.without("train", kind)
         if missing:
             raise ValueError(
-                f"{missing} images of the train split have no {kind} caption, the first is {index.keys([first])[0]}: "
-                f"stage {config.stage} needs one for each"
+                f"{missing} images of the train split have no {kind} caption, the first is "
+                f"{index.keys([first])[0]}: stage {config.stage} needs one for each"
             )
-    if config.batch_size % world:
-        raise ValueError(f"batch_size {config.batch_size} does not divide among {world} workers")
 
 
 def _check_run(run: Path, config: TrainConfig, *, resume: bool) -> Path | None:

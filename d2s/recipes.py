@@ -20,12 +20,15 @@ from d2s.optim import OptimConfig
 PAPER_SIZES = {"vitb16": (224, 384, 480), "swinb": (224, 384)}
 
 
-def paper(stage: str, tower: str, size: int) -> TrainConfig:
-    """The paper's setting for Flickr30K and COCO: 30 epochs, global batch 128, hinge, BERT-base."""
+def paper(part: str, tower: str, size: int) -> TrainConfig:
+    """The paper's setting for Flickr30K and COCO: 30 epochs, global batch 128, hinge, BERT-base.
+
+    part: "pretrain", "finetune", or "align", the baseline without decoder and teacher.
+    """
     image = presets.vit_b16() if tower == "vitb16" else presets.swin_b(size)
-    finetune = stage == "finetune"
+    finetune = part == "finetune"
     return TrainConfig(
-        stage=stage,
+        stage="pretrain" if part == "pretrain" else "finetune",
         model=ModelConfig(
             image_encoder=image,
             text_encoder=presets.bert_base(),
@@ -56,45 +59,52 @@ def compat(config: TrainConfig) -> TrainConfig:
 
 
 def small(
-    stage: str, *, size: int, image: TowerConfig, text: TowerConfig, batch: int, steps: int, distill: float, width: int = 256,
-    decoder: bool | None = None, lr: float = 1e-3, words: int = 128, evaluate_epochs: int = 1,
-) -> TrainConfig:  # fmt: skip
-    """A small ResNet from random weights and a given text tower, aligned by InfoNCE; fit for two CPU cores."""
-    with_decoder = distill > 0 if decoder is None else decoder
+    part: str,
+    *,
+    size: int,
+    image: TowerConfig,
+    text: TowerConfig,
+    steps: int,
+    width: int = 256,
+    lr: float = 1e-3,
+    distill_weight: float = 64.0,
+    max_words_dense: int = 128,
+) -> TrainConfig:
+    """A small image tower from random weights, aligned by InfoNCE at a batch of 128; fit for two CPU cores."""
+    finetune = part == "finetune"
     return TrainConfig(
-        stage=stage,
-        batch_size=batch,
+        stage="pretrain" if part == "pretrain" else "finetune",
         max_steps=steps,
         model=ModelConfig(
             image_encoder=image,
             text_encoder=text,
             width=width,
             image_size=size,
-            decoder=DecoderConfig(tokens=16, depth=2) if with_decoder else None,
+            decoder=DecoderConfig(tokens=16, depth=2) if finetune else None,
         ),
-        data=DataConfig(image_size=size, sparse="one", loader_workers=1, max_words_dense=words),
-        loss=LossConfig(align="infonce", distill_weight=distill),
+        data=DataConfig(image_size=size, sparse="one", loader_workers=1, max_words_dense=max_words_dense),
+        loss=LossConfig(align="infonce", distill_weight=distill_weight if finetune else 0.0),
         # The loss is a sum stated at 128 pairs: this clips at a norm of 2 for the mean.
         optim=OptimConfig(lr=lr, backbone_lr=lr, schedule="cosine", warmup_steps=50, grad_clip=256.0),
         engine=EngineConfig(precision="fp32", zero_stage=0),
-        log=LogConfig(every=20, evaluate_epochs=evaluate_epochs),
+        log=LogConfig(every=20, evaluate_epochs=5),
     )
 
 
-def flickr8k_small(stage: str, *, distill: float, steps: int) -> TrainConfig:
+def flickr8k_small(part: str, *, steps: int) -> TrainConfig:
     """Flickr8k photographs at 112 pixels; the text tower is a frozen MiniLM under trained heads."""
-    return small(
-        stage, size=112, image=presets.small_resnet(), text=presets.minilm(layers=3), batch=128, steps=steps, distill=distill,
-        evaluate_epochs=5,
-    )  # fmt: skip
+    return small(part, size=112, image=presets.small_resnet(), text=presets.minilm(layers=3), steps=steps)
 
 
-def scenes_small(stage: str, *, distill: float, steps: int) -> TrainConfig:
+def scenes_small(part: str, *, steps: int) -> TrainConfig:
     """Procedural scenes at 64 pixels; both towers from random weights."""
     return small(
-        stage, size=64, image=presets.small_resnet((32, 64, 128)), text=presets.small_bert(), batch=128,
-        steps=steps, distill=distill, evaluate_epochs=5,
-    )  # fmt: skip
+        part,
+        size=64,
+        image=presets.small_resnet((32, 64, 128)),
+        text=presets.small_bert(),
+        steps=steps,
+    )
 
 
 def _all() -> dict[str, Callable[[], TrainConfig]]:
@@ -102,17 +112,18 @@ def _all() -> dict[str, Callable[[], TrainConfig]]:
     for data in ("f30k", "coco"):
         for tower, sizes in PAPER_SIZES.items():
             for size in sizes:
-                for stage in ("pretrain", "finetune"):
-                    build = partial(paper, stage, tower, size)
-                    recipes[f"{data}_{tower}_{size}_{stage}"] = build
-                    recipes[f"{data}_{tower}_{size}_{stage}_compat"] = partial(_compat_of, build)
+                for part in ("pretrain", "finetune", "align"):
+                    build = partial(paper, part, tower, size)
+                    recipes[f"{data}_{tower}_{size}_{part}"] = build
+                    if part != "align":
+                        recipes[f"{data}_{tower}_{size}_{part}_compat"] = partial(_compat_of, build)
     recipes |= {
-        "flickr8k_small_pretrain": partial(flickr8k_small, "pretrain", distill=0.0, steps=500),
-        "flickr8k_small_finetune": partial(flickr8k_small, "finetune", distill=64.0, steps=1500),
-        "flickr8k_small_align": partial(flickr8k_small, "finetune", distill=0.0, steps=2000),
-        "scenes_small_pretrain": partial(scenes_small, "pretrain", distill=0.0, steps=400),
-        "scenes_small_finetune": partial(scenes_small, "finetune", distill=64.0, steps=400),
-        "scenes_small_align": partial(scenes_small, "finetune", distill=0.0, steps=400),
+        "flickr8k_small_pretrain": partial(flickr8k_small, "pretrain", steps=500),
+        "flickr8k_small_finetune": partial(flickr8k_small, "finetune", steps=1500),
+        "flickr8k_small_align": partial(flickr8k_small, "align", steps=2000),
+        "scenes_small_pretrain": partial(scenes_small, "pretrain", steps=400),
+        "scenes_small_finetune": partial(scenes_small, "finetune", steps=400),
+        "scenes_small_align": partial(scenes_small, "align", steps=800),
     }
     return recipes
 

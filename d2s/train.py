@@ -37,6 +37,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a named configuration, listed below")
     parser.add_argument("--data", metavar="DIR", help="data set made by `python -m d2s.shard build`, or a URL"
                         " pattern of tars; by default that of --init or of the resumed run")  # fmt: skip
+    parser.add_argument("--val-data", metavar="DIR", help="data set to validate on, where --data is a stream")
     parser.add_argument(
         "--run", metavar="DIR", type=Path, help="folder of the run; everything is written there"
     )

@@ -24,6 +24,7 @@ from d2s.model import D2SModel, Teacher
 from d2s.objective import Objective
 from d2s.optim import lr_factor, set_learning_rate
 from d2s.shards.index import ShardIndex
+from d2s.stream_data import StreamBatches
 from d2s.teacher import TeacherTable
 
 
@@ -55,7 +56,7 @@ class Trainer:
     workers: Workers
     index: ShardIndex
     engine: Any
-    batches: TrainBatches
+    batches: TrainBatches | StreamBatches
     total_steps: int
     teacher: Teacher | TeacherTable | None
     log: RunLog
@@ -130,7 +131,8 @@ class Trainer:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.nonfinite_limit:
-            keys = ", ".join(self.index.keys(batch.samples[:8].tolist()))
+            rows = [row for row in batch.samples[:8].tolist() if row >= 0]  # a stream's samples have none
+            keys = ", ".join(self.index.keys(rows))
             raise FloatingPointError(
                 f"worker {self.workers.rank}: the loss was not finite in {self.skipped_in_a_row} steps in a row, "
                 f"the last with samples {keys} ...; lower optim.lr or set engine.precision to fp32"

@@ -130,6 +130,15 @@ def test_two_workers_under_torchrun(scenes: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
 
 
+def test_a_stream_of_tars_trains_too(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tars = scenes / "train" / "{00000..00000}.tar"
+    done = train("scenes_small_pretrain", "--data", tars, "--val-data", scenes, "--run", run,
+                 "--samples_per_epoch", 32, "--max_steps", 5)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(losses(run)) == 5
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -139,6 +148,15 @@ def test_two_workers_under_torchrun(scenes: Path, tmp_path: Path) -> None:
         ("scenes_small_pretrain --data {data} --run {full}", "is not empty"),
         ("scenes_small_pretrain --data {data} --run {full} --resume", "holds no run"),
         ("scenes_small_pretrain --data {data}", "--run is missing"),
+        ("scenes_small_pretrain --data x{{0..1}}.tar --run {new}", "give --val-data"),
+        (
+            "scenes_small_pretrain --data x{{0..1}}.tar --val-data {data} --run {new}",
+            "give --samples_per_epoch",
+        ),
+        (
+            "scenes_small_pretrain --data {data} --val-data {data} --run {new}",
+            "--val-data goes with a stream",
+        ),
         ("scenes_small_pretrain --run {new}", "--data is missing"),
         ("scenes_small_pretrain --data {data} --run {new} --batch_size 64", "batch_size is 64.* 48 "),
         ("scenes_small_finetune --data {data} --run {new}", "there is no teacher: give --init"),
