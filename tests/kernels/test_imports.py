@@ -1,0 +1,65 @@
+"""What importing the kernels brings along, and that nobody takes this folder for another package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TOWERS = """
+import sys
+from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTConfig, ViTModel
+small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+BertModel(BertConfig(vocab_size=20, **small))
+ViTModel(ViTConfig(image_size=16, patch_size=8, **small))
+SwinModel(SwinConfig(image_size=16, patch_size=4, window_size=2, embed_dim=8, depths=[1], num_heads=[2]))
+from transformers.utils import import_utils
+import d2s.kernels
+print("built", "d2s.kernels" in sys.modules, d2s.kernels.hinge_loss.__module__)
+"""
+
+
+def run(*arguments, cwd=ROOT):
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "D2S_KERNELS")}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_brings_torch_and_nothing_else():
+    code = (
+        "import sys, d2s.kernels; light = 'torch' in sys.modules; d2s.kernels.hinge_loss;"
+        "print(light, sorted(m for m in sys.modules if m in "
+        "('transformers', 'deepspeed', 'pyarrow', 'webdataset', 'd2s.shards')))"
+    )
+    assert run("-c", code) == "False []"
+
+
+@pytest.mark.parametrize("how", ["from the root", "as a script", "as a script in the package"])
+def test_transformers_builds_its_models_beside_this_folder(how, tmp_path):
+    if how == "from the root":
+        out = run("-c", TOWERS)
+    else:
+        # The root, or `d2s/` as with `deepspeed d2s/train.py`, is then first on the path.
+        first = ROOT if how == "as a script" else ROOT / "d2s"
+        script = tmp_path / "script.py"
+        script.write_text(f"import sys; sys.path[0] = {str(first)!r}\n{TOWERS}", encoding="utf-8")
+        out = run(script)
+    assert out == "built True d2s.kernels.functional"
+
+
+def test_top_level_execution_offers_nothing_that_could_be_mistaken():
+    code = "import kernels; print(kernels.__all__, hasattr(kernels, '__version__'), dir(kernels)[:0])"
+    assert run("-c", code) == "[] False []"
+
+
+def test_bench_runs_and_prints_every_case():
+    out = run("-m", "d2s.kernels.bench", "--device", "cpu", "--quick", "--repeat", "1", "--only", "hinge_max")
+    assert "hinge_max" in out
+    assert "x" in out.splitlines()[-1]
