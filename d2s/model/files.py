@@ -101,8 +101,12 @@ def load(cls: type[D2SModel], name: str | Path, changes: dict[str, object]) -> D
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS}: {one_line(error)}") from error
-    with quiet():
-        model = cls(config, AutoTokenizer.from_pretrained(folder))
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {str(folder)!r}: no tokenizer, {one_line(error)}") from error
+    model = cls(config, tokenizer)
     put_state(model, state, str(folder / WEIGHTS))
     return model.eval()
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from d2s.model.config import TowerConfig
-from d2s.model.towers import locate, one_line
+from d2s.model.towers import one_line, quiet, reachable
 
 WORDS = "words"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -62,8 +62,10 @@ def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:
             f"text_encoder.tokenizer={tower.tokenizer!r}: hand D2SModel a tokenizer, for instance "
             "build_word_tokenizer(captions), or name one"
         )
+    path = reachable(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(name))
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"text_encoder.tokenizer={name!r}: {one_line(error)}") from error
     if tokenizer.pad_token_id is None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
@@ -55,6 +61,32 @@ def locate(name: str) -> str:
     return str(path)
 
 
+def reachable(name: str) -> str:
+    """`locate(name)`, and where that is no local folder, a quick look whether the hub can have it.
+
+    The hub's own client tries for half a minute before it gives up. Raises ValueError where the name is not in
+    the cache and the hub's address does not resolve.
+    """
+    path = locate(name)
+    if Path(path).is_dir() or HF_HUB_OFFLINE or "https" in getproxies():
+        return path
+    try:
+        if try_to_load_from_cache(path, "config.json"):
+            return path
+    except HFValidationError as error:
+        raise ValueError(
+            f"tower name {name!r}: there is no such folder, and no such name on the hub"
+        ) from error
+    host = urlsplit(ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise ValueError(
+            f"tower name {name!r}: not a folder, not in the cache, and {host} cannot be reached"
+        ) from error
+    return path
+
+
 def _base_config(tower: TowerConfig) -> PreTrainedConfig:
     if tower.config is not None:
         fields = {key: value for key, value in tower.config.items() if key != "model_type"}
@@ -62,8 +94,10 @@ def _base_config(tower: TowerConfig) -> PreTrainedConfig:
             return AutoConfig.for_model(tower.config["model_type"], **fields)
         except (ValueError, TypeError) as error:
             raise ValueError(f"tower.config: {one_line(error)}") from error
+    path = reachable(tower.name)
     try:
-        return AutoConfig.from_pretrained(locate(tower.name))
+        with quiet():
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tower name {tower.name!r}: not a folder, and not to be had from the hub ({one_line(error)})"
@@ -120,11 +154,14 @@ def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedMode
     with quiet():
         if tower.name is not None and tower.pretrained:
             try:
-                model = AutoModel.from_pretrained(locate(tower.name), config=config)
+                # The checkpoint's own dtype may be a half; training wants full weights.
+                model = AutoModel.from_pretrained(
+                    locate(tower.name), config=config, dtype=torch.float32, trust_remote_code=False
+                )
             except (OSError, ValueError) as error:
                 raise ValueError(f"tower name {tower.name!r}: {one_line(error)}") from error
         else:
-            model = AutoModel.from_config(config)
+            model = AutoModel.from_config(config, dtype=torch.float32)
     model = _part(model, kind)
     if kind == "vision":
         model = across_workers(at_size(model, changes["image_size"]))
