@@ -1,11 +1,29 @@
 """Runs one function over many tasks in several processes, with the same result for any number of them."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+
+def _begin(initializer: Callable[..., None], arguments: tuple) -> None:
+    # Ctrl-C goes to the whole group; the parent decides what becomes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for tasks for ever: both ends of the queue are its own."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def map_ordered(
@@ -29,7 +47,7 @@ def map_ordered(
             yield task, function(task)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer, arguments)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _begin, (initializer, arguments))
     waiting: deque[tuple[Any, Future]] = deque()
     queue = iter(tasks)
     try:

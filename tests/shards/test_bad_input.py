@@ -154,11 +154,6 @@ def test_quarantine_lists_the_fault_and_leaves_out_that_image_alone(
     expected = spoil(karpathy)
     assert karpathy.build(tmp_path / "out", "--on-error", "quarantine") == 0
     told = capsys.readouterr().out
-    assert "1 faults" in capsys.readouterr().out or spoil in (
-        _no_dense_column,
-        _empty_caption,
-        _number_as_caption,
-    )
     rows = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert f"{len(rows)} fault" in told
     # A dense row that cannot be used leaves its image without one: two lines on one image.
