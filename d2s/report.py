@@ -45,7 +45,8 @@ def write_report(
     gallery, gallery_of, capacity = None, "", {}
     if index is not None:
         gallery, numbers = _look(run, index, split, device, batch_size)
-        gallery_of = f"The best model of {run.name} on the {split} split, {numbers['images']:,} images, {gallery.kind} captions"
+        size = f"{numbers['images']:,} images, {gallery.kind} captions"
+        gallery_of = f"The best model of {run.name} on the {split} split, {size}"
         capacity = numbers["capacity"]
         if split != "val" and not any(row.run == run.name and row.split == split for row in rows):
             place = sum(row.run == run.name for row in rows)

@@ -144,7 +144,10 @@ rSum is the sum of the six recalls, 600 at most (the bar). Chance is the expecta
 def _curves(runs: Sequence[Run]) -> str:
     names = legend([(run.name, _colour(n)) for n, run in enumerate(runs)])
     charts = []
-    reach = max((row["epoch"] for run in runs for row in run.train), default=0.0)
+    reach = max(
+        (float(row["epoch"]) for run in runs for row in run.rows if "epoch" in row),
+        default=0.0,
+    )
     for title, note, series, x_label, zero in (
         (
             "Loss",
@@ -214,7 +217,8 @@ def _query(query: Query) -> str:
     if query.text is None:
         answers = "".join(
             f'<li class="{"right" if a.right else "wrong"}"><span class="place">{a.rank:,}</span>'
-            f'<span class="said" title="{_esc(a.text)}">{_esc(a.text)}</span><span class="sim">{a.similarity:.3f}</span></li>'
+            f'<span class="said" title="{_esc(a.text)}">{_esc(a.text)}</span>'
+            f'<span class="sim">{a.similarity:.3f}</span></li>'
             for a in [*query.answers, *beyond]
         )
         asked = _picture(query.image, "query")
