@@ -47,11 +47,11 @@ class ShardIndex:
     def __init__(self, root: Path) -> None:
         self.root = root
         path = root / index_file.NAME
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
-        except pa.ArrowInvalid as error:
+        except ValueError as error:  # an empty file, or ArrowInvalid
             raise ValueError(f"{path} is not an Arrow file ({error}): build the data set again") from None
         meta = json.loads((reader.schema.metadata or {}).get(b"d2s", b"{}"))
         if meta.get("version") != index_file.VERSION or reader.num_record_batches != 1:
