@@ -8,15 +8,34 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+
+
+class _SumOverWorkers(torch.autograd.Function):
+    """Each worker's loss depends on every worker's addend, so the gradient is a sum over workers too."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        out = value.clone()
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        out = grad.clone()
+        dist.all_reduce(out)
+        return out
+
+
+def several_workers() -> bool:
+    """Whether this process is one of several workers."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def total(value: Tensor) -> Tensor:
     """Sum over all workers, with gradient; the value itself where there is one worker."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        from torch.distributed.nn.functional import all_reduce
-
-        return all_reduce(value)
-    return value
+    return _SumOverWorkers.apply(value) if several_workers() else value
 
 
 def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,8 +90,7 @@ class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, C, H, W)."""
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if not self.training or (alone and not self.hold):
+        if not self.training or not (several_workers() or self.hold):
             return super().forward(input)
         flat = input.movedim(1, 3)
         return self._normalise(flat.flatten(0, 2)).view(flat.shape).movedim(3, 1)
