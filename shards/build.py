@@ -1,5 +1,6 @@
 """Makes a data set: a plan, then shard after shard, then what describes them all."""
 
+import errno
 import fcntl
 import json
 import os
@@ -77,8 +78,6 @@ def open_output(out: Path, resume: bool) -> None:
             else "choose another folder"
         )
         raise ValueError(f"--out {out}: not empty (holds {held[0]}); {remedy}")
-    if CHECKSUMS in held:
-        raise ValueError(f"--out {out}: a complete data set lies there; nothing to resume")
     if held and SCRATCH not in held:
         raise ValueError(f"--out {out}: holds {held[0]}, but no interrupted build to resume")
 
@@ -93,6 +92,8 @@ def open_in_place(folder: Path, force: bool) -> None:
     # The marker goes first: a half-removed description never looks complete.
     for name in held:
         (folder / name).unlink()
+    if force:
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
 
 
 def build(
@@ -125,7 +126,11 @@ def build(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--out {out}: another build is writing there now") from None
-        settings = {"version": 1, **_settings(config), **(facts or {})}
+        except OSError as error:
+            # Some cluster file systems have no locks; there it is up to the user.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        settings = settings_of(config, facts)
         try:
             plan = make_plan(scratch, entries, dense=dense, layout=config.layout, faults=faults)
             _same_build(scratch, settings)
@@ -138,10 +143,12 @@ def build(
     return report
 
 
-def _settings(config: BuildConfig) -> dict:
+def settings_of(config: BuildConfig, facts: dict | None = None) -> dict:
+    """What build.json says: all that decides the bytes, nothing about the machine or the moment."""
     layout = config.layout
     size = layout.shard_size
-    return {
+    settings = {
+        "version": 1,
         "resize": config.resize,
         "quality": config.quality,
         "shard_size": size.samples if size.bytes is None else f"{size.bytes} bytes",
@@ -150,17 +157,32 @@ def _settings(config: BuildConfig) -> dict:
         "in_place": layout.in_place is not None,
         "decoded": config.decode,
         "on_error": "quarantine" if config.quarantine else "stop",
+        **(facts or {}),
     }
+    # As JSON gives it back, so that it can be compared with what a file holds.
+    return json.loads(json.dumps(settings))
+
+
+def is_complete(out: Path, settings: dict) -> bool:
+    """True if just this build is complete there already. Raises ValueError if another one is."""
+    if not (out / CHECKSUMS).exists():
+        return False
+    if not (out / SETTINGS).exists() or read_json(out / SETTINGS) != settings:
+        raise ValueError(f"--out {out}: a data set of other settings lies there; choose another folder")
+    shutil.rmtree(out / SCRATCH, ignore_errors=True)
+    return True
 
 
 def _same_build(scratch: Path, settings: dict) -> None:
     """Remembers what is being built; a resumed build has to be the same one."""
     path = scratch / "settings.json"
-    now = {"settings": json.loads(json.dumps(settings)), "plan": digest(scratch)}
+    # Shards that are done had no fault, so it does not matter what was to become of faults.
+    deciding = {name: value for name, value in settings.items() if name != "on_error"}
+    now = {"settings": deciding, "plan": digest(scratch)}
     if path.exists() and read_json(path) != now:
-        raise ValueError(
-            f"{scratch.parent}: input or options changed since the interrupted build; build elsewhere"
-        )
+        out = scratch.parent
+        remedy = "run with --force" if settings["in_place"] else "delete it, or build elsewhere"
+        raise ValueError(f"{out}: input or options changed since the interrupted build; {remedy}")
     write_json(path, now)
 
 
@@ -206,7 +228,7 @@ def _finish(plan: Plan, out: Path, config: BuildConfig, settings: dict, faults: 
     if faults.rows:
         with whole_file(out / QUARANTINE) as file:
             for row in faults.rows:
-                file.write(json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+                file.write(json.dumps(row, sort_keys=True).encode() + b"\n")
     _write_checksums(out, {shard.name: markers[shard.name] for shard in full})
     return BuildReport(
         samples=samples,

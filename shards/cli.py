@@ -5,7 +5,15 @@ import sys
 from pathlib import Path
 
 from d2s.shards import arguments, sources
-from d2s.shards.build import BuildConfig, BuildReport, build, open_in_place, open_output
+from d2s.shards.build import (
+    BuildConfig,
+    BuildReport,
+    build,
+    is_complete,
+    open_in_place,
+    open_output,
+    settings_of,
+)
 from d2s.shards.dense import DenseOptions
 from d2s.shards.layout import Layout
 from d2s.shards.sample import Faults, SourceOptions
@@ -108,8 +116,12 @@ def _build(args: argparse.Namespace) -> int:
         layout=Layout(shard_size=args.shard_size, seed=args.seed, holdout=args.holdout),
         quarantine=args.on_error == "quarantine",
     )
+    facts = _facts(args.source, options, dense)
+    if args.resume and is_complete(args.out, settings_of(config, facts)):
+        print(f"{args.out}: complete already")
+        return 0
     open_output(args.out, args.resume)
-    _run(args, args.source, options, args.out, config, dense)
+    _run(args, options, args.out, config, dense, facts)
     return 0
 
 
@@ -122,25 +134,35 @@ def _index(args: argparse.Namespace) -> int:
         decode=not args.no_decode,
     )
     open_in_place(args.folder, args.force)
-    _run(args, "img2dataset", options, args.folder, config, dense)
+    args.source = "img2dataset"
+    _run(args, options, args.folder, config, dense, _facts(args.source, options, dense))
     return 0
 
 
 def _run(
     args: argparse.Namespace,
-    source: str,
     options: SourceOptions,
     out: Path,
     config: BuildConfig,
     dense: DenseOptions | None,
+    facts: dict,
 ) -> None:
     faults = Faults(config.quarantine)
-    entries = sources.source(source).entries(options, faults)
-    facts = {"source": source, "dense": None if dense is None else _dense_facts(dense)}
-    if source == "scenes":
-        facts.update(count=options.counts, size=options.size)
+    entries = sources.source(args.source).entries(options, faults)
     report = build(entries, out, config, dense=dense, facts=facts, faults=faults, workers=args.workers)
     _print_report(report, out)
+
+
+def _facts(source: str, options: SourceOptions, dense: DenseOptions | None) -> dict:
+    """What build.json says about the input: names and numbers, no path of this machine."""
+    facts = {
+        "source": source,
+        "captions": [path.name for _, path in options.captions],
+        "dense": None if dense is None else _dense_facts(dense),
+    }
+    if source == "scenes":
+        facts.update(count=options.counts, size=options.size)
+    return facts
 
 
 def _dense_facts(dense: DenseOptions) -> dict:
@@ -176,7 +198,7 @@ def _verify(args: argparse.Namespace) -> int:
     for fault in verify(args.folder, args.workers, decode=not args.no_decode):
         print(fault, flush=True)
         count += 1
-    print(f"{args.folder}: {count:,} faults" if count else f"{args.folder}: no fault")
+    print(f"{args.folder}: {f'{count:,}' if count else 'no'} fault{'s' if count > 1 else ''}")
     return 1 if count else 0
 
 
@@ -204,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or args.command}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or args.command}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "; the same command with --resume goes on" if args.command == "build" else ""

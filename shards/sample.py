@@ -141,6 +141,8 @@ def text_field(row: dict, name: str) -> str:
     value = row[name]
     if not isinstance(value, str) or not value:
         raise TypeError(f"field {name!r} is {value!r}, not text")
+    if caption_fault((value,)):
+        raise TypeError(f"field {name!r} is {value!r}, not valid text")
     return value
 
 

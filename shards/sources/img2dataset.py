@@ -107,7 +107,7 @@ def _captions(file: BinaryIO, group: dict[str, Member]) -> tuple[tuple, tuple, s
         # The sha256 in our own records is that of the image as stored: nothing to join the original by.
         return tuple(facts.get("sparse") or ()), tuple(facts.get("dense") or ()), ""
     text = _read(file, group["txt"]).decode() if "txt" in group else facts.get("caption")
-    return (text,) if text and text.strip() else (), (), facts.get("sha256") or ""
+    return (text,) if text and text.strip() else (), (), str(facts.get("sha256") or "")
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from d2s.shards.dense import files_of, read_rows, texts
-from d2s.shards.sample import Entry, Faults, SourceOptions
+from d2s.shards.sample import Entry, Faults, SourceOptions, field_fault, text_field
 
 NEEDS = ("captions",)
 _FIELDS = ("path", "sparse", "dense", "split", "id")
@@ -23,9 +23,10 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
         for file in files_of(captions):
             home = options.images or file.parent
             for where, row in read_rows(file, None, faults):
-                path = row.get(column["path"])
-                if not isinstance(path, str) or not path:
-                    faults.add(where, f"caption without an image: no path in {column['path']!r}")
+                try:
+                    path = text_field(row, column["path"])
+                except (KeyError, TypeError) as error:
+                    faults.add(where, f"caption without an image: {field_fault(error)}")
                     continue
                 number = row.get(column["id"])
                 is_number = isinstance(number, int) and not isinstance(number, bool)

@@ -130,6 +130,9 @@ def test_interrupted_build_shows_no_half_and_resumes_to_the_same_bytes(
     assert main(karpathy.arguments(out, "--resume")) == 0
     assert contents(out) == contents(whole)
     assert {name: (out / name).stat().st_mtime_ns for name in written} == before
+    assert main(karpathy.arguments(out, "--resume")) == 0
+    assert main(karpathy.arguments(out, "--resume", "--seed", "5")) == 2
+    assert contents(out) == contents(whole)
 
 
 def test_killed_build_resumes_to_the_same_bytes(karpathy: Karpathy, tmp_path: Path) -> None:
