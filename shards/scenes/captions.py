@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from d2s.shards.scenes.claims import Both, Claim, Ground, Number, Pattern, Some, related
 from d2s.shards.scenes.world import Content, Thing, pick, shuffled
 
-SAID = {"shape": 0.9, "colour": 0.75, "texture": 0.35, "size": 0.35}
+SAID = {"shape": 0.95, "colour": 0.85, "texture": 0.45, "size": 0.4}
 """Probability that a sparse caption says an attribute of an object that it mentions."""
 SPARSE_WORDS = (8, 14)
 VIEWS = ("place", "ground", "relation", "relation", "count")
@@ -172,8 +172,17 @@ def _place(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _ground(rng: random.Random, scene: Content, thing: Thing) -> Caption:
+    """One object, or two without their relation, and the background."""
+    where = pick(rng, GROUNDS[scene.background])
+    ground = Ground(scene.background)
+    if rng.random() < 0.6:
+        other = pick(rng, [other for other in scene.things if other is not thing])
+        first, second = _partial(rng, thing), _partial(rng, other)
+        name = f"{_a(_name(rng, first))} and {_a(_name(rng, second))}"
+        text = pick(rng, (f"{where} there are {name}", f"{name} {where}", f"{name} can be seen {where}"))
+        return Caption(_sentence(text), (Both(first, second), ground), (thing, other))
     pattern = _partial(rng, thing, least=2)
-    name, where = _a(_name(rng, pattern)), pick(rng, GROUNDS[scene.background])
+    name = _a(_name(rng, pattern))
     text = pick(
         rng,
         (
@@ -184,7 +193,7 @@ def _ground(rng: random.Random, scene: Content, thing: Thing) -> Caption:
             f"someone has put {name} {where}",
         ),
     )
-    return Caption(_sentence(text), (Some(pattern), Ground(scene.background)), (thing,))
+    return Caption(_sentence(text), (Some(pattern), ground), (thing,))
 
 
 def _relation(rng: random.Random, scene: Content, thing: Thing) -> Caption:
@@ -228,7 +237,7 @@ def _count(rng: random.Random, scene: Content, thing: Thing) -> Caption:
     pattern, things = pick(rng, telling)
     name = f"{NUMBERS[len(things)]} {_name(rng, pattern, plural=True)}"
     claims: tuple[Claim, ...] = (Number(pattern, len(things)),)
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 and (pattern.colour or pattern.shape):
         where = pick(rng, GROUNDS[scene.background])
         text = pick(
             rng, (f"{name} can be seen {where}", f"there are {name} {where}", f"{where} there are {name}")
