@@ -1,5 +1,6 @@
 """What a build promises: the same bytes each time, whole shards only, nothing lost and nothing twice."""
 
+import fcntl
 import json
 import os
 import signal
@@ -262,3 +263,39 @@ def test_shards_cover_every_image_once_and_keep_their_size(
             assert len(held) <= limit.samples
         else:
             assert len(held) == 1 or sum(sizes[n] for n in held) <= limit.bytes
+
+
+def test_two_builds_do_not_write_to_one_folder(karpathy: Karpathy, tmp_path: Path, refused: object) -> None:
+    karpathy.write()
+    scratch = tmp_path / "out" / ".build"
+    scratch.mkdir(parents=True)
+    with open(scratch / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another build" in refused(karpathy.arguments(tmp_path / "out", "--resume"))
+    assert main(karpathy.arguments(tmp_path / "out", "--resume")) == 0
+
+
+def test_workers_end_when_their_build_is_killed(tmp_path: Path) -> None:
+    arguments = [
+        "build",
+        "--source",
+        "scenes",
+        "--count",
+        "train=20000",
+        "--shard-size",
+        "5",
+        "--workers",
+        "2",
+    ]
+    command = [sys.executable, "-m", "d2s.shard", *arguments, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("out/train/*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(1)
+    left = len(list(tmp_path.glob("out/train/*.tar")))
+    time.sleep(1)
+    assert len(list(tmp_path.glob("out/train/*.tar"))) == left
