@@ -42,9 +42,13 @@ class _InfoNCE(torch.autograd.Function):
             positive, row_lse = rows.new_empty(n), rows.new_empty(n)
             top = rows.new_full((m,), -torch.inf)
             total = rows.new_zeros(m)
-            for start, stop, s in Sweep(rows, columns):
+            sweep = Sweep(rows, columns)
+            buffer = torch.empty_like(sweep.buffer)
+            for start, stop, s in sweep:
                 positive[start:stop] = _logits(s, factor, same, start, stop, offset)
-                row_lse[start:stop] = torch.logsumexp(s, 1)
+                row_top = s.amax(1, keepdim=True)
+                row_total = torch.sub(s, row_top, out=buffer[: stop - start]).exp_().sum(1)
+                row_lse[start:stop] = row_top.squeeze(1) + row_total.log_()
                 if both:
                     new = torch.maximum(top, s.amax(0))
                     # Nothing seen yet in a column: any finite reference will do for its empty sum.
@@ -73,13 +77,14 @@ class _InfoNCE(torch.autograd.Function):
             half = 0.5 * grad
             same = SamePairs(image_ids, text_ids)
             d_rows, d_columns = torch.empty_like(rows), torch.zeros_like(columns)
-            d_scale = rows.new_zeros(())
-            for start, stop, s in Sweep(rows, columns):
+            sweep = Sweep(rows, columns)
+            buffer = torch.empty_like(sweep.buffer)
+            for start, stop, s in sweep:
                 _logits(s, factor, same, start, stop, offset)
-                p = torch.exp(s - row_lse[start:stop, None])
+                p = torch.sub(s, row_lse[start:stop, None], out=buffer[: stop - start]).exp_()
                 if both:
-                    p += torch.exp(s - column_lse)
-                d_rows[start:stop] = p @ columns
+                    p += s.sub_(column_lse).exp_()
+                torch.mm(p, columns, out=d_rows[start:stop])
                 d_columns.addmm_(p.t(), rows[start:stop])
             matched = columns[offset : offset + n]
             pull = 2.0 if both else 1.0
