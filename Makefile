@@ -26,8 +26,9 @@ demo: $(STAMP)
 	$(TRAIN) scenes_small_pretrain --data data/scenes --run $(DEMO)/pretrain --resume
 	$(TRAIN) scenes_small_finetune --init $(DEMO)/pretrain --run $(DEMO)/finetune --resume
 	$(TRAIN) scenes_small_align --data data/scenes --run $(DEMO)/align-only --resume
-	$(PY) -m d2s.evaluate --data data/scenes --split test --json $(DEMO)/test.json \
-		--model $(DEMO)/pretrain/best $(DEMO)/finetune/best $(DEMO)/align-only/best
+	for run in pretrain finetune align-only; do \
+		$(PY) -m d2s.evaluate --model $(DEMO)/$$run/best --data data/scenes --split test \
+			--json $(DEMO)/$$run/test.json || exit 1; done
 	$(PY) -m d2s.report $(DEMO)/finetune $(DEMO)/pretrain $(DEMO)/align-only
 	@echo "open $(DEMO)/finetune/report.html"
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from d2s.embed import embed_split
 from d2s.evaluate import choose_device, data_config_of, evaluate_embeddings, load_model
 from d2s.report_gallery import Gallery, make_gallery
@@ -16,6 +18,7 @@ from d2s.report_page import page
 from d2s.report_runs import Run, read_run
 from d2s.shards.files import whole_file
 from d2s.shards.index import ShardIndex
+from d2s.tables import recall_table
 
 
 def write_report(
@@ -106,6 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    runs = [read_run(run) for run in arguments.runs]
+    rows = [
+        (f"{row.run}: {row.split}, {row.captions}", row.retrieval)
+        for run in runs
+        for row in run.recall_rows()
+    ]
+    console = Console() if sys.stdout.isatty() else Console(width=130)
+    if rows:
+        console.print(recall_table(rows, chance=False))
     print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
     return 0
 

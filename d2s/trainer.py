@@ -64,6 +64,7 @@ class Trainer:
     best: dict[str, float] = field(default_factory=dict)
     damaged: int = 0
     truncated: int = 0
+    grad_norm: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
 
@@ -112,8 +113,17 @@ class Trainer:
             self.skipped_in_a_row = 0
             # The engine averages gradients over workers, and the loss is the sum of their shares.
             self.engine.backward(losses[0] * self.workers.world)
+            self.grad_norm = self._grad_norm()
             self.engine.step()
+            self.grad_norm = self.engine.get_global_grad_norm() or self.grad_norm
         return torch.stack([loss.detach() for loss in losses])
+
+    def _grad_norm(self) -> float:
+        """Norm of the whole gradient before clipping, where the engine will not tell: without ZeRO, in fp32."""
+        if self.config.engine.zero_stage or (self.step + 1) % self.config.log.every:
+            return 0.0
+        norms = [p.grad.norm() for p in self.engine.module.parameters() if p.grad is not None]
+        return torch.stack(norms).norm().item()
 
     def _warmup(self) -> float:
         steps = self.config.loss.warmup_epochs * self.batches.steps_per_epoch
@@ -155,7 +165,7 @@ class Trainer:
             "align": align / config.batch_size,
             "distill": distill / config.batch_size,
             "lr": config.optim.lr * factor,
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "grad_norm": float(self.grad_norm),
             "samples_per_s": len(shares) * config.batch_size / seconds,
             "seconds": seconds,
             "skipped": self.skipped,
