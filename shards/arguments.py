@@ -3,6 +3,7 @@
 import argparse
 import re
 from pathlib import Path
+from typing import NoReturn
 
 from d2s.shards import sources
 from d2s.shards.dense import KEYS
@@ -10,6 +11,14 @@ from d2s.shards.layout import ShardSize
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _FAULT = argparse.ArgumentTypeError
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a usage error in one line, where argparse would print all options first."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with code 2."""
+        self.exit(2, f"error: {message}; {self.prog} --help explains\n")
 
 
 def shard_size(text: str) -> ShardSize:
@@ -75,7 +84,7 @@ def add_dense(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group(
         "captions that lie apart",
         "The file is streamed; every row has to find its image and every image its row."
-        " Memory: 24 bytes an image, whatever the size of the file.",
+        " Memory: about 100 bytes an image for the whole plan, whatever the size of the file.",
     ).add_argument
     add("--dense", type=Path, help="JSON lines or parquet, a file or a folder of them")
     add("--dense-key", default="filename", choices=KEYS, help="what they are joined by (default: filename)")
@@ -161,3 +170,28 @@ def add_build(command: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="continue a build that was interrupted")
     add_common(command)
     add_dense(command)
+
+
+def idle(args: argparse.Namespace) -> list[str]:
+    """The options that were given but change nothing under the others, each with the reason."""
+    found = []
+
+    def check(name: str, default: object, used: bool, reason: str) -> None:
+        if not used and getattr(args, name, default) != default:
+            found.append(f"--{name.replace('_', '-')} has no effect {reason}")
+
+    source = getattr(args, "source", None)
+    if source is not None:
+        with_source = f"with source {source}"
+        check("captions", [], source not in ("img2dataset", "scenes"), with_source)
+        check("images", None, source != "scenes", with_source)
+        check("split", "train", source not in ("karpathy", "release", "scenes"), with_source)
+        check("split_lists", {}, source == "flickr", with_source)
+        check("columns", {}, source in ("jsonl", "parquet"), with_source)
+        check("count", {}, source == "scenes", with_source)
+        check("size", 64, source == "scenes", with_source)
+    for name, default in (("dense_key", "filename"), ("dense_key_column", ""), ("dense_missing", "stop")):
+        check(name, default, args.dense is not None, "without --dense")
+    check("dense_extra", "stop", args.dense is not None, "without --dense")
+    check("dense_columns", ("text",), args.dense is not None or source == "release", "without --dense")
+    return found

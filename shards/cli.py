@@ -23,7 +23,7 @@ from d2s.shards.verify import verify
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m d2s.shard", description="Data sets as tar shards.")
+    parser = arguments.Parser(prog="python -m d2s.shard", description="Data sets as tar shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str, example: str) -> argparse.ArgumentParser:
@@ -221,6 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
+        if args.command in ("build", "index"):
+            for line in arguments.idle(args):
+                print(f"warning: {line}", file=sys.stderr)
         return args.run(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

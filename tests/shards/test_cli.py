@@ -54,3 +54,33 @@ def test_console_command_hands_on(dataset: Path, capsys: pytest.CaptureFixture) 
     assert d2s.__main__.main(["shart"]) == 2
     assert "no command 'shart'" in capsys.readouterr().err
     assert d2s.__main__.main([]) == 2
+
+
+def test_option_without_effect_warns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = [
+        "build",
+        "--source",
+        "scenes",
+        "--count",
+        "train=2,val=1",
+        "--size",
+        "32",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*arguments, "--columns", "path=x", "--dense-key", "key"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert told == [
+        "warning: --columns has no effect with source scenes",
+        "warning: --dense-key has no effect without --dense",
+    ]
+
+
+def test_usage_error_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    for arguments in (["build", "--source", "karpaty", "--out", "x"], ["verify"], ["shuffle"]):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
