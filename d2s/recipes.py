@@ -65,10 +65,10 @@ def small(
     image: TowerConfig,
     text: TowerConfig,
     steps: int,
-    width: int = 256,
+    width: int,
+    max_words_dense: int,
     lr: float = 1e-3,
     distill_weight: float = 64.0,
-    max_words_dense: int = 128,
 ) -> TrainConfig:
     """A small image tower from random weights, aligned by InfoNCE at a batch of 128; fit for two CPU cores."""
     finetune = part == "finetune"
@@ -92,8 +92,16 @@ def small(
 
 
 def flickr8k_small(part: str, *, steps: int) -> TrainConfig:
-    """Flickr8k photographs at 112 pixels; the text tower is a frozen MiniLM under trained heads."""
-    return small(part, size=112, image=presets.small_resnet(), text=presets.minilm(layers=3), steps=steps)
+    """Flickr8k photographs at 112 pixels; the text tower is the first layers of a frozen MiniLM."""
+    return small(
+        part,
+        size=112,
+        image=presets.small_resnet(),
+        text=presets.minilm(layers=2),
+        steps=steps,
+        width=256,
+        max_words_dense=64,
+    )
 
 
 def scenes_small(part: str, *, steps: int) -> TrainConfig:
@@ -104,6 +112,8 @@ def scenes_small(part: str, *, steps: int) -> TrainConfig:
         image=presets.small_resnet((32, 64, 128)),
         text=presets.small_bert(),
         steps=steps,
+        width=128,
+        max_words_dense=128,
     )
 
 
@@ -118,12 +128,12 @@ def _all() -> dict[str, Callable[[], TrainConfig]]:
                     if part != "align":
                         recipes[f"{data}_{tower}_{size}_{part}_compat"] = partial(_compat_of, build)
     recipes |= {
-        "flickr8k_small_pretrain": partial(flickr8k_small, "pretrain", steps=500),
-        "flickr8k_small_finetune": partial(flickr8k_small, "finetune", steps=1500),
-        "flickr8k_small_align": partial(flickr8k_small, "align", steps=2000),
-        "scenes_small_pretrain": partial(scenes_small, "pretrain", steps=400),
-        "scenes_small_finetune": partial(scenes_small, "finetune", steps=400),
-        "scenes_small_align": partial(scenes_small, "align", steps=800),
+        "flickr8k_small_pretrain": partial(flickr8k_small, "pretrain", steps=400),
+        "flickr8k_small_finetune": partial(flickr8k_small, "finetune", steps=800),
+        "flickr8k_small_align": partial(flickr8k_small, "align", steps=1200),
+        "scenes_small_pretrain": partial(scenes_small, "pretrain", steps=300),
+        "scenes_small_finetune": partial(scenes_small, "finetune", steps=300),
+        "scenes_small_align": partial(scenes_small, "align", steps=600),
     }
     return recipes
 
