@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +9,8 @@ from d2s.model.config import ModelConfig
 from d2s.model.gpo import GPO
 from d2s.model.norms import WordBatchNorm
 from d2s.model.towers import build_tower, tower_width
+
+_GROUP = 32
 
 
 class WordMLP(nn.Module):
@@ -65,8 +65,29 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Text embedding t (B, D), not of unit length, and word features (B, L, D) of ids (B, L)."""
-        with torch.no_grad() if self.frozen else nullcontext():
-            hidden = self.tower(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        hidden = self._frozen_hidden(ids, mask) if self.frozen else self._hidden(ids, mask)
         hidden = self.dropout(hidden)
         words = self.linear(hidden) + self.mlp(hidden, mask)
         return self.norm(self.pool(words, mask)), words
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.tower(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+    @torch.no_grad()
+    def _frozen_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The tower's hidden states (B, L, H), on a CPU in groups of like length.
+
+        Captions differ in length, and padding costs a CPU what words cost. Nothing is kept for a backward pass,
+        so the groups' results go straight to their places; padded places stay 0 and are masked out behind.
+        """
+        if ids.device.type != "cpu" or len(ids) <= _GROUP:
+            return self._hidden(ids, mask)
+        lengths = mask.shape[1] - mask.flip(1).int().argmax(1)  # up to the last real word
+        out: Tensor | None = None
+        for rows in lengths.argsort(stable=True).split(_GROUP):
+            width = int(lengths[rows].max())
+            hidden = self._hidden(ids[rows, :width], mask[rows, :width])
+            if out is None:
+                out = hidden.new_zeros(*ids.shape, hidden.shape[2])
+            out[rows, :width] = hidden
+        return out
