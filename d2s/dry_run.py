@@ -95,10 +95,10 @@ def estimate_memory(plan: Plan, module: torch.nn.Module, activations: int) -> Me
     stage, world = plan.config.engine.zero_stage, plan.world
     every = 4 * sum(p.numel() for p in module.parameters())
     learned = 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)
-    # ZeRO 1 to 3 keep an fp32 copy of the weights beside the module's own in the flat optimizer state.
+    # ZeRO 1 and 2 keep an fp32 copy of the weights beside the module's own in the flat optimizer state.
     copies = 3 if stage else 2
     return Memory(
-        weights=every // (world if stage == 3 else 1),
+        weights=every,
         gradients=learned // (world if stage >= 2 else 1),
         optimizer=copies * learned // (world if stage >= 1 else 1),
         activations=activations,

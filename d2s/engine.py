@@ -16,8 +16,8 @@ class EngineConfig:
 
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: forward and backward under autocast; weights, gradients, losses and optimizer stay in fp32."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: what is divided among workers (1 optimizer state, 2 gradients too, 3 weights too)."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """ZeRO stage: what is divided among workers (1 the optimizer's state, 2 gradients too)."""
     deepspeed_json: str = ""
     """Path of a DeepSpeed JSON merged on top of the derived settings."""
 

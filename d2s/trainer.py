@@ -79,8 +79,7 @@ class Trainer:
             if last or (epoch + 1) % self.config.log.evaluate_epochs == 0:
                 self._validate()
                 self.save()
-        if self.workers.is_main:
-            checkpoint.replace_folder(self.run / "last", self.model.save_pretrained)
+        self._export("last")
         barrier()
 
     @property
@@ -183,16 +182,21 @@ class Trainer:
         improved = score > self.best.get("rsum", -1.0)
         if improved:
             self.best = {"rsum": score, "step": self.step}
+        if improved:
+            self._export("best")
         if not self.workers.is_main:
             return
-        if improved:
-            checkpoint.replace_folder(self.run / "best", self.model.save_pretrained)
         epoch = self.step / self.batches.steps_per_epoch
         seconds = time.monotonic() - start
         self.log.row("val", self.step, {"epoch": epoch, "seconds": seconds, **result.to_dict()})
         what = "dense" if self.config.stage == "pretrain" else "sparse"
         mark = "  (best)" if improved else f"  (best {self.best['rsum']:.1f})"
         self.log.say(f"step {self.step}  val rSum, {what} captions: {score:.1f}{mark}")
+
+    def _export(self, name: str) -> None:
+        """Writes the model folder `name` of the run."""
+        if self.workers.is_main:
+            checkpoint.replace_folder(self.run / name, self.model.save_pretrained)
 
     def _evaluate(self) -> Evaluation:
         return evaluate_model(
