@@ -227,7 +227,10 @@ def unwrap(results: Iterable[Any]) -> Iterator[Any]:
     """
     for result in results:
         if isinstance(result, ValueError):
-            raise result
+            try:
+                raise result
+            finally:
+                del result  # the error holds this frame: if the frame held the error, neither would go away
         yield result
 
 
@@ -249,18 +252,33 @@ class StepLoader:
     """
 
     def __init__(self, dataset: Dataset, workers: int) -> None:
+        self._dataset, self._workers = _Guarded(dataset), workers
         self._plan = _Plan()
-        self._loader = DataLoader(
-            _Guarded(dataset),
-            batch_size=None,
-            sampler=self._plan,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        self._loader: DataLoader | None = None
 
     def run(self, items: Sequence[Any]) -> Iterator[Any]:
-        """Yields dataset[item] for each item. A second run ends the first."""
-        if items:
-            self._plan.items = items
-            yield from unwrap(self._loader)
+        """Yields dataset[item] for each item. A second run ends the first.
+
+        Raises:
+            ValueError: what dataset[item] raised; the worker processes are stopped first.
+        """
+        if not items:
+            return
+        self._loader = self._loader or self._new_loader()
+        self._plan.items = items
+        for result in self._loader:
+            if isinstance(result, ValueError):
+                # Nothing but this loop holds the processes now, so that they stop as it is left. In a cycle with
+                # the error's frames they would wait for the collector, which stops them after ten seconds.
+                self._loader = None
+            yield from unwrap([result])
+
+    def _new_loader(self) -> DataLoader:
+        return DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=self._plan,
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

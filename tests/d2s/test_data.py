@@ -214,7 +214,7 @@ def test_an_image_that_cannot_be_decoded_is_damage(tmp_path):
     damage(folder, 2)
     index = ShardIndex.open(folder)
     made = batches(index, fields={"image_size": 16})
-    made._loader._loader.dataset.dataset.reader.verify = False
+    made._loader._dataset.dataset.reader.verify = False
     found = list(made.epoch(0))
     assert len(found) == 2
     assert all("k0002" in line for line in made.damaged)
