@@ -2,7 +2,8 @@
 
 JPEGs much larger than needed are decoded at a half, quarter or eighth of their size (`Image.draft`). Crop and
 stretch are one antialiased bilinear resize of a box: torch's for bytes gives the same pixels as Pillow's, to one
-level in rounding, in half the time.
+level in rounding, in half the time. Where simplejpeg is installed it decodes plain JPEGs a fifth faster to the
+very same pixels (both are libjpeg-turbo); Pillow takes whatever is not plain, and words every error.
 """
 
 import io
@@ -13,6 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 U8 = NDArray[np.uint8]
 CROP_DRAWS = 4
@@ -69,13 +75,11 @@ def train_image(
     ratio = crop_min + (1 - crop_min) * draws[0]
     # The whole image must be decoded large enough for its crop to keep `size` pixels a side.
     whole = int(np.ceil(size / ratio))
-    image = decode(data, (whole, whole))
-    if draws[3] < flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    width, height = max(1, round(ratio * image.width)), max(1, round(ratio * image.height))
+    pixels = _decode_pixels(data, whole)
+    height, width = (max(1, round(ratio * side)) for side in pixels.shape[:2])
     # + 1: every place from the first to the last is equally likely.
-    left, top = int(draws[1] * (image.width - width + 1)), int(draws[2] * (image.height - height + 1))
-    return _stretch(np.array(image)[top : top + height, left : left + width], size)
+    left, top = int(draws[1] * (pixels.shape[1] - width + 1)), int(draws[2] * (pixels.shape[0] - height + 1))
+    return _stretch(pixels[top : top + height, left : left + width], size, draws[3] < flip)
 
 
 def eval_image(data: bytes, size: int) -> U8:
@@ -84,11 +88,29 @@ def eval_image(data: bytes, size: int) -> U8:
     Raises:
         ValueError: the image cannot be decoded.
     """
-    return _stretch(np.array(decode(data, (size, size))), size)
+    return _stretch(_decode_pixels(data, size), size)
 
 
-def _stretch(pixels: U8, size: int) -> U8:
+def _decode_pixels(data: bytes, at_least: int) -> U8:
+    """uint8 (H, W, 3), neither side below `at_least` unless the image's is.
+
+    Raises:
+        ValueError: the image cannot be decoded.
+    """
+    if simplejpeg is not None and data[:2] == b"\xff\xd8" and b"Exif\0" not in data[:65536]:
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if (
+                colours in ("YCbCr", "Gray") and min(height, width) < 2 * at_least
+            ):  # else Pillow's draft is faster
+                return simplejpeg.decode_jpeg(data, "RGB")
+        except ValueError:
+            pass  # Pillow knows more kinds of JPEG, and says what is wrong with a damaged one
+    return np.array(decode(data, (at_least, at_least)))
+
+
+def _stretch(pixels: U8, size: int, mirrored: bool = False) -> U8:
     """uint8 (H, W, 3) to uint8 (3, size, size)."""
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     square = torch.nn.functional.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
-    return square[0].contiguous().numpy()
+    return (square[0].flip(2) if mirrored else square[0]).contiguous().numpy()

@@ -95,6 +95,19 @@ def test_exif_orientation_is_followed():
     assert decode(encoded(gradient(40, 20), "JPEG", exif=exif)).size == (20, 40)
 
 
+@pytest.mark.parametrize("options", [{}, {"quality": 60}, {"subsampling": 0}, {"progressive": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_simplejpeg_changes_no_pixel(monkeypatch, options, mode):
+    pytest.importorskip("simplejpeg")
+    picture = noise(61, 83).resize((131, 97), Image.Resampling.BICUBIC).convert(mode)
+    data = encoded(picture, "JPEG", **options)
+    draws = [0.3, 0.6, 0.2, 0.1]
+    fast = eval_image(data, 64), train_image(data, 64, draws)
+    monkeypatch.setattr("d2s.images.simplejpeg", None)
+    slow = eval_image(data, 64), train_image(data, 64, draws)
+    assert all((a == b).all() for a, b in zip(fast, slow, strict=True))
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_damage_is_a_value_error_in_one_line(format):
     data = encoded(noise(64, 64), format)
