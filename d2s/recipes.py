@@ -69,6 +69,8 @@ def small(
     width: int,
     max_words_dense: int,
     dense: Literal["whole", "sentences"] = "whole",
+    crop_min: float = 0.6,
+    flip: float = 0.5,
     lr: float = 1e-3,
     distill_weight: float = 64.0,
 ) -> TrainConfig:
@@ -85,7 +87,13 @@ def small(
             decoder=DecoderConfig(tokens=16, depth=2) if finetune else None,
         ),
         data=DataConfig(
-            image_size=size, sparse="one", loader_workers=1, dense=dense, max_words_dense=max_words_dense
+            image_size=size,
+            sparse="one",
+            dense=dense,
+            max_words_dense=max_words_dense,
+            crop_min=crop_min,
+            flip=flip,
+            loader_workers=1,
         ),
         loss=LossConfig(align="infonce", distill_weight=distill_weight if finetune else 0.0),
         # The loss is a sum stated at 128 pairs: this clips at a norm of 2 for the mean.
@@ -113,7 +121,10 @@ def flickr8k_small(part: str, *, steps: int) -> TrainConfig:
 
 
 def scenes_small(part: str, *, steps: int) -> TrainConfig:
-    """Procedural scenes at 64 pixels; both towers from random weights."""
+    """Procedural scenes at 64 pixels; both towers from random weights.
+
+    Their captions name sides and corners, which a flip or a narrow crop would make false.
+    """
     return small(
         part,
         size=64,
@@ -122,6 +133,8 @@ def scenes_small(part: str, *, steps: int) -> TrainConfig:
         steps=steps,
         width=128,
         max_words_dense=128,
+        crop_min=0.9,
+        flip=0.0,
     )
 
 
