@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 try:
     import simplejpeg
@@ -24,6 +24,8 @@ U8 = NDArray[np.uint8]
 CROP_DRAWS = 4
 """Draws that `train_image` uses: side ratio, place from the left, place from the top, flip."""
 _ORIENTATION = 0x0112
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises on the bytes of a damaged image."""
 
 
 def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
@@ -39,15 +41,27 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         if at_least is not None and image.format == "JPEG":
             image.draft(None, at_least)
+    except UnidentifiedImageError:
+        raise ValueError("image cannot be decoded: no image file of a kind that Pillow knows") from None
+    except _DAMAGE as error:
+        raise ValueError(f"image cannot be decoded: {error}") from None
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as RGB: turned as its EXIF orientation says, laid over white, 16 bits a pixel cut to 8.
+
+    Raises:
+        ValueError: its file turns out to be damaged.
+    """
+    try:
         image.load()
         if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"image cannot be decoded: {error}") from None
-    return image if image.mode == "RGB" else _rgb(image)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
     if image.mode.startswith("I;16"):  # convert() would cut 16 bits off at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -82,13 +96,14 @@ def train_image(
     return _stretch(pixels[top : top + height, left : left + width], size, draws[3] < flip)
 
 
-def eval_image(data: bytes, size: int) -> U8:
-    """The whole image stretched to a square: uint8 (3, size, size).
+def eval_image(data: bytes | Image.Image, size: int) -> U8:
+    """The whole image, encoded or opened, stretched to a square: uint8 (3, size, size).
 
     Raises:
         ValueError: the image cannot be decoded.
     """
-    return _stretch(_decode_pixels(data, size), size)
+    pixels = np.array(to_rgb(data)) if isinstance(data, Image.Image) else _decode_pixels(data, size)
+    return _stretch(pixels, size)
 
 
 def _decode_pixels(data: bytes, at_least: int) -> U8:

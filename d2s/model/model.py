@@ -110,7 +110,7 @@ class D2SModel(nn.Module):
 
         A picture is a PIL image, a path, the bytes of an image file, or a uint8 array (H, W), (H, W, 3).
         batch_size changes the speed only; the result is put on `device`.
-        Raises ValueError naming a picture that cannot be read.
+        Raises ValueError naming the path of a picture that cannot be read, or its place in the list.
         """
         if not isinstance(images, (list, tuple)):
             images = [images]
@@ -118,7 +118,8 @@ class D2SModel(nn.Module):
         with _evaluating(self):
             for start in range(0, len(images), batch_size):
                 batch = [
-                    pixels(image, self.config.image_size) for image in images[start : start + batch_size]
+                    pixels(images[number], self.config.image_size, f"images[{number}]")
+                    for number in range(start, min(start + batch_size, len(images)))
                 ]
                 parts.append(self.forward_image(torch.stack(batch).to(self.device)).float())
         return torch.cat(parts).to(device) if parts else torch.zeros(0, self.config.width, device=device)
@@ -131,12 +132,18 @@ class D2SModel(nn.Module):
 
         With a decoder this is t + p, the embedding that training aligns. Texts longer than `max_words` word
         pieces are cut. batch_size changes the speed only; the result is put on `device`.
-        Raises ValueError where something is not a string.
+        Raises ValueError naming the place of what is not a string, or not one that UTF-8 can write.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(f"texts[{number}] is a {type(text).__name__}: give strings")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"texts[{number}] has half of a surrogate pair at character {error.start}: take it out"
+                ) from None
         out = torch.zeros(len(texts), self.config.width)
         # Texts of like length share a batch: less padding, the same embeddings.
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))

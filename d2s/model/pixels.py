@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from os import PathLike
 from pathlib import Path
 
@@ -14,37 +13,39 @@ from torch import Tensor
 Picture = Image.Image | str | PathLike | bytes | np.ndarray
 
 
-def _file_bytes(picture: Image.Image | np.ndarray) -> bytes:
-    """A picture in memory as a lossless file, so that every picture takes the one path of `d2s.images`."""
-    if isinstance(picture, np.ndarray):
-        if (
-            picture.dtype != np.uint8
-            or picture.ndim not in (2, 3)
-            or (picture.ndim == 3 and picture.shape[2] != 3)
-        ):
-            raise ValueError(f"image array {picture.dtype} {picture.shape}: give uint8 (H, W, 3) or (H, W)")
-        picture = Image.fromarray(picture)
-    buffer = BytesIO()
-    picture.convert("RGB").save(buffer, "bmp")
-    return buffer.getvalue()
-
-
-def pixels(picture: Picture, size: int) -> Tensor:
+def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
     """uint8 (3, size, size) of a PIL image, a path, the bytes of a file or an array, stretched to the square.
 
-    Raises ValueError naming the file where it cannot be read.
+    Every kind takes the path of `d2s.images`. Raises ValueError where it cannot be read, naming the file, or
+    `name` where the picture is none.
     """
     from d2s.images import eval_image
 
     if isinstance(picture, (str, PathLike)):
-        try:
-            data = Path(picture).read_bytes()
-        except OSError as error:
-            raise ValueError(f"image {str(picture)!r}: {error.strerror}") from error
-    elif isinstance(picture, bytes):
-        data = picture
-    elif isinstance(picture, (Image.Image, np.ndarray)):
-        data = _file_bytes(picture)
-    else:
-        raise ValueError(f"image is a {type(picture).__name__}: give a PIL image, a path, bytes or an array")
-    return torch.from_numpy(np.ascontiguousarray(eval_image(data, size)))
+        name = f"image {str(picture)!r}"
+    try:
+        return torch.from_numpy(np.ascontiguousarray(eval_image(_encoded_or_opened(picture), size)))
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('image ')}") from error
+
+
+def _encoded_or_opened(picture: Picture) -> bytes | Image.Image:
+    """What `d2s.images.eval_image` reads. Raises OSError, or ValueError on a picture that is none."""
+    if isinstance(picture, (str, PathLike)):
+        return Path(picture).read_bytes()
+    if isinstance(picture, np.ndarray):
+        colours = picture.shape[2:]
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or colours not in ((), (3,)):
+            raise ValueError(f"array {picture.dtype} {picture.shape}: give uint8 (H, W, 3) or (H, W)")
+        if picture.size == 0:
+            raise ValueError(f"array {picture.shape} has no pixel")
+        return Image.fromarray(np.ascontiguousarray(picture))
+    if isinstance(picture, Image.Image):
+        if min(picture.size) == 0:
+            raise ValueError(f"size {picture.size} has no pixel")
+        return picture
+    if isinstance(picture, bytes):
+        return picture
+    raise ValueError(f"is a {type(picture).__name__}: give a PIL image, a path, bytes or an array")

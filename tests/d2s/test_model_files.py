@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from d2s.model import D2SModel, DecoderConfig, ModelConfig, TowerConfig, presets
+from d2s.model.pixels import pixels
 
 
 @pytest.mark.parametrize("vision", VISION)
@@ -95,13 +96,40 @@ def test_pictures_of_every_kind(tmp_path):
     assert model.encode_image([buffer.getvalue(), np.zeros((9, 9), np.uint8)]).shape == (2, 16)
 
 
+def odd_pictures():
+    """Images whose pixels depend on more than `convert("RGB")`, as the bytes of a file, by name."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    picture, exif = Image.fromarray(noise), Image.Exif()
+    exif[0x0112] = 6
+    palette = picture.quantize(16)
+    kinds = {
+        "turned": (picture, "jpeg", {"exif": exif, "quality": 95}),
+        "table": (palette, "png", {"transparency": bytes(range(0, 256, 16))}),
+        "deep": (Image.fromarray(noise[..., 0].astype(np.uint16) * 257), "png", {}),
+        "clear": (Image.fromarray(np.dstack([noise, noise[..., :1]])), "png", {}),
+    }
+    for name, (image, format, options) in kinds.items():
+        buffer = io.BytesIO()
+        image.save(buffer, format, **options)
+        yield name, buffer.getvalue()
+
+
+def test_an_opened_image_is_read_like_its_file():
+    for name, data in odd_pictures():
+        opened = pixels(Image.open(io.BytesIO(data)), 32)
+        assert torch.equal(opened, pixels(data, 32)), name
+        assert opened.float().std() > 10, name
+
+
 @pytest.mark.parametrize(
     ("picture", "words"),
     [
-        ("nowhere.jpg", "nowhere.jpg"),
-        (b"no image", "image"),
-        (np.zeros((4, 4, 3), np.float32), "uint8"),
-        (3, "int"),
+        ("nowhere.jpg", r"^image 'nowhere.jpg': No such file"),
+        (b"no image", r"^images\[0\]: cannot be decoded: no image file"),
+        (np.zeros((4, 4, 3), np.float32), r"^images\[0\]: array .* give uint8"),
+        (np.zeros((0, 4, 3), np.uint8), r"^images\[0\]: array .* no pixel"),
+        (Image.new("RGB", (0, 3)), r"^images\[0\]: size .* no pixel"),
+        (3, r"^images\[0\]: is a int"),
     ],
 )
 def test_bad_pictures_are_named(picture, words):
@@ -110,9 +138,30 @@ def test_bad_pictures_are_named(picture, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_bad_file_is_named_by_path_or_place(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    good = np.zeros((8, 8, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(good).resize((200, 200)).save(buffer, "png")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:90])
+    model = tiny_model("resnet")
+    for picture, words in (
+        (tmp_path / "bad.jpg", r"bad\.jpg': cannot be decoded"),
+        (tmp_path / "cut.png", r"cut\.png': cannot be decoded"),
+        (buffer.getvalue()[:90], r"^images\[3\]: cannot be decoded"),
+        (Image.open(tmp_path / "cut.png"), r"^images\[3\]: cannot be decoded"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            model.encode_image([good, good, good, picture], batch_size=2)
+        assert "BytesIO" not in str(caught.value)
+
+
 def test_bad_texts_are_named():
+    model = tiny_model("resnet")
     with pytest.raises(ValueError, match=r"texts\[1\].*int"):
-        tiny_model("resnet").encode_text(["a", 3])
+        model.encode_text(["a", 3])
+    with pytest.raises(ValueError, match=r"^texts\[1\] has half of a surrogate pair at character 2"):
+        model.encode_text(["a", "a \ud83d"])
 
 
 def test_long_texts_are_cut():
