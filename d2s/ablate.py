@@ -12,14 +12,16 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 from d2s.checkpoint import MARKER, newest, write_json
+from d2s.shards.order import steps_per_epoch
 
 TRAIN = Path(__file__).with_name("train.py")
+OWN = ("seed", "max_steps", "stage", "recipe", "epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,14 @@ class Ablation:
             "overrides": list(self.overrides),
         }
 
+    def check(self, images: int) -> None:
+        """Raises ValueError where the first step of the first run would fail for want of images."""
+        from d2s.config import override
+        from d2s.prepare import find_recipe
+
+        config = override(find_recipe(f"{self.family}_pretrain"), list(self.overrides))
+        steps_per_epoch(images, config.batch_size)
+
     def claim_folder(self) -> None:
         """Writes the settings to the output folder. Raises ValueError where it holds another ablation."""
         path = self.out / "settings.json"
@@ -124,8 +134,11 @@ class Ablation:
                 check=False,
             ).returncode
         if code:
-            tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
-            raise RuntimeError(f"{row.name}, seed {seed}: training ended with {code}; {log} ends:\n{tail}")
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+            last = lines[-1] if lines else "nothing"
+            raise RuntimeError(
+                f"{row.name}, seed {seed}: training ended with {code}; {log} ends with: {last}"
+            )
         print(f"seed {seed}  {row.name:<36} {time.monotonic() - start:6.0f} s", flush=True)
 
 
@@ -142,9 +155,13 @@ def train_all(ablation: Ablation) -> None:
 
         # Rows that need no pre-training come first, so that no job waits for one.
         order = sorted((row for row in ablation.rows if row != ROWS[0]), key=lambda row: row.pretrained)
-        jobs = [pool.submit(rest, row, seed) for row in order for seed in seeds]
-        for job in [*first.values(), *jobs]:
-            job.result()
+        jobs = [*first.values(), *(pool.submit(rest, row, seed) for row in order for seed in seeds)]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except RuntimeError:
+            pool.shutdown(cancel_futures=True)  # what runs already ends first
+            raise
 
 
 def evaluate_all(ablation: Ablation) -> list[dict]:
@@ -230,9 +247,15 @@ def parse(arguments: list[str] | None) -> Ablation:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)),
                         help="runs at a time, the cores divided among them (default: one a core)")  # fmt: skip
     options, overrides = parser.parse_known_args(arguments)
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}: it must be 1 or more")
+    for name, least in (("seeds", 1), ("jobs", 1), ("steps", 0), ("pretrain_steps", 0)):
+        if getattr(options, name) < least:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is {getattr(options, name)}: it must be {least} or more")
+    for name in overrides:
+        if name.split("=")[0].removeprefix("--") in OWN:
+            raise ValueError(
+                f"{name.split('=')[0]} is set by the ablation itself: use --seeds, --steps, --pretrain-steps"
+            )
     from d2s.config import override
     from d2s.prepare import find_recipe
 
@@ -256,14 +279,20 @@ def main(arguments: list[str] | None = None) -> int:
         _scenes_if_missing(ablation.data)
         from d2s.shards.index import ShardIndex
 
+        index = ShardIndex.open(ablation.data)
         for split in ("train", "val", "test"):
-            ShardIndex.open(ablation.data).rows(split)
+            index.rows(split)
+        ablation.check(len(index.rows("train")))
         ablation.claim_folder()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     start = time.monotonic()
-    train_all(ablation)
+    try:
+        train_all(ablation)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     results = evaluate_all(ablation)
     text = table(results)
     write_json(ablation.out / "ablation.json", {"settings": ablation.settings(), "results": results})

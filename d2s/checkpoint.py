@@ -9,11 +9,16 @@ A checkpoint is written under a hidden name, synced to disk, marked, and renamed
 
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 MARKER = "complete.json"
+STATE = {"step", "to_validate", "best", "damaged", "truncated", "skipped"}
 _TAG = "engine"
 
 
@@ -55,8 +60,17 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def newest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    complete = [path for path in (run / "checkpoints").glob("step-*") if (path / MARKER).is_file()]
-    return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    return max(
+        (path for path in _steps(run / "checkpoints") if (path / MARKER).is_file()), key=_step, default=None
+    )
+
+
+def _steps(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def save(run: Path, step: int, state: dict, save_engine: Callable[..., object], *, is_main: bool,
@@ -82,20 +96,62 @@ def save(run: Path, step: int, state: dict, save_engine: Callable[..., object], 
     barrier()
 
 
+def update(run: Path, step: int, state: dict) -> None:
+    """Replaces the state of a complete checkpoint, the engine's files staying as they are."""
+    write_json(run / "checkpoints" / f"step-{step:08d}" / MARKER, state)
+
+
 def load(checkpoint: Path, load_engine: Callable[..., object]) -> dict:
     """Restores the engine from a complete checkpoint and returns its state.
 
-    Raises ValueError where the engine finds nothing to load.
+    Pickles are read with torch's restricted unpickler, which admits tensors, containers and the few classes that
+    the engine itself writes. Raises ValueError, in one line, where files are damaged, missing or hold anything else.
     """
-    path, _ = load_engine(str(checkpoint), tag=_TAG)
-    if path is None:
-        raise ValueError(
-            f"{checkpoint}: the engine's files are missing; remove this folder to use an older one"
-        )
-    return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    remedy = "remove this folder to go on from an older one"
+    try:
+        state = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not state.keys() >= STATE:
+            raise ValueError(f"{MARKER} lacks some of {', '.join(sorted(STATE))}")
+        with _restricted_unpickling():
+            path, _ = load_engine(str(checkpoint), tag=_TAG)
+        if path is None:
+            raise ValueError("the engine's files are missing")
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+        EOFError,
+        AssertionError,
+        KeyError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(f"{checkpoint} is damaged ({str(error).splitlines()[0]}): {remedy}") from error
+    return state
+
+
+@contextmanager
+def _restricted_unpickling() -> Iterator[None]:
+    """DeepSpeed asks torch.load for the unrestricted unpickler, which runs whatever code a file names."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(
+            [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+        ):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _prune(folder: Path, keep: int) -> None:
-    steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    steps = sorted(_steps(folder), key=_step)
     for path in [*steps[:-keep], *folder.glob(".step-*")]:
         shutil.rmtree(path, ignore_errors=True)

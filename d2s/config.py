@@ -79,6 +79,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be {least} or more")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: it must be 0 or more, and below 2**63")
         if self.stage == "pretrain" and self.loss.distill_weight:
             raise ValueError(
                 f"loss.distill_weight is {self.loss.distill_weight} in the pretrain stage, which has no teacher: "

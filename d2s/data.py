@@ -219,21 +219,32 @@ class _TextSteps(Dataset):
         kind: str,
         room: int | None,
         batch: tuple[int, int, int],
+        skip_damaged: bool,
     ) -> None:
         self.index, self.split, self.pipeline, self.kind, self.room = index, split, pipeline, kind, room
-        self.batch = batch
+        self.batch, self.skip_damaged = batch, skip_damaged
         self.total = index.total(split, kind)
         self.reader = ShardReader(index)
+
+    def _captions(self, row: int) -> tuple[str, ...] | None:
+        try:
+            return self.reader.captions(row)[1 + (self.kind == "dense")]
+        except DamagedSample:
+            if self.skip_damaged:
+                return None
+            raise
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
         numbers, valid = _slice(self.total, step, *self.batch)
         rows, which = self.index.pair(self.split, np.minimum(numbers, self.total - 1), self.kind)
-        texts, last = [], (-1, ((), ()))
-        for row, j in zip(rows, which, strict=True):
-            if last[0] != row:
-                last = (row, self.reader.captions(int(row))[1:])
-            texts.append(last[1][self.kind == "dense"][j])
-        texts[int(valid.sum()) :] = [""] * int((~valid).sum())
+        texts: list[str] = []
+        row_read, captions = -1, None
+        for place, (row, j) in enumerate(zip(rows, which, strict=True)):
+            if row_read != row:
+                row_read, captions = row, self._captions(int(row))
+            texts.append("" if captions is None else captions[j])
+            valid[place] &= captions is not None
+        texts = [text if there else "" for text, there in zip(texts, valid, strict=True)]
         ids, mask = self.pipeline.encode(texts, self.room)
         arrays = (np.where(valid, numbers, -1), np.where(valid, rows, -1), valid)
         numbers_, rows_, valid_ = map(torch.from_numpy, arrays)
@@ -276,11 +287,13 @@ def eval_texts(
     *,
     max_length: int | None = None,
     loader_workers: int = 0,
+    skip_damaged: bool = False,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Every caption of a kind of a split once, over all workers together, clean; equal steps for each worker.
 
     Args:
         batch_size: captions a worker and step, B. max_length: positions at most, else the pipeline's.
+        skip_damaged: mark the captions of a sample that cannot be read as not valid, instead of raising.
     Yields:
         Caption numbers within the split int64 (B,), global image rows int64 (B,), ids int64 (B, L), mask bool
         (B, L), valid bool (B,): False (numbers -1, an empty caption) where the split has ended.
@@ -291,5 +304,5 @@ def eval_texts(
         raise ValueError(
             f"split {split!r} of {index.root} has no {kind} captions: evaluate another kind or split"
         )
-    dataset = _TextSteps(index, split, pipeline, kind, max_length, (batch_size, rank, world))
+    dataset = _TextSteps(index, split, pipeline, kind, max_length, (batch_size, rank, world), skip_damaged)
     yield from StepLoader(dataset, loader_workers).run(range(-(-dataset.total // (batch_size * world))))

@@ -37,13 +37,15 @@ def start_workers() -> Workers:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     elif missing:
         raise ValueError(
             f"the launcher set some of {', '.join(names)} but not {', '.join(missing)}: "
             "use deepspeed, torchrun or srun, or set all four"
         )
+    if os.environ["WORLD_SIZE"] == "1":
+        # Launchers offer one fixed port, at which a second run on the machine would fail.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -77,9 +79,8 @@ def leave(code: int) -> NoReturn:
     A gloo thread may want the interpreter while it is being torn down and abort the process; leaving without
     the tear-down, after an ordered goodbye, avoids it.
     """
-    if dist.is_initialized():
-        if code == 0:
-            dist.barrier()
+    if dist.is_initialized() and code == 0:  # a failed worker waits for nobody
+        dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -24,7 +24,7 @@ class RunLog:
         run: Path,
         *,
         is_main: bool,
-        resume_step: int | None,
+        resume_step: int,
         total_steps: int,
         wandb_project: str = "",
     ) -> None:
@@ -35,8 +35,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run / "metrics.jsonl"
-        if resume_step is not None:
-            _drop_after(self._path, resume_step)
+        _drop_after(self._path, resume_step)
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step)
         self._wandb = _start_wandb(wandb_project, run) if wandb_project else None
@@ -59,9 +58,9 @@ class RunLog:
             self._line.show(step, values)
 
     def say(self, text: str) -> None:
-        """Prints a line of its own, above the progress line; all workers may speak."""
+        """Prints a line of its own, above the progress line; all workers may speak, all but the first on stderr."""
         self._line.clear()
-        print(text, flush=True)
+        print(text, file=sys.stdout if self._is_main else sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         return self

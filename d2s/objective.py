@@ -14,7 +14,7 @@ share.
 """
 
 from dataclasses import dataclass
-from math import log
+from math import isfinite, log
 from typing import Literal
 
 import torch
@@ -57,6 +57,9 @@ class LossConfig:
     """As the authors' release: the online teacher keeps its dropout on and its BatchNorm drifting."""
 
     def __post_init__(self) -> None:
+        for name in ("align_weight", "distill_weight", "margin", "logit_bias", "max_logit_scale"):
+            if not isfinite(getattr(self, name)):
+                raise ValueError(f"loss.{name} is {getattr(self, name)}: it must be finite")
         for name in ("align_weight", "distill_weight", "warmup_epochs", "margin"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}: it must be 0 or more")

@@ -1,7 +1,8 @@
 """AdamW, its parameter groups, and the learning rate as a pure function of the step."""
 
 from dataclasses import dataclass
-from math import cos, pi
+from itertools import pairwise
+from math import cos, inf, pi
 from typing import Literal
 
 import torch
@@ -33,10 +34,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "backbone_lr", "weight_decay", "grad_clip", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}: it must be 0 or more")
-        if list(self.milestones) != sorted(self.milestones):
-            raise ValueError(f"optim.milestones {self.milestones} must rise: sort them")
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}: it must be 0 or more, and finite")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"optim.decay is {self.decay}: it must be above 0 and at most 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas is {self.betas}: each must be from 0 up to, but not, 1")
+        if not all(0 <= a < b for a, b in pairwise([*self.milestones, inf])):
+            raise ValueError(f"optim.milestones is {self.milestones}: they must be 0 or more, and rise")
 
 
 def lr_factor(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -8,16 +8,16 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
-import json
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from d2s import checkpoint
-from d2s.config import TrainConfig, differences, field_names, fields_of, from_dict, override, to_dict
+from d2s import run_folder
+from d2s.config import TrainConfig, field_names, override
 from d2s.data import TrainBatches
 from d2s.distributed import Workers, barrier, start_workers
 from d2s.engine import engine_settings, start_engine
@@ -38,8 +38,7 @@ from d2s.text import TextPipeline
 from d2s.trainer import Trainer, TrainingModule
 
 TOWERS = ("image_encoder", "text_encoder")
-# What may change when a run is resumed: none of these alters a loss.
-RESUMABLE = ("log.", "data.loader_workers", "data.damage_budget", "engine.zero_stage", "nonfinite_limit")
+_TOKENIZER_ROWS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ class Plan:
         tokenizer = None
         if settings.text_encoder.tokenizer == WORDS:
             split = "val" if self.streams else "train"
-            table = read_manifest(self.index.root, columns=["sparse", "dense"], split=split)
+            table = read_manifest(self.index.root, columns=["sparse", "dense"], split=split)[:_TOKENIZER_ROWS]
             captions = (text for row in table.to_pylist() for text in [*row["sparse"], *row["dense"]])
             tokenizer = build_word_tokenizer(captions)
         return D2SModel(settings, tokenizer)
@@ -124,8 +123,7 @@ class Plan:
         """Builds everything, on all workers together, and restores the newest checkpoint when resuming."""
         config, workers = self.config, start_workers()
         assert self.run is not None
-        if workers.is_main:
-            self._make_run_folder()
+        lock = run_folder.claim(self.run) if workers.is_main else None
         barrier()
         model = self.build_model().to(workers.device)
         pipeline = TextPipeline(model.tokenizer, config.data.max_words_dense)
@@ -134,40 +132,44 @@ class Plan:
         module.to(workers.device)
         backbone = [parameter for _, parameter in model.parameter_parts()["backbone"]]
         optimizer = build_optimizer(module, backbone, config.optim)
-        settings = engine_settings(config.engine, config.batch_size // self.world, config.optim.grad_clip)
         trainer = Trainer(
             config=config,
             run=self.run,
             workers=workers,
             index=self.index,
-            engine=start_engine(module, optimizer, settings),
+            engine=start_engine(module, optimizer, self.engine_settings()),
             batches=self.build_batches(pipeline, workers),
             total_steps=self.total_steps,
             teacher=teacher,
             log=None,
+            lock=lock,
         )
         if self.resume_from:
             trainer.restore(self.resume_from)
+        if workers.is_main:
+            run_folder.write(self.run, config, self.origin(), self.world)
         trainer.log = RunLog(
             self.run,
             is_main=workers.is_main,
-            resume_step=trainer.step if self.resume_from else None,
+            resume_step=trainer.step,
             total_steps=self.total_steps,
             wandb_project=config.log.wandb,
         )
         return trainer
 
-    def _make_run_folder(self) -> None:
-        self.run.mkdir(parents=True, exist_ok=True)
-        content = {
-            "config": to_dict(self.config),
+    def engine_settings(self) -> dict[str, Any]:
+        """DeepSpeed's settings. Raises ValueError where the user's JSON is none."""
+        local = self.config.batch_size // self.world
+        return engine_settings(self.config.engine, local, self.config.optim.grad_clip)
+
+    def origin(self) -> dict[str, Any]:
+        """What the run is made from: a resumed run has to come from the same."""
+        return {
             "data": self.data,
             "val_data": str(self.index.root),
+            "fingerprint": self.index.fingerprint(),
             "init": str(self.init) if self.init else None,
-            "workers": self.world,
-            "torch": torch.__version__,
         }
-        checkpoint.write_json(self.run / "config.json", content)
 
     def _teacher(self, model: D2SModel, pipeline: TextPipeline, workers: Workers) -> Any:
         """A frozen copy of the text tower as stage 1 left it, or the table of what it says."""
@@ -208,18 +210,17 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size % world:
         raise ValueError(f"batch_size {config.batch_size} does not divide among {world} workers")
-    resume_from = None if options.dry_run else _check_run(options.run, config, resume=options.resume)
     prepared = Plan(
-        config=config,
-        data=data,
-        index=index,
-        run=options.run,
-        init=init,
-        resume_from=resume_from,
-        world=world,
+        config=config, data=data, index=index, run=options.run, init=init, resume_from=None, world=world
     )
     assert prepared.steps_per_epoch >= 1  # too large a batch raises ValueError with the numbers
-    return prepared
+    prepared.engine_settings()
+    if config.log.wandb and find_spec("wandb") is None:
+        raise ValueError("log.wandb is set but wandb is not installed: pip install wandb, or unset it")
+    if options.dry_run:
+        return prepared
+    resume_from = run_folder.check_run(options.run, config, prepared.origin(), resume=options.resume)
+    return dataclasses.replace(prepared, resume_from=resume_from)
 
 
 def find_recipe(name: str) -> TrainConfig:
@@ -245,10 +246,9 @@ def _find_data(options: argparse.Namespace) -> str:
     if options.data:
         return options.data
     for folder in (options.run if options.resume else None, options.init):
-        if folder and (folder / "config.json").is_file():
-            data = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("data")
-            if data:
-                return data
+        data = run_folder.data_of(folder) if folder else None
+        if data:
+            return data
     raise ValueError("--data is missing: name a folder made by `python -m d2s.shard build`")
 
 
@@ -261,8 +261,8 @@ def _open_data(data: str, val_data: str | None, config: TrainConfig) -> ShardInd
             )
         index = ShardIndex.open(data)
         index.rows("train")
-        index.rows("val")
         _check_captions(config, index)
+        _check_validation(config, index)
         return index
     if not val_data:
         raise ValueError("--data is a stream of tars: give --val-data, an indexed data set with a val split")
@@ -273,8 +273,17 @@ def _open_data(data: str, val_data: str | None, config: TrainConfig) -> ShardInd
             "loss.teacher is 'cached', but a stream's captions have no numbers: set it to 'online'"
         )
     index = ShardIndex.open(val_data)
-    index.rows("val")
+    _check_validation(config, index)
     return index
+
+
+def _check_validation(config: TrainConfig, index: ShardIndex) -> None:
+    kind = "dense" if config.stage == "pretrain" else "sparse"
+    if len(index.rows("val")) and not index.total("val", kind):
+        raise ValueError(
+            f"the val split of {index.root} has no {kind} captions, by which stage {config.stage} chooses its best "
+            "model: build it with them"
+        )
 
 
 def _check_captions(config: TrainConfig, index: ShardIndex) -> None:
@@ -288,23 +297,3 @@ def _check_captions(config: TrainConfig, index: ShardIndex) -> None:
                 f"{missing} images of the train split have no {kind} caption, the first is "
                 f"{index.keys([first])[0]}: stage {config.stage} needs one for each"
             )
-
-
-def _check_run(run: Path, config: TrainConfig, *, resume: bool) -> Path | None:
-    """The checkpoint to resume from; refuses to write over an earlier run or to resume a different one."""
-    if not run.exists() or not any(run.iterdir()):
-        return None
-    if not resume:
-        raise ValueError(f"--run {run} is not empty: choose another folder, or add --resume to go on with it")
-    saved = run / "config.json"
-    if not saved.is_file():
-        raise ValueError(f"--run {run} holds no run (no config.json): choose another folder")
-    old = from_dict(json.loads(saved.read_text(encoding="utf-8"))["config"])
-    changed = [name for name in differences(old, config) if not name.startswith(RESUMABLE)]
-    if changed:
-        name = changed[0]
-        was, now = fields_of(old).get(name), fields_of(config).get(name)
-        raise ValueError(
-            f"--resume: {name} was {was!r} in {run} and is now {now!r}; keep it, or start a new run"
-        )
-    return checkpoint.newest(run)

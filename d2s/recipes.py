@@ -149,12 +149,12 @@ def _all() -> dict[str, Callable[[], TrainConfig]]:
                     if part != "align":
                         recipes[f"{data}_{tower}_{size}_{part}_compat"] = partial(_compat_of, build)
     recipes |= {
-        "flickr8k_small_pretrain": partial(flickr8k_small, "pretrain", steps=250),
-        "flickr8k_small_finetune": partial(flickr8k_small, "finetune", steps=500),
-        "flickr8k_small_align": partial(flickr8k_small, "align", steps=750),
-        "scenes_small_pretrain": partial(scenes_small, "pretrain", steps=250),
-        "scenes_small_finetune": partial(scenes_small, "finetune", steps=250),
-        "scenes_small_align": partial(scenes_small, "align", steps=500),
+        "flickr8k_small_pretrain": partial(flickr8k_small, "pretrain", steps=200),
+        "flickr8k_small_finetune": partial(flickr8k_small, "finetune", steps=400),
+        "flickr8k_small_align": partial(flickr8k_small, "align", steps=600),
+        "scenes_small_pretrain": partial(scenes_small, "pretrain", steps=200),
+        "scenes_small_finetune": partial(scenes_small, "finetune", steps=200),
+        "scenes_small_align": partial(scenes_small, "align", steps=400),
     }
     return recipes
 

@@ -62,8 +62,9 @@ def teacher_table(
         barrier()
         table = np.memmap(path, np.float32, mode="r+").reshape(count, width)
         with torch.no_grad():
+            # Training replaces a damaged sample by another one, whose row is asked for in its place.
             for numbers, _, ids, mask, valid in eval_texts(
-                index, split, pipeline, "dense", batch_size, workers.rank, workers.world
+                index, split, pipeline, "dense", batch_size, workers.rank, workers.world, skip_damaged=True
             ):
                 made = teacher(ids.to(workers.device), mask.to(workers.device)).float().cpu()
                 table[numbers[valid].numpy()] = made[valid].numpy()

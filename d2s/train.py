@@ -7,6 +7,7 @@ arguments, the configuration or the data is said in one line before any long wor
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 # Script mode puts this folder first on the path, where its modules could shadow others.
@@ -14,6 +15,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+_AFTER_WORKER_0 = 5.0
 EPILOG = """\
 Any field of the configuration can be overridden by its dotted name, as in --optim.lr 1e-4 --batch_size 256;
 `RECIPE --help` lists all of them with their meaning. Examples:
@@ -62,8 +64,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0 done, 2 a user's mistake; a failure in training raises."""
-    if os.environ.get("RANK", "0") != "0":
+    """Runs the command and returns its exit code: 0 done, 1 it could not go on, 2 a user's mistake, 130 Ctrl-C."""
+    if _rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
@@ -76,15 +78,30 @@ def main(arguments: list[str] | None = None) -> int:
             print(describe(prepared))
             return 0
         trainer = prepared.start()
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    with trainer.log:
-        trainer.train()
-        trainer.log.say(f"done: {trainer.step} steps, best val rSum {trainer.best['rsum']:.1f} at step "
-                        f"{trainer.best['step']}, in {trainer.run}")  # fmt: skip
+    except (ValueError, OSError) as error:
+        return _fail(error, 2)
+    try:
+        with trainer.log:
+            trainer.train()
+            trainer.log.say(trainer.summary())
+    except (ValueError, FloatingPointError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; --resume goes on from the newest checkpoint", 130)
     return 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _fail(error: object, code: int) -> int:
+    """One line on stderr. Worker 0 speaks first: a launcher ends all workers as soon as one has left."""
+    if _rank():
+        time.sleep(_AFTER_WORKER_0)
+    worker = f" (worker {_rank()})" if _rank() else ""
+    print(f"train.py: error{worker}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

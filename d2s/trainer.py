@@ -60,10 +60,15 @@ class Trainer:
     total_steps: int
     teacher: Teacher | TeacherTable | None
     log: RunLog
+    lock: int | None = None
+    """Held open as long as this process trains into the run folder."""
     step: int = 0
+    to_validate: bool = False
     best: dict[str, float] = field(default_factory=dict)
-    damaged: int = 0
+    damage_told: int = 0
     truncated: int = 0
+    before: dict[str, int] = field(default_factory=lambda: {"damaged": 0, "truncated": 0})
+    """Counts of the run before it was resumed."""
     grad_norm: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -71,13 +76,19 @@ class Trainer:
     def train(self) -> None:
         """Runs to the last step, from wherever `step` stands."""
         per_epoch = self.batches.steps_per_epoch
-        while self.step < self.total_steps:
+        while True:
+            if self.to_validate:  # also where a resumed run was stopped between the two
+                self._validate()
+                self.to_validate = False
+                self._update_checkpoint()
+            if self.step >= self.total_steps:
+                break
             epoch, start = divmod(self.step, per_epoch)
             self.engine.train()
             self._train_epoch(epoch, start)
             last = self.step == self.total_steps
             if last or (epoch + 1) % self.config.log.evaluate_epochs == 0:
-                self._validate()
+                self.to_validate = True
                 self.save()
         self._export("last")
         barrier()
@@ -148,13 +159,31 @@ class Trainer:
             )
 
     def _report_damage(self, batch: Batch) -> None:
-        for note in batch.damaged:
+        """Says what was replaced, each sample once; every worker speaks of its own."""
+        new = self.batches.damaged[self.damage_told :]
+        self.damage_told += len(new)
+        for note in new:
             self.log.say(f"damaged sample replaced: {note}")
-        self.damaged += len(batch.damaged)
         self.truncated += batch.truncated
+
+    def _count_over_workers(self) -> tuple[int, int]:
+        """Damaged samples and cut captions of all workers, those of the run before a resume included.
+
+        Raises ValueError, on every worker, where more samples are damaged than the run may replace.
+        """
+        counts = torch.tensor([self.damage_told, self.truncated], dtype=torch.int64)
+        damaged, truncated = sum_over_workers(counts.to(self.workers.device)).tolist()
+        damaged, truncated = damaged + self.before["damaged"], truncated + self.before["truncated"]
+        if damaged > self.config.data.damage_budget:
+            raise ValueError(
+                f"{damaged} samples could not be read, more than data.damage_budget "
+                f"{self.config.data.damage_budget}: run `python -m d2s.shard verify` on the data"
+            )
+        return damaged, truncated
 
     def _log(self, shares: Tensor, factor: float, seconds: float) -> None:
         total, align, distill = sum_over_workers(shares).mean(0).tolist()
+        damaged, truncated = self._count_over_workers()
         if not self.workers.is_main:
             return
         config = self.config
@@ -168,8 +197,8 @@ class Trainer:
             "samples_per_s": len(shares) * config.batch_size / seconds,
             "seconds": seconds,
             "skipped": self.skipped,
-            "damaged": self.damaged,
-            "truncated": self.truncated,
+            "damaged": damaged,
+            "truncated": truncated,
         }
         self.log.row("train", self.step, values)
         self.log.progress(self.step, values)
@@ -216,28 +245,48 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of the present step, on all workers together."""
-        state = {
-            "step": self.step,
-            "best": self.best,
-            "damaged": self.damaged,
-            "skipped": self.skipped,
-            "config": to_dict(self.config),
-        }
         checkpoint.save(
             self.run,
             self.step,
-            state,
+            self._state(),
             self.engine.save_checkpoint,
             is_main=self.workers.is_main,
             barrier=barrier,
             keep=self.config.log.keep,
         )
 
+    def _update_checkpoint(self) -> None:
+        """Adds what validation found to the checkpoint of this step."""
+        state = self._state()
+        if self.workers.is_main:
+            checkpoint.update(self.run, self.step, state)
+        barrier()
+
+    def _state(self) -> dict[str, Any]:
+        damaged, truncated = self._count_over_workers()
+        return {
+            "step": self.step,
+            "to_validate": self.to_validate,
+            "best": self.best,
+            "damaged": damaged,
+            "truncated": truncated,
+            "skipped": self.skipped,
+            "config": to_dict(self.config),
+        }
+
     def restore(self, folder: Path) -> None:
-        """Continues from a complete checkpoint."""
+        """Continues from a complete checkpoint. Raises ValueError where it is damaged."""
         state = checkpoint.load(folder, self.engine.load_checkpoint)
-        self.step, self.best = state["step"], state["best"]
-        self.damaged, self.skipped = state["damaged"], state["skipped"]
+        self.step, self.best, self.to_validate = state["step"], state["best"], state["to_validate"]
+        self.skipped = state["skipped"]
+        self.before = {name: state[name] for name in self.before}
+
+    def summary(self) -> str:
+        """The line that closes a run."""
+        return (
+            f"done: {self.step} steps, best val rSum {self.best['rsum']:.1f} at step {self.best['step']}, "
+            f"in {self.run}"
+        )
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
