@@ -124,13 +124,14 @@ class Ablation:
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_name(f"{folder.name}.log")
         start = time.monotonic()
-        threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
+        share = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
+        threads = os.environ.get("D2S_THREADS", share)
         with open(log, "w", encoding="utf-8") as file:
             code = subprocess.run(
                 self.command(row, seed),
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "D2S_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, "D2S_THREADS": threads, "OMP_NUM_THREADS": threads},
                 check=False,
             ).returncode
         if code:
