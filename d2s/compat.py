@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2s import command
 from d2s.model import D2SModel, DecoderConfig, ModelConfig, TowerConfig
 from d2s.model.files import put_state
 from d2s.model.towers import one_line
+from d2s.shards.arguments import positive
 
 IGNORED = ("long_txt_enc.", "txt_enc.mlp.bns.1.", "prompt_learner.mask_token")
 IGNORED_PARTS = (".pooler.", ".position_ids", ".relative_position_index", ".num_batches_tracked")
@@ -211,30 +213,32 @@ def convert(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m d2s.compat", description=__doc__.splitlines()[0])
+    """The command. Returns 0, or 2 after one line on what is wrong; a usage error exits with 2."""
+    parser = command.Parser(prog="python -m d2s.compat", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the release's model_best.pth")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the model")
     parser.add_argument("--tokenizer", default="google-bert/bert-base-uncased", metavar="NAME_OR_DIR")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="default: img_res of the checkpoint")
+    parser.add_argument(
+        "--image-size", type=positive, metavar="PIXELS", help="default: img_res of the checkpoint"
+    )
     parser.add_argument("--ours", action="store_true", help="leave the compat switches off")
     options = parser.parse_args(argv)
+    return command.run(lambda: _import(options))
+
+
+def _import(options: argparse.Namespace) -> None:
+    """Convert and write, whole or not at all. Raises ValueError and OSError."""
     out: Path = options.out
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--out {str(out)!r}: exists and is not an empty folder, name a new one")
-        model = convert(
-            options.checkpoint, tokenizer=options.tokenizer, size=options.image_size, ours=options.ours
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {str(out)!r}: exists and is not an empty folder, name a new one")
+    model = convert(
+        options.checkpoint, tokenizer=options.tokenizer, size=options.image_size, ours=options.ours
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         model.save_pretrained(Path(folder, "model"))
         Path(folder, "model").replace(out)
     print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} weights, {options.checkpoint}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.console import Console, Group
 from rich.text import Text
 from torch import Tensor
 
-from d2s import capacity
+from d2s import capacity, command
 from d2s.data import DataConfig
 from d2s.embed import Embeddings, embed_split
 from d2s.metrics import Retrieval, fold_report, normalize, recall_report
@@ -136,7 +136,8 @@ def evaluate_model(
         dense: also image <-> dense captions, where the split has any.
         full: also the folds and the measures of capacity.
         folds: number of folds; None means folds of 1,000 images where the split is several thousands exactly,
-            and 0 none. Folds are cut along ascending image ids, whatever the order in the shards.
+            and 0 none. Folds are cut along ascending image ids, whatever the order in the shards; the Karpathy
+            file of COCO has another order, so its 1K numbers come from other folds.
 
     Raises:
         ValueError: no such split, no caption in it, folds that do not divide it, or embeddings not finite.
@@ -236,26 +237,22 @@ def _json(value: float) -> float | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0, or 2 after one line on a mistake of the user's."""
+    """The command. Returns 0, or 2 after one line on what is wrong; a usage error exits with 2."""
     arguments = _parser().parse_args(argv)
-    try:
-        result = _run(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(lambda: _tell(_run(arguments), arguments))
+
+
+def _tell(result: Evaluation, arguments: argparse.Namespace) -> None:
     # Wide enough for the whole table where the output goes to a file.
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(result.renderable())
     if arguments.json is not None:
         written = {"model": str(arguments.model), "data": str(arguments.data), **result.to_dict()}
         write_json(arguments.json, written)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m d2s.evaluate", description="Evaluate a model on a split."
-    )
+    parser = command.Parser(prog="python -m d2s.evaluate", description="Evaluate a model on a split.")
     parser.add_argument("--model", type=Path, required=True, help="model folder, such as runs/NAME/best")
     parser.add_argument("--data", type=Path, required=True, help="data set made by python -m d2s.shard")
     parser.add_argument("--split", default="test", help="split of the data set (default: test)")
@@ -263,7 +260,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=128, help="images or captions at a time (128)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
     parser.add_argument(
-        "--folds", type=int, help="folds to average over, 0 for none (default: of 1,000 images)"
+        "--folds",
+        type=int,
+        help="folds to average over, 0 for none (default: of 1,000 images); they are cut along ascending image"
+        " ids, not in the order of the Karpathy file, so COCO 1K differs a little from that order's",
     )
     parser.add_argument("--no-dense", action="store_true", help="leave dense captions out")
     return parser
@@ -314,6 +314,10 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"--device {name!r} is not a device: use cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here: use cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError):
+        raise ValueError(f"--device {name}: cannot be used here: use cpu, cuda or cuda:N") from None
     return device
 
 
@@ -335,15 +339,30 @@ def data_config_of(folder: Path, model: D2SModel) -> DataConfig:
     """How the model was fed in training, from the run around its folder; the defaults where there is no run.
 
     The image size is the model's own in any case.
+
+    Raises:
+        ValueError: the run's config.json is broken or has values of a wrong type.
     """
     settings = folder.resolve().parent / "config.json"
-    known = DataConfig()
-    if settings.is_file():
-        run = read_json(settings)
-        values = run.get("config", {}).get("data", {}) if isinstance(run, dict) else {}
-        kept = ("max_words_sparse", "max_words_dense", "loader_workers")
-        known = replace(known, **{name: values[name] for name in kept if name in values})
-    return replace(known, image_size=model.config.image_size)
+    known = DataConfig(image_size=model.config.image_size)
+    if not settings.is_file():
+        return known
+    run = read_json(settings)
+    config = run.get("config", {}) if isinstance(run, dict) else None
+    values = config.get("data", {}) if isinstance(config, dict) else None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{settings}: does not hold a run's settings, config and in it data: mend or remove it"
+        )
+    names = ("max_words_sparse", "max_words_dense", "loader_workers")
+    kept = {name: values[name] for name in names if name in values}
+    for name, value in kept.items():
+        if type(value) is not int:
+            raise ValueError(f"{settings}: data.{name} is {value!r}: it must be a whole number")
+    try:
+        return replace(known, **kept)
+    except ValueError as error:
+        raise ValueError(f"{settings}: data.{error}") from None
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from d2s import command
 from d2s.embed import embed_split
 from d2s.evaluate import choose_device, data_config_of, evaluate_embeddings, load_model
 from d2s.report_gallery import Gallery, make_gallery
@@ -43,19 +45,22 @@ def write_report(
     """
     runs = [read_run(Path(path)) for path in (run_dir, *others)]
     run = runs[0]
+    target = run.path / "report.html"
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder, where the report would go: move it away")
+    place = choose_device(device)
     rows = [row for one in runs for row in one.recall_rows()]
     index, why = _find_data(run, data)
     gallery, gallery_of, capacity = None, "", {}
     if index is not None:
-        gallery, numbers = _look(run, index, split, device, batch_size)
+        gallery, numbers = _look(run, index, split, place, batch_size)
         size = f"{numbers['images']:,} images, {gallery.kind} captions"
         gallery_of = f"The best model of {run.name} on the {split} split, {size}"
         capacity = numbers["capacity"]
         if split != "val" and not any(row.run == run.name and row.split == split for row in rows):
-            place = sum(row.run == run.name for row in rows)
-            rows[place:place] = run.rows_of(split, numbers)
+            end = sum(row.run == run.name for row in rows)
+            rows[end:end] = run.rows_of(split, numbers)
     text = page(runs, rows, gallery=gallery, gallery_of=gallery_of, capacity=capacity, why_no_gallery=why)
-    target = run.path / "report.html"
     with whole_file(target) as file:
         file.write(text.encode())
     return target
@@ -73,11 +78,13 @@ def _find_data(run: Run, data: str | Path | None) -> tuple[ShardIndex | None, st
     return ShardIndex.open(known), ""
 
 
-def _look(run: Run, index: ShardIndex, split: str, device: str, batch_size: int) -> tuple[Gallery, dict]:
+def _look(
+    run: Run, index: ShardIndex, split: str, device: torch.device, batch_size: int
+) -> tuple[Gallery, dict]:
     """The gallery of a split, and the numbers of its evaluation."""
     index.rows(split)
     folder = run.path / "best"
-    model = load_model(folder).to(choose_device(device))
+    model = load_model(folder).to(device)
     config = data_config_of(folder, model)
     embedded = embed_split(model, index, split, config=config, batch_size=batch_size)
     numbers = evaluate_embeddings(embedded, index, split).to_dict()
@@ -86,8 +93,8 @@ def _look(run: Run, index: ShardIndex, split: str, device: str, batch_size: int)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0, or 2 after one line on a mistake of the user's."""
-    parser = argparse.ArgumentParser(
+    """The command. Returns 0, or 2 after one line on what is wrong; a usage error exits with 2."""
+    parser = command.Parser(
         prog="python -m d2s.report", description="Write RUN/report.html: curves, recall, pictures, settings."
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; more to compare with")
@@ -96,19 +103,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
     parser.add_argument("--batch-size", type=int, default=128, help="images or captions at a time (128)")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.batch_size < 1:
-            raise ValueError(f"--batch-size is {arguments.batch_size}: it must be 1 or more")
-        target = write_report(
-            *arguments.runs,
-            data=arguments.data,
-            split=arguments.split,
-            device=arguments.device,
-            batch_size=arguments.batch_size,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Writes the report and tells where. Raises ValueError and OSError."""
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size is {arguments.batch_size}: it must be 1 or more")
+    target = write_report(
+        *arguments.runs,
+        data=arguments.data,
+        split=arguments.split,
+        device=arguments.device,
+        batch_size=arguments.batch_size,
+    )
     runs = [read_run(run) for run in arguments.runs]
     rows = [
         (f"{row.run}: {row.split}, {row.captions}", row.retrieval)
@@ -119,7 +127,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rows:
         console.print(recall_table(rows, chance=False))
     print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
-    return 0
 
 
 if __name__ == "__main__":

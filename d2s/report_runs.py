@@ -8,6 +8,7 @@ from typing import Any
 
 from d2s.logs import clock, read_rows
 from d2s.metrics import Recall, Retrieval
+from d2s.report_checks import check_numbers
 from d2s.shards.files import read_json
 
 
@@ -75,7 +76,7 @@ class Run:
         return [(float(epoch), score) for epoch, score in scored if score is not None]
 
     def _score(self, row: dict[str, Any]) -> float | None:
-        part = row.get("dense", {}) if self.aligned == "dense" else row
+        part = row.get("dense") or {} if self.aligned == "dense" else row
         return part.get("rsum", row.get("rsum"))
 
     def recall_rows(self) -> list[RecallRow]:
@@ -85,7 +86,7 @@ class Run:
         if validated:
             best = max(validated, key=self._score)
             found += self.rows_of(f"val, best (epoch {best.get('epoch', 0):.3g})", best)
-        tests = [(row.get("split", "test"), row) for row in self.rows if row["kind"] == "test"]
+        tests = [(str(row.get("split", "test")), row) for row in self.rows if row["kind"] == "test"]
         # The newest evaluation of a split counts.
         for split, row in dict([*tests, *self.evaluations]).items():
             found += self.rows_of(split, row)
@@ -121,33 +122,50 @@ def read_run(path: Path) -> Run:
     """Reads a run folder.
 
     Raises:
-        ValueError: no such folder, no config.json and no metrics.jsonl in it, or a file that cannot be read.
+        ValueError: no such folder, no config.json and no metrics.jsonl in it, a file that cannot be read, or one
+            whose values have a wrong type.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such run folder")
     if not (path / "config.json").is_file() and not (path / "metrics.jsonl").is_file():
         raise ValueError(f"{path} is no run: it has neither config.json nor metrics.jsonl")
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    try:
-        rows = read_rows(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path / 'metrics.jsonl'} has a line that is not JSON ({error}): mend or remove it"
-        ) from None
+    config = _read_config(path / "config.json")
+    rows = _read_metrics(path)
     evaluations = []
     for file in sorted(path.glob("*.json")):
         value = read_json(file)
         if isinstance(value, dict) and "split" in value and ("i2t" in value or "dense" in value):
+            check_numbers(value, str(file))
             evaluations.append((str(value["split"]), value))
-    rows = [row for row in rows if isinstance(row, dict) and "kind" in row and "step" in row]
-    name = path.resolve().name
-    return Run(
-        path=path,
-        name=name,
-        config=config if isinstance(config, dict) else {},
-        rows=rows,
-        evaluations=evaluations,
-    )
+    return Run(path=path, name=path.resolve().name, config=config, rows=rows, evaluations=evaluations)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path}: is a JSON {type(config).__name__}, not a run's settings: mend or remove it"
+        )
+    if not isinstance(config.get("data") or "", str):
+        raise ValueError(f"{path}: data is {config['data']!r}: it must be the path of a data set")
+    return config
+
+
+def _read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl that have a kind and a step. Raises ValueError naming the file and the line."""
+    path = run / "metrics.jsonl"
+    try:
+        rows = read_rows(run)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a line that is not JSON ({error}): mend or remove it") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8 text: mend or remove its line") from None
+    for number, row in enumerate(rows, 1):
+        where = f"{path} line {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: is {row!r}, not a row of metrics: mend or remove it")
+        check_numbers(row, where)
+    return [row for row in rows if "kind" in row and "step" in row]
 
 
 def _retrieval(part: dict[str, Any]) -> Retrieval:

@@ -187,6 +187,8 @@ def test_the_command_prints_a_table_and_writes_json(data, model_folder, tmp_path
         ({"--folds": "5"}, "--folds 5 does not divide the split's 12 images"),
         ({"--device": "abacus"}, "--device 'abacus' is not a device"),
         ({"--device": "cuda:99"}, "CUDA devices here"),
+        ({"--device": "meta"}, "--device meta: cannot be used here"),
+        ({"--device": "mps"}, "--device mps: cannot be used here"),
     ],
 )
 def test_mistakes_are_one_line(data, model_folder, tmp_path, capsys, change, message):
@@ -197,6 +199,54 @@ def test_mistakes_are_one_line(data, model_folder, tmp_path, capsys, change, mes
     assert code == 2
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_a_usage_error_is_one_line(capsys):
+    for arguments in ([], ["--model=a", "--data=b", "--folds=x"], ["--model=a", "--data=b", "--colour"]):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(arguments)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+
+
+def test_an_error_of_the_machine_is_one_line(data, model_folder, tmp_path, capsys, monkeypatch):
+    def full(path, value):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(evaluate, "write_json", full)
+    given = [f"--model={model_folder}", f"--data={data}", f"--json={tmp_path}/out.json", "--no-dense"]
+    assert evaluate.main(given) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/out.json: Permission denied\n"
+
+
+def test_help_tells_the_order_of_the_folds(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    assert "ascending image ids, not in the order of the Karpathy file" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "does not hold a run's settings"),
+        ('{"config": 5}', "does not hold a run's settings"),
+        ('{"config": {"data": [1]}}', "does not hold a run's settings"),
+        ('{"config": {"data": {"max_words_dense": "x"}}}', "data.max_words_dense is 'x'"),
+        ('{"config": {"data": {"max_words_sparse": true}}}', "data.max_words_sparse is True"),
+        ('{"config": {"data": {"loader_workers": -1}}}', "data.loader_workers is -1"),
+        ("{", "not JSON"),
+    ],
+)
+def test_broken_settings_of_the_run_are_named(tmp_path, model, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate.data_config_of(tmp_path / "best", model)
+    assert str(caught.value).startswith(str(tmp_path / "config.json"))
+    assert "\n" not in str(caught.value)
 
 
 def test_settings_come_from_the_run_around_the_model(tmp_path, model):

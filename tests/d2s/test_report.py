@@ -204,6 +204,7 @@ def test_gallery_by_hand(data):
         (["{run}", "--data={data}"], "give a folder of save_pretrained"),
         (["{run}", "--batch-size=0"], "--batch-size is 0"),
         (["{broken}"], "metrics.jsonl has a line that is not JSON"),
+        (["{run}", "--device=meta"], "--device meta: cannot be used here"),
     ],
 )
 def test_mistakes_are_one_line(data, tmp_path, capsys, arguments, message):
@@ -216,6 +217,69 @@ def test_mistakes_are_one_line(data, tmp_path, capsys, arguments, message):
     assert code == 2
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("metrics.jsonl", {"kind": "val", "step": 1, "i2t": 5, "t2i": [1, 2, 3]}, "line 1: i2t is 5"),
+        ("metrics.jsonl", {"kind": "val", "step": 1, "i2t": [1, 2, 3]}, "line 1: has one direction"),
+        ("metrics.jsonl", {"kind": "val", "step": 1, "dense": 5}, "line 1: dense is 5"),
+        (
+            "metrics.jsonl",
+            {"kind": "val", "step": 1, "dense": {"rsum": "x"}},
+            "line 1: in dense: rsum is 'x'",
+        ),
+        (
+            "metrics.jsonl",
+            {"kind": "train", "step": 1, "epoch": 1, "seconds": None},
+            "line 1: seconds is None",
+        ),
+        ("metrics.jsonl", {"kind": "train", "step": "1"}, "line 1: step is '1'"),
+        ("metrics.jsonl", {"kind": "val", "step": 1, "chance": {"i2t": 3}}, "line 1: chance.i2t is 3"),
+        ("metrics.jsonl", {"kind": "val", "step": 1, "median_rank": 3}, "line 1: median_rank is 3"),
+        ("metrics.jsonl", [1], "line 1: is [1]"),
+        ("metrics.jsonl", {"kind": "val", "step": 1, "folds": {"i2t": [1, 2, 3]}}, "line 1: in folds"),
+        ("test.json", {"split": "test", "i2t": 5}, "test.json: has one direction"),
+        ("test.json", {"split": "test", "dense": 5}, "test.json: dense is 5"),
+        ("config.json", [], "config.json: is a JSON list"),
+        ("config.json", {"data": 5}, "config.json: data is 5"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(data, tmp_path, capsys, file, content, message):
+    run = write_run(tmp_path / "run", data)
+    (run / file).write_text(json.dumps(content) + "\n")
+    assert report.main([str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(run / file) in error
+    assert message in error
+
+
+def test_no_place_for_the_report_is_one_line(data, tmp_path, capsys, monkeypatch):
+    run = write_run(tmp_path / "run", data)
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise OSError(28, "No space left on device", "report.html")
+
+        patch.setattr("os.fsync", full)
+        assert report.main([str(run)]) == 2
+    assert capsys.readouterr().err == "error: report.html: No space left on device\n"
+    (run / "report.html").mkdir()
+    assert report.main([str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "report.html is a folder" in error
+    assert error.count("\n") == 1
+
+
+def test_a_usage_error_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--splitt=val"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
 
 
 def test_the_command_prints_where_it_wrote(data, tmp_path, capsys):
