@@ -72,6 +72,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     for name, value in content["model"].items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"checkpoint {str(path)!r}: 'model' holds {name!r}, which is not a named tensor")
+        if value.layout != torch.strided or value.is_complex() or value.is_quantized or value.is_meta:
+            raise ValueError(
+                f"checkpoint {str(path)!r}: weight {name!r} is not a plain tensor of real numbers"
+            )
     return content
 
 
@@ -116,72 +120,88 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 
+def _shape(state: dict[str, Tensor], name: str, dims: int) -> torch.Size:
+    """The shape of a weight. KeyError where it is missing, ValueError where it has not so many dimensions."""
+    shape = state[name].shape
+    if len(shape) != dims or 0 in shape:
+        raise ValueError(f"checkpoint: {name} has shape {tuple(shape)}, the release's has {dims} dimensions")
+    return shape
+
+
 def _vit_fields(state: dict[str, Tensor], at: str, size: int) -> dict[str, Any]:
-    patch = state[at + "embeddings.patch_embeddings.projection.weight"]
+    patch = _shape(state, at + "embeddings.patch_embeddings.projection.weight", 4)
     return {
         "model_type": "vit",
-        "hidden_size": patch.shape[0],
-        "patch_size": patch.shape[-1],
+        "hidden_size": patch[0],
+        "patch_size": patch[-1],
         "image_size": size,
         "num_hidden_layers": _count(state, at + "encoder.layer."),
-        "num_attention_heads": max(1, patch.shape[0] // HEAD),
-        "intermediate_size": state[at + "encoder.layer.0.intermediate.dense.weight"].shape[0],
+        "num_attention_heads": max(1, patch[0] // HEAD),
+        "intermediate_size": _shape(state, at + "encoder.layer.0.intermediate.dense.weight", 2)[0],
     }
 
 
 def _swin_fields(state: dict[str, Tensor], at: str, size: int) -> dict[str, Any]:
-    patch = state[at + "embeddings.patch_embeddings.projection.weight"]
+    patch = _shape(state, at + "embeddings.patch_embeddings.projection.weight", 4)
     stages = range(_count(state, at + "encoder.layers."))
     first = f"{at}encoder.layers.{{}}.blocks.0."
-    tables = [state[first.format(stage) + "attention.self.relative_position_bias_table"] for stage in stages]
-    hidden = state[first.format(0) + "intermediate.dense.weight"].shape
+    name = first + "attention.self.relative_position_bias_table"
+    tables = [_shape(state, name.format(stage), 2) for stage in stages]
+    hidden = _shape(state, first.format(0) + "intermediate.dense.weight", 2)
     return {
         "model_type": "swin",
-        "embed_dim": patch.shape[0],
-        "patch_size": patch.shape[-1],
+        "embed_dim": patch[0],
+        "patch_size": patch[-1],
         "image_size": size,
         "depths": [_count(state, f"{at}encoder.layers.{stage}.blocks.") for stage in stages],
-        "num_heads": [table.shape[1] for table in tables],
-        "window_size": (round(tables[0].shape[0] ** 0.5) + 1) // 2,
+        "num_heads": [heads for _, heads in tables],
+        "window_size": (round(tables[0][0] ** 0.5) + 1) // 2,
         "mlp_ratio": hidden[0] / hidden[1],
     }
 
 
 def _bert_fields(state: dict[str, Tensor], at: str) -> dict[str, Any]:
-    words = state[at + "embeddings.word_embeddings.weight"]
+    words = _shape(state, at + "embeddings.word_embeddings.weight", 2)
     return {
         "model_type": "bert",
-        "vocab_size": words.shape[0],
-        "hidden_size": words.shape[1],
+        "vocab_size": words[0],
+        "hidden_size": words[1],
         "num_hidden_layers": _count(state, at + "encoder.layer."),
-        "num_attention_heads": max(1, words.shape[1] // HEAD),
-        "intermediate_size": state[at + "encoder.layer.0.intermediate.dense.weight"].shape[0],
-        "max_position_embeddings": state[at + "embeddings.position_embeddings.weight"].shape[0],
-        "type_vocab_size": state[at + "embeddings.token_type_embeddings.weight"].shape[0],
+        "num_attention_heads": max(1, words[1] // HEAD),
+        "intermediate_size": _shape(state, at + "encoder.layer.0.intermediate.dense.weight", 2)[0],
+        "max_position_embeddings": _shape(state, at + "embeddings.position_embeddings.weight", 2)[0],
+        "type_vocab_size": _shape(state, at + "embeddings.token_type_embeddings.weight", 2)[0],
     }
 
 
+def _decoder_config(state: dict[str, Tensor], *, ours: bool) -> DecoderConfig | None:
+    if not any(name.startswith("decoder.") for name in state):
+        return None
+    tokens, width = _shape(state, "decoder.tokens", 2)
+    return DecoderConfig(
+        tokens=tokens,
+        # It has no effect and is noted for the record, together with the switches.
+        layout="surround" if ours else "postfix",
+        depth=_count(state, "decoder.blocks."),
+        mlp_ratio=_shape(state, "decoder.blocks.0.fc1.weight", 2)[0] / width,
+    )
+
+
 def model_config(state: dict[str, Tensor], size: int, tokenizer: str, *, ours: bool = False) -> ModelConfig:
-    """The configuration that fits a renamed state: shapes from the weights, the input size in pixels as given."""
+    """The configuration that fits a renamed state: shapes from the weights, the input size in pixels as given.
+
+    Raises ValueError naming the weight that is missing or has not as many dimensions as the release's.
+    """
     vision, text = "image_encoder.tower.", "text_encoder.tower."
     fields = _vit_fields if vision + "embeddings.cls_token" in state else _swin_fields
-    decoder = None
-    if "decoder.tokens" in state:
-        tokens, width = state["decoder.tokens"].shape
-        decoder = DecoderConfig(
-            tokens=tokens,
-            layout="postfix",
-            depth=_count(state, "decoder.blocks."),
-            mlp_ratio=state["decoder.blocks.0.fc1.weight"].shape[0] / width,
-        )
     try:
         return ModelConfig(
-            width=state["image_encoder.linear.weight"].shape[0],
-            gpo_width=state["image_encoder.pool.weights.score"].shape[1],
+            width=_shape(state, "image_encoder.linear.weight", 2)[0],
+            gpo_width=_shape(state, "image_encoder.pool.weights.score", 2)[1],
             image_size=size,
             image_encoder=TowerConfig(config=fields(state, vision, size), pretrained=False),
             text_encoder=TowerConfig(config=_bert_fields(state, text), pretrained=False, tokenizer=tokenizer),
-            decoder=decoder,
+            decoder=_decoder_config(state, ours=ours),
             compat_decoder_padding=not ours,
             compat_unit_prompt=not ours,
             compat_batch_norm=not ours,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import types
+import typing
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 Layout = Literal["surround", "prefix", "postfix"]
 MlpNorm = Literal["batch", "layer"]
@@ -20,8 +23,50 @@ def _require(condition: bool, field: str, value: object, remedy: str) -> None:
         raise ValueError(f"{field}={value!r}: {remedy}")
 
 
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    dict: "a dictionary",
+}
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value fits an annotation of the dataclasses below; a tuple may come as a list, out of JSON."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_is_of(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def _wanted(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_wanted(one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return "three finite numbers"
+    if kind is type(None):
+        return "nothing (null)"
+    known = str if get_origin(kind) is Literal else get_origin(kind) or kind
+    return _NAMES.get(known, f"the fields of a {getattr(kind, '__name__', kind)}")
+
+
 class _Settings:
-    """JSON in both directions, shared by the dataclasses below."""
+    """JSON in both directions and the types of the fields, shared by the dataclasses below."""
+
+    def _check_types(self, prefix: str) -> None:
+        """ValueError names the first field, after the prefix, whose value does not fit its annotation."""
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _is_of(value, kind):
+                raise ValueError(f"{prefix}.{name}={repr(value)[:60]}: give {_wanted(kind)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary of plain JSON types."""
@@ -62,6 +107,7 @@ class TowerConfig(_Settings):
     """Text towers: where the tokenizer is; None means `name`, "words" a vocabulary made from captions."""
 
     def __post_init__(self) -> None:
+        self._check_types("tower")
         _require(
             (self.name is None) != (self.config is None),
             "tower.name",
@@ -93,6 +139,7 @@ class DecoderConfig(_Settings):
     """Hidden width of a block's MLP, as a multiple of the model's width."""
 
     def __post_init__(self) -> None:
+        self._check_types("decoder")
         _require(self.tokens >= 1, "decoder.tokens", self.tokens, "use 1 or more")
         _require(
             self.layout in get_args(Layout), "decoder.layout", self.layout, f"use one of {get_args(Layout)}"
@@ -146,12 +193,16 @@ class ModelConfig(_Settings):
     """As the authors' release: BatchNorm statistics over padding too, each worker by itself."""
 
     def __post_init__(self) -> None:
+        self._check_types("model")
         for field in ("image_mean", "image_std"):
             value = tuple(getattr(self, field))
             object.__setattr__(self, field, value)
             _require(len(value) == 3, f"model.{field}", value, "give three numbers: red, green, blue")
         _require(min(self.image_std) > 0, "model.image_std", self.image_std, "use positive numbers")
-        for field in ("width", "image_size", "max_words", "gpo_width"):
+        _require(
+            self.max_words >= 3, "model.max_words", self.max_words, "use 3 or more: two mark start and end"
+        )
+        for field in ("width", "image_size", "gpo_width"):
             _require(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), "use 1 or more")
         for field in ("width", "gpo_width"):
             _require(

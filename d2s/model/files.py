@@ -8,14 +8,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from d2s.model.config import ModelConfig, TowerConfig
 from d2s.model.spelling import from_public, to_public
-from d2s.model.towers import one_line, quiet, resize_positions
+from d2s.model.tokenizer import read_tokenizer
+from d2s.model.towers import one_line, resize_positions
 
 if TYPE_CHECKING:
     from d2s.model.model import D2SModel
@@ -87,6 +89,8 @@ def read_config(folder: Path) -> ModelConfig:
     """The settings of the saved model in `folder`. ValueError, in one line, where they are none."""
     try:
         return ModelConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{folder / CONFIG}: {error.strerror or one_line(error)}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / CONFIG}: not JSON ({one_line(error)})") from error
     except (ValueError, TypeError) as error:
@@ -99,43 +103,49 @@ def load(cls: type[D2SModel], name: str | Path, changes: dict[str, object]) -> D
     config = dataclasses.replace(read_config(folder), **changes)
     try:
         state = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS}: {one_line(error)}") from error
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {str(folder)!r}: no tokenizer, {one_line(error)}") from error
+    tokenizer = read_tokenizer(folder, f"model {str(folder)!r}")
     model = cls(config, tokenizer)
     put_state(model, state, str(folder / WEIGHTS))
     return model.eval()
 
 
 def put_state(model: D2SModel, state: dict[str, Tensor], source: str) -> None:
-    """Put a public state into the model; the decoder may be missing, and position tables may differ in size.
+    """Put a public state into the model; the decoder may be missing as a whole, on either side, and position
+    tables may differ in size.
 
     Raises ValueError naming `source` and the first key that does not fit.
     """
     for prefix in TOWERS:
         state = from_public(state, prefix, model.get_submodule(prefix[:-1]))
     own = model.state_dict()
+    given, built = (any(name.startswith("decoder.") for name in names) for names in (state, own))
     for name in sorted(own.keys() | state.keys()):
         if name not in state:
-            if name.startswith("decoder."):
+            if name.startswith("decoder.") and not given:
                 state[name] = own[name]
                 continue
             raise ValueError(f"{source}: has no {name}, it belongs to a model of another configuration")
         if name not in own:
-            if name.startswith("decoder."):
+            if name.startswith("decoder.") and not built:
                 del state[name]
                 continue
             raise ValueError(f"{source}: holds {name}, which a model of this configuration does not have")
         if own[name].shape != state[name].shape:
-            if not name.endswith("position_embeddings"):
+            if not (
+                name.endswith("position_embeddings") and _is_table_of(state[name].shape, own[name].shape)
+            ):
                 shapes = f"{tuple(state[name].shape)}, the model {tuple(own[name].shape)}"
                 raise ValueError(f"{source}: {name} has shape {shapes}")
             state[name] = resize_positions(state[name], own[name].shape[-2])
     model.load_state_dict(state)
+
+
+def _is_table_of(given: torch.Size, own: torch.Size) -> bool:
+    """Whether two position tables differ in their number of positions only, so that one can be resized."""
+    same = (len(given), given[:-2], given[-1:]) == (len(own), own[:-2], own[-1:])
+    return same and len(own) >= 2 and given[-2] > 0
 
 
 def push(model: D2SModel, repo_id: str, *, private: bool | None, token: str | None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -62,13 +64,34 @@ def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:
             f"text_encoder.tokenizer={tower.tokenizer!r}: hand D2SModel a tokenizer, for instance "
             "build_word_tokenizer(captions), or name one"
         )
-    path = reachable(name)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"text_encoder.tokenizer={name!r}: {one_line(error)}") from error
+    return read_tokenizer(reachable(name), f"text_encoder.tokenizer={name!r}")
+
+
+def read_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a name on the hub.
+
+    Raises ValueError, in one line that begins with `what`, where there is none or its files are damaged.
+    """
+    with quiet(), _Damage(f"{what}: no tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         # Texts of different lengths need padding; the mask keeps it out of every result.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+class _Damage:
+    """Turns what a damaged tokenizer raises into a ValueError in one line."""
+
+    KINDS = (OSError, ValueError, LookupError, TypeError, AttributeError)
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # The tokenizers library raises Exception itself, which no `except` catches without all that derives from it.
+        if kind is Exception or isinstance(error, self.KINDS):
+            raise ValueError(f"{self._what}, {kind.__name__}: {one_line(error)}") from error

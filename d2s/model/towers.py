@@ -13,7 +13,7 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
@@ -22,6 +22,16 @@ from d2s.model.config import TowerConfig
 from d2s.model.norms import across_workers
 
 PACKAGE = "package:"
+_IMPOSSIBLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    AssertionError,
+)
+"""What transformers and torch raise while they build a model whose sizes do not fit each other."""
 
 
 @contextmanager
@@ -92,8 +102,9 @@ def _base_config(tower: TowerConfig) -> PreTrainedConfig:
         fields = {key: value for key, value in tower.config.items() if key != "model_type"}
         try:
             return AutoConfig.for_model(tower.config["model_type"], **fields)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"tower.config: {one_line(error)}") from error
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"tower.config of a {tower.config['model_type']}: {reason}") from error
     path = reachable(tower.name)
     try:
         with quiet():
@@ -161,7 +172,13 @@ def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedMode
             except (OSError, ValueError) as error:
                 raise ValueError(f"tower name {tower.name!r}: {one_line(error)}") from error
         else:
-            model = AutoModel.from_config(config, dtype=torch.float32)
+            try:
+                model = AutoModel.from_config(config, dtype=torch.float32)
+            except _IMPOSSIBLE as error:
+                reason = one_line(error)
+                raise ValueError(
+                    f"tower.config of a {config.model_type}: no such model ({reason})"
+                ) from error
     model = _part(model, kind)
     if kind == "vision":
         model = across_workers(at_size(model, changes["image_size"]))

@@ -282,3 +282,55 @@ def test_wrong_files_are_named_in_one_line(tokenizer, tmp_path):
         compat.convert(tmp_path / "c.pth", tokenizer=name)
     with pytest.raises(ValueError, match="no such file"):
         compat.convert(tmp_path / "none.pth", tokenizer=name)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("img_enc.image_encoder.fc.weight", lambda w: w.sum()),
+        ("img_enc.image_encoder.gpool.linear.weight", lambda w: w.flatten()),
+        ("img_enc.visual_encoder.embeddings.position_embeddings", lambda w: w[0, :, 0]),
+        ("img_enc.visual_encoder.embeddings.position_embeddings", lambda w: w[..., :-1]),
+        ("img_enc.visual_encoder.embeddings.patch_embeddings.projection.weight", lambda w: w[:0]),
+        ("txt_enc.bert.embeddings.word_embeddings.weight", lambda w: w[0]),
+        ("prompt_learner.prompt_tokens", lambda w: w[0, 0]),
+        ("prompt_learner.decoder_blocks.0.mlp.fc1.weight", lambda w: w[0]),
+        ("txt_enc.fc.weight", lambda w: w.to_sparse()),
+    ],
+)
+def test_weights_of_a_wrong_shape_are_named_in_one_line(tokenizer, tmp_path, capsys, name, change):
+    folder, words = tokenizer
+    content = release_checkpoint(words)
+    content["model"]["module." + name] = change(content["model"]["module." + name]).clone()
+    torch.save(content, tmp_path / "c.pth")
+    assert compat.main([str(tmp_path / "c.pth"), "--out", str(tmp_path / "out"), "--tokenizer", folder]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "shape" in error or "plain tensor" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["prompt_learner.prompt_tokens", "prompt_learner.decoder_norm.weight"])
+def test_half_a_decoder_is_refused(tokenizer, tmp_path, name):
+    folder, words = tokenizer
+    content = release_checkpoint(words)
+    del content["model"]["module." + name]
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"has no( weight 'decoder.tokens'| decoder.norm.weight)"):
+        compat.convert(tmp_path / "c.pth", tokenizer=folder)
+
+
+def test_a_usage_error_and_a_place_that_cannot_be_are_one_line(tokenizer, tmp_path, capsys):
+    for arguments in ([], ["c.pth"], ["c.pth", "--out", "o", "--image-size", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            compat.main(arguments)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    folder, words = tokenizer
+    torch.save(release_checkpoint(words, stage=1), tmp_path / "c.pth")
+    (tmp_path / "file").write_text("")
+    given = [str(tmp_path / "c.pth"), "--out", str(tmp_path / "file" / "out"), "--tokenizer", folder]
+    assert compat.main(given) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path / "file") in error

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from model_towers import tiny_config
@@ -41,6 +42,20 @@ def test_frozen_and_keyword_only():
         (lambda: tiny_config(image_mean=(1.0, 1.0)), ["image_mean", "three"]),
         (lambda: tiny_config(text_dropout=1.5), ["text_dropout", "1.5"]),
         (lambda: tiny_config(gpo_temperature=0.0), ["gpo_temperature", "positive"]),
+        (lambda: tiny_config(max_words=2), ["model.max_words", "2", "3 or more"]),
+        (lambda: tiny_config(gpo_temperature=math.inf), ["gpo_temperature", "inf", "finite"]),
+        (lambda: tiny_config(text_dropout=math.nan), ["text_dropout", "nan", "finite"]),
+        (lambda: tiny_config(image_mean=(0.5, math.nan, 0.5)), ["image_mean", "nan", "finite"]),
+        (lambda: DecoderConfig(mlp_ratio=math.inf), ["decoder.mlp_ratio", "inf", "finite"]),
+        (lambda: DecoderConfig(heads=2.0), ["decoder.heads", "2.0", "whole number"]),
+        (lambda: tiny_config(width=True), ["model.width", "True", "whole number"]),
+        (lambda: tiny_config(image_mean=5), ["model.image_mean", "5", "three"]),
+        (lambda: tiny_config(text_norm="no"), ["model.text_norm", "no", "true or false"]),
+        (lambda: ModelConfig.from_dict({"image_encoder": 5}), ["model.image_encoder=5", "TowerConfig"]),
+        (lambda: ModelConfig.from_dict({"image_encoder": {"name": 5}}), ["tower.name=5", "text or nothing"]),
+        (lambda: ModelConfig.from_dict({"decoder": []}), ["model.decoder=[]", "DecoderConfig"]),
+        (lambda: ModelConfig.from_dict([]), ["ModelConfig", "list"]),
+        (lambda: TowerConfig(config=[1]), ["tower.config=[1]", "dictionary"]),
     ],
 )
 def test_mistakes_are_named_in_one_line(build, words):

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from d2s.model import D2SModel, DecoderConfig, ModelConfig, TowerConfig, presets
+from d2s.model.files import read_config
 from d2s.model.pixels import pixels
 
 
@@ -200,6 +201,56 @@ def test_damaged_files(saved):
     weights = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     one_line_error(saved, "model.safetensors")
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '{"image_encoder": 5}', '{"width": "x"}', '{"decoder": []}'])
+def test_settings_of_a_wrong_type(saved, content):
+    (saved / "config.json").write_text(content)
+    one_line_error(saved, str(saved / "config.json"))
+
+
+def test_missing_settings_are_named(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    for folder, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError, match=reason) as caught:
+            read_config(folder)
+        assert str(caught.value).startswith(str(folder / "config.json"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda full: {},
+        lambda full: [],
+        lambda full: {**full, "model": 5},
+        lambda full: {**full, "added_tokens": [5]},
+    ],
+)
+def test_a_damaged_tokenizer_is_named(saved, change):
+    content = change(json.loads((saved / "tokenizer.json").read_text()))
+    (saved / "tokenizer.json").write_text(json.dumps(content))
+    one_line_error(saved, str(saved), "no tokenizer")
+
+
+def test_a_tower_of_impossible_settings_is_named(saved):
+    config = json.loads((saved / "config.json").read_text())
+    for field, value in (
+        ("hidden_size", "x"),
+        ("hidden_size", 33),
+        ("num_attention_heads", 0),
+        ("intermediate_size", -1),
+    ):
+        tower = {**config["text_encoder"]["config"], field: value}
+        broken = {**config, "text_encoder": {**config["text_encoder"], "config": tower}}
+        (saved / "config.json").write_text(json.dumps(broken))
+        one_line_error(saved, "tower.config", "bert")
+
+
+def test_half_a_decoder_is_refused(saved):
+    state = load_file(saved / "model.safetensors")
+    del state["decoder.norm.weight"]
+    save_file(state, saved / "model.safetensors")
+    one_line_error(saved, "decoder.norm.weight", "has no")
 
 
 def test_weights_of_another_model(saved):
