@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from d2s.config import TrainConfig, to_dict
 from d2s.data import TrainBatches
+from d2s.model.config import IdleSetting, idle_settings
 from d2s.model.presets import shape_of
 from d2s.objective import Objective
 from d2s.prepare import Plan
@@ -40,8 +42,13 @@ def describe(plan: Plan) -> str:
     The paper's towers are built by their shape with random weights, BERT's vocabulary being that of the captions.
     """
     resolved = json.dumps(to_dict(plan.config), indent=2)
+    # Said of the towers that were asked for: those built by their shape have random weights in any case.
+    for line in idle_settings(plan.config.model, {"decoder"} if plan.init else None):
+        warnings.warn(line, IdleSetting, stacklevel=2)
     plan = dataclasses.replace(plan, config=_by_shape(plan.config))
-    model = plan.build_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IdleSetting)
+        model = plan.build_model()
     module = TrainingModule(model, Objective(plan.config.loss), bf16=plan.config.engine.precision == "bf16")
     memory = estimate_memory(plan, module, activation_bytes(plan, module))
     lines = [resolved, "", _parameters(module), ""]

@@ -1,6 +1,6 @@
 """The model of D2S-VSE: two towers, generalised pooling, and the decoder."""
 
-from d2s.model.config import DecoderConfig, ModelConfig, TowerConfig
+from d2s.model.config import DecoderConfig, IdleSetting, ModelConfig, TowerConfig
 from d2s.model.model import D2SModel, TextOutput
 from d2s.model.norms import hold_statistics
 from d2s.model.teacher import Teacher
@@ -9,6 +9,7 @@ from d2s.model.tokenizer import build_word_tokenizer
 __all__ = [
     "D2SModel",
     "DecoderConfig",
+    "IdleSetting",
     "ModelConfig",
     "Teacher",
     "TextOutput",

@@ -7,6 +7,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -98,7 +99,7 @@ class TowerConfig(_Settings):
     config: dict[str, Any] | None = None
     """Fields of a Hugging Face configuration, `model_type` included: a tower with random weights."""
     pretrained: bool = True
-    """Load the weights that belong to `name`; without a name it has no effect."""
+    """Load the weights that belong to `name`; without a name it has no effect, and building the model warns."""
     freeze: bool = False
     """Keep the tower as it is: eval mode, no gradient, not given to the optimizer."""
     layers: int | None = None
@@ -130,7 +131,8 @@ class DecoderConfig(_Settings):
     """Number of learnable mask tokens."""
     layout: Layout = "surround"
     """Where the mask tokens stand: half on each side of the words, before, or after them. The decoder has no
-    position code and reads the mask tokens by their mean, so the choice changes rounding only."""
+    position code and reads the mask tokens by their mean, so the choice changes rounding only, and building the
+    model with another than the default warns."""
     depth: int = 4
     """Transformer blocks."""
     heads: int = 4
@@ -238,3 +240,33 @@ class ModelConfig(_Settings):
         if isinstance(values.get("decoder"), dict):
             values["decoder"] = DecoderConfig.from_dict(values["decoder"])
         return cls(**values)
+
+
+class IdleSetting(UserWarning):
+    """A setting that changes nothing, or not what its name says, under the others."""
+
+
+def idle_settings(config: ModelConfig, changed: Collection[str] | None = None) -> list[str]:
+    """A line for each setting without effect in a model that is built, or loaded with the fields `changed`.
+
+    A tower of a loaded model has its saved weights, whatever its name.
+    """
+    found = []
+    for field in ("image_encoder", "text_encoder") if changed is None else ():
+        tower: TowerConfig = getattr(config, field)
+        if tower.name is None and tower.pretrained:
+            found.append(
+                f"model.{field}.pretrained=True has no effect without a name: the tower starts from random weights, "
+                "name one or set pretrained=False"
+            )
+        if tower.freeze and (tower.name is None or not tower.pretrained):
+            found.append(
+                f"model.{field}.freeze=True keeps a tower with random weights as it is: it learns nothing"
+            )
+    # The recipes of the release note its layout together with its switches.
+    decoder = config.decoder if changed is None or "decoder" in changed else None
+    if decoder is not None and decoder.layout != "surround" and not config.compat_decoder_padding:
+        found.append(
+            f"model.decoder.layout={decoder.layout!r} has no effect: the prompt is a mean over the tokens"
+        )
+    return found

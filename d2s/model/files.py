@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from d2s.model.config import ModelConfig, TowerConfig
+from d2s.model.config import IdleSetting, ModelConfig, TowerConfig, idle_settings
 from d2s.model.spelling import from_public, to_public
 from d2s.model.tokenizer import read_tokenizer
 from d2s.model.towers import one_line, resize_positions
@@ -106,7 +107,13 @@ def load(cls: type[D2SModel], name: str | Path, changes: dict[str, object]) -> D
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS}: {one_line(error)}") from error
     tokenizer = read_tokenizer(folder, f"model {str(folder)!r}")
-    model = cls(config, tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", IdleSetting
+        )  # its towers are to get their weights, and its maker was told
+        model = cls(config, tokenizer)
+    for line in idle_settings(config, changes.keys()):
+        warnings.warn(line, IdleSetting, stacklevel=3)
     put_state(model, state, str(folder / WEIGHTS))
     return model.eval()
 

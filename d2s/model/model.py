@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from d2s.model import files
-from d2s.model.config import ModelConfig
+from d2s.model.config import IdleSetting, ModelConfig, idle_settings
 from d2s.model.decoder import Decoder
 from d2s.model.image import ImageEncoder
 from d2s.model.pixels import Picture, pixels
@@ -35,11 +36,13 @@ class D2SModel(nn.Module):
     """Image and text embeddings in one space. Liu et al., ICCV 2025, arXiv 2503.14953.
 
     `tokenizer` is needed where the text tower names none (random weights, or tokenizer "words").
-    Raises ValueError on a tower that cannot be built.
+    Raises ValueError on a tower that cannot be built, and warns (IdleSetting) of settings without effect.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
+        for line in idle_settings(config):
+            warnings.warn(line, IdleSetting, stacklevel=2)
         self.config = config
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.text_encoder)
         self.image_encoder = ImageEncoder(config)

@@ -60,8 +60,8 @@ def tiny_config(vision: str = "vit", **changes) -> ModelConfig:
     fields = {
         "width": 16,
         "image_size": SIZE,
-        "image_encoder": TowerConfig(config=VISION[vision]),
-        "text_encoder": TowerConfig(config=BERT, tokenizer="words"),
+        "image_encoder": TowerConfig(config=VISION[vision], pretrained=False),
+        "text_encoder": TowerConfig(config=BERT, pretrained=False, tokenizer="words"),
         "decoder": DecoderConfig(tokens=5, depth=2, heads=2),
     }
     return ModelConfig(**{**fields, **changes})

@@ -29,6 +29,7 @@ def test_image_alone_and_in_any_batch(vision, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", ["surround", "prefix", "postfix"])
+@pytest.mark.filterwarnings("ignore::d2s.model.IdleSetting")
 @torch.no_grad()
 def test_text_alone_and_under_any_padding(layout, dtype):
     model = tiny_model(decoder=DecoderConfig(tokens=5, depth=2, heads=2, layout=layout)).to(dtype)

@@ -271,7 +271,7 @@ def test_unknown_towers():
         (TowerConfig(name="package:no_such_package/model"), "no_such_package"),
         (TowerConfig(name="package:numpy/no_folder"), "no_folder"),
         (TowerConfig(name="./no/such/folder"), "no/such/folder"),
-        (TowerConfig(config={"model_type": "vitt"}), "vitt"),
+        (TowerConfig(config={"model_type": "vitt"}, pretrained=False), "vitt"),
     ]:
         with pytest.raises(ValueError, match=words) as caught:
             D2SModel(tiny_config(image_encoder=tower), tiny_model().tokenizer)
@@ -296,7 +296,7 @@ def test_pretrained_text_tower_from_a_package(tmp_path):
     config = ModelConfig(
         width=16,
         image_size=32,
-        image_encoder=TowerConfig(config=VISION["resnet"]),
+        image_encoder=TowerConfig(config=VISION["resnet"], pretrained=False),
         text_encoder=presets.minilm(),
     )
     model = D2SModel(config).eval()

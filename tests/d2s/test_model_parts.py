@@ -1,11 +1,14 @@
 """Text encoder, decoder, frozen towers, teacher, and the parts of the model together."""
 
+import warnings
+
 import pytest
 import torch
 from model_towers import BERT, CAPTIONS, VISION, pictures, pieces, tiny_config, tiny_model
 from torch import nn
 
-from d2s.model import D2SModel, DecoderConfig, Teacher, TowerConfig
+from d2s.model import D2SModel, DecoderConfig, IdleSetting, Teacher, TowerConfig
+from d2s.model.config import idle_settings
 
 
 def without_dropout(model: D2SModel) -> D2SModel:
@@ -78,6 +81,7 @@ def test_release_scales_the_prompt_in_evaluation_only():
     torch.testing.assert_close(out.embedding, out.text + out.prompt)
 
 
+@pytest.mark.filterwarnings("ignore::d2s.model.IdleSetting")
 @torch.no_grad()
 def test_place_of_the_mask_tokens_changes_rounding_only():
     prompts = []
@@ -100,10 +104,11 @@ def test_decoder_reads_the_words():
     assert moved[[0, 2, 3]].max() < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::d2s.model.IdleSetting")
 def test_frozen_towers_stay_as_they_are():
     model = tiny_model(
-        image_encoder=TowerConfig(config=VISION["resnet"], freeze=True),
-        text_encoder=TowerConfig(config=BERT, tokenizer="words", freeze=True),
+        image_encoder=TowerConfig(config=VISION["resnet"], pretrained=False, freeze=True),
+        text_encoder=TowerConfig(config=BERT, pretrained=False, tokenizer="words", freeze=True),
     ).train()
     assert model.training
     assert model.text_encoder.dropout.training
@@ -135,10 +140,10 @@ def test_teacher_is_a_frozen_copy_in_eval_mode():
 
 
 def test_layers_cut_the_tower():
-    model = tiny_model(text_encoder=TowerConfig(config=BERT, tokenizer="words", layers=1))
+    model = tiny_model(text_encoder=TowerConfig(config=BERT, pretrained=False, tokenizer="words", layers=1))
     assert model.text_encoder.tower.config.num_hidden_layers == 1
     with pytest.raises(ValueError, match="2 layers"):
-        tiny_model(text_encoder=TowerConfig(config=BERT, tokenizer="words", layers=3))
+        tiny_model(text_encoder=TowerConfig(config=BERT, pretrained=False, tokenizer="words", layers=3))
 
 
 def test_bfloat16_autocast_and_weights():
@@ -155,9 +160,47 @@ def test_bfloat16_autocast_and_weights():
 
 
 def test_tokenizer_must_fit_the_tower():
-    config = tiny_config(text_encoder=TowerConfig(config={**BERT, "vocab_size": 7}, tokenizer="words"))
+    config = tiny_config(
+        text_encoder=TowerConfig(config={**BERT, "vocab_size": 7}, pretrained=False, tokenizer="words")
+    )
     with pytest.raises(ValueError, match="hand D2SModel a tokenizer"):
         D2SModel(config)
     # Random weights take the tokenizer's size.
     model = tiny_model(text_encoder=config.text_encoder)
     assert model.text_encoder.tower.config.vocab_size == len(model.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_encoder": TowerConfig(config=VISION["resnet"])}, "image_encoder.pretrained=True has no effect"),
+        ({"text_encoder": TowerConfig(config=BERT, pretrained=False, freeze=True, tokenizer="words")},
+         "text_encoder.freeze=True keeps a tower with random weights"),
+        ({"decoder": DecoderConfig(tokens=5, depth=1, heads=2, layout="prefix")}, "layout='prefix' has no effect"),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_warn(changes, words, tmp_path):
+    with pytest.warns(IdleSetting, match=words) as caught:
+        model = tiny_model("resnet", **changes)
+    assert len(caught) == 1
+    model.save_pretrained(tmp_path)
+    # What is loaded has its weights.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IdleSetting)
+        D2SModel.from_pretrained(tmp_path)
+        tiny_model("resnet")
+
+
+def test_a_new_decoder_of_a_saved_model_warns_too(tmp_path):
+    tiny_model("resnet", decoder=None).save_pretrained(tmp_path)
+    with pytest.warns(IdleSetting, match="layout='postfix' has no effect"):
+        D2SModel.from_pretrained(
+            tmp_path, decoder=DecoderConfig(tokens=5, depth=1, heads=2, layout="postfix")
+        )
+
+
+def test_no_recipe_has_an_idle_setting():
+    from d2s.recipes import RECIPES
+
+    for name, build in RECIPES.items():
+        assert idle_settings(build().model) == [], name
