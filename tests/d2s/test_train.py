@@ -14,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2s.logs import read_rows
+from d2s import run_folder
+from d2s.checkpoint import newest
+from d2s.logs import RunLog, read_rows
 from d2s.shards.cli import main as shard
+from d2s.shards.manifest import read_manifest
 from d2s.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +142,98 @@ def test_a_stream_of_tars_trains_too(scenes: Path, tmp_path: Path) -> None:
     assert len(losses(run)) == 5
 
 
+@pytest.fixture
+def copied(pretrained: Path, tmp_path: Path) -> Path:
+    """A copy of the stage-1 run, to damage."""
+    run = tmp_path / "run"
+    shutil.copytree(pretrained, run)
+    return run
+
+
+def test_stopped_before_its_validation_a_resumed_run_validates(scenes: Path, copied: Path) -> None:
+    marker = copied / "checkpoints" / "step-00000012" / "complete.json"
+    state = json.loads(marker.read_text())
+    marker.write_text(json.dumps({**state, "to_validate": True, "best": {}}))
+    shutil.rmtree(copied / "last")
+    done = train("scenes_small_pretrain", "--data", scenes, "--run", copied, "--max_steps", 12, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_rows(copied) if row["kind"] == "val"][-1] == 12
+    assert json.loads(marker.read_text())["best"]["step"] == 12
+    assert (copied / "last" / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_that_runs_code_is_refused(scenes: Path, copied: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    file = next(copied.glob("checkpoints/step-00000012/engine/mp_rank_00_model_states.pt"))
+    torch.save({"module": Evil()}, file)
+    done = train("scenes_small_pretrain", "--data", scenes, "--run", copied, "--max_steps", 12, "--resume")
+    assert not (tmp_path / "ran").exists()
+    assert done.returncode == 2
+    assert re.search("step-00000012 is damaged .*: remove this folder", done.stderr.strip().splitlines()[-1])
+
+
+def test_what_failed_while_building_leaves_the_folder_free(
+    scenes: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    wrong = train(
+        "scenes_small_align", "--init", pretrained, "--run", run, "--model.gpo_width", 8, "--max_steps", 2
+    )
+    assert wrong.returncode == 2
+    assert "has shape" in wrong.stderr
+    right = train("scenes_small_align", "--init", pretrained, "--run", run, "--max_steps", 2)
+    assert right.returncode == 0, right.stderr
+
+
+@pytest.mark.dist
+def test_damage_is_counted_over_all_workers(scenes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    manifest = read_manifest(data, split="train").slice(0, 10).to_pylist()
+    for row in manifest:
+        with open(data / row["shard"], "r+b") as file:
+            file.seek(row["image_offset"] + row["image_size"] // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+    counts = []
+    two = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--")
+    for name, launcher in (("one", (sys.executable,)), ("two", two)):
+        done = train("scenes_small_pretrain", "--data", data, "--run", tmp_path / name, "--max_steps", 6,
+                     launcher=launcher)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        counts.append([row for row in read_rows(tmp_path / name) if row["kind"] == "train"][-1]["damaged"])
+        assert (done.stdout + done.stderr).count("damaged sample replaced") == counts[-1]
+    assert len(losses(tmp_path / "two")) == 6
+    assert counts[0] == counts[1] == 10
+
+
+def test_a_run_in_use_is_not_trained_into(tmp_path: Path) -> None:
+    held = run_folder.claim(tmp_path / "run")
+    with pytest.raises(ValueError, match="is in use by another process"):
+        run_folder.claim(tmp_path / "run")
+    os.close(held)
+    os.close(run_folder.claim(tmp_path / "run"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_its_metrics_anew(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1}\n{"kind": "tra')
+    with RunLog(tmp_path, is_main=True, resume_step=0, total_steps=2) as log:
+        log.row("train", 1, {"loss": 2.0})
+    assert losses(tmp_path) == [2.0]
+
+
+def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    for name in ("step-00000002", "step-00000010", "step-foo", ".step-00000011"):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "complete.json").write_text("{}")
+    assert newest(tmp_path).name == "step-00000010"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -147,6 +242,11 @@ def test_a_stream_of_tars_trains_too(scenes: Path, tmp_path: Path) -> None:
         ("scenes_small_pretrain --data {empty} --run {new}", "manifest.parquet"),
         ("scenes_small_pretrain --data {data} --run {full}", "is not empty"),
         ("scenes_small_pretrain --data {data} --run {full} --resume", "holds no run"),
+        ("scenes_small_pretrain --data {data} --run {file}", "is a file"),
+        (
+            "scenes_small_pretrain --data {data} --run {new} --engine.deepspeed_json no.json",
+            "deepspeed_json no.json",
+        ),
         ("scenes_small_pretrain --data {data}", "--run is missing"),
         ("scenes_small_pretrain --data x{{0..1}}.tar --run {new}", "give --val-data"),
         (
@@ -167,7 +267,8 @@ def test_a_stream_of_tars_trains_too(scenes: Path, tmp_path: Path) -> None:
 def test_a_mistake_is_one_line(
     arguments: str, message: str, scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    places = {name: tmp_path / name for name in ("new", "full", "empty")}
+    places = {name: tmp_path / name for name in ("new", "full", "empty", "file")}
+    places["file"].write_text("")
     places["empty"].mkdir()
     places["full"].mkdir()
     (places["full"] / "notes.txt").write_text("mine")
@@ -185,6 +286,16 @@ def test_resuming_with_another_configuration_is_refused(
     arguments = f"scenes_small_pretrain --data {scenes} --run {pretrained} --max_steps 12 --resume".split()
     assert main([*arguments, *SMALL, "--optim.lr", "0.5"]) == 2
     assert "optim.lr was 0.001" in capfd.readouterr().err
+
+
+def test_resuming_on_other_data_is_refused(
+    scenes: Path, pretrained: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(scenes, other)
+    arguments = f"scenes_small_pretrain --data {other} --run {pretrained} --max_steps 12 --resume".split()
+    assert main([*arguments, *SMALL]) == 2
+    assert "--resume: data was" in capfd.readouterr().err
 
 
 def test_dry_run_prints_steps_and_memory_and_writes_nothing(
