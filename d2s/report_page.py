@@ -11,7 +11,7 @@ from d2s.report_runs import RecallRow, Run
 from d2s.report_style import SCRIPT, STYLE
 from d2s.tables import CAPACITY
 
-OUTCOME_WORDS = {"hit": "hit: first", "near": "among the first five", "miss": "miss"}
+OUTCOME_WORDS = {"hit": "hit, first", "near": "second to fifth", "miss": "miss, further down"}
 
 
 def page(

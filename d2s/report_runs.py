@@ -63,7 +63,8 @@ class Run:
         if self.train:
             last, seconds = self.train[-1], sum(row.get("seconds", 0) for row in self.train)
             found.append((f"{last['step']:,}", "steps", f"{last['epoch']:.4g} epochs"))
-            found.append((clock(seconds), "training", "h:mm:ss, without validation"))
+            form = "h:mm:ss" if seconds >= 3600 else "m:ss"
+            found.append((clock(seconds), "training", f"{form}, without validation"))
             speeds = [row["samples_per_s"] for row in self.train if "samples_per_s" in row]
             if speeds:
                 found.append((f"{statistics.median(speeds):,.0f}", "samples/s", "median"))
@@ -200,7 +201,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _text(value: object) -> str:
-    if value is None:
+    if value is None or value == "":
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"

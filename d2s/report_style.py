@@ -65,8 +65,8 @@ width:100%;aspect-ratio:4/3;border-radius:6px}
 .place,.sim{color:var(--soft);font-size:13px;font-variant-numeric:tabular-nums}.place{text-align:right}
 summary{cursor:pointer;font-weight:600}
 .groups{columns:3 300px;column-gap:28px;margin-top:12px}.group{break-inside:avoid;margin-bottom:18px}
-dl{display:grid;grid-template-columns:auto minmax(0,1fr);gap:1px 14px;margin:0;font-size:13px}
-dt{color:var(--soft)}dd{margin:0;text-align:right;overflow-wrap:anywhere}
+dl{display:grid;grid-template-columns:fit-content(56%) minmax(0,1fr);gap:1px 14px;margin:0;font-size:13px}
+dt{color:var(--soft);overflow-wrap:anywhere}dd{margin:0;text-align:right;overflow-wrap:anywhere}
 @media (max-width:640px){.strip{grid-template-columns:repeat(3,minmax(0,1fr))}.i2t{grid-template-columns:1fr}
 section{padding:16px 14px}.i2t .pic{max-width:220px}}
 @media print{section{break-inside:avoid;border:0}}

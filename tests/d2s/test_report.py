@@ -132,6 +132,19 @@ def test_several_runs_stand_side_by_side(data, tmp_path):
         assert part in text
 
 
+def test_the_form_of_a_duration_fits_it(data, tmp_path):
+    run = write_run(tmp_path / "run", data)
+    assert ("1:00", "training", "m:ss, without validation") in read_run(run).facts()
+    (run / "metrics.jsonl").write_text(json.dumps(row("train", 1, seconds=3661)) + "\n")
+    assert ("1:01:01", "training", "h:mm:ss, without validation") in read_run(run).facts()
+
+
+def test_an_empty_setting_is_shown_as_none(data, tmp_path):
+    run = write_run(tmp_path / "run", data)
+    (run / "config.json").write_text(json.dumps({"config": {"log": {"wandb": ""}}}))
+    assert read_run(run).settings() == [("log", [("wandb", "none")])]
+
+
 def test_pretraining_is_judged_by_dense_captions(data, tmp_path):
     run = write_run(tmp_path / "run", data, stage="pretrain")
     rows = [row("val", step, **scores(100.0 - step), dense=scores(float(step))) for step in (10, 20, 30)]
