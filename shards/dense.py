@@ -4,7 +4,6 @@ The file is streamed once. What stays in memory is 24 bytes for each image of ou
 the captions that match go to a memory-mapped spool on disk, where the workers find them.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d2s.shards.files import parse_json
 from d2s.shards.sample import Faults, caption_fault, hash64
 from d2s.shards.spool import SpoolWriter
 
@@ -71,7 +71,8 @@ def read_rows(path: Path, columns: list[str] | None, faults: Faults) -> Iterator
         yield from _parquet_rows(path, columns)
         return
     try:
-        file = open(path, encoding="utf-8")  # noqa: SIM115 (closed by the with below)
+        # Only "\n" ends a line: a lone carriage return may stand between the parts of a JSON value.
+        file = open(path, encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by the with below)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     with file:
@@ -82,9 +83,9 @@ def read_rows(path: Path, columns: list[str] | None, faults: Faults) -> Iterator
                     continue
                 where = f"{path}: line {number}"
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    faults.add(where, f"not JSON: {error.msg}")
+                    row = parse_json(line)
+                except ValueError as error:
+                    faults.add(where, f"not JSON: {getattr(error, 'msg', error)}")
                     continue
                 if not isinstance(row, dict):
                     faults.add(where, f"not a JSON object but {type(row).__name__}")
@@ -137,6 +138,14 @@ def _rows(options: DenseOptions, faults: Faults) -> Iterator[_Row]:
             yield _Row(where, key, texts(row, options.sparse_columns), texts(row, options.columns))
 
 
+def _lacking(options: DenseOptions, row: _Row) -> str | None:
+    """An empty list where captions were to be: the image would go without them, unseen."""
+    for columns, found in ((options.columns, row.dense), (options.sparse_columns, row.sparse)):
+        if columns and not found:
+            return f"no caption in {', '.join(columns)}"
+    return None
+
+
 def join(
     options: DenseOptions,
     hashes: np.ndarray,
@@ -176,7 +185,7 @@ def join(
                         faults.add(row.where, f"{options.key} {row.key!r} belongs to no image", row.key)
                 elif matched[images[0]] >= 0:
                     faults.add(row.where, f"{options.key} {row.key!r} stands here a second time", row.key)
-                elif reason := caption_fault(row.sparse + row.dense):
+                elif reason := caption_fault(row.sparse + row.dense) or _lacking(options, row):
                     faults.add(row.where, f"{options.key} {row.key!r}: {reason}", row.key)
                     alive[images] = False
                 else:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+_TEXT = (".txt", ".json", ".jsonl", ".parquet")
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
@@ -35,6 +37,14 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def parse_json(text: str | bytes) -> object:
+    """`json.loads`. Raises ValueError (JSONDecodeError for most) for whatever it refuses, deep nesting included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes a JSON file, whole or not at all, with sorted keys so that equal values are equal bytes."""
     with whole_file(path) as file:
@@ -44,7 +54,7 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> object:
     """Reads a JSON file. Raises ValueError with file and line where it is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -53,6 +63,18 @@ def read_json(path: Path) -> object:
         raise ValueError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start}: not UTF-8 text") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+
+
+def input_sha256(paths: list[Path]) -> str:
+    """One sha256 for what lies in these files and folders of text, JSON and parquet: names and bytes, no paths."""
+    digest = hashlib.sha256()
+    for path in paths:
+        inside = sorted(part for part in path.iterdir() if part.suffix in _TEXT) if path.is_dir() else [path]
+        for file in inside:
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

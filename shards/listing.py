@@ -16,7 +16,7 @@ from d2s.shards.pictures import check, looks_whole
 from d2s.shards.sample import Entry, Faults, caption_fault, clean_key, hash64
 from d2s.shards.spool import Spool, SpoolWriter
 
-_STRINGS = ("split", "source_id", "where", "key", "path", "sha256", "filename", "join")
+_STRINGS = ("split", "source_id", "where", "key", "path", "sha256", "filename", "join", "given")
 _SCHEMA = pa.schema(
     [(name, pa.string()) for name in _STRINGS]
     + [(name, pa.int64()) for name in ("image_id", "offset", "size", "number", "seed")]
@@ -33,6 +33,7 @@ class Listing:
     keys: array  # hash of the derived key: made unique if it is not
     order: array  # the keyed hash that shuffles
     joins: array  # hash of what captions are joined by
+    given: array  # hash of the key that the source gave and has to keep unique, or of ""
     ids: array
     sizes: array
     splits: array
@@ -74,7 +75,7 @@ def read_bytes(entry: Entry) -> bytes:
 def list_images(
     entries: Iterable[Entry], spool: Path, dense: DenseOptions | None, seed: int, faults: Faults
 ) -> Listing:
-    found = Listing(*(array(kind) for kind in "QQQQqqhqbi"))
+    found = Listing(*(array(kind) for kind in "QQQQQqqhqbi"))
     secret = str(seed).encode()
     places: dict[str, int] = {}
     tars: dict[str, int] = {}
@@ -84,31 +85,36 @@ def list_images(
             for entry, (size, reason) in zip(batch, pool.map(_file_fault, batch), strict=True):
                 readable = reason is None
                 reason = reason or caption_fault(entry.sparse + entry.dense)
-                reason = reason or _split_fault(entry.split) or _id_fault(entry.image_id)
+                reason = (
+                    reason or _split_fault(entry.split) or _id_fault(entry.image_id) or _name_fault(entry)
+                )
                 if reason:
                     faults.add(entry.where, reason, entry.source_id)
                 number = writer.length
                 image_id = number if entry.image_id is None or _id_fault(entry.image_id) else entry.image_id
                 key = clean_key(entry.key or entry.source_id)
                 join = _join_value(entry, key, dense, image_id, readable)
+                # Keys of tars repeat from tar to tar and are made unique; whoever writes a table means one image.
+                given = entry.key if entry.key and entry.offset < 0 else ""
                 found.names.append(hash64(entry.source_id))
                 found.keys.append(hash64(key))
                 found.order.append(hash64(entry.source_id, secret))
                 found.joins.append(hash64(join))
+                found.given.append(hash64(given))
                 found.ids.append(image_id)
                 found.sizes.append(size)
                 found.splits.append(places.setdefault(entry.split, len(places)))
                 found.captions.append(-1 if entry.number >= 0 else len(entry.sparse) + len(entry.dense))
                 found.alive.append(not reason)
                 found.tars.append(tars.setdefault(entry.path, len(tars)) if entry.offset >= 0 else -1)
-                writer.append(_row(entry, key, image_id, join, bool(reason)))
+                writer.append(_row(entry, key, image_id, join, given, bool(reason)))
     found.split_names, found.tar_names = list(places), list(tars)
     return found
 
 
-def _row(entry: Entry, key: str, image_id: int, join: str, bad: bool) -> dict:
+def _row(entry: Entry, key: str, image_id: int, join: str, given: str, bad: bool) -> dict:
     # The captions of a bad entry may be anything, and nobody will ask for them.
-    return {
+    row = {
         "split": entry.split,
         "source_id": entry.source_id,
         "where": entry.where,
@@ -117,6 +123,7 @@ def _row(entry: Entry, key: str, image_id: int, join: str, bad: bool) -> dict:
         "sha256": entry.sha256,
         "filename": entry.filename,
         "join": join,
+        "given": given,
         "image_id": image_id,
         "offset": entry.offset,
         "size": entry.size,
@@ -125,6 +132,9 @@ def _row(entry: Entry, key: str, image_id: int, join: str, bad: bool) -> dict:
         "sparse": [] if bad else [caption.strip() for caption in entry.sparse],
         "dense": [] if bad else [caption.strip() for caption in entry.dense],
     }
+    if bad:
+        row |= {name: row[name].encode("utf-8", "replace").decode() for name in _STRINGS}
+    return row
 
 
 def _split_fault(split: str) -> str | None:
@@ -134,15 +144,26 @@ def _split_fault(split: str) -> str | None:
 
 
 def _id_fault(image_id: object) -> str | None:
-    if image_id is None or (isinstance(image_id, int) and abs(image_id) < 2**63):
+    whole = isinstance(image_id, int) and not isinstance(image_id, bool)
+    if image_id is None or (whole and abs(image_id) < 2**63):
         return None
     return f"image id {image_id!r} is not a whole number of 64 bits"
+
+
+def _name_fault(entry: Entry) -> str | None:
+    """Names in a tar are bytes, and those in JSON may be half a surrogate pair: no such name can be stored."""
+    for name in (entry.source_id, entry.key or "", entry.path, entry.filename, entry.sha256):
+        if name and not name.isascii() and caption_fault((name,)):
+            return f"name {name!r} is not valid Unicode"
+    return None
 
 
 def _file_fault(entry: Entry) -> tuple[int, str | None]:
     """Size of the image file, and why it cannot be used if that shows without decoding each of them."""
     if not entry.path:
         return -1, None
+    if "\0" in entry.path:
+        return -1, f"image {entry.path!r}: no file name holds a zero byte"
     try:
         with open(entry.path, "rb") as file:
             start = max(entry.offset, 0)
@@ -177,16 +198,40 @@ def _repeated(hashes: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def refuse_duplicates(found: Listing, spool: Spool, alive: np.ndarray, faults: Faults) -> None:
+    """Leaves out images that the source lists twice, or whose image id or given key another image has already."""
     groups = [("source_id", "image", found.names, "Q"), ("image_id", "image id", found.ids, "q")]
+    groups.append(("given", "key", found.given, "Q"))
     for column, label, values, kind in groups:
         for rows in _repeated(np.frombuffer(values, kind)):
             first = spool.row(int(rows[0]))
+            if first[column] == "":
+                continue
             for number in rows[1:]:
                 row = spool.row(int(number))
                 if alive[number] and row[column] == first[column]:
                     reason = f"{label} {row[column]!r} stands here a second time (first: {first['where']})"
                     faults.add(row["where"], reason, row["source_id"])
                     alive[number] = False
+
+
+def refuse_shared_joins(
+    found: Listing, spool: Spool, alive: np.ndarray, dense: DenseOptions, faults: Faults
+) -> None:
+    """Leaves out images that captions kept apart could not tell from each other."""
+    if dense.key == "sha256":
+        # Equal checksums are equal images: what describes the one describes the other.
+        return
+    for rows in _repeated(np.frombuffer(found.joins, "Q")):
+        members = [spool.row(int(number)) for number in rows]
+        for number, row in zip(rows, members, strict=True):
+            others = (other for other in members if other["source_id"] != row["source_id"])
+            other = next((other for other in others if other["join"] == row["join"]), None)
+            if alive[number] and other is not None:
+                reason = (
+                    f"{dense.key} {row['join']!r} is also that of {other['where']}: a caption would fit both"
+                )
+                faults.add(row["where"], f"{reason}; choose another --dense-key", row["source_id"])
+                alive[number] = False
 
 
 def rename(found: Listing, spool: Spool) -> dict[int, str]:

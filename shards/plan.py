@@ -16,7 +16,7 @@ from d2s.shards import dense as dense_join
 from d2s.shards.dense import DenseOptions
 from d2s.shards.files import file_sha256
 from d2s.shards.layout import Layout, Shard, arrange
-from d2s.shards.listing import list_images, refuse_duplicates, rename
+from d2s.shards.listing import list_images, refuse_duplicates, refuse_shared_joins, rename
 from d2s.shards.sample import Entry, Faults
 from d2s.shards.spool import Spool
 
@@ -43,6 +43,7 @@ class Plan:
     def _entry(self, number: int, split: str) -> Entry:
         row = self._entries.row(number)
         join = row.pop("join")
+        del row["given"]
         row["split"] = split
         row["key"] = self._renamed.get(number, row["key"])
         row["sparse"], row["dense"] = tuple(row["sparse"]), tuple(row["dense"])
@@ -77,6 +78,7 @@ def make_plan(
     matched, extra = np.full(len(alive), -1, np.int64), 0
     (folder / "dense.arrow").unlink(missing_ok=True)
     if dense is not None:
+        refuse_shared_joins(found, spool, alive, dense, faults)
         hashes = np.frombuffer(found.joins, np.uint64)
         matched, extra = dense_join.join(
             dense,

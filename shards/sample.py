@@ -35,8 +35,9 @@ class Entry:
     The bytes are the whole file at `path`, or `size` bytes from `offset` where `offset` >= 0 (a member of a
     tar), or, where `number` >= 0, scene `number` of the world `seed` at `size` pixels, which the worker draws
     and words. `where` is the place in the source that error messages name. `image_id` None takes the next
-    number; `key` None derives the key from `source_id`. `sha256` is that of the original image where the
-    source knows it; `filename` is what captions may be joined by, where it is not `source_id`.
+    number; `key` None derives the key from `source_id`; one that is given has to be unique, but for those in
+    tars. `sha256` is that of the original image where the source knows it; `filename` is what captions may be
+    joined by, where it is not `source_id`.
     """
 
     split: str
@@ -64,6 +65,8 @@ class Faults:
 
     def add(self, where: str, reason: str, key: str = "") -> None:
         """Records one fault. Raises ValueError at once unless faults are quarantined."""
+        # Names in a source may hold line breaks and halves of surrogate pairs, which no terminal takes.
+        where, reason, key = (_one_line(text) for text in (where, reason, key))
         if not self.quarantine:
             raise ValueError(f"{where}: {reason}")
         self.rows.append({"where": where, "key": key, "reason": reason})
@@ -122,6 +125,11 @@ def split_rank(split: str) -> tuple[int, str]:
     return (SPLIT_ORDER.index(split) if split in SPLIT_ORDER else len(SPLIT_ORDER), split)
 
 
+def _one_line(text: str) -> str:
+    plain = text.encode("utf-8", "backslashreplace").decode()
+    return plain.replace("\r", "\\r").replace("\n", "\\n")
+
+
 def caption_fault(captions: tuple[str, ...]) -> str | None:
     """Why these captions cannot be stored, or None: each is a string with something in it, valid Unicode."""
     for number, caption in enumerate(captions):
@@ -143,6 +151,14 @@ def text_field(row: dict, name: str) -> str:
         raise TypeError(f"field {name!r} is {value!r}, not text")
     if caption_fault((value,)):
         raise TypeError(f"field {name!r} is {value!r}, not valid text")
+    return value
+
+
+def whole_field(row: dict, name: str) -> int:
+    """A field that has to hold a whole number. Raises KeyError or TypeError as `text_field` does."""
+    value = row[name]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"field {name!r} is {value!r}, not a whole number")
     return value
 
 

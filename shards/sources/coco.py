@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2s.shards.files import read_json
-from d2s.shards.sample import Entry, Faults, SourceOptions, field_fault, text_field
+from d2s.shards.sample import Entry, Faults, SourceOptions, field_fault, text_field, whole_field
 
 NEEDS = ("captions", "images")
 
@@ -32,7 +32,7 @@ def _file(split: str, path: Path, images: Path, faults: Faults) -> Iterator[Entr
     for number, image in enumerate(lists["images"]):
         where = f"{path}: images[{number}]"
         try:
-            name, image_id = text_field(image, "file_name"), image["id"]
+            name, image_id = text_field(image, "file_name"), whole_field(image, "id")
             if image_id in known:
                 faults.add(where, f"image id {image_id} stands here a second time", name)
                 continue
@@ -42,12 +42,12 @@ def _file(split: str, path: Path, images: Path, faults: Faults) -> Iterator[Entr
     for number, annotation in enumerate(lists["annotations"]):
         where = f"{path}: annotations[{number}]"
         try:
-            image_id, caption = annotation["image_id"], (int(annotation["id"]), annotation["caption"])
+            image_id, caption = annotation["image_id"], (whole_field(annotation, "id"), annotation["caption"])
         except (KeyError, TypeError) as error:
             faults.add(where, f"{field_fault(error)}; every annotation has id, image_id and caption")
             continue
-        if not isinstance(image_id, int) or image_id not in known:
-            faults.add(where, f"caption without an image: image_id {image_id} is not among the images")
+        if not isinstance(image_id, int) or isinstance(image_id, bool) or image_id not in known:
+            faults.add(where, f"caption without an image: image_id {image_id!r} is not among the images")
             continue
         captions.setdefault(image_id, []).append(caption)
     for image_id, name in known.items():

@@ -10,13 +10,20 @@ NEEDS = ("captions", "images")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file without their ends. Raises ValueError naming the file if it is not UTF-8."""
+    """The lines of a text file without their ends. Raises ValueError naming the file if it is not UTF-8.
+
+    Only a line feed ends a line (a carriage return before it belongs to it): captions hold form feeds and
+    U+2028, which `str.splitlines` takes for ends, and every line behind would belong to another image.
+    """
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start}: not UTF-8 text") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:

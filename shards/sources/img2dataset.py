@@ -1,10 +1,10 @@
 """Tars that img2dataset wrote: an image, its caption (`.txt`) and what is known about it (`.json`) a sample."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from d2s.shards.files import parse_json
 from d2s.shards.pictures import IMAGE_SUFFIXES
 from d2s.shards.sample import Entry, Faults, SourceOptions
 from d2s.shards.tar import Member, scan, split_name
@@ -75,7 +75,7 @@ def _scan(task: tuple[str, Path]) -> tuple[list[Entry], list[dict]]:
             try:
                 sparse, dense, sha256 = _captions(file, group)
             except ValueError as error:
-                faults.add(where, f"its .json or .txt is not readable: {error}", key)
+                faults.add(where, f"its .json or .txt cannot be used: {error}", key)
                 continue
             entry = Entry(
                 split=split,
@@ -100,14 +100,25 @@ def _captions(file: BinaryIO, group: dict[str, Member]) -> tuple[tuple, tuple, s
     A `sparse` or `dense` list in the JSON is taken (our own shards have them), else the `.txt`, else `caption`.
     An empty text stands for a source that had none: that is no caption.
     """
-    facts = json.loads(_read(file, group["json"])) if "json" in group else {}
+    facts = parse_json(_read(file, group["json"])) if "json" in group else {}
     if not isinstance(facts, dict):
         raise ValueError("the JSON is not an object")
     if "sparse" in facts or "dense" in facts:
         # The sha256 in our own records is that of the image as stored: nothing to join the original by.
-        return tuple(facts.get("sparse") or ()), tuple(facts.get("dense") or ()), ""
-    text = _read(file, group["txt"]).decode() if "txt" in group else facts.get("caption")
-    return (text,) if text and text.strip() else (), (), str(facts.get("sha256") or "")
+        return _texts(facts, "sparse"), _texts(facts, "dense"), ""
+    if "txt" in group:
+        facts["caption"] = _read(file, group["txt"]).decode()
+    return _texts(facts, "caption"), (), str(facts.get("sha256") or "")
+
+
+def _texts(facts: dict, name: str) -> tuple[str, ...]:
+    """A field that holds nothing, one text, or a list of texts. Raises ValueError if it holds anything else."""
+    value = facts.get(name)
+    if value is None or isinstance(value, str):
+        return (value,) if value and value.strip() else ()
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{name!r} is neither a text nor a list of texts: {str(value)[:60]!r}")
+    return tuple(value)
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:

@@ -5,13 +5,13 @@ the order of the ids), `id_mapping.json` the path of each id, and `<data set>_<s
 an image. Because position is all that ties them together, a line too few or too many is an error, always.
 """
 
-import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from d2s.shards.dense import texts
-from d2s.shards.files import read_json
+from d2s.shards.files import parse_json, read_json
 from d2s.shards.sample import Entry, Faults, SourceOptions, split_rank
 from d2s.shards.sources.flickr import read_lines
 
@@ -50,18 +50,14 @@ def _split(folder: Path, name: str, mapping: dict, options: SourceOptions, fault
     dense_path, dense = _dense(folder, name, len(ids))
     for number, line in enumerate(ids):
         where = f"{ids_path}: line {number + 1}"
-        if not line.strip().lstrip("-").isdigit() or line.strip() not in mapping:
+        if not re.fullmatch(r"-?[0-9]{1,19}", line.strip()) or line.strip() not in mapping:
             faults.add(where, f"id {line.strip()!r} is not in id_mapping.json", line.strip())
             continue
         long: tuple = ()
         if dense_path is not None:
             try:
-                value = json.loads(dense[number])
-                lacking = [field for field in options.dense_columns if field not in value]
-                if lacking:
-                    raise TypeError(f"no field {lacking[0]!r}")
-                long = texts(value, options.dense_columns)
-            except (json.JSONDecodeError, TypeError) as error:
+                long = _texts(dense[number], options.dense_columns)
+            except ValueError as error:
                 faults.add(
                     f"{dense_path}: line {number + 1}",
                     f"not a JSON object with a text: {error}",
@@ -78,6 +74,19 @@ def _split(folder: Path, name: str, mapping: dict, options: SourceOptions, fault
             image_id=int(line),
             path=str(options.images / path),
         )
+
+
+def _texts(line: str, columns: tuple[str, ...]) -> tuple:
+    value = parse_json(line)
+    if not isinstance(value, dict):
+        raise ValueError(f"it is {type(value).__name__}")
+    for name in columns:
+        if name not in value:
+            raise ValueError(f"no field {name!r}")
+    found = texts(value, columns)
+    if columns and not found:
+        raise ValueError(f"no caption in {', '.join(columns)}")
+    return found
 
 
 def _dense(folder: Path, name: str, images: int) -> tuple[Path | None, list[str]]:
