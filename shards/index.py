@@ -6,6 +6,7 @@ Columns are views of the mapping; nothing here copies a whole column.
 
 import json
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,24 @@ from d2s.shards import draws, index_file, manifest
 
 I64 = NDArray[np.int64]
 COLUMNS = tuple(index_file.index_schema([], {}).names)
+_SIDECAR = "captions.jsonl"
 _PLACE = ("shard", "image_offset", "image_size", "json_offset", "json_size", "crc32")
+# Up to so many rows the size of every shard is compared with what the index says of it; beyond, that it is there.
+_SIZED_ROWS = 5_000_000
 # A gather touches pages all over the file and the kernel maps 16 pages around each fault. Let go of them after so
 # many values, or every process would come to show the whole file as resident.
 _TRIM_AFTER = 1 << 12
+
+
+class DamagedSample(ValueError):
+    """A sample that cannot be used. The message is one line and names shard, key or row, and reason."""
+
+    def __init__(self, shard: str, key: str, reason: str) -> None:
+        super().__init__(shard, key, reason)
+        self.shard, self.key, self.reason = shard, key, reason
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +66,29 @@ class ShardIndex:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
-        except ValueError as error:  # an empty file, or ArrowInvalid
-            raise ValueError(f"{path} is not an Arrow file ({error}): build the data set again") from None
-        meta = json.loads((reader.schema.metadata or {}).get(b"d2s", b"{}"))
-        if meta.get("version") != index_file.VERSION or reader.num_record_batches != 1:
+            meta = json.loads((reader.schema.metadata or {}).get(b"d2s", b"{}"))
+            if not isinstance(meta, dict) or meta.get("version") != index_file.VERSION:
+                raise ValueError(f"no index of version {index_file.VERSION}")
+            batch = reader.get_batch(0)
+            _check(batch, reader.schema, meta)
+            self._columns = {name: batch.column(name).to_numpy(zero_copy_only=True) for name in COLUMNS}
+        except (ValueError, OSError, KeyError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"{path} is not an index of version {index_file.VERSION}: build the data set again"
-            )
+                f"{path} is not an Arrow file of ours ({reason}): build the data set again"
+            ) from None
         self.shards: list[str] = meta["shards"]
         self.splits: dict[str, tuple[int, int]] = {name: tuple(ends) for name, ends in meta["splits"].items()}
         self._sidecar = meta["json"] == "sidecar"
-        batch = reader.get_batch(0)
-        self._columns = {name: batch.column(name).to_numpy(zero_copy_only=True) for name in COLUMNS}
         self._touched = 0
 
     @classmethod
     def open(cls, root: str | Path) -> "ShardIndex":
-        """Opens DIR/index.arrow.
+        """Opens DIR/index.arrow, and looks whether every shard is there and, of up to 5 million rows, long enough.
 
         Raises:
-            ValueError: DIR is no data set that `python -m d2s.shard build` (or `index`) made.
+            ValueError: DIR is no data set that `python -m d2s.shard build` (or `index`) made, or a shard of it is
+                missing or cut short.
         """
         root = Path(root)
         if not root.is_dir():
@@ -83,7 +101,52 @@ class ShardIndex:
             raise ValueError(
                 f"{root} has no {index_file.NAME}: make it with python -m d2s.shard index {root}"
             )
-        return cls(root)
+        index = cls(root)
+        index._check_shards()
+        return index
+
+    def _check_shards(self) -> None:
+        """One look at every file that samples are read from: training would find out after hours."""
+        names = [*self.shards, *([_SIDECAR] if self._sidecar else [])]
+        if len(self) > _SIZED_ROWS:
+            # A folder is listed at once; asking for tens of thousands of files one by one takes a shared disk long.
+            parents = {os.path.dirname(name) for name in names}
+            held = {folder: _listed(self.root / folder) for folder in parents}
+            ends = [-1 if os.path.basename(name) in held[os.path.dirname(name)] else 0 for name in names]
+            sizes = [0 if end < 0 else None for end in ends]
+        else:
+            ends = self._ends(len(names))
+            sizes = [_size(self.root / name) for name in names]
+        for name, end, size in zip(names, ends, sizes, strict=True):
+            if size is None:
+                raise ValueError(
+                    f"{self.root / name}: no such file, but the index names it: copy it here again"
+                )
+            if size < end:
+                reason = f"cut short: {size:,} bytes, but its samples end at {end:,}"
+                raise ValueError(
+                    f"{self.root / name}: {reason}; copy it here again, or build the data set again"
+                )
+
+    def _ends(self, files: int) -> list[int]:
+        """Where the last sample in each shard ends, and the last record of the sidecar behind them, in bytes."""
+        ends, chunk = np.zeros(files, np.int64), 1 << 18
+        for start in range(0, len(self), chunk):
+            part = {name: self._columns[name][start : start + chunk] for name in _PLACE}
+            shard = part["shard"]
+            if shard.min() < 0 or shard.max() >= len(self.shards):
+                wrong = int(np.flatnonzero((shard < 0) | (shard >= len(self.shards)))[0])
+                reason = f"row {start + wrong} is in shard {shard[wrong]} of {len(self.shards)}"
+                raise ValueError(
+                    f"{self.root / index_file.NAME} is damaged: {reason}: build the data set again"
+                )
+            np.maximum.at(ends, shard, part["image_offset"] + part["image_size"])
+            captions = part["json_offset"] + part["json_size"]
+            np.maximum.at(
+                ends, files - 1 if self._sidecar else shard, captions.max() if self._sidecar else captions
+            )
+        self._release(_TRIM_AFTER)
+        return ends.tolist()
 
     def __reduce__(self) -> tuple:
         return type(self), (self.root,)
@@ -138,7 +201,11 @@ class ShardIndex:
         wanted = np.asarray(indices, np.int64) + starts[0]
         local = np.searchsorted(starts, wanted, side="right") - 1
         numbers = wanted - starts[local]
-        self._release(len(local) * 16)
+        counts = self._columns[f"n_{kind}"][rows.start : rows.stop][local]
+        if ((numbers < 0) | (numbers >= counts)).any():
+            reason = f"its {kind} captions are not numbered one after the other"
+            raise ValueError(f"{self.root / index_file.NAME} is damaged: {reason}: build the data set again")
+        self._release(len(local) * 17)
         return local + rows.start, numbers
 
     def without(self, split: str, kind: str) -> tuple[int, int]:
@@ -167,11 +234,14 @@ class ShardIndex:
         return np.diff(borders)
 
     def location(self, row: int) -> Location:
-        """Where a row's members lie."""
+        """Where a row's members lie. Raises DamagedSample if the index names no shard for it."""
         value = {name: int(self._columns[name][row]) for name in _PLACE}
         self._release(len(_PLACE))
-        shard = self.shards[value.pop("shard")]
-        return Location(shard=shard, json_file="captions.jsonl" if self._sidecar else shard, **value)
+        number = value.pop("shard")
+        if not 0 <= number < len(self.shards):
+            raise DamagedSample(index_file.NAME, f"row {row}", f"is in shard {number} of {len(self.shards)}")
+        shard = self.shards[number]
+        return Location(shard=shard, json_file=_SIDECAR if self._sidecar else shard, **value)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """Keys of some rows, looked up in the manifest (slow: it reads a row group for each).
@@ -198,6 +268,38 @@ class ShardIndex:
             # The pages stay in the machine's page cache; only this process's claim on them ends.
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
+
+
+def _check(batch: pa.RecordBatch, form: pa.Schema, meta: dict) -> None:
+    """Raises ValueError, KeyError or an Arrow error where columns or metadata are not as they were written."""
+    batch.validate()
+    wanted = index_file.index_schema([], {})
+    if not form.equals(wanted) or any(batch.column(name).null_count for name in COLUMNS):
+        raise ValueError("other columns than an index has")
+    shards, splits = meta["shards"], meta["splits"]
+    if not isinstance(shards, list) or not all(isinstance(name, str) and "\0" not in name for name in shards):
+        raise ValueError("its list of shards is damaged")
+    if not isinstance(splits, dict) or meta["json"] not in ("tar", "sidecar"):
+        raise ValueError("its list of splits is damaged")
+    for name, ends in splits.items():
+        whole = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
+        if not whole or not 0 <= ends[0] <= ends[1] <= batch.num_rows:
+            raise ValueError(f"split {name!r} has rows {ends} of {batch.num_rows}")
+
+
+def _listed(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
 
 
 def _key(file: pq.ParquetFile, starts: I64, row: int) -> str:

@@ -1,26 +1,17 @@
 """Random access to samples: one `pread` a sample, checked against the index's checksum."""
 
-import json
 import os
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from d2s.shards.index import Location, ShardIndex
+from d2s.shards.files import parse_json
+from d2s.shards.index import DamagedSample, Location, ShardIndex
+
+__all__ = ["DamagedSample", "Record", "ShardReader"]
 
 # A tar header and padding lie between an image and its JSON; a gap beyond this means that they lie apart.
 _GAP = 1 << 16
-
-
-class DamagedSample(ValueError):
-    """A sample that cannot be used. The message is one line and names shard, key or row, and reason."""
-
-    def __init__(self, shard: str, key: str, reason: str) -> None:
-        super().__init__(shard, key, reason)
-        self.shard, self.key, self.reason = shard, key, reason
-
-    def __str__(self) -> str:
-        return f"{self.shard}: {self.key}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +92,7 @@ class ShardReader:
 
     def _captions(self, row: int, text: bytes) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
             key, sparse, dense = fields["key"], tuple(fields["sparse"]), tuple(fields["dense"])
         except (ValueError, KeyError, TypeError) as error:
             raise self.damaged(row, f"its JSON cannot be used: {error!r}") from None

@@ -1,6 +1,8 @@
+import itertools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_shards import make_shards
 
+from d2s.shards import index as index_module
 from d2s.shards import index_file
 from d2s.shards.bench import main as bench
 from d2s.shards.index import ShardIndex
+from d2s.shards.index_file import write_index
+from d2s.shards.manifest import read_manifest
+from d2s.shards.reader import DamagedSample, ShardReader
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +132,79 @@ def test_bench_measures_a_fresh_process(capsys, tmp_path):
     assert "index of 50,000 rows" in printed
     assert "opened in a fresh process in 0." in printed
     assert json.dumps(list(tmp_path.iterdir())) == "[]"
+
+
+@pytest.mark.parametrize("sized_rows", [100, 3])
+def test_missing_or_short_shard_is_noticed_when_opening(tmp_path, monkeypatch, sized_rows):
+    monkeypatch.setattr(index_module, "_SIZED_ROWS", sized_rows)
+    folder = make_shards(tmp_path, {"train": 9, "val": 4})
+    ShardIndex.open(folder)
+    place = ShardIndex.open(folder).location(7)
+    os.truncate(folder / "train/00001.tar", place.json_offset + place.json_size)
+    ShardIndex.open(folder)
+    os.truncate(folder / "train/00001.tar", place.json_offset + place.json_size - 1)
+    if sized_rows > 13:  # of larger data sets only the presence of the shards is looked at
+        with pytest.raises(ValueError, match=r"train/00001.tar: cut short: .* copy it here again") as error:
+            ShardIndex.open(folder)
+        assert "\n" not in str(error.value)
+    (folder / "val/00000.tar").unlink()
+    (folder / "train/00001.tar").write_bytes(bytes(20_000))
+    with pytest.raises(ValueError, match=r"val/00000.tar: no such file, but the index names it"):
+        ShardIndex.open(folder)
+
+
+def test_missing_or_short_sidecar_is_noticed(tmp_path):
+    folder = make_shards(tmp_path / "made", {"train": 3})
+    table = read_manifest(folder)
+    write_index(folder, table, np.zeros(3, np.uint32), "sidecar")
+    end = max(
+        ShardIndex(folder).location(row).json_offset + ShardIndex(folder).location(row).json_size
+        for row in range(3)
+    )
+    with pytest.raises(ValueError, match=r"captions.jsonl: no such file"):
+        ShardIndex.open(folder)
+    (folder / "captions.jsonl").write_bytes(bytes(end - 1))
+    with pytest.raises(ValueError, match=r"captions.jsonl: cut short"):
+        ShardIndex.open(folder)
+    (folder / "captions.jsonl").write_bytes(bytes(end))
+    ShardIndex.open(folder)
+
+
+def test_flipped_bits_are_a_value_error(tmp_path):
+    folder = make_shards(tmp_path, {"train": 11, "val": 5}, n_sparse=[2, 0, 3], n_dense=[1, 2])
+    whole, rng = (folder / "index.arrow").read_bytes(), np.random.default_rng(0)
+    refused = lines = 0
+    for bit in rng.integers(0, len(whole) * 8, 400).tolist():
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        # A new file each time: the old one may still be mapped.
+        (folder / "index.arrow").unlink()
+        (folder / "index.arrow").write_bytes(data)
+        try:
+            index = ShardIndex.open(folder)
+            reader = ShardReader(index)
+            for split, kind in itertools.product(("train", "val"), ("sparse", "dense")):
+                rows, numbers = index.pair(split, np.arange(min(index.total(split, kind), 100)), kind)
+                for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
+                    assert getattr(reader.record(row), kind)[number]
+        except ValueError as error:
+            refused, lines = refused + 1, lines + str(error).count("\n")
+    assert not lines
+    assert refused > 100
+
+
+def test_row_in_a_shard_that_is_not_there(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    batch = pa.ipc.open_file(str(folder / "index.arrow")).get_batch(0)
+    shards = batch.column("shard").to_numpy().copy()
+    shards[9] = 77
+    batch = batch.set_column(0, batch.schema.field(0), pa.array(shards))
+    with (
+        pa.OSFile(str(tmp_path / "index.arrow"), "wb") as file,
+        pa.ipc.new_file(file, batch.schema) as writer,
+    ):
+        writer.write_batch(batch)
+    with pytest.raises(ValueError, match="row 9 is in shard 77 of 5"):
+        ShardIndex.open(tmp_path)
+    with pytest.raises(DamagedSample, match="row 9: is in shard 77 of 5"):
+        ShardReader(ShardIndex(tmp_path)).record(9)

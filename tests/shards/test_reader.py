@@ -55,9 +55,9 @@ def test_without_the_checksum_only_gross_damage_shows(folder):
 
 
 def test_short_and_missing_shards_are_named(folder):
+    reader = ShardReader(ShardIndex.open(folder))
     os.truncate(folder / "train/00000.tar", 3000)
     (folder / "train/00002.tar").unlink()
-    reader = ShardReader(ShardIndex.open(folder))
     assert reader.record(0).key == "k0000"
     with pytest.raises(DamagedSample, match=r"00000.tar: key k0003 .* the file ends before"):
         reader.record(3)
