@@ -56,11 +56,11 @@ def write_manifest(folder: Path, table: pa.Table) -> None:
             writer.write_table(table.slice(start, stop - start), row_group_size=max(1, stop - start))
 
 
-def read_manifest(folder: Path, columns: list[str] | None = None, split: str | None = None) -> pa.Table:
-    """Reads the manifest, all columns or some, all splits or one; rows in their stored order.
+def open_manifest(folder: Path) -> pq.ParquetFile:
+    """Opens the manifest to be read a row group at a time.
 
     Raises:
-        ValueError: no manifest there, it is damaged, or the split has no rows.
+        ValueError: there is none, it is damaged, or it is not one of ours.
     """
     path = Path(folder) / NAME
     if not path.is_file():
@@ -68,6 +68,26 @@ def read_manifest(folder: Path, columns: list[str] | None = None, split: str | N
             f"{folder}: no {NAME}; make one with `python -m d2s.shard build --out {folder} ...`"
             f" or, beside tars that exist, `python -m d2s.shard index {folder}`"
         )
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
+    held = file.schema_arrow
+    for field in _SCHEMA:
+        if field.name not in held.names or held.field(field.name).type != field.type:
+            file.close()
+            raise ValueError(f"{path}: no manifest of ours: no column {field.name!r} of type {field.type}")
+    return file
+
+
+def read_manifest(folder: Path, columns: list[str] | None = None, split: str | None = None) -> pa.Table:
+    """Reads the manifest, all columns or some, all splits or one; rows in their stored order.
+
+    Raises:
+        ValueError: no manifest of ours there, it is damaged, or the split has no rows.
+    """
+    path = Path(folder) / NAME
+    open_manifest(folder).close()
     try:
         filters = None if split is None else [("split", "==", split)]
         table = pq.read_table(path, columns=columns, filters=filters)

@@ -15,8 +15,7 @@ _FEW = 200_000
 def find(folder: Path, key: str) -> dict:
     """The manifest row of a sample. Raises ValueError if there is no such key, naming the nearest."""
     path = folder / manifest.NAME
-    if not path.is_file():
-        manifest.read_manifest(folder)
+    manifest.open_manifest(folder).close()
     rows = pq.read_table(path, filters=[("key", "==", key)]).to_pylist()
     if rows:
         return rows[0]

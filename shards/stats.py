@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from d2s.shards import manifest
 
@@ -25,23 +25,34 @@ class SplitStats:
 
 
 def stats(folder: Path) -> dict[str, SplitStats]:
-    """Reads the manifest a shard at a time. Raises ValueError if there is none."""
-    path = folder / manifest.NAME
-    if not path.is_file():
-        manifest.read_manifest(folder)
+    """Reads the manifest a shard at a time. Raises ValueError if there is none of ours with a sample in it."""
     found: dict[str, SplitStats] = {}
-    file = pq.ParquetFile(path)
-    for group in range(file.num_row_groups):
-        columns = file.read_row_group(group, columns=_COLUMNS).to_pydict()
-        split = found.setdefault(columns["split"][0], SplitStats())
-        split.images += len(columns["split"])
-        split.bytes += sum(columns["image_size"])
-        split.shards.update(columns["shard"])
-        split.widths.update(columns["width"])
-        split.heights.update(columns["height"])
-        for kind, words in split.words.items():
-            words.update(len(caption.split()) for captions in columns[kind] for caption in captions)
+    with manifest.open_manifest(folder) as file:
+        for group in range(file.num_row_groups):
+            try:
+                columns = file.read_row_group(group, columns=_COLUMNS).to_pydict()
+            except (pa.ArrowException, OSError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"{folder / manifest.NAME}: row group {group} is damaged: {reason}"
+                ) from None
+            if columns["split"]:
+                _count(found, columns)
+    if not found:
+        raise ValueError(f"{folder / manifest.NAME}: has no sample: build the data set again")
     return found
+
+
+def _count(found: dict[str, SplitStats], columns: dict[str, list]) -> None:
+    """Adds the rows of one shard."""
+    split = found.setdefault(columns["split"][0], SplitStats())
+    split.images += len(columns["split"])
+    split.bytes += sum(columns["image_size"])
+    split.shards.update(columns["shard"])
+    split.widths.update(columns["width"])
+    split.heights.update(columns["height"])
+    for kind, words in split.words.items():
+        words.update(len(caption.split()) for captions in columns[kind] for caption in captions)
 
 
 def quantiles(counter: Counter, fractions: tuple[float, ...]) -> list[int]:

@@ -32,10 +32,7 @@ def verify(folder: Path, workers: int = 1, decode: bool = True) -> Iterator[Faul
         # What a damaged manifest says is worth nothing: whole tars are all that can still be checked.
         yield from _tars_alone(folder, files)
         return
-    try:
-        groups = pq.ParquetFile(folder / manifest.NAME)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{folder / manifest.NAME}: damaged: {str(error).splitlines()[0]}") from None
+    groups = manifest.open_manifest(folder)
     index, faults = open_index(folder) if INDEX not in damaged else (None, [])
     yield from faults
     if index is not None and index.num_rows != groups.metadata.num_rows:

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import d2s.__main__
 from d2s.shards.cli import main
-from d2s.shards.manifest import read_manifest
+from d2s.shards.manifest import read_manifest, schema, write_manifest
 
 
 def test_show_prints_the_captions_and_writes_the_image(
@@ -84,3 +86,15 @@ def test_usage_error_is_one_line(capsys: pytest.CaptureFixture) -> None:
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("error: ")
+
+
+def test_manifest_of_somebody_else_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
+    path = tmp_path / "manifest.parquet"
+    pq.write_table(pa.table({"key": ["a"], "split": [1]}), path)
+    for arguments in (["stats", str(tmp_path)], ["show", str(tmp_path), "a"], ["verify", str(tmp_path)]):
+        line = refused(arguments)
+        assert "manifest.parquet: no manifest of ours: no column 'image_id' of type int64" in line
+    write_manifest(tmp_path, schema().empty_table())
+    assert "manifest.parquet: has no sample" in refused(["stats", str(tmp_path)])
+    path.write_bytes(b"")
+    assert "manifest.parquet: damaged" in refused(["stats", str(tmp_path)])
