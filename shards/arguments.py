@@ -167,7 +167,11 @@ def add_build(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the order within each split, and of scenes (default: 0)")
     add("--count", type=counts, default={}, metavar="train=2000,...", help="scenes: images a split")
     add("--size", type=positive, default=64, metavar="PIXELS", help="scenes: pixels a side (default: 64)")
-    add("--resume", action="store_true", help="continue a build that was interrupted")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue a build that was interrupted; of a complete one, compare settings and caption files",
+    )
     add_common(command)
     add_dense(command)
 

@@ -29,6 +29,8 @@ SIZES = "sizes.json"
 SETTINGS = "build.json"
 QUARANTINE = "quarantine.jsonl"
 SIDECAR = "captions.jsonl"
+# In build.json: the sha256 over the caption files and split lists; older data sets have none.
+INPUT = "input_sha256"
 _DESCRIPTION = (manifest.NAME, INDEX, SIZES, SETTINGS, QUARANTINE, SIDECAR)
 
 
@@ -167,8 +169,13 @@ def is_complete(out: Path, settings: dict) -> bool:
     """True if just this build is complete there already. Raises ValueError if another one is."""
     if not (out / CHECKSUMS).exists():
         return False
-    if not (out / SETTINGS).exists() or read_json(out / SETTINGS) != settings:
+    held = read_json(out / SETTINGS) if (out / SETTINGS).exists() else None
+    if not isinstance(held, dict) or {**held, INPUT: None} != {**settings, INPUT: None}:
         raise ValueError(f"--out {out}: a data set of other settings lies there; choose another folder")
+    if INPUT in held and held[INPUT] != settings.get(INPUT):
+        raise ValueError(
+            f"--out {out}: a data set of other captions or splits lies there; choose another folder"
+        )
     shutil.rmtree(out / SCRATCH, ignore_errors=True)
     return True
 
@@ -176,8 +183,9 @@ def is_complete(out: Path, settings: dict) -> bool:
 def _same_build(scratch: Path, settings: dict) -> None:
     """Remembers what is being built; a resumed build has to be the same one."""
     path = scratch / "settings.json"
-    # Shards that are done had no fault, so it does not matter what was to become of faults.
-    deciding = {name: value for name, value in settings.items() if name != "on_error"}
+    # Shards that are done had no fault, so it does not matter what was to become of faults. The plan says more
+    # of the input than the checksum of its files does.
+    deciding = {name: value for name, value in settings.items() if name not in ("on_error", INPUT)}
     now = {"settings": deciding, "plan": digest(scratch)}
     if path.exists() and read_json(path) != now:
         out = scratch.parent

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from d2s.shards import arguments, sources
 from d2s.shards.build import (
+    INPUT,
     BuildConfig,
     BuildReport,
     build,
@@ -14,7 +15,8 @@ from d2s.shards.build import (
     open_output,
     settings_of,
 )
-from d2s.shards.dense import DenseOptions
+from d2s.shards.dense import DenseOptions, files_of
+from d2s.shards.files import input_sha256
 from d2s.shards.layout import Layout
 from d2s.shards.sample import Faults, SourceOptions
 from d2s.shards.show import describe, find, save_image
@@ -117,6 +119,8 @@ def _build(args: argparse.Namespace) -> int:
         quarantine=args.on_error == "quarantine",
     )
     facts = _facts(args.source, options, dense)
+    if read := _caption_files(options, dense):
+        facts[INPUT] = input_sha256(read)
     if args.resume and is_complete(args.out, settings_of(config, facts)):
         print(f"{args.out}: complete already")
         return 0
@@ -163,6 +167,12 @@ def _facts(source: str, options: SourceOptions, dense: DenseOptions | None) -> d
     if source == "scenes":
         facts.update(count=options.counts, size=options.size)
     return facts
+
+
+def _caption_files(options: SourceOptions, dense: DenseOptions | None) -> list[Path]:
+    """The files that the captions and splits come from."""
+    given = [path for _, path in options.captions] + list(options.split_lists.values())
+    return given + (files_of(dense.path) if dense is not None else [])
 
 
 def _dense_facts(dense: DenseOptions) -> dict:

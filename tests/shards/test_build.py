@@ -154,6 +154,26 @@ def test_killed_build_resumes_to_the_same_bytes(karpathy: Karpathy, tmp_path: Pa
     assert contents(out) == contents(whole)
 
 
+def test_resume_of_a_complete_set_sees_other_captions(
+    karpathy: Karpathy, tmp_path: Path, refused: object, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert karpathy.build(out) == 0
+    for rows, field in ((karpathy.long[0], "text"), (karpathy.rows[0]["sentences"][0], "raw")):
+        before, rows[field] = rows[field], "Something else."
+        karpathy.write()
+        assert "other captions or splits" in refused(karpathy.arguments(out, "--resume"))
+        rows[field] = before
+        karpathy.write()
+        assert main(karpathy.arguments(out, "--resume")) == 0
+        assert "complete already" in capsys.readouterr().out
+    # Data sets from before the checksum of the input was kept are complete still.
+    settings = json.loads((out / "build.json").read_text())
+    del settings["input_sha256"]
+    (out / "build.json").write_text(json.dumps(settings))
+    assert main(karpathy.arguments(out, "--resume")) == 0
+
+
 def test_resume_refuses_other_input(
     karpathy: Karpathy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: object
 ) -> None:
