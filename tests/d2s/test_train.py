@@ -242,9 +242,9 @@ def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path: Path) -> None
         ("scenes_smal_pretrain --data {data} --run {new}", "did you mean 'scenes_small_pretrain'"),
         ("scenes_small_pretrain --data {data} --run {new} --optim.rl 1", "no field 'optim.rl'"),
         ("scenes_small_pretrain --data {empty} --run {new}", "manifest.parquet"),
-        ("scenes_small_pretrain --data {data} --run {full}", "is not empty"),
-        ("scenes_small_pretrain --data {data} --run {full} --resume", "holds no run"),
-        ("scenes_small_pretrain --data {data} --run {file}", "is a file"),
+        ("scenes_small_pretrain --data {data} --run {full} --batch_size 8", "is not empty"),
+        ("scenes_small_pretrain --data {data} --run {full} --resume --batch_size 8", "holds no run"),
+        ("scenes_small_pretrain --data {data} --run {file} --batch_size 8", "is a file"),
         (
             "scenes_small_pretrain --data {data} --run {new} --engine.deepspeed_json no.json",
             "deepspeed_json no.json",
