@@ -80,6 +80,11 @@ def _esc(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
+def _breaking(text: str, mark: str) -> str:
+    """The text, escaped, which may go on in another line after each mark."""
+    return f"{mark}<wbr>".join(map(_esc, text.split(mark)))
+
+
 def _one(value: float, form: str = ".1f") -> str:
     return "-" if math.isnan(value) else format(value, form)
 
@@ -279,7 +284,9 @@ def _capacity(measures: dict[str, float]) -> str:
 def _settings(run: Run, opened: bool) -> str:
     groups = "".join(
         f'<div class="group"><h3>{_esc(title)}</h3><dl>'
-        + "".join(f"<dt>{_esc(name)}</dt><dd>{_esc(value)}</dd>" for name, value in values)
+        + "".join(
+            f"<dt>{_breaking(name, '.')}</dt><dd>{_breaking(value, '/')}</dd>" for name, value in values
+        )
         + "</dl></div>"
         for title, values in run.settings()
     )

@@ -77,7 +77,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in ("meta", "br", "img", "link"):
+        if tag not in ("meta", "br", "img", "link", "wbr"):
             self._open.append(tag)
 
     def handle_endtag(self, tag):
@@ -143,6 +143,12 @@ def test_an_empty_setting_is_shown_as_none(data, tmp_path):
     run = write_run(tmp_path / "run", data)
     (run / "config.json").write_text(json.dumps({"config": {"log": {"wandb": ""}}}))
     assert read_run(run).settings() == [("log", [("wandb", "none")])]
+
+
+def test_long_names_of_settings_break_after_their_dots(data, tmp_path):
+    run = write_run(tmp_path / "run", data)
+    (run / "config.json").write_text(json.dumps({"config": {"model": {"a": {"b<": "c/d"}}}}))
+    assert "<dt>a.<wbr>b&lt;</dt><dd>c/<wbr>d</dd>" in report.write_report(run).read_text()
 
 
 def test_pretraining_is_judged_by_dense_captions(data, tmp_path):
