@@ -246,7 +246,7 @@ def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path: Path) -> None
         ("scenes_small_pretrain --data {data} --run {full} --resume --batch_size 8", "holds no run"),
         ("scenes_small_pretrain --data {data} --run {file} --batch_size 8", "is a file"),
         (
-            "scenes_small_pretrain --data {data} --run {new} --engine.deepspeed_json no.json",
+            "scenes_small_pretrain --data {data} --run {new} --engine.deepspeed_json no.json --batch_size 8",
             "deepspeed_json no.json",
         ),
         ("scenes_small_pretrain --data {data}", "--run is missing"),
