@@ -6,7 +6,6 @@ number of workers and loader processes; and a resumed epoch starts on fresh shar
 stays: every worker makes the same number of steps, and shards, shuffling and draws follow from the seed.
 """
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,6 +13,7 @@ import numpy as np
 import webdataset as wds
 
 from d2s.shards import draws
+from d2s.shards.files import parse_json
 from d2s.shards.order import Permutation
 from d2s.shards.reader import Record
 
@@ -134,7 +134,7 @@ class Stream:
     def _record(self, sample: dict, where: str) -> Record | None:
         image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
         try:
-            fields = json.loads(sample.get("json", b"{}"))
+            fields = parse_json(sample.get("json", b"{}"))
             sparse, dense = (_captions(sample, fields, columns) for columns in self.columns)
         except (ValueError, TypeError, AttributeError) as error:
             self.note(f"{where}: its captions cannot be used: {error}")
@@ -143,7 +143,7 @@ class Stream:
             self.note(f"{where}: has no image ({', '.join(IMAGE_SUFFIXES)})")
             return None
         number = fields.get("image_id")
-        if not isinstance(number, int):
+        if type(number) is not int or abs(number) >= 1 << 63:
             number = draws.name(where) >> 1
         return Record(row=-1, key=sample["__key__"], image=image, sparse=sparse, dense=dense, image_id=number)
 
@@ -154,8 +154,8 @@ def _captions(sample: dict, fields: dict, columns: tuple[str, ...]) -> tuple[str
         value = fields.get(column)
         if value is None and column in sample and column != "json":
             value = sample[column].decode()
-        texts = [value] if isinstance(value, str) else (value or [])
-        if not all(isinstance(text, str) for text in texts):
+        texts = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"column {column!r} is no text")
         found += [text.strip() for text in texts if text.strip()]
     return tuple(dict.fromkeys(found))

@@ -112,3 +112,15 @@ def test_nothing_usable_ends(tmp_path):
         next(Stream([str(tmp_path / "0.tar")], seed=0).samples(0, usable))
     with pytest.raises(ValueError, match="damage_budget is 2"):
         next(Stream([str(tmp_path / f"{n}.tar") for n in range(9)], seed=0, budget=2).samples(0, usable))
+
+
+@pytest.mark.parametrize("text", ['{"caption": {"a dog": 1}}', '{"caption": {"1": ["a"]}}', "[" * 100_000])
+def test_captions_of_another_type_are_damage_not_text(tmp_path, text):
+    members = [("bad", text.encode()), ("good", b'{"caption": "a dog", "image_id": true}')]
+    foreign_tar(tmp_path / "0.tar", [(key, {"jpg": picture(1), "json": data}) for key, data in members])
+    stream = Stream([str(tmp_path / "0.tar")], seed=0)
+    found = [record for _, record in islice(stream.samples(0, usable), 2)]
+    assert [(record.key, record.sparse) for record in found] == [("good", ("a dog",))] * 2
+    assert found[0].image_id > 1
+    assert len(stream.notes) == 1
+    assert "key bad: its captions cannot be used" in stream.notes[0]
