@@ -110,13 +110,14 @@ class ShardIndex:
         names = [*self.shards, *([_SIDECAR] if self._sidecar else [])]
         if len(self) > _SIZED_ROWS:
             # A folder is listed at once; asking for tens of thousands of files one by one takes a shared disk long.
-            parents = {os.path.dirname(name) for name in names}
-            held = {folder: _listed(self.root / folder) for folder in parents}
-            ends = [-1 if os.path.basename(name) in held[os.path.dirname(name)] else 0 for name in names]
-            sizes = [0 if end < 0 else None for end in ends]
+            held = {
+                folder: _listed(self.root / folder) for folder in {os.path.dirname(name) for name in names}
+            }
+            sizes = [0 if os.path.basename(name) in held[os.path.dirname(name)] else None for name in names]
+            ends = [0] * len(names)
         else:
-            ends = self._ends(len(names))
             sizes = [_size(self.root / name) for name in names]
+            ends = self._ends(len(names))
         for name, end, size in zip(names, ends, sizes, strict=True):
             if size is None:
                 raise ValueError(
