@@ -198,14 +198,15 @@ def test_damage_is_replaced_named_counted_and_bounded(tmp_path):
 @pytest.mark.parametrize("processes", [0, 2])
 def test_nothing_readable_is_one_line(tmp_path, processes):
     folder = make_shards(tmp_path / "made", {"train": 8})
+    index = ShardIndex.open(folder)
     for tar in (folder / "train").iterdir():
         tar.unlink()
-    made = batches(ShardIndex.open(folder), fields={"loader_workers": processes})
+    made = batches(index, fields={"loader_workers": processes})
     with pytest.raises(ValueError, match="samples one after the other are damaged") as error:
         list(made.epoch(0))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="cannot be read") as error:
-        list(eval_images(ShardIndex.open(folder), "train", config(loader_workers=processes), 4))
+        list(eval_images(index, "train", config(loader_workers=processes), 4))
     assert "\n" not in str(error.value)
 
 
