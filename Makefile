@@ -34,7 +34,7 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m d2s.bench
-	$(PY) -m d2s.kernels.bench --device cpu --quick
+	$(PY) -m d2s.kernels.bench --device cpu
 	$(PY) -m d2s.shards.bench
 
 test: $(STAMP)
