@@ -20,12 +20,14 @@ $(STAMP): setup.py constraints.txt
 # Each command goes on with what an earlier, interrupted demo left.
 DEMO := runs/demo
 TRAIN := $(VENV)/bin/deepspeed --num_accelerators 1 d2s/train.py
+# Overrides of all three runs: make demo ARGS="--max_steps 3" is a smoke test.
+ARGS :=
 demo: $(STAMP)
 	test -f data/scenes/manifest.parquet || $(PY) -m d2s.shard build --source scenes \
 		--count train=4000,val=500,test=500 --size 64 --workers 2 --out data/scenes
-	$(TRAIN) scenes_small_pretrain --data data/scenes --run $(DEMO)/pretrain --resume
-	$(TRAIN) scenes_small_finetune --init $(DEMO)/pretrain --run $(DEMO)/finetune --resume
-	$(TRAIN) scenes_small_align --data data/scenes --run $(DEMO)/align-only --resume
+	$(TRAIN) scenes_small_pretrain --data data/scenes --run $(DEMO)/pretrain --resume $(ARGS)
+	$(TRAIN) scenes_small_finetune --init $(DEMO)/pretrain --run $(DEMO)/finetune --resume $(ARGS)
+	$(TRAIN) scenes_small_align --data data/scenes --run $(DEMO)/align-only --resume $(ARGS)
 	for run in pretrain finetune align-only; do \
 		$(PY) -m d2s.evaluate --model $(DEMO)/$$run/best --data data/scenes --split test \
 			--json $(DEMO)/$$run/test.json || exit 1; done
