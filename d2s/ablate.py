@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from d2s.checkpoint import MARKER, newest, write_json
 from d2s.shards.order import steps_per_epoch
@@ -198,9 +198,9 @@ def evaluate_all(ablation: Ablation) -> list[dict]:
 
 
 def table(results: list[dict]) -> str:
-    """The results as a Markdown table; time is that of training, pre-training included."""
+    """The results as a Markdown table; time is the seeds' median, pre-training included."""
     before = next((r for r in results if r["row"] == ROWS[0].name), None)
-    pretraining = mean(run["train_seconds"] for run in before["runs"]) if before else 0.0
+    pretraining = median(run["train_seconds"] for run in before["runs"]) if before else 0.0
     lines = [
         "| row | steps | test rSum | val rSum | training time |",
         "|---|---|---|---|---|",
@@ -208,7 +208,7 @@ def table(results: list[dict]) -> str:
     for result in results:
         runs = result["runs"]
         steps = runs[0]["steps"] + (before["runs"][0]["steps"] if before and result["pretrained"] else 0)
-        seconds = mean(run["train_seconds"] for run in runs) + pretraining * result["pretrained"]
+        seconds = median(run["train_seconds"] for run in runs) + pretraining * result["pretrained"]
         name = result["row"] + (" (control)" if result["control"] else "")
         lines.append(
             f"| {name} | {steps} | {_spread([run['test_rsum'] for run in runs])} "
