@@ -157,8 +157,8 @@ def _all() -> dict[str, Callable[[], TrainConfig]]:
         "flickr8k_small_finetune": partial(flickr8k_small, "finetune", steps=450),
         "flickr8k_small_align": partial(flickr8k_small, "align", steps=600),
         "scenes_small_pretrain": partial(scenes_small, "pretrain", steps=200),
-        "scenes_small_finetune": partial(scenes_small, "finetune", steps=200),
-        "scenes_small_align": partial(scenes_small, "align", steps=400),
+        "scenes_small_finetune": partial(scenes_small, "finetune", steps=100),
+        "scenes_small_align": partial(scenes_small, "align", steps=300),
     }
     return recipes
 
