@@ -153,9 +153,9 @@ def _all() -> dict[str, Callable[[], TrainConfig]]:
                     if part != "align":
                         recipes[f"{data}_{tower}_{size}_{part}_compat"] = partial(_compat_of, build)
     recipes |= {
-        "flickr8k_small_pretrain": partial(flickr8k_small, "pretrain", steps=150),
-        "flickr8k_small_finetune": partial(flickr8k_small, "finetune", steps=450),
-        "flickr8k_small_align": partial(flickr8k_small, "align", steps=600),
+        "flickr8k_small_pretrain": partial(flickr8k_small, "pretrain", steps=200),
+        "flickr8k_small_finetune": partial(flickr8k_small, "finetune", steps=900),
+        "flickr8k_small_align": partial(flickr8k_small, "align", steps=1100),
         "scenes_small_pretrain": partial(scenes_small, "pretrain", steps=200),
         "scenes_small_finetune": partial(scenes_small, "finetune", steps=100),
         "scenes_small_align": partial(scenes_small, "align", steps=300),
