@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from d2s.checkpoint import MARKER, newest, write_json
+from d2s.checkpoint import MARKER, newest
+from d2s.shards.files import write_json
 from d2s.shards.order import steps_per_epoch
 
 TRAIN = Path(__file__).with_name("train.py")

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from d2s.shards.files import write_json
+
 MARKER = "complete.json"
 STATE = {"step", "to_validate", "best", "damaged", "truncated", "skipped"}
 _TAG = "engine"
@@ -31,17 +33,6 @@ def fsync_tree(folder: Path) -> None:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Writes JSON atomically: the old content or the new, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

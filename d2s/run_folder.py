@@ -15,6 +15,7 @@ import torch
 
 from d2s import checkpoint
 from d2s.config import TrainConfig, differences, from_dict, to_dict
+from d2s.shards.files import write_json
 
 CONFIG, LOCK = "config.json", ".lock"
 # Left by a command that failed while it was building; neither holds a step of training.
@@ -77,7 +78,7 @@ def data_of(run: Path) -> str | None:
 def write(run: Path, config: TrainConfig, origin: dict[str, Any], world: int) -> None:
     """Writes config.json, whole or not at all."""
     content = {"config": to_dict(config), **origin, "workers": world, "torch": torch.__version__}
-    checkpoint.write_json(run / CONFIG, content)
+    write_json(run / CONFIG, content)
 
 
 def claim(run: Path) -> int:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2s.checkpoint import write_json
 from d2s.data import eval_texts
 from d2s.distributed import Workers, barrier
 from d2s.model import Teacher
+from d2s.shards.files import write_json
 from d2s.shards.index import ShardIndex
 from d2s.text import TextPipeline
 
