@@ -20,7 +20,9 @@ setup(
         "d2s",
         "d2s.model",
         "d2s.kernels",
+        "d2s.kernels.bench",
         "d2s.kernels.chunked",
+        "d2s.kernels.fused",
         "d2s.launchers",
         "d2s.shards",
         "d2s.shards.scenes",
@@ -31,6 +33,7 @@ setup(
         "d2s.launchers": "launchers",
         "d2s.shards": "shards",
     },
+    package_data={"d2s.kernels": ["results/*"], "d2s.kernels.fused": ["tiles.json"]},
     install_requires=SHARDS,
     extras_require={
         "model": MODEL,

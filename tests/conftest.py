@@ -2,15 +2,22 @@
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# With D2S_TEST_DEVICE=cuda the kernels run on the device instead of in the interpreter.
+if os.environ.get("D2S_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A cluster's or launcher's variables would make single-process tests believe that they are a rank.
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)
 
-from hypothesis import settings  # noqa: E402
+try:
+    from hypothesis import settings
+except ImportError:
+    # A GPU machine with torch, triton and pytest alone runs tests/kernels, which does without.
+    settings = None
 
-# Deadlines of milliseconds measure the machine's load, not the code.
-settings.register_profile("d2s", deadline=None)
-settings.load_profile("d2s")
+if settings is not None:
+    # Deadlines of milliseconds measure the machine's load, not the code.
+    settings.register_profile("d2s", deadline=None)
+    settings.load_profile("d2s")

@@ -1,6 +1,76 @@
-"""Lets the tests of this folder import `problems`."""
+"""Lets the tests of this folder import `problems`, and counts the Triton kernels that they launch."""
 
 import sys
+from collections import Counter
+from functools import wraps
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+LAUNCHES: Counter[str] = Counter()
+# What this session is made of: whether every file of this folder takes part, and with all its tests.
+_session = {"whole": False, "deselected": False}
+
+
+def _specs() -> tuple:
+    try:
+        from d2s.kernels.fused import ALL_SPECS
+    except ImportError:
+        return ()
+    return tuple(ALL_SPECS)
+
+
+def _counted(run, name):
+    @wraps(run)
+    def launch(*arguments, **keywords):
+        LAUNCHES[name] += 1
+        return run(*arguments, **keywords)
+
+    return launch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _count_launches():
+    """Stands in front of every kernel's launch; a kernel is launched through its attribute `run`."""
+    kernels = {id(spec.kernel): spec.kernel for spec in _specs()}.values()
+    for kernel in kernels:
+        kernel.run = _counted(kernel.run, kernel.fn.__name__)
+    yield
+    for kernel in kernels:
+        del kernel.run
+
+
+def pytest_deselected(items):
+    if any(item.path.parent == HERE for item in items):
+        _session["deselected"] = True
+
+
+def pytest_collection_finish(session):
+    one_test_named = any("::" in argument for argument in session.config.args)
+    _session["whole"] = {*HERE.glob("test_*.py")} <= {item.path for item in session.items}
+    _session["whole"] &= not one_test_named and not _session["deselected"]
+
+
+def _never_launched() -> list[str]:
+    return sorted({spec.kernel.fn.__name__ for spec in _specs()}.difference(LAUNCHES))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if _session["whole"] and exitstatus == pytest.ExitCode.OK and _never_launched():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    specs = _specs()
+    if not specs or not _session["whole"]:
+        return
+    where = "in the interpreter" if type(specs[0].kernel).__name__ == "InterpretedFunction" else "on a device"
+    never = _never_launched()
+    every = len({id(spec.kernel) for spec in specs})
+    launches = f"{every - len(never)} of {every}, {LAUNCHES.total()} launches"
+    terminalreporter.write_line(f"Triton kernels run {where}: {launches}", red=bool(never), green=not never)
+    for name in never:
+        terminalreporter.write_line(f"never launched by any test: {name}", red=True)
