@@ -1,3 +1,6 @@
+from dataclasses import dataclass
+from math import lcm
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,45 +36,100 @@ def test_block_permutation_is_a_bijection_block_by_block(sizes, seed, block):
     assert max(spans) <= biggest
 
 
+@dataclass(frozen=True)
+class Case:
+    """A run of two epochs over `items`, stopped after `stop` steps and gone on with by other workers."""
+
+    items: int
+    global_batch: int
+    worlds: tuple[int, int]
+    processes: tuple[int, int]
+    stop: int
+    seed: int
+    blocks: tuple[int, ...] = ()
+    """Sizes of the shards, where they are read block by block."""
+
+    def order(self, epoch: int) -> Permutation | BlockPermutation:
+        if self.blocks:
+            return BlockPermutation(self.blocks, self.seed, epoch, 2)
+        return Permutation(self.items, self.seed, epoch)
+
+
+def check_case(case: Case) -> None:
+    """Promise 1: stop on W workers, go on with W'; the union is the permutation's head, batch by batch."""
+    steps = steps_per_epoch(case.items, case.global_batch)
+    stop = min(case.stop, 2 * steps)
+    parts = (
+        (case.worlds[0], case.processes[0], 0, stop),
+        (case.worlds[1], case.processes[1], stop, 2 * steps),
+    )
+    seen: dict[int, list[np.ndarray]] = {0: [], 1: []}
+    for world, processes, first, last in parts:
+        batches = {}
+        for rank in range(world):
+            for process in range(processes):  # each builds the order for itself, and takes every k-th step
+                orders = [case.order(0), case.order(1)]
+                for number in range(first + process, last, processes):
+                    epoch, step = divmod(number, steps)
+                    positions = batch_positions(step, case.global_batch, rank, world)
+                    assert len(positions) == case.global_batch // world
+                    batches[number, rank] = orders[epoch](np.arange(positions.start, positions.stop))
+        assert len(batches) == (last - first) * world  # equal steps on every worker
+        for number in range(first, last):
+            seen[number // steps] += [batches[number, rank] for rank in range(world)]
+    for epoch, rows in seen.items():
+        items = np.concatenate(rows)
+        whole = everything(case.order(epoch))[: steps * case.global_batch]
+        assert (items == whole).all()  # the union is exact
+        assert len(np.unique(items)) == len(items)  # nothing twice
+        assert items.min() >= 0
+        assert items.max() < case.items
+        assert case.items - len(items) < case.global_batch  # nothing missing but what fills no whole batch
+
+
+WORLDS = (1, 2, 3, 4)
+
+
 @given(
     n=st.integers(1, 600),
     local=st.integers(1, 8),
-    factors=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
-    processes=st.integers(1, 4),
-    stop=st.integers(0, 80),
+    worlds=st.tuples(st.sampled_from(WORLDS), st.sampled_from(WORLDS)),
+    processes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stop=st.integers(0, 160),
     seed=st.integers(0, 2**32),
     blocks=st.booleans(),
 )
-@settings(max_examples=200)
-def test_every_item_once_whatever_the_workers_and_the_stop(n, local, factors, processes, stop, seed, blocks):
-    """Promise 1: stop on W workers, go on with W'; the union is the permutation's head, batch by batch."""
-    global_batch = local * 4
+@settings(max_examples=100, deadline=None)
+def test_every_item_once_whatever_the_workers_and_the_stop(n, local, worlds, processes, stop, seed, blocks):
+    global_batch = local * lcm(*worlds)
     if n < global_batch:
         with pytest.raises(ValueError, match=f"{global_batch} but the split has {n}"):
             steps_per_epoch(n, global_batch)
         return
-    steps = steps_per_epoch(n, global_batch)
-    stop = min(stop, steps)
+    check_case(Case(n, global_batch, worlds, processes, stop, seed, (n // 3, n - n // 3) if blocks else ()))
 
-    def new_order():
-        return BlockPermutation([n // 3, n - n // 3], seed, 5, 1) if blocks else Permutation(n, seed, 5)
 
-    seen = []
-    for world, first, last in ((factors[0], 0, stop), (factors[1], stop, steps)):
-        batches = {}
-        for rank in range(world):
-            for process in range(processes):  # each builds the order for itself, and takes every k-th step
-                order = new_order()
-                for step in range(first + process, last, processes):
-                    positions = batch_positions(step, global_batch, rank, world)
-                    batches[step, rank] = order(np.arange(positions.start, positions.stop))
-        assert len(batches) == (last - first) * world  # equal steps on every worker
-        for step in range(first, last):
-            seen.append(np.concatenate([batches[step, rank] for rank in range(world)]))
-    seen = np.concatenate(seen)
-    assert (seen == everything(new_order())[: steps * global_batch]).all()
-    assert len(np.unique(seen)) == len(seen)
-    assert n - len(seen) < global_batch
+def test_every_item_once_in_ten_thousand_random_cases():
+    rng = np.random.default_rng(4)
+    for number in range(10_000):
+        worlds = tuple(int(world) for world in rng.choice(WORLDS, 2))
+        global_batch = int(rng.integers(1, 5)) * lcm(*worlds)
+        steps = int(rng.integers(1, 5))
+        items = steps * global_batch + int(rng.integers(0, global_batch))
+        cuts = np.sort(rng.integers(0, items + 1, 3)) if number % 8 == 0 else ()  # empty shards among them
+        case = Case(
+            items=items,
+            global_batch=global_batch,
+            worlds=worlds,
+            processes=tuple(int(count) for count in rng.integers(1, 4, 2)),
+            stop=int(rng.integers(0, 2 * steps + 1)),
+            seed=int(rng.integers(0, 2**63)),
+            blocks=tuple(np.diff([0, *cuts, items]).tolist()) if number % 8 == 0 else (),
+        )
+        try:
+            check_case(case)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
 
 
 def test_any_position_alone_and_far_out():
