@@ -8,20 +8,21 @@ paper's:
 so that at N = 128 it is the paper's `align + distill` (a sum and a mean), and the ratio of the two terms and
 the meaning of a clipping norm stay the same at any batch size and any number of workers.
 
-Each worker computes its share (its rows against the gathered columns); the shares add up to the loss, and the
-gathered rows carry gradient. An engine that averages gradients over W workers therefore needs W times the
-share.
+Each worker computes its share (its rows against the columns of all workers, gathered or handed around the ring);
+the shares add up to the loss, and the columns carry gradient home. An engine that averages gradients over W
+workers therefore needs W times the share.
 """
 
 from dataclasses import dataclass
 from math import isfinite, log
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from d2s.distributed import all_gather, gather_rows
+from d2s import ring
+from d2s.distributed import all_gather
+from d2s.exchange import gather_rows, rank, world_size
 from d2s.kernels import functional as F
 
 REFERENCE_BATCH = 128
@@ -53,6 +54,9 @@ class LossConfig:
     """Temperature of the similarity rows in relational distillation."""
     teacher: Literal["cached", "online"] = "cached"
     """Teacher embeddings of the training split are computed once and stored in the run, or at every step."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How workers see each other's columns: all of them gathered on each worker, or a block at a time on its way
+    around the ring, for global batches that a worker cannot hold; twice the transfers, the same values."""
     teacher_train_mode: bool = False
     """As the authors' release: the online teacher keeps its dropout on and its BatchNorm drifting."""
 
@@ -76,9 +80,11 @@ class LossConfig:
             raise ValueError("loss.align_weight and loss.distill_weight are both 0: nothing would be learned")
 
 
-@dataclass(frozen=True)
-class Losses:
-    """This worker's share of the total (0-dim, with gradient) and of its terms (0-dim, detached)."""
+class Losses(NamedTuple):
+    """This worker's share of the total (0-dim, with gradient) and of its terms (0-dim, detached).
+
+    A tuple, because ZeRO 3 looks there for what it has to fetch parameters before the backward of.
+    """
 
     total: Tensor
     align: Tensor
@@ -100,6 +106,12 @@ class Objective(nn.Module):
         """The inverse temperature, shape (1,), bounded above."""
         return self.log_scale.clamp(max=log(self.config.max_logit_scale)).exp()
 
+    def factors(self) -> tuple[Tensor, ...]:
+        """What the loss depends on beside the embeddings, (1,) each: the scale, or the scale and the bias."""
+        if self.config.align == "hinge":
+            return ()
+        return (self.scale(), self.logit_bias) if self.config.align == "sigmoid" else (self.scale(),)
+
     def forward(
         self,
         image: Tensor,
@@ -108,18 +120,20 @@ class Objective(nn.Module):
         *,
         warmup: float = 1.0,
         teacher: Tensor | None = None,
+        factors: tuple[Tensor, ...] | None = None,
     ) -> Losses:
         """This worker's share of the loss.
 
         image, text: (B, D), L2-normalised, the local rows, pair i in row i. image_ids: (B,) int64. warmup:
         how far the sum form of the hinge has come, in [0, 1]; from 1 on the hardest negative alone counts.
         teacher: (B, D), the frozen embedding of each pair's dense caption; needed where distill_weight > 0.
+        factors: in the place of :meth:`factors`; with them the loss reads no parameter.
         """
         image, text = _at_least_fp32(image), _at_least_fp32(text)
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        pairs = image.shape[0] * world
+        factors = self.factors() if factors is None else factors
+        pairs = image.shape[0] * world_size()
         zero = text.new_zeros(())
-        align = self._align(image, text, image_ids, warmup) if self.config.align_weight else zero
+        align = self._align(image, text, image_ids, warmup, factors) if self.config.align_weight else zero
         distill = zero
         if self.config.distill_weight:
             assert teacher is not None, "distillation without teacher embeddings"
@@ -128,17 +142,26 @@ class Objective(nn.Module):
         total = total + self.config.distill_weight / pairs * distill
         return Losses(total, align.detach(), distill.detach())
 
-    def _align(self, image: Tensor, text: Tensor, ids: Tensor, warmup: float) -> Tensor:
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if world == 1:
-            return self._align_loss(image, text, ids, None, warmup, both=True)
-        # Rows of either side against the gathered other side: both directions, each row on one worker only.
-        all_image, all_text, all_ids = gather_rows(image), gather_rows(text), all_gather(ids)
-        offset = dist.get_rank() * image.shape[0]
-        loss = self._align_loss(image, all_text, ids, all_ids, warmup, both=False, offset=offset)
-        if self.config.align == "sigmoid":
+    def _align(
+        self, image: Tensor, text: Tensor, ids: Tensor, warmup: float, factors: tuple[Tensor, ...]
+    ) -> Tensor:
+        if world_size() == 1:
+            return self._align_loss(image, text, ids, None, warmup, factors, both=True)
+        # Rows of either side against the other side of all workers: each row of either direction on one worker only.
+        one_way = self.config.align == "sigmoid"
+        if self.config.exchange == "ring":
+            loss = self._ring_loss(image, text, ids, warmup, factors)
+            return loss if one_way else loss + self._ring_loss(text, image, ids, warmup, factors)
+        # The hardest negatives are few: of the gathered side's gradient only their rows travel back.
+        sparse = self.config.align == "hinge" and warmup >= 1
+        all_image, all_text = gather_rows(image, sparse=sparse), gather_rows(text, sparse=sparse)
+        all_ids, offset = all_gather(ids), rank() * image.shape[0]
+        loss = self._align_loss(image, all_text, ids, all_ids, warmup, factors, both=False, offset=offset)
+        if one_way:
             return loss
-        return loss + self._align_loss(text, all_image, ids, all_ids, warmup, both=False, offset=offset)
+        return loss + self._align_loss(
+            text, all_image, ids, all_ids, warmup, factors, both=False, offset=offset
+        )
 
     def _align_loss(
         self,
@@ -147,6 +170,7 @@ class Objective(nn.Module):
         row_ids: Tensor,
         column_ids: Tensor | None,
         warmup: float,
+        factors: tuple[Tensor, ...],
         *,
         both: bool,
         offset: int = 0,
@@ -161,22 +185,35 @@ class Objective(nn.Module):
             return loss if hardest else warmup * loss
         if config.align == "infonce":
             return F.info_nce_loss(
-                rows, columns, row_ids, column_ids, scale=self.scale(), offset=offset, both=both
+                rows, columns, row_ids, column_ids, scale=factors[0], offset=offset, both=both
             )
-        return F.sigmoid_loss(
-            rows, columns, row_ids, column_ids, scale=self.scale(), bias=self.logit_bias, offset=offset
-        )
+        scale, bias = factors
+        return F.sigmoid_loss(rows, columns, row_ids, column_ids, scale=scale, bias=bias, offset=offset)
+
+    def _ring_loss(
+        self, rows: Tensor, columns: Tensor, ids: Tensor, warmup: float, factors: tuple[Tensor, ...]
+    ) -> Tensor:
+        margin = self.config.margin
+        if self.config.align == "hinge":
+            if warmup >= 1:
+                return ring.ring_hinge_max(rows, columns, ids, margin)
+            return warmup * ring.ring_loss(ring.HingeSum(margin), rows, columns, ids)
+        rule = ring.InfoNCE() if self.config.align == "infonce" else ring.Sigmoid()
+        return ring.ring_loss(rule, rows, columns, ids, *factors)
 
     def _distill(self, text: Tensor, teacher: Tensor) -> Tensor:
-        if self.config.distill == "relational":
-            return F.relational_distillation(
-                text,
-                torch.nn.functional.normalize(teacher, dim=-1),
-                gather_rows(text),
-                torch.nn.functional.normalize(all_gather(teacher), dim=-1),
-                temperature=self.config.distill_temperature,
-            )
-        return F.pointwise_distillation(text, teacher, kind=self.config.distill)
+        if self.config.distill != "relational":
+            return F.pointwise_distillation(text, teacher, kind=self.config.distill)
+        temperature = self.config.distill_temperature
+        if self.config.exchange == "ring" and world_size() > 1:
+            return ring.ring_relational(text, torch.nn.functional.normalize(teacher, dim=-1), temperature)
+        return F.relational_distillation(
+            text,
+            torch.nn.functional.normalize(teacher, dim=-1),
+            gather_rows(text),
+            torch.nn.functional.normalize(all_gather(teacher), dim=-1),
+            temperature=temperature,
+        )
 
 
 def _at_least_fp32(rows: Tensor) -> Tensor:

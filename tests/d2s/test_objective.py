@@ -1,5 +1,6 @@
 """The objective: its scale, and its independence of the number of workers, in float64."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from d2s.kernels import functional as F
 from d2s.objective import LossConfig, Objective
 
 N, D = 16, 12
+EXCHANGES = ("gather", "ring")
 CASES = {
     "hinge sum": (LossConfig(align="hinge"), 0.3),
     "hinge max": (LossConfig(align="hinge"), 1.0),
@@ -46,12 +48,14 @@ def _problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.randn(N, D).double(), torch.randn(N, D).double(), ids, torch.randn(N, D).double()
 
 
-def _shares(rank: int, world: int) -> dict[str, tuple[Tensor, list[Tensor]]]:
+def _shares(rank: int, world: int) -> dict[tuple[str, str], tuple[Tensor, list[Tensor]]]:
     """Each case's loss and parameter gradients, reduced as an averaging engine would."""
     rows = slice(rank * N // world, (rank + 1) * N // world)
     results = {}
-    for name, (config, warmup) in CASES.items():
-        module = _Double(config)
+    cases = [(name, exchange) for name in CASES for exchange in EXCHANGES[: 1 if world == 1 else None]]
+    for name, exchange in cases:
+        config, warmup = CASES[name]
+        module = _Double(dataclasses.replace(config, exchange=exchange))
         loss = module(*(part[rows] for part in _problem()), warmup)
         (loss * world).backward()
         grads = [p.grad.clone() for p in module.parameters()]
@@ -61,7 +65,7 @@ def _shares(rank: int, world: int) -> dict[str, tuple[Tensor, list[Tensor]]]:
             for grad in grads:
                 dist.all_reduce(grad)
                 grad /= world
-        results[name] = (total, grads)
+        results[name, exchange] = (total, grads)
     return results
 
 
@@ -82,11 +86,15 @@ def _worker(rank: int, world: int, folder: str) -> None:
 def test_loss_and_gradients_do_not_depend_on_workers(world: int, tmp_path: Path) -> None:
     mp.spawn(_worker, args=(world, str(tmp_path)), nprocs=world)
     shared = torch.load(tmp_path / "results.pt")
-    for name, (loss, grads) in _shares(0, 1).items():
-        total, others = shared[name]
-        assert torch.allclose(total, loss, rtol=1e-10, atol=0), name
+    alone = _shares(0, 1)
+    assert len(shared) == len(EXCHANGES) * len(CASES)
+    for name, exchange in shared:
+        loss, grads = alone[name, "gather"]
+        total, others = shared[name, exchange]
+        assert torch.allclose(total, loss, rtol=1e-10, atol=0), (name, exchange)
+        assert all(own.abs().max() > 1e-3 for own in grads), name
         for own, other in zip(grads, others, strict=True):
-            assert (own - other).abs().max() <= 1e-10 * (1 + own.abs().max()), name
+            assert (own - other).abs().max() <= 1e-10 * (1 + own.abs().max()), (name, exchange)
 
 
 def test_at_a_batch_of_128_it_is_the_papers_sum_and_mean() -> None:
