@@ -125,6 +125,14 @@ def add_common(command: argparse.ArgumentParser) -> None:
     )
 
 
+def part(text: str) -> tuple[int, int]:
+    """`3/8` as (3, 8)."""
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 3/8")
+    return int(number), int(parts)
+
+
 def add_build(command: argparse.ArgumentParser) -> None:
     """The options of `build`."""
     add = command.add_argument
@@ -167,6 +175,12 @@ def add_build(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the order within each split, and of scenes (default: 0)")
     add("--count", type=counts, default={}, metavar="train=2000,...", help="scenes: images a split")
     add("--size", type=positive, default=64, metavar="PIXELS", help="scenes: pixels a side (default: 64)")
+    add(
+        "--part",
+        type=part,
+        metavar="I/N",
+        help="make the I-th of N parts of the shards, beside other machines; the last to end joins them",
+    )
     add(
         "--resume",
         action="store_true",

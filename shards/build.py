@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -107,7 +108,8 @@ def build(
     facts: dict | None = None,
     faults: Faults | None = None,
     workers: int = 1,
-) -> BuildReport:
+    part: tuple[int, int] | None = None,
+) -> BuildReport | None:
     """Builds a data set from a source's entries; goes on with one that was interrupted in the same folder.
 
     Args:
@@ -115,6 +117,8 @@ def build(
         out: the folder; `open_output` or `open_in_place` has seen to it.
         facts: what build.json is to say about the input, beside the settings.
         workers: processes; the output does not depend on it.
+        part: (i, n) makes the i-th of n parts of the shards, from 1, beside other processes or machines that make
+            the others; the last part to end joins them all. Returns None for a part that did not.
 
     Raises:
         ValueError: bad input (one line), another build at work there, or other input than before the
@@ -122,27 +126,51 @@ def build(
     """
     faults = faults or Faults(config.quarantine)
     scratch = out / SCRATCH
-    scratch.mkdir(parents=True, exist_ok=True)
-    with open(scratch / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out {out}: another build is writing there now") from None
-        except OSError as error:
-            # Some cluster file systems have no locks; there it is up to the user.
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
+    # Parts plan each for itself: they may be on different machines, and start at any time.
+    planned = scratch / f"plan-{part[0]}-of-{part[1]}" if part else scratch
+    planned.mkdir(parents=True, exist_ok=True)
+    with open(scratch / "lock", "w") as lock, open(planned / "own-lock", "w") as own:
+        _lock(own, out)
+        # Parts share the folder; a build of the whole has it to itself.
+        _lock(lock, out, shared=part is not None)
         settings = settings_of(config, facts)
         try:
-            plan = make_plan(scratch, entries, dense=dense, layout=config.layout, faults=faults)
-            _same_build(scratch, settings)
+            plan = make_plan(planned, entries, dense=dense, layout=config.layout, faults=faults)
+            _same_build(scratch, planned, settings)
         except ValueError:
-            _leave_no_trace(out)
+            _leave_no_trace(out, planned)
             raise
-        _make_shards(plan, out, config, workers)
+        _make_shards(plan, planned, out, config, workers, part or (1, 1))
+        if part and not _last(lock, plan, out):
+            return None
         report = _finish(plan, out, config, settings, faults)
-    shutil.rmtree(scratch)
+        shutil.rmtree(scratch)
     return report
+
+
+def _lock(file: IO[str], out: Path, shared: bool = False) -> None:
+    """Locks a file until it is closed. Raises ValueError where another process holds it."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another build is writing there now") from None
+    except OSError as error:
+        # Some cluster file systems have no locks; there it is up to the user.
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def _last(lock: IO[str], plan: Plan, out: Path) -> bool:
+    """Whether all shards are done and no other part is at work: then this one joins them.
+
+    The lock is let go before it is asked for: of two parts that end together one finds the folder free.
+    """
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    try:
+        _lock(lock, out)
+    except ValueError:
+        return False
+    return not (out / CHECKSUMS).exists() and all(is_done(out, shard) for shard in plan.shards)
 
 
 def settings_of(config: BuildConfig, facts: dict | None = None) -> dict:
@@ -180,38 +208,46 @@ def is_complete(out: Path, settings: dict) -> bool:
     return True
 
 
-def _same_build(scratch: Path, settings: dict) -> None:
+def _same_build(scratch: Path, planned: Path, settings: dict) -> None:
     """Remembers what is being built; a resumed build has to be the same one."""
     path = scratch / "settings.json"
     # Shards that are done had no fault, so it does not matter what was to become of faults. The plan says more
     # of the input than the checksum of its files does.
     deciding = {name: value for name, value in settings.items() if name not in ("on_error", INPUT)}
-    now = {"settings": deciding, "plan": digest(scratch)}
+    now = {"settings": deciding, "plan": digest(planned)}
     if path.exists() and read_json(path) != now:
         out = scratch.parent
         remedy = "run with --force" if settings["in_place"] else "delete it, or build elsewhere"
         raise ValueError(f"{out}: input or options changed since the interrupted build; {remedy}")
-    write_json(path, now)
+    # From a name of its own: another part may be writing the same.
+    own = planned / "own-settings.json"
+    write_json(own, now)
+    own.replace(path)
 
 
-def _leave_no_trace(out: Path) -> None:
+def _leave_no_trace(out: Path, planned: Path) -> None:
     """A build refused before its first shard leaves no folder behind that would be in the way of the next."""
-    if not (out / SCRATCH / "settings.json").exists():
+    others = [path for path in (out / SCRATCH).glob("plan-*") if path != planned]
+    if not (out / SCRATCH / "settings.json").exists() and not others:
         shutil.rmtree(out / SCRATCH)
         if not any(out.iterdir()):
             out.rmdir()
 
 
-def _make_shards(plan: Plan, out: Path, config: BuildConfig, workers: int) -> None:
+def _make_shards(
+    plan: Plan, planned: Path, out: Path, config: BuildConfig, workers: int, part: tuple[int, int]
+) -> None:
     work = Work(
         out=out,
+        plan=planned,
         resize=config.resize,
         quality=config.quality,
         quarantine=config.quarantine,
         in_place=config.layout.in_place is not None,
         decode=config.decode,
     )
-    todo = [shard for shard in plan.shards if not is_done(out, shard)]
+    number, parts = part
+    todo = [shard for shard in plan.shards[number - 1 :: parts] if not is_done(out, shard)]
     total = sum(shard.stop - shard.start for shard in todo)
     results = map_ordered(write_shard, todo, workers, start, (work,))
     counted = ((shard.stop - shard.start, shard) for shard, _ in results)

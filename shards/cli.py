@@ -121,10 +121,10 @@ def _build(args: argparse.Namespace) -> int:
     facts = _facts(args.source, options, dense)
     if read := _caption_files(options, dense):
         facts[INPUT] = input_sha256(read)
-    if args.resume and is_complete(args.out, settings_of(config, facts)):
+    if (args.resume or args.part) and is_complete(args.out, settings_of(config, facts)):
         print(f"{args.out}: complete already")
         return 0
-    open_output(args.out, args.resume)
+    open_output(args.out, args.resume or args.part is not None)
     _run(args, options, args.out, config, dense, facts)
     return 0
 
@@ -153,8 +153,14 @@ def _run(
 ) -> None:
     faults = Faults(config.quarantine)
     entries = sources.source(args.source).entries(options, faults)
-    report = build(entries, out, config, dense=dense, facts=facts, faults=faults, workers=args.workers)
-    _print_report(report, out)
+    part = getattr(args, "part", None)
+    report = build(
+        entries, out, config, dense=dense, facts=facts, faults=faults, workers=args.workers, part=part
+    )
+    if report is None:
+        print(f"{out}: part {part[0]}/{part[1]} is done; the last part to end joins them")
+    else:
+        _print_report(report, out)
 
 
 def _facts(source: str, options: SourceOptions, dense: DenseOptions | None) -> dict:

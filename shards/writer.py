@@ -32,6 +32,7 @@ class Work:
     """
 
     out: Path
+    plan: Path
     resize: int | None = None
     quality: int = 95
     quarantine: bool = False
@@ -47,7 +48,7 @@ _plan: Plan | None = None
 def start(work: Work) -> None:
     """Prepares a worker process."""
     global _work, _plan
-    _work, _plan = work, Plan(work.out / SCRATCH)
+    _work, _plan = work, Plan(work.plan)
 
 
 def part_path(out: Path, shard: Shard) -> Path:
