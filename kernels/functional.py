@@ -1,7 +1,6 @@
-"""The public interface of `d2s.kernels`: argument checks, then the chosen implementation.
+"""The public interface of `d2s.kernels`: argument checks, then the operators, or the reference where it is chosen.
 
-`D2S_KERNELS` chooses it: `chunked` (any device, the default) or `reference` (dense, float64, slow: for tests
-and for doubts). Every implementation is a module with these functions and the same contract.
+Who computes is in `d2s.kernels.dispatch`: `D2S_KERNELS`, the device and the type decide.
 
 Common to all losses here:
 - They are *sums* over the batch, 0-dim, in float32 (float64 for float64 inputs); bf16 and fp16 inputs are
@@ -15,38 +14,36 @@ Common to all losses here:
 Sizes: B local batch, N global batch, M candidates, K tokens, D width.
 """
 
-import logging
 import math
-import os
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = {"chunked": "d2s.kernels.chunked", "reference": "d2s.kernels.reference"}
-DEFAULT = "chunked"
+from d2s.kernels import ops
+from d2s.kernels.dispatch import implementation, load
+
 KINDS = ("cosine", "l1", "l2")
-log = logging.getLogger("d2s.kernels")
+__all__ = [
+    "gpo_pool",
+    "hinge_loss",
+    "implementation",
+    "info_nce_loss",
+    "pointwise_distillation",
+    "relational_distillation",
+    "retrieval_ranks",
+    "sigmoid_loss",
+]
 
 
-def implementation() -> str:
-    """The name of the implementation in use. Raises ValueError where D2S_KERNELS names none."""
-    name = os.environ.get("D2S_KERNELS") or DEFAULT
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"D2S_KERNELS: {name!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
-    return name
+def _dense(x: Tensor) -> bool:
+    """Whether the reference computes."""
+    return implementation(x.device, x.dtype) == "reference"
 
 
-@cache
-def _load(name: str) -> ModuleType:
-    log.info("kernels: %s", name)
-    return import_module(IMPLEMENTATIONS[name])
-
-
-def _chosen() -> ModuleType:
-    return _load(implementation())
+def _needs(*inputs: Tensor) -> list[bool]:
+    """Which of the inputs want a gradient."""
+    grad = torch.is_grad_enabled()
+    return [grad and x.requires_grad for x in inputs]
 
 
 def hinge_loss(
@@ -69,9 +66,13 @@ def hinge_loss(
     """
     text_ids = _check_sides(image, text, image_ids, text_ids, offset, both)
     _check_number("margin", margin)
-    return _chosen().hinge_loss(
-        image, text, image_ids, text_ids, margin=margin, hardest=hardest, offset=offset, both=both
-    )
+    if _dense(image):
+        return load("reference").hinge_loss(
+            image, text, image_ids, text_ids, margin=margin, hardest=hardest, offset=offset, both=both
+        )
+    if hardest:
+        return ops.hinge_max(image, text, image_ids, text_ids, margin, offset, both)[0]
+    return ops.hinge_sum(image, text, image_ids, text_ids, margin, offset, both, *_needs(image, text))[0]
 
 
 def info_nce_loss(
@@ -92,7 +93,11 @@ def info_nce_loss(
     """
     text_ids = _check_sides(image, text, image_ids, text_ids, offset, both)
     scale = _as_tensor("scale", scale, image)
-    return _chosen().info_nce_loss(image, text, image_ids, text_ids, scale=scale, offset=offset, both=both)
+    if _dense(image):
+        return load("reference").info_nce_loss(
+            image, text, image_ids, text_ids, scale=scale, offset=offset, both=both
+        )
+    return ops.info_nce(image, text, image_ids, text_ids, scale, offset, both)[0]
 
 
 def sigmoid_loss(
@@ -113,7 +118,12 @@ def sigmoid_loss(
     """
     text_ids = _check_sides(image, text, image_ids, text_ids, offset, both=False)
     scale, bias = _as_tensor("scale", scale, image), _as_tensor("bias", bias, image)
-    return _chosen().sigmoid_loss(image, text, image_ids, text_ids, scale=scale, bias=bias, offset=offset)
+    if _dense(image):
+        return load("reference").sigmoid_loss(
+            image, text, image_ids, text_ids, scale=scale, bias=bias, offset=offset
+        )
+    need = _needs(image, text, scale, bias)
+    return ops.sigmoid(image, text, image_ids, text_ids, scale, bias, offset, *need)[0]
 
 
 def pointwise_distillation(
@@ -129,7 +139,9 @@ def pointwise_distillation(
         raise ValueError(f"kind: {kind!r} is unknown; use one of {', '.join(KINDS)}")
     _check_matrix("student", student)
     _check_like("teacher", teacher, student, tuple(student.shape))
-    return _chosen().pointwise_distillation(student, teacher, kind=kind, normalize=normalize)
+    if _dense(student):
+        return load("reference").pointwise_distillation(student, teacher, kind=kind, normalize=normalize)
+    return ops.pointwise(student, teacher, kind, normalize, *_needs(student))[0]
 
 
 def relational_distillation(
@@ -159,9 +171,12 @@ def relational_distillation(
     _check_number("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature: {temperature} is not above 0")
-    return _chosen().relational_distillation(
-        student, teacher, student_all, teacher_all, temperature=temperature
-    )
+    if _dense(student):
+        return load("reference").relational_distillation(
+            student, teacher, student_all, teacher_all, temperature=temperature
+        )
+    need = _needs(student, student_all)
+    return ops.relational(student, teacher, student_all, teacher_all, temperature, *need)[0]
 
 
 def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
@@ -177,7 +192,9 @@ def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(f"features: {_describe(features)} is not a float tensor (B, K, D)")
     _check_like("weights", weights, features, tuple(features.shape[:2]))
     _check_like("mask", mask, features, tuple(features.shape[:2]), torch.bool)
-    return _chosen().gpo_pool(features, weights, mask)
+    if _dense(features):
+        return load("reference").gpo_pool(features, weights, mask)
+    return ops.gpo(features, weights, mask, *_needs(features, weights))[0]
 
 
 def retrieval_ranks(
@@ -211,7 +228,9 @@ def retrieval_ranks(
             raise ValueError("positives: missing; give (starts, indices), or query_ids and candidate_ids")
         _check_like("query_ids", query_ids, queries, (n,), torch.int64)
         _check_like("candidate_ids", candidate_ids, queries, (m,), torch.int64)
-    return _chosen().retrieval_ranks(queries, candidates, positives, query_ids, candidate_ids)
+    if _dense(queries):
+        return load("reference").retrieval_ranks(queries, candidates, positives, query_ids, candidate_ids)
+    return ops.retrieval_ranks(queries, candidates, *(positives or (None, None)), query_ids, candidate_ids)
 
 
 def _describe(x: Tensor) -> str:

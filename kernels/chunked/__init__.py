@@ -1,19 +1,27 @@
-"""Any device, any float type: a few rows of the similarity matrix at a time, with hand-written backwards."""
+"""Any device, any float type: a few rows of the similarity matrix at a time, forwards and backwards by hand.
 
-from d2s.kernels.chunked.gpo import gpo_pool
-from d2s.kernels.chunked.hinge import hinge_loss
-from d2s.kernels.chunked.info_nce import info_nce_loss
-from d2s.kernels.chunked.pointwise import pointwise_distillation
+Raw functions: tensors in, fresh tensors out, no automatic differentiation; `d2s.kernels.ops` makes operators of
+them. acc stands for float32, and for float64 where the inputs are that; what is not needed comes back empty.
+"""
+
+from d2s.kernels.chunked.gpo import gpo_backward, gpo_forward
+from d2s.kernels.chunked.hinge import hinge_max_backward, hinge_max_forward, hinge_sum_forward
+from d2s.kernels.chunked.info_nce import info_nce_backward, info_nce_forward
+from d2s.kernels.chunked.pointwise import pointwise_forward
 from d2s.kernels.chunked.ranks import retrieval_ranks
-from d2s.kernels.chunked.relational import relational_distillation
-from d2s.kernels.chunked.sigmoid import sigmoid_loss
+from d2s.kernels.chunked.relational import relational_forward
+from d2s.kernels.chunked.sigmoid import sigmoid_forward
 
 __all__ = [
-    "gpo_pool",
-    "hinge_loss",
-    "info_nce_loss",
-    "pointwise_distillation",
-    "relational_distillation",
+    "gpo_backward",
+    "gpo_forward",
+    "hinge_max_backward",
+    "hinge_max_forward",
+    "hinge_sum_forward",
+    "info_nce_backward",
+    "info_nce_forward",
+    "pointwise_forward",
+    "relational_forward",
     "retrieval_ranks",
-    "sigmoid_loss",
+    "sigmoid_forward",
 ]

@@ -1,6 +1,7 @@
 """What the sweeps share: precision, chunks of rows, and the pairs that show the same image."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,12 +20,15 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x (any shape), detached and contiguous in its accumulator type; no copy where it is so already."""
-    return x.detach().to(accumulator(x.dtype)).contiguous()
+    """x (any shape), contiguous in its accumulator type; no copy where it is so already."""
+    return x.to(accumulator(x.dtype)).contiguous()
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager:
     """A context in which autocast leaves the matrix products alone."""
+    # Making an autocast context takes ten times as long as asking whether one is needed.
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
 
 

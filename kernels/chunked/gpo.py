@@ -17,120 +17,157 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2s.kernels.chunked.common import upcast
 
 
-def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    """See `d2s.kernels.functional.gpo_pool`."""
-    plain = features.device.type == "cpu" and features.dtype != torch.float64
-    if not plain or features.shape[1] * features.shape[2] >= 2**31:
-        return _SortedByTorch.apply(features, weights, mask)
-    grad = torch.is_grad_enabled()
-    return _SortedAsIntegers.apply(
-        features, weights, mask, grad and features.requires_grad, grad and weights.requires_grad
+def gpo_forward(
+    features: Tensor, weights: Tensor, mask: Tensor, need_features: bool, need_weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(pooled (B, D) in the type of the features, order (B, D * K) int32, value (B, D * K) acc).
+
+    order, value: what the backward needs of the sort, empty where it needs nothing. Arguments as in
+    `d2s.kernels.functional.gpo_pool`.
+    """
+    fast = _as_integers(features, features.dtype, *features.shape[1:])
+    forward = _forward_as_integers if fast else _forward_by_torch
+    return forward(features, weights, mask, need_features, need_weights)
+
+
+def gpo_backward(
+    grad: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    order: Tensor,
+    value: Tensor,
+    dtype: torch.dtype,
+    need_features: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """(d_features (B, K, D) of dtype, d_weights (B, K) in the type of the weights); grad (B, D)."""
+    shape = (*mask.shape, grad.shape[1])
+    backward = _backward_as_integers if _as_integers(grad, dtype, *shape[1:]) else _backward_by_torch
+    d_features, d_weights = backward(grad, weights, mask, order, value, shape, need_features, need_weights)
+    return (
+        d_features.to(dtype).contiguous() if need_features else grad.new_empty(0, dtype=dtype),
+        d_weights.to(weights.dtype) if need_weights else weights.new_empty(0),
     )
 
 
-class _SortedByTorch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features, weights, mask):
-        x = upcast(features)
-        real = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
-        w = torch.where(real, weights.detach().to(x.dtype), 0)
-        x = x.masked_fill(~mask[:, :, None], -torch.inf).transpose(1, 2)
-        value, order = torch.sort(x, dim=2, descending=True, stable=True)
-        value = torch.where(real[:, None], value, 0)
-        ctx.save_for_backward(value, order, w, real)
-        ctx.types = (features.dtype, weights.dtype)
-        return (value * w[:, None]).sum(2).to(features.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        value, order, w, real = ctx.saved_tensors
-        grad = grad.to(value.dtype)
-        d_features = d_weights = None
-        if ctx.needs_input_grad[0]:
-            spread = grad[:, :, None] * w[:, None]
-            d_features = torch.empty_like(value).scatter_(2, order, spread)
-            d_features = d_features.transpose(1, 2).to(ctx.types[0])
-        if ctx.needs_input_grad[1]:
-            d_weights = (grad[:, :, None] * value).sum(1)
-            d_weights = torch.where(real, d_weights, 0).to(ctx.types[1])
-        return d_features, d_weights, None
+def _as_integers(x: Tensor, dtype: torch.dtype, tokens: int, width: int) -> bool:
+    """Whether features of dtype with samples (tokens, width), on the device of x, go the way by integers."""
+    return x.device.type == "cpu" and dtype != torch.float64 and tokens * width < 2**31
 
 
-class _SortedAsIntegers(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features, weights, mask, keep_order, keep_value):
-        x, w = upcast(features), weights.detach().to(torch.float32).contiguous()
-        batch, tokens, width = x.shape
-        # A sample's own first width * length entries are used; row d of them is channel d in sorted order.
-        order = _large((batch, tokens * width), np.int32) if keep_order else None
-        value = _large((batch, tokens * width), np.float32) if keep_value else None
-        pooled = torch.zeros(batch, width)
+def _forward_by_torch(
+    features: Tensor, weights: Tensor, mask: Tensor, need_features: bool, need_weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = upcast(features)
+    real = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+    w = torch.where(real, weights.to(x.dtype), 0)
+    x = x.masked_fill(~mask[:, :, None], -torch.inf).transpose(1, 2)
+    value, order = torch.sort(x, dim=2, descending=True, stable=True)
+    value = torch.where(real[:, None], value, 0)
+    return (
+        (value * w[:, None]).sum(2).to(features.dtype),
+        order.to(torch.int32).flatten(1) if need_features else mask.new_empty(0, dtype=torch.int32),
+        value.flatten(1) if need_weights else x.new_empty(0),
+    )
 
-        def sample(b: int, scratch: _Scratch) -> None:
-            place = mask[b].nonzero().squeeze(1)
-            length = place.shape[0]
-            if length == 0:
-                return
-            real = x[b] if length == tokens else x[b].index_select(0, place)
-            size, shape = width * length, (width, length)
-            bits = scratch.keys[:size].view(shape)
-            if keep_value:
-                bits = value[b, :size].view(shape)
-            keys = _keys(real, bits, scratch)
-            if keep_order:
-                _sort_with_place(keys, place.numpy(), order[b, :size].numpy().reshape(shape), scratch)
-            else:
-                keys.sort(axis=1)
-            ordered = _values(keys, scratch)
-            np.einsum("dk,k->d", ordered, w[b, :length].numpy(), out=pooled[b].numpy())
 
-        _each(sample, batch, tokens * width)
-        ctx.save_for_backward(order, value, w, mask)
-        ctx.shape, ctx.types = tuple(x.shape), (features.dtype, weights.dtype)
-        return pooled.to(features.dtype)
+def _backward_by_torch(
+    grad: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    order: Tensor,
+    value: Tensor,
+    shape: tuple[int, ...],
+    need_features: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    batch, tokens, width = shape
+    grad = upcast(grad)
+    real = torch.arange(tokens, device=mask.device) < mask.sum(1, keepdim=True)
+    d_features = d_weights = None
+    if need_features:
+        w = torch.where(real, weights.to(grad.dtype), 0)
+        spread = grad[:, :, None] * w[:, None]
+        place = order.view(batch, width, tokens).to(torch.int64)
+        d_features = torch.empty_like(spread).scatter_(2, place, spread).transpose(1, 2)
+    if need_weights:
+        d_weights = (grad[:, :, None] * value.view(batch, width, tokens)).sum(1)
+        d_weights = torch.where(real, d_weights, 0)
+    return d_features, d_weights
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        order, value, w, mask = ctx.saved_tensors
-        batch, tokens, width = ctx.shape
-        grad = grad.to(torch.float32).contiguous()
-        lengths = mask.sum(1).tolist()
-        full = min(lengths, default=0) == tokens
-        d_features = d_weights = None
-        if order is not None:
-            d_features = _large(ctx.shape, np.float32)
-            if not full:
-                d_features.zero_()
-        if value is not None:
-            d_weights = torch.zeros(batch, tokens)
 
-        def sample(b: int, scratch: _Scratch) -> None:
-            length = lengths[b]
-            size, own, g = width * length, w[b, :length].numpy(), grad[b].numpy()
-            if order is not None:
-                place, spread = scratch.wide[:size], scratch.keys[:size].numpy()
-                place[:] = order[b, :size].numpy()
-                np.multiply(g[:, None], own, out=spread.reshape(width, length))
-                d_features[b].view(-1).numpy()[place] = spread
-            if value is not None:
-                ordered = value[b, :size].view(width, length).numpy()
-                np.einsum("dk,d->k", ordered, g, out=d_weights[b, :length].numpy())
+def _forward_as_integers(
+    features: Tensor, weights: Tensor, mask: Tensor, need_features: bool, need_weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, w = upcast(features), weights.to(torch.float32).contiguous()
+    batch, tokens, width = x.shape
+    # A sample's own first width * length entries are used; row d of them is channel d in sorted order.
+    order = _large((batch, tokens * width) if need_features else (0,), np.int32)
+    value = _large((batch, tokens * width) if need_weights else (0,), np.float32)
+    pooled = torch.zeros(batch, width)
 
-        _each(sample, batch, tokens * width)
-        return (
-            None if d_features is None else d_features.to(ctx.types[0]),
-            None if d_weights is None else d_weights.to(ctx.types[1]),
-            None,
-            None,
-            None,
-        )
+    def sample(b: int, scratch: _Scratch) -> None:
+        place = mask[b].nonzero().squeeze(1)
+        length = place.shape[0]
+        if length == 0:
+            return
+        real = x[b] if length == tokens else x[b].index_select(0, place)
+        size, shape = width * length, (width, length)
+        bits = scratch.keys[:size].view(shape)
+        if need_weights:
+            bits = value[b, :size].view(shape)
+        keys = _keys(real, bits, scratch)
+        if need_features:
+            _sort_with_place(keys, place.numpy(), order[b, :size].numpy().reshape(shape), scratch)
+        else:
+            keys.sort(axis=1)
+        ordered = _values(keys, scratch)
+        np.einsum("dk,k->d", ordered, w[b, :length].numpy(), out=pooled[b].numpy())
+
+    _each(sample, batch, tokens * width)
+    return pooled.to(features.dtype), order, value
+
+
+def _backward_as_integers(
+    grad: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    order: Tensor,
+    value: Tensor,
+    shape: tuple[int, ...],
+    need_features: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    batch, tokens, width = shape
+    grad, w = grad.to(torch.float32).contiguous(), weights.to(torch.float32).contiguous()
+    lengths = mask.sum(1).tolist()
+    full = min(lengths, default=0) == tokens
+    d_features = d_weights = None
+    if need_features:
+        d_features = _large(shape, np.float32)
+        if not full:
+            d_features.zero_()
+    if need_weights:
+        d_weights = torch.zeros(batch, tokens)
+
+    def sample(b: int, scratch: _Scratch) -> None:
+        length = lengths[b]
+        size, own, g = width * length, w[b, :length].numpy(), grad[b].numpy()
+        if need_features:
+            place, spread = scratch.wide[:size], scratch.keys[:size].numpy()
+            place[:] = order[b, :size].numpy()
+            np.multiply(g[:, None], own, out=spread.reshape(width, length))
+            d_features[b].view(-1).numpy()[place] = spread
+        if need_weights:
+            ordered = value[b, :size].view(width, length).numpy()
+            np.einsum("dk,d->k", ordered, g, out=d_weights[b, :length].numpy())
+
+    _each(sample, batch, tokens * width)
+    return d_features, d_weights
 
 
 def _large(shape: tuple[int, ...], dtype: type) -> Tensor:

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from d2s.kernels.chunked.common import (
@@ -16,21 +15,46 @@ from d2s.kernels.chunked.common import (
 )
 
 
-def hinge_loss(
+def hinge_max_forward(
     image: Tensor,
     text: Tensor,
     image_ids: Tensor,
     text_ids: Tensor,
-    *,
     margin: float,
-    hardest: bool,
     offset: int,
     both: bool,
-) -> Tensor:
-    """See `d2s.kernels.functional.hinge_loss`."""
-    wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
-    function = _HingeMax if hardest else _HingeSum
-    return function.apply(image, text, image_ids, text_ids, margin, offset, both, wanted)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss () acc, row_at (n,) int64, row_active (n,) bool, column_at (M,) int64, column_active (M,) bool).
+
+    row_at: the hardest negative of each row, row_active: whether it violates the margin; likewise the columns',
+    empty without both. Arguments as in `d2s.kernels.functional.hinge_loss`.
+    """
+    with full_precision(image.device):
+        rows, columns = upcast(image), upcast(text)
+        n, m = rows.shape[0], columns.shape[0]
+        same = SamePairs(image_ids, text_ids)
+        positive = rows.new_empty(n)
+        row_best, row_at = rows.new_empty(n), image_ids.new_empty(n)
+        column_best = rows.new_full((m if both else 0,), -torch.inf)
+        column_at = image_ids.new_zeros(m if both else 0)
+        for start, stop, s in Sweep(rows, columns):
+            diagonal = positive_entries(s, start, offset)
+            positive[start:stop] = diagonal
+            diagonal.fill_(-torch.inf)
+            same.fill(s, start, stop, -torch.inf)
+            row_best[start:stop], row_at[start:stop] = row_maxima(s)
+            if both:
+                best, at = column_maxima(s)
+                # Only a strictly larger value replaces: the lowest index keeps a tie.
+                better = best > column_best
+                column_best = torch.where(better, best, column_best)
+                column_at = torch.where(better, at + start, column_at)
+        row_cost = (margin + row_best - positive).clamp_min(0)
+        loss = row_cost.sum()
+        if not both:
+            return loss, row_at, row_cost > 0, column_at, column_at.new_empty(0, dtype=torch.bool)
+        column_cost = (margin + column_best - positive).clamp_min(0)
+        return loss + column_cost.sum(), row_at, row_cost > 0, column_at, column_cost > 0
 
 
 def _sum_rows(index: Tensor, source: Tensor, weight: Tensor, target: Tensor, size: int) -> Tensor:
@@ -40,103 +64,78 @@ def _sum_rows(index: Tensor, source: Tensor, weight: Tensor, target: Tensor, siz
     return embedding_bag(index[order], source, starts, mode="sum", per_sample_weights=weight[order])
 
 
-class _HingeMax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, image, text, image_ids, text_ids, margin, offset, both, wanted):
-        with full_precision(image.device):
-            rows, columns = upcast(image), upcast(text)
-            n, m = rows.shape[0], columns.shape[0]
-            same = SamePairs(image_ids, text_ids)
-            positive = rows.new_empty(n)
-            row_best, row_at = rows.new_empty(n), image_ids.new_empty(n)
-            column_best = rows.new_full((m,), -torch.inf)
-            column_at = image_ids.new_zeros(m)
-            for start, stop, s in Sweep(rows, columns):
-                diagonal = positive_entries(s, start, offset)
-                positive[start:stop] = diagonal
-                diagonal.fill_(-torch.inf)
-                same.fill(s, start, stop, -torch.inf)
-                row_best[start:stop], row_at[start:stop] = row_maxima(s)
-                if both:
-                    best, at = column_maxima(s)
-                    # Only a strictly larger value replaces: the lowest index keeps a tie.
-                    better = best > column_best
-                    column_best = torch.where(better, best, column_best)
-                    column_at = torch.where(better, at + start, column_at)
-            row_cost = (margin + row_best - positive).clamp_min(0)
-            loss = row_cost.sum()
+def hinge_max_backward(
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    row_at: Tensor,
+    row_active: Tensor,
+    column_at: Tensor,
+    column_active: Tensor,
+    offset: int,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor]:
+    """(d_image (n, D), d_text (M, D)) in the types of the inputs, from what the forward gave and grad ()."""
+    rows, columns = upcast(image), upcast(text)
+    n, m = rows.shape[0], columns.shape[0]
+    here = torch.arange(n, device=rows.device)
+    i, j, active = here, row_at, row_active
+    if column_at.shape[0]:
+        i, j = torch.cat([i, column_at]), torch.cat([j, here])
+        active = torch.cat([active, column_active])
+    weight = active.to(rows.dtype) * grad
+    # Where each violation's positive stands: its row's for the first n, its column's for the others.
+    here = here.repeat(i.shape[0] // n)
+    i_all, j_all = torch.cat([i, here]), torch.cat([j, here + offset])
+    weights = torch.cat([weight, -weight])
+    return (
+        _sum_rows(j_all, columns, weights, i_all, n).to(image.dtype) if need_image else image.new_empty(0),
+        _sum_rows(i_all, rows, weights, j_all, m).to(text.dtype) if need_text else text.new_empty(0),
+    )
+
+
+def hinge_sum_forward(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    margin: float,
+    offset: int,
+    both: bool,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (), d_image (n, D), d_text (M, D)), all acc. Arguments as in `d2s.kernels.functional.hinge_loss`."""
+    with full_precision(image.device):
+        rows, columns = upcast(image), upcast(text)
+        n = rows.shape[0]
+        same = SamePairs(image_ids, text_ids)
+        matched = columns[offset : offset + n]
+        positive = (rows * matched).sum(1)
+        loss = rows.new_zeros(())
+        d_rows = torch.zeros_like(rows) if need_image else rows.new_empty(0)
+        d_columns = torch.zeros_like(columns) if need_text else rows.new_empty(0)
+        pull = rows.new_zeros(n)
+        sweep = Sweep(rows, columns)
+        active = torch.empty_like(sweep.buffer)
+        for start, stop, s in sweep:
+            positive_entries(s, start, offset).fill_(-torch.inf)
+            same.fill(s, start, stop, -torch.inf)
+            # The sign of a clamped violation is 1 or 0: what its pair gets as gradient.
+            a = torch.sub(s, positive[start:stop, None] - margin, out=active[: stop - start])
+            loss += a.relu_().sum()
+            pull[start:stop] += a.sign_().sum(1)
             if both:
-                column_cost = (margin + column_best - positive).clamp_min(0)
-                loss = loss + column_cost.sum()
-        if wanted:
-            here = torch.arange(n, device=image.device)
-            i, j, active = here, row_at, row_cost > 0
-            if both:
-                i = torch.cat([i, column_at])
-                j = torch.cat([j, here])
-                active = torch.cat([active, column_cost > 0])
-            ctx.save_for_backward(rows, columns, i, j, active)
-        ctx.offset, ctx.types = offset, (image.dtype, text.dtype)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        rows, columns, i, j, active = ctx.saved_tensors
-        n, m = rows.shape[0], columns.shape[0]
-        weight = active.to(rows.dtype) * grad
-        # Where each violation's positive stands: its row's for the first n, its column's for the others.
-        here = torch.arange(n, device=rows.device).repeat(i.shape[0] // n)
-        i_all, j_all = torch.cat([i, here]), torch.cat([j, here + ctx.offset])
-        weights = torch.cat([weight, -weight])
-        grads = [None, None]
-        if ctx.needs_input_grad[0]:
-            grads[0] = _sum_rows(j_all, columns, weights, i_all, n).to(ctx.types[0])
-        if ctx.needs_input_grad[1]:
-            grads[1] = _sum_rows(i_all, rows, weights, j_all, m).to(ctx.types[1])
-        return *grads, None, None, None, None, None, None
-
-
-class _HingeSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, image, text, image_ids, text_ids, margin, offset, both, wanted):
-        with full_precision(image.device):
-            rows, columns = upcast(image), upcast(text)
-            n = rows.shape[0]
-            same = SamePairs(image_ids, text_ids)
-            matched = columns[offset : offset + n]
-            positive = (rows * matched).sum(1)
-            loss = rows.new_zeros(())
-            d_rows = torch.zeros_like(rows) if wanted else None
-            d_columns = torch.zeros_like(columns) if wanted else None
-            pull = rows.new_zeros(n)
-            sweep = Sweep(rows, columns)
-            active = torch.empty_like(sweep.buffer)
-            for start, stop, s in sweep:
-                positive_entries(s, start, offset).fill_(-torch.inf)
-                same.fill(s, start, stop, -torch.inf)
-                # The sign of a clamped violation is 1 or 0: what its pair gets as gradient.
-                a = torch.sub(s, positive[start:stop, None] - margin, out=active[: stop - start])
-                loss += a.relu_().sum()
-                pull[start:stop] += a.sign_().sum(1)
-                if both:
-                    loss += s.sub_(positive - margin).relu_().sum()
-                    pull += s.sign_().sum(0)
-                    a += s
-                if wanted:
-                    torch.mm(a, columns, out=d_rows[start:stop])
-                    d_columns.addmm_(a.t(), rows[start:stop])
-            if wanted:
-                d_rows -= pull[:, None] * matched
-                d_columns[offset : offset + n] -= pull[:, None] * rows
-                ctx.save_for_backward(d_rows, d_columns)
-        ctx.types = (image.dtype, text.dtype)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        d_rows, d_columns = ctx.saved_tensors
-        image = (grad * d_rows).to(ctx.types[0]) if ctx.needs_input_grad[0] else None
-        text = (grad * d_columns).to(ctx.types[1]) if ctx.needs_input_grad[1] else None
-        return image, text, None, None, None, None, None, None
+                loss += s.sub_(positive - margin).relu_().sum()
+                pull += s.sign_().sum(0)
+                a += s
+            if need_image:
+                torch.mm(a, columns, out=d_rows[start:stop])
+            if need_text:
+                d_columns.addmm_(a.t(), rows[start:stop])
+        if need_image:
+            d_rows -= pull[:, None] * matched
+        if need_text:
+            d_columns[offset : offset + n] -= pull[:, None] * rows
+        return loss, d_rows, d_columns

@@ -16,7 +16,7 @@ def retrieval_ranks(
     """See `d2s.kernels.functional.retrieval_ranks`."""
     same = None if positives is not None else SamePairs(query_ids, candidate_ids)
     ranks = torch.empty(queries.shape[0], dtype=torch.int64, device=queries.device)
-    with torch.no_grad(), full_precision(queries.device):
+    with full_precision(queries.device):
         for start, stop, s in Sweep(upcast(queries), upcast(candidates)):
             mask = torch.zeros(s.shape, dtype=torch.bool, device=s.device)
             if same is not None:

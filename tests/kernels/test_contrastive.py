@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import CONTRASTIVE, contrastive, image_ids, sides, value_and_gradients, worst
 
-from d2s.kernels import chunked, reference
+from d2s.kernels import functional, reference
 from d2s.kernels.chunked import common
 
 KINDS = ("random", "clustered", "duplicated", "identical")
@@ -29,7 +29,7 @@ def both_implementations(name, inputs, ids, text_ids=None, **options):
             *inputs,
         )
 
-    return run(chunked), run(reference)
+    return run(functional), run(reference)
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)
@@ -70,13 +70,13 @@ def test_workers_add_up_to_the_whole_batch(name, workers):
         for offset in range(0, n, n // workers):
             own = slice(offset, offset + n // workers)
             options = {"scale": scale, "bias": bias, "offset": offset, "both": False}
-            total = total + contrastive(chunked, name, image[own], text, ids[own], ids, **options)
+            total = total + contrastive(functional, name, image[own], text, ids[own], ids, **options)
             if name != "sigmoid":
-                total = total + contrastive(chunked, name, text[own], image, ids[own], ids, **options)
+                total = total + contrastive(functional, name, text[own], image, ids[own], ids, **options)
         return total
 
     def at_once(image, text, scale, bias):
-        return contrastive(chunked, name, image, text, ids, scale=scale, bias=bias)
+        return contrastive(functional, name, image, text, ids, scale=scale, bias=bias)
 
     assert worst(value_and_gradients(by_workers, *inputs), value_and_gradients(at_once, *inputs)) < 1e-10
 
@@ -89,7 +89,7 @@ def test_gradcheck(name):
     ids = image_ids(9, 6, 2)
 
     def loss(image, text, scale, bias):
-        return contrastive(chunked, name, image, text, ids, scale=scale, bias=bias)
+        return contrastive(functional, name, image, text, ids, scale=scale, bias=bias)
 
     assert torch.autograd.gradcheck(loss, (*inputs, bias))
 
@@ -99,7 +99,7 @@ def test_same_image_is_never_a_negative(name):
     """With one image in the whole batch only the positive pairs are left."""
     image, text = sides(40, 8, 0)
     ids = torch.full((40,), 5)
-    got = contrastive(chunked, name, image, text, ids, scale=10.0 * torch.ones(1), bias=torch.zeros(1))
+    got = contrastive(functional, name, image, text, ids, scale=10.0 * torch.ones(1), bias=torch.zeros(1))
     positive = torch.nn.functional.softplus(-10 * (image * text).sum(1)).sum()
     assert float(got) == pytest.approx(float(positive) if name == "sigmoid" else 0.0, abs=1e-5)
 
@@ -110,7 +110,7 @@ def test_positive_is_no_negative_even_under_another_id(hardest):
     apart = torch.arange(6), torch.arange(6) + 100
     same = torch.arange(6), torch.arange(6)
     options = {"margin": 0.3, "hardest": hardest, "offset": 0, "both": True}
-    first, second = (chunked.hinge_loss(image, text, *ids, **options) for ids in (apart, same))
+    first, second = (functional.hinge_loss(image, text, *ids, **options) for ids in (apart, same))
     assert torch.equal(first, second)
 
 
@@ -121,8 +121,8 @@ def test_hinge_by_hand():
     ids = torch.arange(2)
     options = {"hardest": True, "offset": 0, "both": True}
     # rows: 0.6 - 1 + m, 0 - 0.8 + m; columns: 0 - 1 + m, 0.6 - 0.8 + m
-    assert float(chunked.hinge_loss(image, text, ids, ids, margin=0.5, **options)) == pytest.approx(0.4)
-    assert float(chunked.hinge_loss(image, text, ids, ids, margin=0.1, **options)) == 0.0
+    assert float(functional.hinge_loss(image, text, ids, ids, margin=0.5, **options)) == pytest.approx(0.4)
+    assert float(functional.hinge_loss(image, text, ids, ids, margin=0.1, **options)) == 0.0
 
 
 @pytest.mark.parametrize("hardest", [True, False])
@@ -130,7 +130,7 @@ def test_violation_of_exactly_zero_has_no_gradient(hardest):
     image = torch.eye(3, requires_grad=True)
     text = torch.eye(3, requires_grad=True)
     ids = torch.arange(3)
-    loss = chunked.hinge_loss(image, text, ids, ids, margin=1.0, hardest=hardest, offset=0, both=True)
+    loss = functional.hinge_loss(image, text, ids, ids, margin=1.0, hardest=hardest, offset=0, both=True)
     loss.backward()
     assert loss.item() == 0.0
     assert not image.grad.any()
@@ -149,7 +149,7 @@ def test_hardest_of_equals_is_the_lowest_index(rows, monkeypatch):
     image.requires_grad_()
     text.requires_grad_()
     ids = torch.arange(96)
-    chunked.hinge_loss(image, text, ids, ids, margin=0.6, hardest=True, offset=0, both=True).backward()
+    functional.hinge_loss(image, text, ids, ids, margin=0.6, hardest=True, offset=0, both=True).backward()
     # Row 0 pulls its hardest text towards -image[0]; any other text sees channel 0 only through its own.
     assert text.grad[1, 0] > text.grad[40, 0]
     assert text.grad[40, 0] == text.grad[80, 0]
@@ -172,7 +172,7 @@ def test_low_precision_is_as_good_as_dense_in_float32(name, dtype):
             *inputs,
         )
 
-    ours = run(chunked, inputs)
+    ours = run(functional, inputs)
     theirs = run(reference, [x.double() for x in inputs])
     assert ours[0].dtype == torch.float32
     assert ours[1].dtype == dtype
@@ -187,12 +187,12 @@ def test_extreme_logits_stay_finite(name):
     for scale in (1e-6, 1.0, 200.0, 1e4):
         inputs = (image, text, torch.tensor([scale]), torch.tensor([-10.0]))
         results = value_and_gradients(
-            lambda i, t, s, b: contrastive(chunked, name, i, t, torch.arange(64), scale=s, bias=b), *inputs
+            lambda i, t, s, b: contrastive(functional, name, i, t, torch.arange(64), scale=s, bias=b), *inputs
         )
         assert all(bool(x.isfinite().all()) for x in results)
 
 
 def test_info_nce_of_a_collapsed_model_is_log_n():
     image = torch.ones(50, 4) / 2
-    loss = contrastive(chunked, "info_nce", image, image, torch.arange(50), scale=torch.tensor([100.0]))
+    loss = contrastive(functional, "info_nce", image, image, torch.arange(50), scale=torch.tensor([100.0]))
     assert float(loss) == pytest.approx(50 * math.log(50), rel=1e-5)

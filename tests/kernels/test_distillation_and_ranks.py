@@ -5,7 +5,7 @@ import torch
 from problems import image_ids, sides, value_and_gradients, worst
 from torch.nn.functional import normalize
 
-from d2s.kernels import chunked, reference
+from d2s.kernels import functional, reference
 from d2s.kernels.chunked import common
 
 
@@ -18,17 +18,17 @@ def test_pointwise_agrees_with_oracle_and_gradcheck(kind, normal):
     def run(module, s):
         return module.pointwise_distillation(s, teacher, kind=kind, normalize=normal)
 
-    ours = value_and_gradients(lambda s: run(chunked, s), student)
+    ours = value_and_gradients(lambda s: run(functional, s), student)
     assert worst(ours, value_and_gradients(lambda s: run(reference, s), student)) < 1e-10
     apart = student[[0, 1, 3, 4, 5, 6]].requires_grad_()
     teacher = teacher[[0, 1, 3, 4, 5, 6]]
-    assert torch.autograd.gradcheck(lambda s: run(chunked, s), apart)
+    assert torch.autograd.gradcheck(lambda s: run(functional, s), apart)
 
 
 def test_pointwise_by_hand():
     student, teacher = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 2.0], [5.0, 0.0]])
     got = {
-        kind: float(chunked.pointwise_distillation(student, teacher, kind=kind, normalize=True))
+        kind: float(functional.pointwise_distillation(student, teacher, kind=kind, normalize=True))
         for kind in ("cosine", "l1", "l2")
     }
     assert got == pytest.approx({"cosine": 0.2, "l1": 0.8, "l2": 0.4})
@@ -46,7 +46,7 @@ def test_relational_agrees_with_oracle(temperature, entries, monkeypatch):
         def run(module, s, every, rows=rows):
             return module.relational_distillation(s, wider[rows], every, wider, temperature=temperature)
 
-        ours = value_and_gradients(lambda *x: run(chunked, *x), student[rows], teacher)
+        ours = value_and_gradients(lambda *x: run(functional, *x), student[rows], teacher)
         theirs = value_and_gradients(lambda *x: run(reference, *x), student[rows], teacher)
         assert worst(ours, theirs) < 1e-10
 
@@ -56,7 +56,7 @@ def test_relational_gradcheck_and_floor():
     student.requires_grad_()
 
     def loss(s):
-        return chunked.relational_distillation(s, teacher, s, teacher, temperature=0.5)
+        return functional.relational_distillation(s, teacher, s, teacher, temperature=0.5)
 
     assert torch.autograd.gradcheck(loss, student)
     assert float(loss(teacher)) == pytest.approx(0.0, abs=1e-12)
@@ -71,11 +71,14 @@ def test_ranks_agree_with_oracle(entries, kind, monkeypatch):
     candidates = candidates[:37]
     query_ids, candidate_ids = image_ids(50, 12, 1), image_ids(37, 11, 2)
     theirs = reference.retrieval_ranks(queries, candidates, None, query_ids, candidate_ids)
-    assert torch.equal(chunked.retrieval_ranks(queries, candidates, None, query_ids, candidate_ids), theirs)
+    assert torch.equal(
+        functional.retrieval_ranks(queries, candidates, query_ids=query_ids, candidate_ids=candidate_ids),
+        theirs,
+    )
     same = query_ids[:, None] == candidate_ids
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), same.sum(1).cumsum(0)])
     listed = (starts, same.nonzero()[:, 1])
-    assert torch.equal(chunked.retrieval_ranks(queries, candidates, listed, None, None), theirs)
+    assert torch.equal(functional.retrieval_ranks(queries, candidates, listed), theirs)
     assert torch.equal(reference.retrieval_ranks(queries, candidates, listed, None, None), theirs)
 
 
@@ -84,16 +87,20 @@ def test_ranks_by_hand():
     candidates = torch.tensor([[4.0], [3.0], [3.0], [1.0]])
     queries = torch.ones(5, 1)
     ids = torch.tensor([10, 11, 12, 13])
-    ranks = chunked.retrieval_ranks(queries, candidates, None, torch.tensor([10, 11, 12, 13, 99]), ids)
+    ranks = functional.retrieval_ranks(
+        queries, candidates, query_ids=torch.tensor([10, 11, 12, 13, 99]), candidate_ids=ids
+    )
     assert ranks.tolist() == [0, 2, 2, 3, 4]
     listed = torch.tensor([0, 2, 4]), torch.tensor([1, 2, 3, 3])
-    assert chunked.retrieval_ranks(queries[:2], candidates, listed, None, None).tolist() == [1, 3]
+    assert functional.retrieval_ranks(queries[:2], candidates, listed).tolist() == [1, 3]
     candidates[0] = torch.nan
-    ranks = chunked.retrieval_ranks(queries, candidates, None, torch.tensor([10, 11, 12, 13, 99]), ids)
+    ranks = functional.retrieval_ranks(
+        queries, candidates, query_ids=torch.tensor([10, 11, 12, 13, 99]), candidate_ids=ids
+    )
     assert ranks.tolist() == [3, 2, 2, 3, 4]
 
 
 def test_collapsed_model_has_the_worst_ranks():
     same = torch.ones(20, 8)
-    ranks = chunked.retrieval_ranks(same, same, None, torch.arange(20), torch.arange(20))
+    ranks = functional.retrieval_ranks(same, same, query_ids=torch.arange(20), candidate_ids=torch.arange(20))
     assert ranks.tolist() == [19] * 20

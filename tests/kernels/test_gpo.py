@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import value_and_gradients, worst
 
-from d2s.kernels import chunked, reference
+from d2s.kernels import functional, reference
 
 
 def problem(batch, tokens, width, seed, dtype, kind="ragged"):
@@ -26,7 +26,7 @@ def problem(batch, tokens, width, seed, dtype, kind="ragged"):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (7, 33, 1), (4, 300, 31)])
 def test_agrees_with_oracle(shape, dtype, kind):
     features, weights, mask = problem(*shape, 0, dtype, kind)
-    ours = value_and_gradients(lambda f, w: chunked.gpo_pool(f, w, mask), features, weights)
+    ours = value_and_gradients(lambda f, w: functional.gpo_pool(f, w, mask), features, weights)
     theirs = value_and_gradients(lambda f, w: reference.gpo_pool(f, w, mask), features, weights)
     assert worst(ours, theirs) < (1e-10 if dtype == torch.float64 else 2e-5)
     # The features' gradient is one product an entry, so it shows that the order is right to the last token.
@@ -36,7 +36,7 @@ def test_agrees_with_oracle(shape, dtype, kind):
 def test_gradcheck():
     features, weights, mask = problem(3, 5, 4, 1, torch.float64, "holes")
     inputs = features.requires_grad_(), weights.requires_grad_()
-    assert torch.autograd.gradcheck(lambda f, w: chunked.gpo_pool(f, w, mask), inputs)
+    assert torch.autograd.gradcheck(lambda f, w: functional.gpo_pool(f, w, mask), inputs)
 
 
 def test_threads_do_not_matter():
@@ -46,7 +46,7 @@ def test_threads_do_not_matter():
         runs = []
         for count in (1, 3):
             torch.set_num_threads(count)
-            runs.append(value_and_gradients(lambda f, w: chunked.gpo_pool(f, w, mask), features, weights))
+            runs.append(value_and_gradients(lambda f, w: functional.gpo_pool(f, w, mask), features, weights))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -56,12 +56,12 @@ def test_threads_do_not_matter():
 def test_sample_is_the_same_alone_and_in_any_padded_batch(dtype):
     features, weights, mask = problem(9, 40, 24, 3, dtype, "ragged")
     weights = weights * mask
-    together = chunked.gpo_pool(features, weights, mask)
+    together = functional.gpo_pool(features, weights, mask)
     noisy = torch.where(mask[:, :, None], features, 1e6)
-    assert torch.equal(together, chunked.gpo_pool(noisy, weights, mask))
+    assert torch.equal(together, functional.gpo_pool(noisy, weights, mask))
     for b, length in enumerate(mask.sum(1).tolist()):
         own = slice(b, b + 1), slice(0, length)
-        alone = chunked.gpo_pool(features[own], weights[own], mask[own])
+        alone = functional.gpo_pool(features[own], weights[own], mask[own])
         if dtype == torch.float32:
             assert torch.equal(together[own[0]], alone)
         assert torch.allclose(together[own[0]], alone, rtol=0, atol=1e-12 if dtype == torch.float64 else 0)
@@ -69,10 +69,10 @@ def test_sample_is_the_same_alone_and_in_any_padded_batch(dtype):
 
 def test_value_does_not_depend_on_gradients_being_wanted():
     features, weights, mask = problem(5, 30, 16, 4, torch.float32)
-    plain = chunked.gpo_pool(features, weights, mask)
-    value = value_and_gradients(lambda f, w: chunked.gpo_pool(f, w, mask), features, weights)[0]
+    plain = functional.gpo_pool(features, weights, mask)
+    value = value_and_gradients(lambda f, w: functional.gpo_pool(f, w, mask), features, weights)[0]
     assert torch.equal(plain, value)
-    only_weights = value_and_gradients(lambda w: chunked.gpo_pool(features, w, mask), weights)
+    only_weights = value_and_gradients(lambda w: functional.gpo_pool(features, w, mask), weights)
     assert torch.equal(plain, only_weights[0])
 
 
@@ -83,7 +83,7 @@ def test_equal_values_go_by_the_lowest_token(dtype):
         None, :, None
     ].requires_grad_()
     weights = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]], dtype=dtype)
-    chunked.gpo_pool(features, weights, torch.ones(1, 7, dtype=torch.bool)).sum().backward()
+    functional.gpo_pool(features, weights, torch.ones(1, 7, dtype=torch.bool)).sum().backward()
     assert features.grad.flatten().tolist() == [3.0, 4.0, 1.0, 5.0, 6.0, 7.0, 2.0]
 
 
@@ -92,15 +92,15 @@ def test_infinite_values_sort_like_others():
     features = values[None, :, None].clone().requires_grad_()
     weights = torch.tensor([[0.0, 1.0, 2.0, 0.0]])
     weights_used = weights.clone()
-    chunked.gpo_pool(features, weights_used, torch.ones(1, 4, dtype=torch.bool)).sum().backward()
+    functional.gpo_pool(features, weights_used, torch.ones(1, 4, dtype=torch.bool)).sum().backward()
     assert features.grad.flatten().tolist() == [1.0, 0.0, 0.0, 2.0]
 
 
 def test_non_contiguous_and_half_precision():
     features, weights, mask = problem(4, 20, 12, 5, torch.bfloat16)
     turned = features.transpose(1, 2).contiguous().transpose(1, 2)
-    ours = chunked.gpo_pool(turned, weights, mask)
+    ours = functional.gpo_pool(turned, weights, mask)
     assert ours.dtype == torch.bfloat16
-    assert torch.equal(ours, chunked.gpo_pool(features, weights, mask))
+    assert torch.equal(ours, functional.gpo_pool(features, weights, mask))
     exact = reference.gpo_pool(features.double(), weights.double(), mask)
     assert torch.allclose(ours.double(), exact, rtol=1e-2, atol=1e-2)

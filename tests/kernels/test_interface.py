@@ -7,7 +7,7 @@ import torch
 from problems import CONTRASTIVE, contrastive, image_ids, sides, value_and_gradients
 
 import d2s.kernels as kernels
-from d2s.kernels import functional
+from d2s.kernels import dispatch
 from d2s.kernels.chunked import common
 
 
@@ -73,7 +73,7 @@ def test_others_refuse_in_one_line_that_names_the_argument(call, named):
 
 
 def test_implementation_is_chosen_by_the_environment_and_logged_once(monkeypatch, caplog):
-    functional._load.cache_clear()
+    dispatch.load.cache_clear()
     with caplog.at_level(logging.INFO, logger="d2s.kernels"):
         results = {}
         for name in ("chunked", "reference"):
@@ -90,7 +90,7 @@ def test_implementation_is_chosen_by_the_environment_and_logged_once(monkeypatch
 def test_unknown_implementation_is_refused(monkeypatch):
     monkeypatch.setenv("D2S_KERNELS", "fastest")
     with pytest.raises(
-        ValueError, match=r"^D2S_KERNELS: 'fastest' is unknown; use one of chunked, reference"
+        ValueError, match=r"^D2S_KERNELS: 'fastest' is unknown; use one of triton, chunked, reference"
     ):
         kernels.hinge_loss(**good())
 
