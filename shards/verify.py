@@ -53,11 +53,14 @@ def _checksums(folder: Path) -> tuple[dict[str, dict], list[Fault]]:
     if not (folder / CHECKSUMS).is_file():
         return {}, [Fault(CHECKSUMS, "", "missing: the build did not finish")]
     try:
-        files = read_json(folder / CHECKSUMS)["files"]
+        recorded = read_json(folder / CHECKSUMS)
+        files, version = recorded["files"], recorded["version"]
         broken = [name for name, facts in files.items() if len(facts["sha256"]) != 64 or facts["bytes"] < 0]
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}, [Fault(CHECKSUMS, "", "damaged: not the JSON that a build writes")]
     faults = [Fault(CHECKSUMS, "", f"damaged: no checksum of {name}") for name in broken]
+    if version != 1:
+        faults.append(Fault(CHECKSUMS, "", f"damaged: its version is {version!r}, not 1"))
     for name, facts in files.items():
         if name.endswith(".tar"):
             continue
@@ -65,6 +68,8 @@ def _checksums(folder: Path) -> tuple[dict[str, dict], list[Fault]]:
             faults.append(Fault(name, "", "missing"))
         elif file_sha256(folder / name) != facts["sha256"]:
             faults.append(Fault(name, "", f"damaged: its sha256 is not the one in {CHECKSUMS}"))
+        elif (folder / name).stat().st_size != facts["bytes"]:
+            faults.append(Fault(CHECKSUMS, "", f"damaged: its size of {name} is not the file's"))
     return files, faults
 
 

@@ -144,6 +144,8 @@ def _tar_faults(
             faults.append(Fault(CHECKSUMS, "", f"no checksum of {shard}"))
         return faults
     if hashlib.sha256(data).hexdigest() == recorded["sha256"]:
+        if len(data) != recorded["bytes"]:
+            faults.append(Fault(CHECKSUMS, "", f"damaged: its size of {shard} is not the file's"))
         return faults
     if len(data) != recorded["bytes"]:
         faults.append(Fault(shard, "", f"{len(data):,} bytes, where the build wrote {recorded['bytes']:,}"))

@@ -109,6 +109,8 @@ def test_every_item_once_whatever_the_workers_and_the_stop(n, local, worlds, pro
     check_case(Case(n, global_batch, worlds, processes, stop, seed, (n // 3, n - n // 3) if blocks else ()))
 
 
+@pytest.mark.slow
+@pytest.mark.dist  # no process is started, but it belongs to what many workers rest upon
 def test_every_item_once_in_ten_thousand_random_cases():
     rng = np.random.default_rng(4)
     for number in range(10_000):

@@ -92,6 +92,17 @@ def test_tar_cut_short_names_the_samples_it_lost(copy: Path) -> None:
     assert any("where the build wrote" in line for line in found)
 
 
+@pytest.mark.parametrize("name", ["train/00001.tar", "sizes.json"])
+def test_damaged_checksums_are_found_where_every_file_is_whole(name: str, copy: Path) -> None:
+    checksums = json.loads((copy / "checksums.json").read_text())
+    checksums["files"][name]["bytes"] += 1
+    (copy / "checksums.json").write_text(json.dumps(checksums))
+    assert _faults(copy) == [f"checksums.json: damaged: its size of {name} is not the file's"]
+    checksums["files"][name]["bytes"] -= 1
+    (copy / "checksums.json").write_text(json.dumps(checksums | {"version": 9}))
+    assert _faults(copy) == ["checksums.json: damaged: its version is 9, not 1"]
+
+
 def test_unfinished_build_is_a_fault(copy: Path) -> None:
     (copy / "checksums.json").unlink()
     assert _faults(copy) == ["checksums.json: missing: the build did not finish"]
@@ -103,7 +114,8 @@ def _bless(folder: Path) -> None:
 
     checksums = json.loads((folder / "checksums.json").read_text())
     for name in checksums["files"]:
-        checksums["files"][name]["sha256"] = file_sha256(folder / name)
+        facts = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+        checksums["files"][name] = facts
     (folder / "checksums.json").write_text(json.dumps(checksums))
 
 
