@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format bench clean setup
+.PHONY: demo test lint format bench gpu clean setup
 
 setup: $(STAMP)
 
@@ -36,8 +36,29 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m d2s.bench
-	$(PY) -m d2s.kernels.bench --device cpu
+	$(PY) -m d2s.kernels.bench --device cpu --quick
 	$(PY) -m d2s.shards.bench
+
+# On a machine with a CUDA device, torch and triton: tests, tiles, builds, benchmarks, all into one folder. Nothing
+# is installed, and .venv is not used; without pytest the tests are left out. The tests run before tuning, because
+# no slow or fast kernel matters if it is wrong, and after it, with the tiles that were found.
+GPU_PYTHON ?= python3
+GPU_RUN := PYTHONPATH=$(CURDIR) $(GPU_PYTHON)
+RESULTS := kernels/results
+GPU_TESTS = if $(GPU_PYTHON) -c "import pytest"; then \
+		D2S_TEST_DEVICE=cuda $(GPU_RUN) -m pytest tests/kernels -q > $(RESULTS)/gpu-tests.txt 2>&1; \
+		status=$$?; tail -n 25 $(RESULTS)/gpu-tests.txt; exit $$status; \
+	else echo "pytest is not installed: the kernels are not tested here"; fi
+gpu:
+	$(GPU_PYTHON) -c "import sys, torch, triton; sys.exit(None if torch.cuda.is_available() else 'no CUDA device')"
+	mkdir -p $(RESULTS)
+	$(GPU_TESTS)
+	$(GPU_RUN) -m d2s.kernels.tune
+	cp kernels/fused/tiles.json $(RESULTS)/gpu-tiles.json
+	$(GPU_TESTS)
+	$(GPU_RUN) -m d2s.kernels.compile > $(RESULTS)/gpu-compile.txt
+	$(GPU_RUN) -m d2s.kernels.bench --device cuda
+	$(GPU_RUN) -m d2s.kernels.results
 
 test: $(STAMP)
 	$(PY) -m pytest -q

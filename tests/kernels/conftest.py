@@ -23,6 +23,11 @@ def _specs() -> tuple:
     return tuple(ALL_SPECS)
 
 
+def _name(kernel) -> str:
+    """Kernels of several modules may share a name."""
+    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+
+
 def _counted(run, name):
     @wraps(run)
     def launch(*arguments, **keywords):
@@ -37,7 +42,7 @@ def _count_launches():
     """Stands in front of every kernel's launch; a kernel is launched through its attribute `run`."""
     kernels = {id(spec.kernel): spec.kernel for spec in _specs()}.values()
     for kernel in kernels:
-        kernel.run = _counted(kernel.run, kernel.fn.__name__)
+        kernel.run = _counted(kernel.run, _name(kernel))
     yield
     for kernel in kernels:
         del kernel.run
@@ -55,7 +60,7 @@ def pytest_collection_finish(session):
 
 
 def _never_launched() -> list[str]:
-    return sorted({spec.kernel.fn.__name__ for spec in _specs()}.difference(LAUNCHES))
+    return sorted({_name(spec.kernel) for spec in _specs()}.difference(LAUNCHES))
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_import_brings_torch_and_nothing_else():
     assert run("-c", code) == "False []"
 
 
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 @pytest.mark.parametrize("how", ["from the root", "as a script", "as a script in the package"])
 def test_transformers_builds_its_models_beside_this_folder(how, tmp_path):
     if how == "from the root":
@@ -57,9 +59,3 @@ def test_transformers_builds_its_models_beside_this_folder(how, tmp_path):
 def test_top_level_execution_offers_nothing_that_could_be_mistaken():
     code = "import kernels; print(kernels.__all__, hasattr(kernels, '__version__'), dir(kernels)[:0])"
     assert run("-c", code) == "[] False []"
-
-
-def test_bench_runs_and_prints_every_case():
-    out = run("-m", "d2s.kernels.bench", "--device", "cpu", "--quick", "--repeat", "1", "--only", "hinge_max")
-    assert "hinge_max" in out
-    assert "x" in out.splitlines()[-1]

@@ -1,0 +1,238 @@
+"""`python -m d2s.kernels.bench`: ours against the plain way, and against other kernels, side by side in one run.
+
+Peak memory on a CPU is the process' high-water mark, taken in a process of its own for every variant.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from d2s.kernels.bench import record, timing
+from d2s.kernels.bench.cases import CASES, Inputs, Run, Shape
+from d2s.kernels.bench.floor import work
+from d2s.kernels.bench.providers import PROVIDERS, Unavailable, provider
+from d2s.kernels.bench.table import HEADER, show
+
+QUICK_CASES = ("hinge_max", "hinge_sum", "info_nce", "gpo")
+QUICK_PROVIDERS = ("ours", "eager")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIDTH = 512
+TOKENS = Shape(n=128, tokens=577, width=WIDTH)
+TINY = {"gpo": Shape(n=4, tokens=9, width=16)}
+# Up to here a GPU is timed by CUDA graphs, too: launches cost more than the work.
+LAUNCH_BOUND = 1024
+
+
+def shapes(case: str, arguments: argparse.Namespace) -> list[Shape]:
+    """The sizes of a case, in the order of the sweep."""
+    if arguments.size == "tiny":
+        return [TINY.get(case, Shape(n=64, width=16))]
+    if case == "gpo":
+        return [TOKENS]
+    if arguments.n:
+        sizes = arguments.n
+    elif arguments.quick:
+        sizes = [8192]
+    elif arguments.device.startswith("cuda"):
+        sizes = [128, 1024, 8192, 32768, 131072]
+    else:
+        sizes = [128, 1024, 8192]
+    return [Shape(n=n, width=WIDTH) for n in sizes]
+
+
+def _runs(case: str, shape: Shape, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Run]:
+    """The variants that work at this size, each having run once; says why another does not."""
+    found = {}
+    small = CASES[case].make(shape, dtype, arguments.device, 0)
+    for name in arguments.provider or (QUICK_PROVIDERS if arguments.quick else PROVIDERS):
+        try:
+            run = provider(name, case, arguments.device, shape.width)
+            timing.step(run, small, "full")[0]()
+        except Unavailable as reason:
+            if arguments.provider:
+                print(f"  {reason}")
+        # Out of memory, a compiler that is missing, another package's bug: the others are measured all the same.
+        except Exception as error:  # noqa: BLE001
+            print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            if arguments.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+        else:
+            found[name] = run
+    return found
+
+
+def _memory(
+    name: str, run: Run, case: str, shape: Shape, dtype: str, arguments: argparse.Namespace
+) -> float | None:
+    """Mebibytes; None, and a line that says why, where it cannot be measured."""
+    if arguments.device.startswith("cuda"):
+        return _memory_here(run, case, shape, dtype, arguments) / 2**20
+    command = [
+        sys.executable,
+        "-m",
+        "d2s.kernels.bench",
+        "--device",
+        arguments.device,
+        "--size",
+        arguments.size,
+    ]
+    command += ["--dtype", dtype, "--only", case, "--n", str(shape.n), "--peak", name]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        print(f"  {name}: peak memory: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        return None
+    return int(done.stdout.split()[-1]) / 2**20
+
+
+def _memory_here(run: Run, case: str, shape: Shape, dtype: str, arguments: argparse.Namespace) -> int:
+    make, kind = CASES[case].make, DTYPES[dtype]
+    small = Shape(n=min(shape.n, 64), width=shape.width, tokens=shape.tokens)
+    return timing.extra_bytes(
+        run,
+        make(shape, kind, arguments.device, 0),
+        make(small, kind, arguments.device, 0),
+        arguments.device,
+    )
+
+
+def measure(
+    case: str, shape: Shape, dtype: str, ceiling: tuple[float, float], arguments: argparse.Namespace
+) -> list[record.Row]:
+    """All variants and modes of a case at one size."""
+    kind = DTYPES[dtype]
+    runs = _runs(case, shape, kind, arguments)
+    if not runs:
+        return []
+    first = CASES[case].make(shape, kind, arguments.device, 0)
+    count = timing.sets_needed(first.nbytes(), arguments.device)
+    inputs = [first, *(CASES[case].make(shape, kind, arguments.device, seed) for seed in range(1, count))]
+    extra = {name: _memory(name, run, case, shape, dtype, arguments) for name, run in runs.items()}
+    modes = ("full",) if arguments.quick or not first.leaves else arguments.mode or timing.MODES
+    rows = []
+    for mode in modes:
+        row = _row_maker(case, mode, shape, dtype, ceiling, arguments)
+        times = timing.in_turn(runs, inputs, mode, arguments.repeat, arguments.warm, arguments.device)
+        memory = extra if mode == "full" else {}
+        clock = "events" if arguments.device.startswith("cuda") else "wall"
+        rows += [row(name, clock, spent, memory.get(name)) for name, spent in times.items()]
+        if arguments.device.startswith("cuda") and shape.n <= LAUNCH_BOUND and mode != "backward":
+            rows += _graph_rows(runs, inputs, mode, row, arguments)
+    return rows
+
+
+def _graph_rows(
+    runs: dict[str, Run],
+    inputs: list[Inputs],
+    mode: str,
+    row: Callable[..., record.Row],
+    arguments: argparse.Namespace,
+) -> list[record.Row]:
+    times, refused = timing.graphs_in_turn(runs, inputs, mode, arguments.repeat)
+    for name, reason in refused.items():
+        print(f"  {name}: no CUDA graph: {reason}")
+    return [row(name, "graph", spent, None) for name, spent in times.items()]
+
+
+def _row_maker(
+    case: str,
+    mode: str,
+    shape: Shape,
+    dtype: str,
+    ceiling: tuple[float, float],
+    arguments: argparse.Namespace,
+) -> Callable[..., record.Row]:
+    least = work(case, shape, DTYPES[dtype], mode)
+
+    def row(name: str, clock: str, spent: list[float], extra: float | None) -> record.Row:
+        median = timing.quantile(spent, 0.5)
+        return record.Row(
+            date=record.today(),
+            device=record.device_name(arguments.device),
+            **record.versions(),
+            threads=torch.get_num_threads(),
+            case=case,
+            mode=mode,
+            provider=name,
+            dtype=dtype,
+            n=shape.n,
+            tokens=shape.tokens,
+            width=shape.width,
+            timing=clock,
+            repeats=len(spent),
+            median_ms=median,
+            p20_ms=timing.quantile(spent, 0.2),
+            p80_ms=timing.quantile(spent, 0.8),
+            extra_mib=extra,
+            tflops=least.flops / median / 1e9,
+            matmul_tflops=ceiling[0],
+            copy_gbs=ceiling[1],
+            floor_ms=least.floor_ms(*ceiling),
+        )
+
+    return row
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m d2s.kernels.bench", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
+    parser.add_argument("--quick", action="store_true", help="ours and eager, the main cases, few repeats")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: does it run at all")
+    parser.add_argument("--only", choices=tuple(CASES), action="append", help="these cases alone")
+    parser.add_argument("--mode", choices=timing.MODES, action="append", help="these modes alone")
+    parser.add_argument("--provider", choices=PROVIDERS, action="append", help="these variants alone")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), action="append", help="float32; on CUDA bfloat16, too"
+    )
+    parser.add_argument("--n", type=int, action="append", help="these numbers of rows alone")
+    parser.add_argument("--repeat", type=int, help="timed rounds: 3 if quick, else 10, on CUDA 50")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the CSV; tiny sizes are written nowhere by default"
+    )
+    parser.add_argument("--peak", choices=PROVIDERS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _peak(arguments: argparse.Namespace) -> int:
+    case, dtype = arguments.only[0], arguments.dtype[0]
+    shape = shapes(case, arguments)[0]
+    run = provider(arguments.peak, case, arguments.device, shape.width)
+    print(_memory_here(run, case, shape, dtype, arguments))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table and appends its rows to the device's CSV."""
+    arguments = _parser().parse_args(argv)
+    on_gpu = arguments.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        print("bench: no CUDA device; use --device cpu", file=sys.stderr)
+        return 2
+    if arguments.peak:
+        return _peak(arguments)
+    arguments.repeat = arguments.repeat or (3 if arguments.quick else 50 if on_gpu else 10)
+    # Every variant has run once before its memory is taken; a GPU's clocks want more than that.
+    arguments.warm = 5 if on_gpu else 0
+    folder = arguments.out or (record.RESULTS if arguments.size == "full" else None)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device, version = record.device_name(arguments.device), record.versions()
+    print(f"{device}; torch {version['torch']}, triton {version['triton'] or 'none'}, {record.today()}")
+    for dtype in arguments.dtype or (("bfloat16", "float32") if on_gpu else ("float32",)):
+        ceiling = timing.ceilings(DTYPES[dtype], arguments.device, arguments.size == "tiny")
+        print(f"{dtype}: matrix product {ceiling[0]:.3f} TFLOP/s, copy {ceiling[1]:.1f} GB/s\n{HEADER}")
+        for case in arguments.only or (QUICK_CASES if arguments.quick else tuple(CASES)):
+            for shape in shapes(case, arguments):
+                rows = measure(case, shape, dtype, ceiling, arguments)
+                show(rows)
+                if folder:
+                    record.append(folder, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
