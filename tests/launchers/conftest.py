@@ -1,0 +1,74 @@
+"""One cluster, one small data set and one undisturbed run for all tests of this folder.
+
+Without SLURM they skip, unless D2S_REQUIRE_SLURM is set.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cluster import Cluster, missing
+
+ROOT = Path(__file__).parents[2]
+TRAIN = [
+    "scenes_small_pretrain", "--data", "data/scenes", "--engine.zero_stage", "2", "--max_steps", "24",
+    "--log.every", "1", "--batch_size", "16", "--data.loader_workers", "0", "--data.max_words_dense", "24",
+]  # fmt: skip
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of every step, by metrics.jsonl."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+
+
+def weights(run: Path) -> bytes:
+    """The bytes of the last model."""
+    return (run / "last" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four fake nodes with four GPUs each."""
+    if reason := missing():
+        # Continuous integration sets it: a run in which these tests were skipped is not green.
+        assert not os.environ.get("D2S_REQUIRE_SLURM"), reason
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
+        # Four ranks share the machine: one thread each.
+        started.environment |= {
+            "D2S_ENV": f"venv:{sys.prefix}",
+            "D2S_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        # Tests of one process hide what they are; jobs must not inherit it.
+        for name in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST"):
+            started.environment.pop(name, None)
+        yield started
+
+
+@pytest.fixture(scope="session")
+def project(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to call sbatch in, as a clone is: launchers/ and a data set."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "launchers").symlink_to(ROOT / "launchers")
+    build = ["-m", "d2s.shard", "build", "--source", "scenes", "--count", "train=400,val=20,test=20"]
+    subprocess.run([sys.executable, *build, "--out", "data/scenes"], cwd=folder, check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, project: Path) -> Path:
+    """The run that every other is compared with: four workers started by torchrun, left alone."""
+    run = project / "runs/torchrun"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "--",
+               str(ROOT / "d2s/train.py"), *TRAIN, "--run", str(run)]  # fmt: skip
+    cluster.call(*command, cwd=project)
+    return run

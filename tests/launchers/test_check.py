@@ -1,0 +1,111 @@
+"""The pre-flight: each fault it is there for, provoked on a real allocation, and its verdict on made-up facts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+
+from d2s.launchers.check import faults, gathered
+
+HERE = [sys.executable, "-m", "d2s.launchers.check", "--cpu", "--min-free", "0"]
+SHAPE = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
+
+
+def check(cluster: Cluster, project: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess:
+    """The check inside an allocation of two nodes."""
+    return subprocess.run(
+        ["salloc", *SHAPE, *HERE, "--data", "data/scenes", "--run", "runs/check", *arguments],
+        cwd=project, env={**cluster.environment, **more}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_fit(cluster: Cluster, project: Path) -> None:
+    done = check(cluster, project)
+    assert done.returncode == 0, done
+    assert "verdict  fit to train" in done.stdout
+    assert "2 on 2 nodes (n0: 1, n1: 1)" in done.stdout
+    assert "all-reduce of 64 MiB" in done.stdout
+    assert not list((project / "runs").glob("check/.check-*"))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_node_without_data_other_versions_and_taken_port(
+    cluster: Cluster, project: Path, tmp_path: Path
+) -> None:
+    """Three faults of three kinds at once; node n1 has a mount of its own over the data, and another package."""
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    other = tmp_path / "other/transformers-0.0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0.1\n")
+    script = f"""#!/bin/bash
+if [ "$SLURMD_NODENAME" != n1 ]; then exec {sys.executable} "$@"; fi
+export PYTHONPATH={other.parent}
+exec unshare --mount bash -c 'mount -t tmpfs none data/scenes && exec {sys.executable} "$@"' sh "$@"
+"""
+    python.write_text(script)
+    python.chmod(0o755)
+    done = check(cluster, project, "--patience", "8", D2S_ENV=f"venv:{tmp_path}")
+    assert done.returncode == 1, done
+    assert "FAULT    node n1: data unreadable: data/scenes has no manifest.parquet" in done.stdout
+    assert "FAULT    node n1: version of transformers is 0.0.1, elsewhere" in done.stdout
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_taken_port(cluster: Cluster, project: Path) -> None:
+    import socket
+
+    with socket.create_server(("", 0)) as held:
+        port = str(held.getsockname()[1])
+        done = check(cluster, project, "--patience", "8", D2S_PORT=port)
+    assert done.returncode == 1, done
+    assert f"FAULT    node n0: port of the rendezvous: {port} is taken; set D2S_PORT" in done.stdout
+
+
+def test_outside_of_an_allocation() -> None:
+    done = subprocess.run(HERE, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "no allocation" in done.stderr
+
+
+WELL = {
+    "node": "a", "versions": {"torch": "2"}, "data": {"fingerprint": "f"}, "shared": "", "free": 10**12,
+    "gpus": 1, "asked": "8", "unseen": [], "rendezvous": "", "clock": 100.0, "bytes_per_second": 1e9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"data": {"fault": "gone"}}, "node b: data unreadable: gone"),
+        ({"data": {"fingerprint": "g"}}, "node b: data is g, elsewhere f"),
+        ({"shared": "read-only"}, "node b: run folder not writable: read-only"),
+        ({"unseen": [0]}, "node b: rank 2 does not see what ranks 0 wrote"),
+        ({"versions": {"torch": "3"}}, "node b: version of torch is 3, elsewhere 2"),
+        ({"gpus": 0}, "node b: no GPU visible: the job holds 8"),
+        ({"rendezvous": "timed out"}, "node b: rendezvous failed: timed out"),
+        ({"clock": 160.0}, "the clocks of the nodes are 60 s apart"),
+        ({"free": 10**9}, "node b: 1.0 GB free for the run, below --min-free 20"),
+    ],
+)
+def test_each_fault_is_one_line(change: dict, line: str) -> None:
+    facts = {0: WELL, 1: WELL, 2: {**WELL, "node": "b", **change}}
+    found = faults(facts, 3, min_free=20)
+    assert len(found) == 1
+    assert found[0].startswith(line)
+    assert faults({0: WELL, 1: WELL}, 2, min_free=20) == []
+
+
+def test_silent_ranks() -> None:
+    assert faults({0: WELL}, 3, min_free=20)[0].startswith("ranks 1, 2 never started")
+
+
+def test_facts_are_found_among_other_output() -> None:
+    text = 'warning: x\nd2s-check {"rank": 1, "node": "a"}\nnoise d2s-check {"rank": 1, "port": ""}\n'
+    assert gathered(text) == {1: {"node": "a", "port": ""}}
