@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from d2s.preemption import spare_loader
 from d2s.shards import draws
 from d2s.shards.reader import Record
 from d2s.text import TextPipeline
@@ -104,6 +105,10 @@ class Batch:
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The pairs start .. stop - 1, as views; what was damaged or cut is told of the whole batch."""
+        return self._map(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; copies from pinned memory do not block."""
@@ -281,4 +286,5 @@ class StepLoader:
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=spare_loader,
         )

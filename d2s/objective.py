@@ -120,24 +120,35 @@ class Objective(nn.Module):
         *,
         warmup: float = 1.0,
         teacher: Tensor | None = None,
-        factors: tuple[Tensor, ...] | None = None,
     ) -> Losses:
-        """This worker's share of the loss.
+        """This worker's share of the loss, with the present scale and bias; see :meth:`losses`."""
+        return self.losses(image, text, image_ids, self.factors(), warmup=warmup, teacher=teacher)
 
-        image, text: (B, D), L2-normalised, the local rows, pair i in row i. image_ids: (B,) int64. warmup:
-        how far the sum form of the hinge has come, in [0, 1]; from 1 on the hardest negative alone counts.
-        teacher: (B, D), the frozen embedding of each pair's dense caption; needed where distill_weight > 0.
-        factors: in the place of :meth:`factors`; with them the loss reads no parameter.
+    def losses(
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_ids: Tensor,
+        factors: tuple[Tensor, ...],
+        *,
+        warmup: float = 1.0,
+        teacher: Tensor | None = None,
+    ) -> Losses:
+        """This worker's share of the loss: a function of its arguments, which reads no parameter.
+
+        image, text: (B, D), L2-normalised, the local rows, pair i in row i. image_ids: (B,) int64. factors: what
+        :meth:`factors` gives. warmup: how far the sum form of the hinge has come, in [0, 1]; from 1 on the hardest
+        negative alone counts. teacher: (B, D), the frozen embedding of each pair's dense caption; needed where
+        distill_weight > 0.
         """
-        image, text = _at_least_fp32(image), _at_least_fp32(text)
-        factors = self.factors() if factors is None else factors
+        image, text = at_least_fp32(image), at_least_fp32(text)
         pairs = image.shape[0] * world_size()
         zero = text.new_zeros(())
         align = self._align(image, text, image_ids, warmup, factors) if self.config.align_weight else zero
         distill = zero
         if self.config.distill_weight:
             assert teacher is not None, "distillation without teacher embeddings"
-            distill = self._distill(text, _at_least_fp32(teacher))
+            distill = self._distill(text, at_least_fp32(teacher))
         total = REFERENCE_BATCH / pairs * self.config.align_weight * align
         total = total + self.config.distill_weight / pairs * distill
         return Losses(total, align.detach(), distill.detach())
@@ -216,5 +227,6 @@ class Objective(nn.Module):
         )
 
 
-def _at_least_fp32(rows: Tensor) -> Tensor:
+def at_least_fp32(rows: Tensor) -> Tensor:
+    """float64 stays, everything else is float32."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -19,6 +19,7 @@ def _wrapped(value: int) -> int:
 _GOLDEN = _wrapped(0x9E3779B97F4A7C15)
 _FIRST = _wrapped(0xBF58476D1CE4E5B9)
 _SECOND = _wrapped(0x94D049BB133111EB)
+_DROPOUT = _wrapped(0xD6E8FEB86659FD93)
 
 
 def _right(value: Tensor, by: int) -> Tensor:
@@ -38,6 +39,25 @@ def uniforms(seeds: Tensor, count: int) -> Tensor:
     counter = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64)
     bits = mix(seeds[:, None] + counter * _GOLDEN)
     return _right(bits, 11).double() * 2.0**-53
+
+
+def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
+    """Dropout whose draws belong to the sample: values (B, ...), of which row b draws from seeds[b] (int64) alone.
+
+    An entry's draw depends on its place within the row, counted from the front, and not on the row's length. The
+    rate is kept to 1 / 65536: one hash serves four entries.
+    """
+    if rate <= 0:
+        return values
+    steps = round(rate * 65536)
+    if steps >= 65536:
+        return torch.zeros_like(values)
+    flat = values.flatten(1)
+    counter = torch.arange(1, -(-flat.shape[1] // 4) + 1, device=seeds.device, dtype=torch.int64)
+    # A stream of its own: `uniforms` draws from the seeds themselves.
+    bits = mix((seeds ^ _DROPOUT)[:, None] + counter * _GOLDEN)
+    kept = bits.view(torch.int16)[:, : flat.shape[1]] >= steps - 32768
+    return (flat * (kept.to(values.dtype) * (65536 / (65536 - steps)))).view_as(values)
 
 
 def kept_tokens(seeds: Tensor, tokens: int, config: ModelConfig) -> Tensor:

@@ -72,16 +72,19 @@ class D2SModel(nn.Module):
         """Embed uint8 images (B, 3, H, W): (B, D) of unit length. For draw_seeds see `ImageEncoder`."""
         return self.image_encoder(images, draw_seeds)
 
-    def forward_text(self, ids: Tensor, mask: Tensor, *, decoder: bool | None = None) -> TextOutput:
+    def forward_text(
+        self, ids: Tensor, mask: Tensor, *, decoder: bool | None = None, draw_seeds: Tensor | None = None
+    ) -> TextOutput:
         """Embed word pieces ids (B, L) int64 whose real ones are where mask (B, L) bool is true.
 
         decoder: None uses the decoder if there is one, False leaves it out, True insists on it (ValueError).
+        For draw_seeds see `TextEncoder`.
         """
         if decoder and self.decoder is None:
             raise ValueError(
                 "decoder=True: this model has no decoder, set model.decoder in its configuration"
             )
-        text, words = self.text_encoder(ids, mask)
+        text, words = self.text_encoder(ids, mask, draw_seeds)
         if self.decoder is None or decoder is False:
             return TextOutput(text, text, None)
         prompt = self.decoder(words, mask)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2s.model.config import ModelConfig
+from d2s.model.draws import dropout
 from d2s.model.gpo import GPO
 from d2s.model.norms import WordBatchNorm
 from d2s.model.towers import build_tower, tower_width
@@ -63,10 +64,17 @@ class TextEncoder(nn.Module):
             self.tower.eval()
         return self
 
-    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Text embedding t (B, D), not of unit length, and word features (B, L, D) of ids (B, L)."""
+    def forward(self, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Text embedding t (B, D), not of unit length, and word features (B, L, D) of ids (B, L).
+
+        draw_seeds (B,) int64 decide what dropout drops in training, each sample by itself; without them the place
+        in the batch does, by torch's generator.
+        """
         hidden = self._frozen_hidden(ids, mask) if self.frozen else self._hidden(ids, mask)
-        hidden = self.dropout(hidden)
+        if draw_seeds is None or not self.training:
+            hidden = self.dropout(hidden)
+        else:
+            hidden = dropout(hidden, draw_seeds, self.dropout.p)
         words = self.linear(hidden) + self.mlp(hidden, mask)
         return self.norm(self.pool(words, mask)), words
 
