@@ -67,8 +67,8 @@ def faults(facts: Facts, world: int, *, min_free: float, cpu: bool = False) -> l
     if not cpu:
         found += _each(facts, "no GPU visible", on, _gpu_fault)
     found += _each(facts, "rendezvous failed", on, lambda told: told.get("rendezvous"))
-    stuck = [rank for rank, told in facts.items() if "rendezvous" not in told and not told.get("port")]
-    if stuck and not any(told.get("port") for told in facts.values()):
+    stuck = [rank for rank, told in facts.items() if "rendezvous" not in told]
+    if stuck and not facts.get(0, {}).get("port"):
         found.append(f"{on(stuck)}: ranks {_short(sorted(stuck))} never met the others")
     clocks = [told["clock"] for told in facts.values() if "clock" in told]
     if clocks and max(clocks) - min(clocks) > CLOCKS_APART:
@@ -99,7 +99,8 @@ def _each(facts: Facts, what: str, on: Any, of: Any) -> list[str]:
 
 def _different(facts: Facts, what: str, on: Any, of: Any) -> list[str]:
     """A line where ranks tell different values, the rarer ones named."""
-    values = {rank: of(told) for rank, told in facts.items() if of(told) is not None}
+    # By rank: where there is no majority, rank 0 is right.
+    values = {rank: of(told) for rank, told in sorted(facts.items()) if of(told) is not None}
     count = Counter(values.values())
     if len(count) < 2:
         return []

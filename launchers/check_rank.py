@@ -17,6 +17,7 @@ MARK = "d2s-check "
 TOKENS = ".check-"
 """Beginning of the name of the folder in which the ranks leave a file each; the caller removes it."""
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "webdataset", "pyarrow", "numpy", "d2s")
+HERE, NO_PORT = "here", "no port"
 MESSAGE_BYTES = 1 << 26
 ROUNDS = 3
 
@@ -28,20 +29,21 @@ def tell(**facts: Any) -> None:
 
 def look(data: Path | None, run: Path, patience: float) -> None:
     """Tells everything about this rank, first what it can see alone and then what needs its fellows."""
+    fault = port_fault() if os.environ["RANK"] == "0" else ""
     tell(
         node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         versions=dict(versions()),
         data=None if data is None else data_seen(data),
-        shared=leave_token(run),
+        # Rank 0's file also says whether there is any use in going to meet it.
+        shared=leave_token(run, NO_PORT if fault else HERE),
         free=free_bytes(run),
+        port=fault,
     )
     tell(gpus=gpus(), asked=os.environ.get("SLURM_GPUS_ON_NODE", ""))
-    fault = port_fault() if os.environ["RANK"] == "0" else ""
-    if fault:
-        tell(port=fault)
-        return
-    tell(unseen=unseen_tokens(run, patience))
-    rendezvous(patience)
+    left, meet = unseen_tokens(run, patience)
+    tell(unseen=left)
+    if meet:
+        rendezvous(patience)
 
 
 def versions() -> Iterator[tuple[str, str]]:
@@ -78,34 +80,39 @@ def _tokens(run: Path) -> Path:
     return run / f"{TOKENS}{os.environ['SLURM_JOB_ID']}"
 
 
-def leave_token(run: Path) -> str:
+def leave_token(run: Path, text: str) -> str:
     """Writes a file that every other rank looks for; why it could not, or nothing."""
     folder = _tokens(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / os.environ["RANK"]).write_text("here", encoding="ascii")
+        fresh = folder / f".{os.environ['RANK']}"
+        fresh.write_text(text, encoding="ascii")
+        fresh.rename(folder / os.environ["RANK"])
     except OSError as error:
         return f"{error.filename or folder}: {error.strerror}"
     return ""
 
 
-def unseen_tokens(run: Path, patience: float) -> list[int]:
-    """The ranks whose files do not become visible here. File systems on a network may take their time."""
+def unseen_tokens(run: Path, patience: float) -> tuple[list[int], bool]:
+    """The ranks whose files do not become visible here, and whether rank 0 can be met.
+
+    File systems on a network may take their time.
+    """
     left = set(range(int(os.environ["WORLD_SIZE"])))
     end = time.monotonic() + patience
     while True:
         # Opened by name: a listing may come from a cache.
-        left = {rank for rank in left if not _readable(_tokens(run) / str(rank))}
+        left = {rank for rank in left if not _token(_tokens(run) / str(rank))}
         if not left or time.monotonic() > end:
-            return sorted(left)
+            return sorted(left), _token(_tokens(run) / "0") != NO_PORT
         time.sleep(0.2)
 
 
-def _readable(path: Path) -> bool:
+def _token(path: Path) -> str:
     try:
-        return path.read_text(encoding="ascii") == "here"
+        return path.read_text(encoding="ascii")
     except OSError:
-        return False
+        return ""
 
 
 def free_bytes(run: Path) -> int:

@@ -10,7 +10,7 @@ from cluster import Cluster
 from d2s.launchers.check import faults, gathered
 
 HERE = [sys.executable, "-m", "d2s.launchers.check", "--cpu", "--min-free", "0"]
-SHAPE = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
+SHAPE = ["--nodelist=n0,n1", "--ntasks-per-node=1", "--cpus-per-task=1"]
 
 
 def check(cluster: Cluster, project: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess:
