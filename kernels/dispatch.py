@@ -44,7 +44,9 @@ def _choose(name: str, kind: str, wide: bool) -> str:
     if not name:
         return "triton" if kind == "cuda" and _has_triton() else "chunked"
     if name == "triton" and kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"D2S_KERNELS: triton computes on CUDA, not on {kind}, unless TRITON_INTERPRET=1 is set")
+        raise ValueError(
+            f"D2S_KERNELS: triton computes on CUDA, not on {kind}, unless TRITON_INTERPRET=1 is set"
+        )
     return name
 
 

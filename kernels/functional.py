@@ -279,7 +279,8 @@ def _check_sides(
 
 
 def _check_number(name: str, value: float) -> None:
-    if isinstance(value, Tensor) or not math.isfinite(value):
+    # Comparisons, which the compiler can trace for a number that varies; math.isfinite it cannot.
+    if isinstance(value, Tensor) or not -math.inf < value < math.inf:
         raise ValueError(f"{name}: {value} is not a finite number")
 
 

@@ -107,7 +107,9 @@ def made_in_forward(operator: Callable, places: tuple[int, ...]) -> None:
             if not ctx.needs_input_grad[k]:
                 continue
             if made.numel() == 0:
-                raise RuntimeError(f"{operator.name()}: argument {k} needs a gradient, and its need_... was false")
+                raise RuntimeError(
+                    f"{operator.name()}: argument {k} needs a gradient, and its need_... was false"
+                )
             gradients[k] = (grad * made).to(dtype)
         return tuple(gradients)
 

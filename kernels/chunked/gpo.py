@@ -106,13 +106,16 @@ def _forward_as_integers(
     x, w = upcast(features), weights.to(torch.float32).contiguous()
     batch, tokens, width = x.shape
     # A sample's own first width * length entries are used; row d of them is channel d in sorted order.
-    order = _large((batch, tokens * width) if need_features else (0,), np.int32)
-    value = _large((batch, tokens * width) if need_weights else (0,), np.float32)
+    order = _large((batch, tokens * width if need_features else 0), np.int32)
+    value = _large((batch, tokens * width if need_weights else 0), np.float32)
     pooled = torch.zeros(batch, width)
 
     def sample(b: int, scratch: _Scratch) -> None:
         place = mask[b].nonzero().squeeze(1)
         length = place.shape[0]
+        # What no backward reads is zero all the same: an operator's outputs are the same at every call.
+        for kept in (order, value):
+            kept.numpy()[b : b + 1, length * width :] = 0
         if length == 0:
             return
         real = x[b] if length == tokens else x[b].index_select(0, place)
@@ -129,7 +132,11 @@ def _forward_as_integers(
         np.einsum("dk,k->d", ordered, w[b, :length].numpy(), out=pooled[b].numpy())
 
     _each(sample, batch, tokens * width)
-    return pooled.to(features.dtype), order, value
+    return (
+        pooled.to(features.dtype),
+        order if need_features else order.new_empty(0),
+        value if need_weights else value.new_empty(0),
+    )
 
 
 def _backward_as_integers(
