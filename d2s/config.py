@@ -32,6 +32,12 @@ class LogConfig:
     """Epochs between two validations (and checkpoints); the last epoch is always validated."""
     keep: int = 2
     """Complete checkpoints to keep; the best model is kept apart."""
+    save_steps: int = 0
+    """Steps between two further checkpoints within an epoch; 0 for none."""
+    save_minutes: float = 0.0
+    """Minutes after which a further checkpoint is written; 0 for none."""
+    max_stalled_restarts: int = 3
+    """Starts in a row from one checkpoint, none of which saved a newer one, before --resume stops; 0 for any."""
     wandb: str = ""
     """Weights & Biases project to mirror the metrics to; empty for none."""
 
@@ -39,6 +45,9 @@ class LogConfig:
         for name in ("every", "evaluate_epochs", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"log.{name} is {getattr(self, name)}: it must be 1 or more")
+        for name in ("save_steps", "save_minutes", "max_stalled_restarts"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"log.{name} is {getattr(self, name)}: it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +70,7 @@ class TrainConfig:
     seed: int = 0
     """Decides weights, order, augmentation and dropout."""
     nonfinite_limit: int = 20
-    """Steps in a row with a loss that is not finite, each skipped by all workers, before the run stops."""
+    """Steps in a row with a loss or gradient that is not finite, skipped by all workers, before the run stops."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -4,6 +4,7 @@ Each worker takes the same number of steps; filler rows are masked. The parts ar
 places by number, so the result depends neither on the number of workers nor on the batch size.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,8 @@ from d2s.shards.index import ShardIndex
 from d2s.text import TextPipeline
 
 Kind = Literal["sparse", "dense"]
+Poll = Callable[[], None] | None
+Rows = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ def embed_split(
     rank: int = 0,
     world: int = 1,
     dense: bool = True,
+    poll: Poll = None,
 ) -> Embeddings:
     """Embeds a split in evaluation mode; afterwards the model is again in the mode in which it came.
 
@@ -63,6 +67,7 @@ def embed_split(
         config: image size and limits of word pieces.
         batch_size: images or captions a worker and step.
         dense: dense captions too, where the split has any.
+        poll: called before each batch, of which every worker has the same number; may raise.
 
     Raises:
         ValueError: no such split, an empty one, or a damaged sample (an evaluation replaces none).
@@ -70,14 +75,22 @@ def embed_split(
     training = model.training
     model.eval()
     try:
-        images = _embed_images(model, index, split, config, batch_size, rank, world)
+        images = _embed_images(model, index, split, config, batch_size, rank, world, poll)
         sets: dict[Kind, TextSet | None] = {"sparse": None, "dense": None}
         for kind in ("sparse", "dense") if dense else ("sparse",):
             if index.total(split, kind):
-                sets[kind] = _embed_texts(model, index, split, kind, config, batch_size, rank, world)
+                sets[kind] = _embed_texts(model, index, split, kind, config, batch_size, rank, world, poll)
     finally:
         model.train(training)
     return Embeddings(images=images, sparse=sets["sparse"], dense=sets["dense"])
+
+
+def _polled(batches: Iterable[Rows], poll: Poll) -> Iterator[Rows]:
+    """Passes batches on, and asks before each whether to go on."""
+    for batch in batches:
+        if poll:
+            poll()
+        yield batch
 
 
 def _embed_images(
@@ -88,11 +101,12 @@ def _embed_images(
     batch_size: int,
     rank: int,
     world: int,
+    poll: Poll,
 ) -> Tensor:
     device = next(model.parameters()).device
     start = index.rows(split).start
     parts, numbers = [], []
-    for rows, images, _ in eval_images(index, split, config, batch_size, rank, world):
+    for rows, images, _ in _polled(eval_images(index, split, config, batch_size, rank, world), poll):
         parts.append(model.forward_image(images.to(device)).float())
         numbers.append(torch.where(rows < 0, -1, rows - start))
     return _put_together(parts, numbers, len(index.rows(split)))
@@ -107,6 +121,7 @@ def _embed_texts(
     batch_size: int,
     rank: int,
     world: int,
+    poll: Poll,
 ) -> TextSet:
     device = next(model.parameters()).device
     limit = config.max_words_sparse if kind == "sparse" else config.max_words_dense
@@ -115,7 +130,8 @@ def _embed_texts(
     total = index.total(split, kind)
     parts, numbers, truncated = [], [], 0
     # Read in this process: the pipeline counts the cut captions, and captions are quick to read.
-    for which, _, ids, mask, valid in eval_texts(index, split, pipeline, kind, batch_size, rank, world):
+    batches = eval_texts(index, split, pipeline, kind, batch_size, rank, world)
+    for which, _, ids, mask, valid in _polled(batches, poll):
         parts.append(model.forward_text(ids.to(device), mask.to(device)).embedding.float())
         numbers.append(which)
         filler = ~valid & (mask.sum(1) == limit)

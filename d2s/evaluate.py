@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -126,6 +126,7 @@ def evaluate_model(
     dense: bool = True,
     full: bool = True,
     folds: int | None = None,
+    poll: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Embeds a split and measures retrieval; the same result on every worker and for every number of workers.
 
@@ -138,6 +139,7 @@ def evaluate_model(
         folds: number of folds; None means folds of 1,000 images where the split is several thousands exactly,
             and 0 none. Folds are cut along ascending image ids, whatever the order in the shards; the Karpathy
             file of COCO has another order, so its 1K numbers come from other folds.
+        poll: called before each batch, on all workers alike; what it raises ends the evaluation.
 
     Raises:
         ValueError: no such split, no caption in it, folds that do not divide it, or embeddings not finite.
@@ -146,7 +148,15 @@ def evaluate_model(
     if full:
         choose_folds(len(index.rows(split)), folds)
     embedded = embed_split(
-        model, index, split, config=data_config, batch_size=batch_size, rank=rank, world=world, dense=dense
+        model,
+        index,
+        split,
+        config=data_config,
+        batch_size=batch_size,
+        rank=rank,
+        world=world,
+        dense=dense,
+        poll=poll,
     )
     result = evaluate_embeddings(embedded, index, split, full=full, folds=folds)
     return replace(result, seconds=time.monotonic() - start)

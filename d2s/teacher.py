@@ -5,6 +5,7 @@ runs/<name>/teacher/teacher.json  what made it: written last, so a half-made tab
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,13 @@ def teacher_table(
     workers: Workers,
     *,
     made_from: str,
+    poll: Callable[[], None] | None = None,
     batch_size: int = 128,
 ) -> TeacherTable:
     """Opens the stored table, or computes it first, each worker its share.
 
     made_from: names the teacher (a digest of its weights); a table of another teacher or split is computed anew.
+    poll: called before each batch, on all workers alike; may raise, and leaves no table then.
     """
     first, count = int(index.column("dense_start")[index.rows(split).start]), index.total(split, "dense")
     width = teacher.text_encoder.linear.out_features
@@ -66,6 +69,8 @@ def teacher_table(
             for numbers, _, ids, mask, valid in eval_texts(
                 index, split, pipeline, "dense", batch_size, workers.rank, workers.world, skip_damaged=True
             ):
+                if poll:
+                    poll()
                 made = teacher(ids.to(workers.device), mask.to(workers.device)).float().cpu()
                 table[numbers[valid].numpy()] = made[valid].numpy()
         table.flush()

@@ -9,11 +9,18 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn
 
 # Script mode puts this folder first on the path, where its modules could shadow others.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from d2s.preemption import PREEMPTED, Preempted, Preemption, StalledError, forget_start
+
+if TYPE_CHECKING:
+    from d2s.trainer import Trainer
 
 _AFTER_WORKER_0 = 5.0
 EPILOG = """\
@@ -63,8 +70,14 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0 done, 1 it could not go on, 2 a user's mistake, 130 Ctrl-C."""
+def main(arguments: list[str] | None = None, preemption: Preemption | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    0: done; 1: it could not go on; 2: a user's mistake; 75: preempted, to be run again with --resume; 130: Ctrl-C.
+
+    preemption: notes the signals; none are taken where there is none.
+    """
+    preemption = preemption or Preemption()
     if _rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -77,17 +90,33 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(describe(prepared))
             return 0
-        trainer = prepared.start()
+        trainer = prepared.start(preemption)
     except (ValueError, OSError) as error:
-        return _fail(error, 2)
+        return _fail(error, 2, preemption)
+    except StalledError as error:
+        return _fail(error, 1, preemption)
+    except Preempted as asked:
+        print(f"{asked} before the first step; --resume goes on", flush=True)
+        return PREEMPTED
     try:
-        with trainer.log:
-            trainer.train()
-            trainer.log.say(trainer.summary())
+        with trainer:
+            return _train(trainer)
     except (ValueError, FloatingPointError) as error:
-        return _fail(error, 1)
+        return _fail(error, 1, preemption)
     except KeyboardInterrupt:
-        return _fail("interrupted; --resume goes on from the newest checkpoint", 130)
+        forget_start(trainer.run)
+        return _fail("interrupted; --resume goes on from the newest checkpoint", 130, preemption)
+
+
+def _train(trainer: "Trainer") -> int:
+    try:
+        trainer.train()
+    except Preempted as asked:
+        if trainer.workers.is_main:
+            trainer.log.say(f"{asked} at step {trainer.step}: its checkpoint is complete; --resume goes on")
+        return PREEMPTED
+    if trainer.workers.is_main:
+        trainer.log.say(trainer.summary())
     return 0
 
 
@@ -95,8 +124,10 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _fail(error: object, code: int) -> int:
-    """One line on stderr. Worker 0 speaks first: a launcher ends all workers as soon as one has left."""
+def _fail(error: object, code: int, preemption: Preemption) -> int:
+    """One line on stderr. Worker 0 speaks first: what all have run into is said once."""
+    preemption.uninstall()
+    _hold()
     if _rank():
         time.sleep(_AFTER_WORKER_0)
     worker = f" (worker {_rank()})" if _rank() else ""
@@ -104,10 +135,53 @@ def _fail(error: object, code: int) -> int:
     return code
 
 
-if __name__ == "__main__":
-    code = main()
+def _hold() -> None:
+    """Ends the process where the failure is only what another worker's end brought about."""
+    if "torch" in sys.modules:
+        from d2s.distributed import hold
+
+        hold()
+
+
+class _LastWords:
+    """Ends the process after an error that nothing has caught, without waiting for anything.
+
+    The interpreter's own way out would tear down threads and connections, which may hang or abort.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or "torch" not in sys.modules:
+            return
+        _hold()
+        if isinstance(error, SystemExit):  # --help, or a library that gives up: the other workers must notice
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
+        sys.excepthook(kind, error, trace)  # torch's puts the worker's number before each line
+        _leave(1)
+
+
+def _leave(code: int) -> None:
     if "torch" in sys.modules:
         from d2s.distributed import leave
 
-        leave(code)
+        leave(code, together=code in (0, PREEMPTED))
+
+
+def run() -> NoReturn:
+    """The script: takes the signals before any heavy import, and leaves so that every other worker knows how."""
+    preemption = Preemption()
+    preemption.install()
+    with _LastWords():
+        code = main(preemption=preemption)
+        _leave(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()
