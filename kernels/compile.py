@@ -82,9 +82,10 @@ def jobs(specs: Sequence["KernelSpec"], architectures: Iterable[int], tuned: dic
         for arch in architectures:
             for dtype in spec.dtypes:
                 half = dtype in HALF
-                tiles = [(width, default_tile(spec.name, width, half), False) for width in spec.widths]
+                row = spec.row or spec.name
+                tiles = [(width, default_tile(row, width, half), False) for width in spec.widths]
                 for width in spec.widths:
-                    found = tuned.get(entry(spec.name, divmod(arch, 10), width, half))
+                    found = tuned.get(entry(row, divmod(arch, 10), width, half))
                     if found:
                         tiles.append((width, Tile(**found), True))
                 for width, tile, is_tuned in tiles:
@@ -99,7 +100,13 @@ def _identity(spec: "KernelSpec", job: Job) -> tuple:
     """Equal for two jobs that would build the same code."""
     constants = tuple(spec.constants(job.tile, job.width, job.dtype in HALF).items())
     typed = job.dtype if "*x" in {*spec.pointers.values()} else None
-    return spec.name, job.arch, typed, job.tile.warps, job.tile.stages, constants
+    return spec.name, job.arch, typed, tuple(options(spec, job).items()), constants
+
+
+def options(spec: "KernelSpec", job: Job) -> dict[str, int]:
+    """What the kernel is launched with."""
+    own = spec.options(job.tile, job.width, job.dtype in HALF) if spec.options else {}
+    return {"num_warps": job.tile.warps, "num_stages": job.tile.stages, **own}
 
 
 def source(spec: "KernelSpec", job: Job) -> object:
@@ -124,14 +131,13 @@ def source(spec: "KernelSpec", job: Job) -> object:
 
 def build(job: Job) -> Built:
     """Compiles one job; in a worker process."""
-    # Written by the assembler, and only when it does run.
     from d2s.kernels import assembly
 
     started = time.perf_counter()
     try:
         spec = _specs()[job.kernel]
         registers, stores, loads, shared, tensor, total = assembly.compile_and_weigh(
-            source(spec, job), job.arch, {"num_warps": job.tile.warps, "num_stages": job.tile.stages}
+            source(spec, job), job.arch, options(spec, job)
         )
     # Whatever the compiler raises is this row's fault and must not hide the other rows.
     except Exception as error:  # noqa: BLE001

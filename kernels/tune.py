@@ -32,12 +32,15 @@ SIZE = 8192
 LOWEST = {"rows": 16, "columns": 16, "depth": 16, "warps": 1, "stages": 1}
 HIGHEST = {"rows": 256, "columns": 256, "depth": 256, "warps": 16, "stages": 5}
 
+# Kernels whose name does not begin with their op's.
+OPS = {"hinge_gather": "hinge_max"}
+
 State = Mapping[str, "Tile"]
 
 
 def op_of(kernel: str, ops: Sequence[str]) -> str | None:
-    """The op that launches a kernel, by its name: `hinge_max_sweep` belongs to `hinge_max`."""
-    return max((op for op in ops if kernel.startswith(op)), key=len, default=None)
+    """The benchmark that launches a kernel, by its name: `hinge_max_sweep` belongs to `hinge_max`."""
+    return OPS.get(kernel) or max((op for op in ops if kernel.startswith(op)), key=len, default=None)
 
 
 def steps(spec: "KernelSpec", tile: "Tile", width: int, half: bool) -> list["Tile"]:
@@ -54,13 +57,17 @@ def steps(spec: "KernelSpec", tile: "Tile", width: int, half: bool) -> list["Til
 
 
 def _build_of(spec: "KernelSpec", tile: "Tile", width: int, half: bool) -> tuple:
-    return tile.warps, tile.stages, tuple(spec.constants(tile, width, half).items())
+    own = spec.options(tile, width, half) if spec.options else {}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **own}
+    return tuple(options.items()), tuple(spec.constants(tile, width, half).items())
 
 
 def tunable(spec: "KernelSpec") -> bool:
-    """Whether a kernel's build follows from its tile: the others have no entry in the table."""
+    """Whether a kernel's build follows from a tile of its own: the others have no entry in the table."""
     from d2s.kernels.fused.tiles import Tile
 
+    if spec.row not in ("", spec.name):
+        return False
     one = Tile(rows=16, columns=16, depth=16, warps=4, stages=1)
     other = Tile(rows=32, columns=64, depth=128, warps=4, stages=1)
     return spec.constants(one, 256, True) != spec.constants(other, 256, True)
@@ -156,7 +163,8 @@ def _measure(op: str, width: int, half: bool, capability: tuple[int, int]) -> Ca
     from d2s.kernels.fused.tiles import entry, tuned_tiles
 
     case = CASES[op]
-    shape = Shape(n=64, tokens=577, width=width) if op == "gpo" else Shape(n=SIZE, width=width)
+    # GPO's table goes by tokens.
+    shape = Shape(n=64, tokens=width, width=512) if op == "gpo" else Shape(n=SIZE, width=width)
     inputs = [case.make(shape, torch.bfloat16 if half else torch.float32, "cuda", seed) for seed in range(3)]
 
     def measure(state: State) -> float:
