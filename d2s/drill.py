@@ -173,7 +173,7 @@ def parser() -> command.Parser:
     return parser
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace, overrides: list[str]) -> None:
     """Raises ValueError for what does not go together, before any long work."""
     from d2s.config import override
     from d2s.prepare import find_recipe
@@ -182,6 +182,8 @@ def check(options: argparse.Namespace) -> None:
     if options.kills < 0 or options.save_steps < 1:
         raise ValueError(f"--kills {options.kills} --save-steps {options.save_steps}: give at least 0 and 1")
     options.steps = options.steps or 20 + 10 * options.kills
+    _, fields = parse(training_arguments(options, overrides, Path()))
+    override(find_recipe(options.recipe), fields)
     least = 2 * options.kills + options.save_steps + 2
     if options.steps < least:
         raise ValueError(
@@ -201,7 +203,7 @@ def work(options: argparse.Namespace, overrides: list[str]) -> bool:
         print(verdict(comparison, fixed=False, tolerance=options.tolerance)[0])
         print(verdict(comparison, fixed=True, tolerance=0)[0])
         return comparison.bit_equal or comparison.within(options.tolerance)
-    check(options)
+    check(options, overrides)
     if options.attach:
         from d2s.drill_attach import attach
 

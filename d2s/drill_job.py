@@ -67,13 +67,14 @@ class Job:
         return f"see {self.logs[0]}"
 
 
-def start_job(arguments: Sequence[str], run: Path, world: int, log: Path, launcher: str = "") -> Job:
+def start_job(arguments: Sequence[str], run: Path, world: int, log: Path, launcher: str = "",
+              script: Path = TRAIN) -> Job:  # fmt: skip
     """Starts `train.py ARGUMENTS --run RUN --resume` with `world` workers.
 
     launcher: a command to put before it, {workers} standing for their number; without one the workers are started
-    here. log: where they speak into, the rank or "launcher" added to its name.
+    here. log: where they speak into, the rank or "launcher" added to its name. script: run in place of train.py.
     """
-    train = [str(TRAIN), *arguments, "--run", str(run), "--resume"]
+    train = [str(script), *arguments, "--run", str(run), "--resume"]
     log.parent.mkdir(parents=True, exist_ok=True)
     common = {"D2S_THREADS": os.environ.get("D2S_THREADS", "1")}  # the same on any number of workers
     if launcher:

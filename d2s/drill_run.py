@@ -15,6 +15,7 @@ MOMENTS = {"step": "after a step", "save": "while saving", "start": "at a start"
 # Shares of the moments. While saving is where a checkpoint can be spoilt; at a start little has been done.
 _WEIGHTS = (45, 35, 20)
 _WITHIN_STEP, _WITHIN_SAVE = 0.05, 0.2  # seconds after the moment was seen
+_MEETING = 10.0  # seconds
 
 
 class DrillError(Exception):
@@ -69,6 +70,8 @@ class Tally:
     """Seconds that the survivors of a dead worker needed to end."""
     hung: int = 0
     """Times at which they had to be ended."""
+    unmet: int = 0
+    """Times at which they were ended because a worker had died before all of them had met."""
     seconds: float = 0.0
 
     def lines(self, planned: int, run: Path) -> list[str]:
@@ -90,6 +93,8 @@ class Tally:
             lines.append(
                 f"survivors           of a dead worker ended by themselves within {self.slowest:.1f} s"
             )
+        if self.unmet:
+            lines.append(f"before they met     {self.unmet} times the others were ended, as a launcher does")
         if self.hung:
             lines.append(f"hung                {self.hung} times survivors had to be ended")
         return lines
@@ -132,7 +137,7 @@ class Drill:
             done = len(self.tally.kills)
             struck = self._strike(job, self.kills[done]) if done < len(self.kills) else False
             if struck:
-                self._bury(job, self.kills[done], world)
+                self._bury(job, self.kills[done], drill_job.signature(metrics) != before)
             elif not job.wait(self.patience):
                 raise DrillError(f"no end within {self.patience:.0f} s: {job.complaint()}")
         finally:
@@ -174,15 +179,21 @@ class Drill:
         if not drill_job.wait_until(lambda: job.ended() or moment(), self.patience):
             raise DrillError(f"nothing happened in {self.patience:.0f} s: {job.complaint()}")
 
-    def _bury(self, job: Job, kill: Kill, world: int) -> None:
-        """The survivors of a dead worker have to end by themselves."""
+    def _bury(self, job: Job, kill: Kill, trained: bool) -> None:
+        """The survivors of a dead worker have to end by themselves.
+
+        Before they have met they cannot know of each other's end: then the drill ends them, as a launcher does.
+        """
         start = time.monotonic()
-        ended = job.wait(self.grace)
-        if world > 1 and not kill.everyone:
-            self.tally.hung += not ended
-            self.tally.slowest = (
-                max(self.tally.slowest, time.monotonic() - start) if ended else self.tally.slowest
-            )
+        ended = job.wait(self.grace if trained else min(self.grace, _MEETING))
+        if kill.everyone:
+            return
+        if ended:
+            self.tally.slowest = max(self.tally.slowest, time.monotonic() - start)
+        elif trained:
+            self.tally.hung += 1
+        else:
+            self.tally.unmet += 1
 
     def _tell(self, kill: Kill, reached: int) -> None:
         whom = "all workers" if kill.everyone else "one worker"

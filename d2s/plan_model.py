@@ -1,0 +1,198 @@
+"""What a training needs, counted: bytes a worker by part for each ZeRO stage, and bytes sent a step by part.
+
+Weights are counted on the model itself, on the CPU; activations are what sending two and four made-up pairs through
+it keeps, captions at their longest. No GPU and no data are needed.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from d2s.accumulate import check_norms
+from d2s.config import TrainConfig
+from d2s.engine import checkpoint_activations
+from d2s.kernels.chunked.common import CHUNK_ENTRIES, MIN_ROWS
+from d2s.loader import Batch
+from d2s.model import D2SModel, build_word_tokenizer
+from d2s.model.config import IdleSetting
+from d2s.model.tokenizer import WORDS
+from d2s.objective import Objective
+from d2s.trainer import TrainingModule
+
+STAGES = (0, 1, 2, 3)
+PARTS = ("weights", "gradients", "optimizer", "buckets", "activations", "gathered", "loss")
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a recipe's model weighs, in numbers and bytes."""
+
+    every: int
+    """Parameters, frozen ones included."""
+    learned: int
+    teacher: int
+    """Parameters of the frozen text tower that an online teacher keeps beside the model; 0 without one."""
+    kept: int
+    """Bytes that a forward pass keeps for the backward, whatever the batch."""
+    kept_per_pair: int
+
+
+def measure_sizes(config: TrainConfig, words: int) -> Sizes:
+    """Counts and probes the model of `config` with random weights where `config` names none that are at hand.
+
+    words: pieces of the vocabulary, where it comes from captions.
+    Raises ValueError where the model cannot be embedded in the micro-batches of engine.micro_batch.
+    """
+    module = build(config, words)
+    small, large = (kept_bytes(module, made_up_batch(config, module, pairs)) for pairs in (2, 4))
+    per_pair = (large - small) // 2
+    every, learned, teacher = count(module, config)
+    return Sizes(
+        every=every, learned=learned, teacher=teacher,
+        kept=max(0, small - 2 * per_pair), kept_per_pair=per_pair,
+    )  # fmt: skip
+
+
+def build(config: TrainConfig, words: int) -> TrainingModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IdleSetting)
+        model = D2SModel(
+            config.model, vocabulary(words) if config.model.text_encoder.tokenizer == WORDS else None
+        )
+        check_norms(model, config.engine.micro_batch, config.engine.micro_batch + 1)
+        if config.engine.activation_checkpointing:
+            checkpoint_activations(model)
+    return TrainingModule(model, Objective(config.loss), bf16=config.engine.precision == "bf16")
+
+
+def vocabulary(words: int) -> PreTrainedTokenizerFast:
+    """A made-up tokenizer of `words` pieces, or of the few more that every tokenizer has."""
+    captions = [" ".join(f"w{number}" for number in range(words))]
+    least = len(build_word_tokenizer(captions, max_words=1)) - 1
+    return build_word_tokenizer(captions, min_count=1, max_words=max(1, words - least))
+
+
+def count(module: TrainingModule, config: TrainConfig) -> tuple[int, int, int]:
+    """Parameters in all, of them learned, and those of an online teacher beside them."""
+    every = sum(p.numel() for p in module.parameters())
+    learned = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    online = config.loss.distill_weight and config.loss.teacher == "online"
+    teacher = sum(p.numel() for p in module.model.text_encoder.parameters()) if online else 0
+    return every, learned, teacher
+
+
+def made_up_batch(config: TrainConfig, module: TrainingModule, pairs: int) -> Batch:
+    """Random pixels and captions of the greatest length that the recipe lets through."""
+    data, model = config.data, module.model
+    length = data.max_words_dense if config.stage == "pretrain" else data.max_words_sparse
+    length = min(length, model.max_words)
+    draw = torch.Generator().manual_seed(0)
+    numbers = torch.arange(pairs)
+    return Batch(
+        images=torch.randint(0, 256, (pairs, 3, data.image_size, data.image_size), dtype=torch.uint8, generator=draw),
+        text_ids=torch.randint(5, len(model.tokenizer), (pairs, length), generator=draw),
+        text_mask=torch.ones(pairs, length, dtype=torch.bool),
+        image_ids=numbers,
+        samples=numbers,
+        dense_index=numbers,
+        draw_seeds=numbers + 1,
+    )  # fmt: skip
+
+
+def kept_bytes(module: nn.Module, batch: Batch) -> int:
+    """Storages that autograd saves in a forward pass, each once, the parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    width = module.model.config.width
+    teacher = torch.zeros(len(batch), width) if module.objective.config.distill_weight else None
+    module.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # The graph lives until the count is taken, or a freed storage's address would be counted again.
+        losses = module(batch, 1.0, teacher)
+    total = sum(saved.values())
+    del losses
+    return total
+
+
+def memory(
+    config: TrainConfig, sizes: Sizes, workers: int, stage: int, batch: int, bucket: int
+) -> dict[str, int]:
+    """Bytes on one worker by part, for a global `batch` on `workers` workers.
+
+    bucket: numbers in DeepSpeed's communication bucket, which it makes as large as it is told, whatever the model.
+    """
+    divided = workers if stage else 1
+    learned, width = _FP32 * sizes.learned, config.model.width
+    fixed = _FP32 * (sizes.every - sizes.learned + sizes.teacher)
+    local = batch // workers
+    pieces = config.engine.micro_batch
+    embedded = min(pieces, local) if pieces else local
+    cached = 4 * _FP32 * width * local if pieces and pieces < local else 0
+    # ZeRO 3 keeps what it gathered from the forward to the backward pass, up to a thousand million numbers.
+    gathered_weights = min(learned, _FP32 * 10**9) if stage == 3 else 0
+    copies = 3 if stage else 2  # ZeRO's flat fp32 copy beside AdamW's two moments
+    offloaded = config.engine.offload_optimizer and stage
+    columns = batch if config.loss.exchange == "gather" else 2 * local
+    rows = min(local, max(MIN_ROWS, CHUNK_ENTRIES // max(columns, 1)))
+    return {
+        "weights": fixed + learned // (workers if stage == 3 else 1),
+        "gradients": learned // (workers if stage >= 2 else 1),
+        "optimizer": 0 if offloaded else copies * learned // divided,
+        "buckets": (_FP32 * bucket if stage else 0) + gathered_weights,
+        "activations": sizes.kept + sizes.kept_per_pair * embedded + cached,
+        # Both sides of all workers, and their gradients.
+        "gathered": 4 * _FP32 * width * columns if workers > 1 else 0,
+        "loss": 3 * _FP32 * rows * columns,
+    }
+
+
+def largest_batch(config: TrainConfig, sizes: Sizes, workers: int, stage: int, room: int, bucket: int) -> int:
+    """The largest global batch, a multiple of the number of workers, that takes at most `room` bytes a worker."""
+
+    def fits(local: int) -> bool:
+        return sum(memory(config, sizes, workers, stage, local * workers, bucket).values()) <= room
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high) and high < 1 << 24:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * workers
+
+
+def traffic(config: TrainConfig, sizes: Sizes, workers: int, stage: int, batch: int) -> dict[str, int]:
+    """Bytes that one worker sends a step by part, for collectives in a ring.
+
+    A gather of M bytes in all costs (W - 1) / W * M, a reduction to all of them twice that.
+    """
+    share = (workers - 1) / workers
+    learned, width = _FP32 * sizes.learned, config.model.width
+    sides = 2 * _FP32 * width * batch
+    loss, hardest = config.loss, config.loss.align == "hinge"
+    back = sides
+    if loss.exchange == "ring":
+        back = 2 * sides  # the columns go round again, and their gradients with them
+    elif hardest:
+        back = 2 * (batch // workers) * (_FP32 * width + 8)  # after the warm-up: one winner a row, each way
+    # Gradients and weights: ZeRO 1 and 2 reduce gradients to where they belong and gather the stepped weights, as
+    # much as one reduction to all; ZeRO 3 gathers weights for the forward and again for the backward pass.
+    return {
+        "gradients": int(share * learned * (2 if stage == 0 else 1)),
+        "weights": int(share * learned * {0: 0, 1: 1, 2: 1, 3: 2}[stage]),
+        "embeddings": int(share * sides * (2 if loss.distill_weight and loss.distill == "relational" else 1)),
+        "their gradients": int(share * back),
+    }
