@@ -1,11 +1,13 @@
 """Lets the tests of this folder import `problems`, and counts the Triton kernels that they launch."""
 
+import os
 import sys
 from collections import Counter
 from functools import wraps
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -35,6 +37,23 @@ def _counted(run, name):
         return run(*arguments, **keywords)
 
     return launch
+
+
+# These are about commands and imports, and compute on the CPU whatever the device is.
+ON_CPU = {"test_bench.py", "test_compile.py", "test_imports.py", "test_tune.py"}
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device(request, monkeypatch):
+    """With D2S_TEST_DEVICE=cuda a test's tensors and generators are on the device unless it says otherwise."""
+    device = os.environ.get("D2S_TEST_DEVICE", "cpu")
+    if device == "cpu" or request.path.name in ON_CPU:
+        yield
+        return
+    plain = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device=device: plain(device=device))
+    with torch.device(device):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
