@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from d2s.distributed import all_gather
 from d2s.kernels import functional as F
 from d2s.objective import LossConfig, Objective
 
@@ -69,11 +70,25 @@ def _shares(rank: int, world: int) -> dict[tuple[str, str], tuple[Tensor, list[T
     return results
 
 
+def _ties(rank: int, world: int) -> dict[str, list[Tensor]]:
+    """Gradients of images and texts (N, D) of the hinge's hardest negatives where most similarities are equal."""
+    rows = slice(rank * N // world, (rank + 1) * N // world)
+    found = {}
+    for exchange in EXCHANGES:
+        draw = torch.Generator().manual_seed(2)
+        sides = [torch.eye(3, dtype=torch.float64)[torch.randint(3, (N,), generator=draw)] for _ in range(2)]
+        local = [side[rows].requires_grad_() for side in sides]
+        ids = torch.cat([torch.zeros(N // 2), torch.arange(N // 2) + 1]).long()[rows]
+        Objective(LossConfig(exchange=exchange))(*local, ids).total.backward()
+        found[exchange] = [all_gather(side.grad) for side in local]
+    return found
+
+
 def _worker(rank: int, world: int, folder: str) -> None:
     store = dist.FileStore(os.path.join(folder, "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     torch.set_num_threads(1)
-    results = _shares(rank, world)
+    results = {"shares": _shares(rank, world), "ties": _ties(rank, world)}
     if rank == 0:
         torch.save(results, os.path.join(folder, "results.pt"))
     dist.barrier()
@@ -85,7 +100,8 @@ def _worker(rank: int, world: int, folder: str) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_loss_and_gradients_do_not_depend_on_workers(world: int, tmp_path: Path) -> None:
     mp.spawn(_worker, args=(world, str(tmp_path)), nprocs=world)
-    shared = torch.load(tmp_path / "results.pt")
+    results = torch.load(tmp_path / "results.pt")
+    shared = results["shares"]
     alone = _shares(0, 1)
     assert len(shared) == len(EXCHANGES) * len(CASES)
     for name, exchange in shared:
@@ -95,6 +111,11 @@ def test_loss_and_gradients_do_not_depend_on_workers(world: int, tmp_path: Path)
         assert all(own.abs().max() > 1e-3 for own in grads), name
         for own, other in zip(grads, others, strict=True):
             assert (own - other).abs().max() <= 1e-10 * (1 + own.abs().max()), (name, exchange)
+    wanted = _ties(0, 1)["gather"]
+    assert all(side.any() for side in wanted)
+    for exchange, sides in results["ties"].items():
+        for own, other in zip(wanted, sides, strict=True):
+            assert (own - other).abs().max() <= 1e-10, exchange
 
 
 def test_at_a_batch_of_128_it_is_the_papers_sum_and_mean() -> None:
