@@ -13,10 +13,11 @@ which divide gradients, after each). By the chain rule that is the gradient of t
 by rounding. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
 (RepL4NLP 2021).
 
-Draws. Steps 1 and 3 draw alike to the bit. Augmentation, token dropout and the text tower's outer dropout
-(`model.text_dropout`) follow from each sample's own seed, so the gradient does not depend on the micro-batch's size
-at all. Dropout inside a Hugging Face tower follows from (seed, step, worker, micro-batch): it is as random as
-without accumulation and as repeatable, but other draws than those of another micro-batch's size.
+Draws. Steps 1 and 3 draw alike to the bit. Augmentation, token dropout and, where engine.micro_batch is set, the
+dropout behind the text tower (model.text_dropout) follow from each sample's own seed: the gradient is that of the
+whole batch (a micro-batch as large as the worker's share) whatever the size. Dropout inside a Hugging Face tower
+follows from (seed, step, worker, micro-batch): as random and as repeatable as ever, but drawn anew for another size.
+With engine.micro_batch 0 text_dropout too is drawn by place in the batch, from (seed, step, worker).
 
 Statistics of a batch (BatchNorm in training) tie an embedding to its batch mates, which a micro-batch does not
 have: :func:`check_norms` refuses them. So no buffer of the model moves.
