@@ -1,0 +1,112 @@
+"""The plan of a training: its sums, its limits, and what a few real steps take beside it."""
+
+import dataclasses
+import re
+
+import pytest
+
+from d2s import plan
+from d2s.plan_model import PARTS, Sizes, build, largest_batch, measure_sizes, memory, traffic
+from d2s.recipes import RECIPES
+
+GIB = 2**30
+SIZES = Sizes(every=1000, learned=800, teacher=100, kept=64, kept_per_pair=10)
+
+
+@pytest.fixture(scope="module")
+def small() -> object:
+    return RECIPES["scenes_small_pretrain"]()
+
+
+def test_parts_by_hand(small: object) -> None:
+    parts = [memory(small, SIZES, 4, stage, 16, bucket=7) for stage in range(4)]
+    assert all(tuple(part) == PARTS for part in parts)
+    assert [part["weights"] for part in parts] == [4400, 4400, 4400, 1200 + 800]
+    assert [part["gradients"] for part in parts] == [3200, 3200, 800, 800]
+    assert [part["optimizer"] for part in parts] == [6400, 2400, 2400, 2400]
+    assert [part["buckets"] for part in parts] == [0, 28, 28, 28 + 3200]
+    assert {part["activations"] for part in parts} == {64 + 4 * 10}
+    assert {part["gathered"] for part in parts} == {4 * 4 * small.model.width * 16}
+    assert memory(small, SIZES, 1, 0, 16, 7)["gathered"] == 0
+
+
+def test_traffic_by_hand(small: object) -> None:
+    sent = [traffic(small, SIZES, 4, stage, 16) for stage in range(4)]
+    assert [part["gradients"] + part["weights"] for part in sent] == [4800, 4800, 4800, 7200]
+    assert {part["embeddings"] for part in sent} == {2 * 4 * small.model.width * 16 * 3 // 4}
+    assert sum(traffic(small, SIZES, 1, 0, 16).values()) == 0
+
+
+def test_settings_that_save_memory_do(small: object) -> None:
+    def part(name: str, stage: int = 1, **engine: object) -> int:
+        config = dataclasses.replace(small, engine=dataclasses.replace(small.engine, zero_stage=1, **engine))
+        return memory(config, SIZES, 2, stage, 1024, 0)[name]
+
+    assert part("optimizer", offload_optimizer=True) == 0
+    pieces = part("activations", micro_batch=8)
+    assert pieces == 64 + 8 * 10 + 4 * 4 * small.model.width * 512
+    ring = dataclasses.replace(small, loss=dataclasses.replace(small.loss, exchange="ring"))
+    assert memory(ring, SIZES, 8, 1, 8192, 0)["gathered"] < memory(small, SIZES, 8, 1, 8192, 0)["gathered"]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_largest_batch_fits_and_the_next_does_not(small: object, stage: int) -> None:
+    sizes = dataclasses.replace(SIZES, kept_per_pair=1 << 20)
+    found = largest_batch(small, sizes, 4, stage, GIB, bucket=1000)
+    assert found % 4 == 0
+    takes = [sum(memory(small, sizes, 4, stage, batch, 1000).values()) for batch in (found, found + 4)]
+    assert takes[0] <= GIB < takes[1]
+    assert largest_batch(small, sizes, 4, stage, 1000, bucket=1000) == 0
+
+
+def test_activations_grow_with_the_pairs_and_shrink_with_checkpointing() -> None:
+    config = RECIPES["scenes_small_pretrain"]()
+    tower = {**config.model.image_encoder.config}
+    sizes = measure_sizes(config, words=100)
+    assert sizes.every == sizes.learned == sum(p.numel() for p in build(config, 100).parameters())
+    assert sizes.kept_per_pair > 0
+    engine = dataclasses.replace(config.engine, activation_checkpointing=True)
+    less = measure_sizes(dataclasses.replace(config, engine=engine), words=100)
+    assert less.kept_per_pair < sizes.kept_per_pair
+    assert tower == config.model.image_encoder.config
+
+
+def test_the_command_prints_all_parts(capsys: pytest.CaptureFixture) -> None:
+    assert plan.main("scenes_small_pretrain --gpus 2 --memory 4 --throughput 200".split()) == 0
+    out = capsys.readouterr().out
+    for name in (*PARTS, "total", "fits 4 GiB", "largest batch", "their gradients", "ZeRO 3"):
+        assert name in out
+    assert "4,000 images, the usual size of scenes: 31 steps" in out
+    assert "0.3 minutes an epoch at 200 pairs/s" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("scenes_smal_pretrain", "did you mean 'scenes_small_pretrain'"),
+        ("scenes_small_pretrain --optim.rl 1", "no field 'optim.rl'"),
+        ("scenes_small_pretrain --gpus 3", "batch_size 128 does not divide among --gpus 3"),
+        ("scenes_small_pretrain --memory 0", "--memory 0"),
+        ("scenes_small_pretrain --throughput -1", "--throughput -1"),
+        ("scenes_small_pretrain --data nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: str, message: str, capfd: pytest.CaptureFixture) -> None:
+    assert plan.main(arguments.split()) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(400)
+def test_a_real_run_takes_what_was_planned(capsys: pytest.CaptureFixture) -> None:
+    arguments = "scenes_small_pretrain --gpus 2 --memory 4 --check --batch_size 16 --engine.zero_stage 2"
+    assert plan.main([*arguments.split(), "--data.loader_workers", "0"]) == 0
+    out = capsys.readouterr().out
+    off = {name: float(value) for name, value in re.findall(r"^  (\w+) .* ([+-][\d.]+)%$", out, re.MULTILINE)}
+    assert abs(off["weights"]) < 1
+    assert abs(off["optimizer"]) < 1
+    # Captions are planned at their longest.
+    assert -10 < off["activations"] < 100
+    assert "pairs/s over all workers" in out
