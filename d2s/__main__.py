@@ -9,6 +9,8 @@ _COMMANDS = {
     "evaluate": "recall and other measures of a trained model",
     "ablate": "the paper's ablation with its controls",
     "report": "one self-contained page on a run",
+    "plan": "memory, traffic and time that a training will take",
+    "drill": "kill a training again and again, and compare it with one left in peace",
 }
 
 

@@ -208,7 +208,7 @@ class Drill:
 def saved_step(run: Path) -> int:
     """The step of the newest complete checkpoint, 0 where there is none."""
     found = newest(run)
-    return int(found.name.removeprefix("step-")) if found else 0
+    return int("".join(filter(str.isdigit, found.name))) if found else 0
 
 
 def reference(
