@@ -79,7 +79,7 @@ def steps(trainer: Any) -> dict[str, float]:
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         result = backward(*args, **kwargs)
-        grads.append(bytes_of(p.grad for p in module.parameters() if p.grad is not None))
+        grads.append(gradient_bytes(trainer.engine, module))
         return result
 
     trainer.engine.backward = noted
@@ -105,6 +105,15 @@ def steps(trainer: Any) -> dict[str, float]:
         "samples_per_s": trainer.config.batch_size / statistics.median(seconds[1:]),
         "tokens": len(trainer.model.tokenizer),
     }
+
+
+def gradient_bytes(engine: Any, module: torch.nn.Module) -> int:
+    """What is there of the gradient after the backward pass: of all weights, or this worker's part of it."""
+    parts = [p.grad for p in module.parameters() if p.grad is not None]
+    averaged = getattr(engine.optimizer, "averaged_gradients", None) or {}
+    parts += [tensor for tensors in averaged.values() for tensor in tensors or [] if tensor is not None]
+    flat = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    return bytes_of([*parts, flat] if flat is not None else parts)
 
 
 def optimizer_bytes(engine: Any, module: torch.nn.Module) -> int:
@@ -167,5 +176,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        leave(2)
-    leave(0)
+        leave(2, together=False)
+    leave(0, together=True)
