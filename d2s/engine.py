@@ -2,12 +2,19 @@
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from d2s.model.config import IdleSetting
+
+if TYPE_CHECKING:
+    from d2s.model import D2SModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +23,28 @@ class EngineConfig:
 
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: forward and backward under autocast; weights, gradients, losses and optimizer stay in fp32."""
-    zero_stage: Literal[0, 1, 2] = 1
-    """ZeRO stage: what is divided among workers (1 the optimizer's state, 2 gradients too)."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: what is divided among workers (1 the optimizer's state, 2 gradients too, 3 weights too)."""
+    offload_optimizer: bool = False
+    """Keep AdamW's state in the host's memory and step it there; needs ZeRO, and matters on a GPU only."""
+    activation_checkpointing: bool = False
+    """The towers keep each layer's input only, and compute what is inside again for the backward pass."""
+    micro_batch: int = 0
+    """Pairs that a worker embeds at a time; their gradients add up to that of the whole batch (d2s.accumulate).
+    0 embeds all pairs of the worker at once."""
     deepspeed_json: str = ""
     """Path of a DeepSpeed JSON merged on top of the derived settings."""
+
+    def __post_init__(self) -> None:
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError(
+                "engine.offload_optimizer is on with engine.zero_stage 0, which has nothing to put elsewhere: set "
+                "engine.zero_stage to 1, 2 or 3"
+            )
+        if self.micro_batch < 0:
+            raise ValueError(
+                f"engine.micro_batch is {self.micro_batch}: it must be 0 (all pairs at once) or more"
+            )
 
 
 def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) -> dict[str, Any]:
@@ -35,6 +60,10 @@ def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) ->
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if config.offload_optimizer and torch.cuda.is_available():
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        # DeepSpeed's own AdamW for the CPU is compiled at its first use; torch's steps a little slower, and alike.
+        settings["zero_force_ds_cpu_optimizer"] = False
     if config.deepspeed_json:
         path = Path(config.deepspeed_json)
         try:
@@ -45,6 +74,36 @@ def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) ->
             raise ValueError(f"engine.deepspeed_json {path}: not a JSON object")
         settings = _merge(settings, extra)
     return settings
+
+
+def idle_engine_settings(config: EngineConfig) -> list[str]:
+    """A line for each setting that does nothing on this machine."""
+    if config.offload_optimizer and not torch.cuda.is_available():
+        return ["engine.offload_optimizer has no effect without a GPU: everything is in the host's memory"]
+    return []
+
+
+def checkpoint_activations(model: "D2SModel") -> None:
+    """Lets each tower that learns keep its layers' inputs only. Dropout draws the same again.
+
+    Warns (IdleSetting) of a tower for which that has no effect.
+    """
+    for name in ("image_encoder", "text_encoder"):
+        encoder = getattr(model, name)
+        tower, reason = encoder.tower, ""
+        if encoder.frozen:
+            reason = "it is frozen and keeps nothing"
+        elif not tower.supports_gradient_checkpointing:
+            reason = "transformers cannot compute such a tower's layers again"
+        elif any(isinstance(child, _BatchNorm) for child in tower.modules()):
+            reason = "its BatchNorm would count every batch twice"
+        if reason:
+            line = f"engine.activation_checkpointing has no effect on {name}: {reason}"
+            warnings.warn(line, IdleSetting, stacklevel=2)
+        else:
+            # transformers has renamed it; the settings come first under both names.
+            older = tower.gradient_checkpointing_enable
+            getattr(tower, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +128,8 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
     # every later run; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its calls of torch's older names would fill the screen under ZeRO 3.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,

@@ -1,0 +1,62 @@
+"""A small engine whose checkpoints are killed and damaged by kill_points.py and damage_points.py."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from d2s import checkpoint
+from d2s.distributed import start_workers
+from d2s.engine import EngineConfig, engine_settings, start_engine
+from d2s.optim import OptimConfig, build_optimizer
+from d2s.zero_state import ZeroState
+
+STATE = {"to_validate": False, "best": {}, "damaged": 0, "truncated": 0, "skipped": 0}
+
+
+class Saves:
+    """An engine that knows its states after steps 1 and 2, and a run with checkpoints of the first `keep` of them."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.run, self.kept = folder / "run", folder / "kept"
+        self.keep, self.workers = keep, start_workers()
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)).to(self.workers.device)
+        self.engine = start_engine(
+            module, build_optimizer(module, [], OptimConfig()), engine_settings(EngineConfig(), 4, 0.0)
+        )
+        self.states: dict[int, dict] = {}
+        for step in (1, 2):
+            self.engine.backward(self.engine(torch.randn(4, 3, device=self.workers.device)).square().mean())
+            self.engine.step()
+            self.states[step] = self.snapshot()
+            if step <= self.keep:
+                self.save(step)
+        self.run.rename(self.kept)
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        pieces = ZeroState(self.engine).pieces()
+        return {piece.name: piece.values.clone() for piece in pieces}
+
+    def save(self, step: int) -> None:
+        checkpoint.save(self.run, step, {**STATE, "step": step}, self.engine, self.workers, keep=self.keep)
+
+    def restored(self) -> int:
+        """The step that a restart goes on from, after a look at every bit of it."""
+        for piece in ZeroState(self.engine).pieces():
+            piece.values.fill_(7)
+        state = checkpoint.load(self.run, self.engine, self.workers)
+        assert state is not None, "no checkpoint was found"
+        found = self.snapshot()
+        for name, values in self.states[state["step"]].items():
+            assert torch.equal(found[name], values), f"{name} is not that of step {state['step']}"
+        return state["step"]
+
+    def put_back(self) -> None:
+        shutil.rmtree(self.run, ignore_errors=True)
+        shutil.copytree(self.kept, self.run)
+
+    def fill(self, step: int) -> None:
+        for piece in ZeroState(self.engine).pieces():
+            piece.values.copy_(self.states[step][piece.name])

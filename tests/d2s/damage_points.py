@@ -1,0 +1,146 @@
+"""Damages checkpoints and fills disks, and looks at what a restart says and finds: started by test_checkpoint.py.
+
+damage_points.py FOLDER
+"""
+
+import contextlib
+import io
+import json
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoint_saves import STATE, Saves
+
+from d2s import checkpoint
+from d2s.distributed import leave
+
+SHARE, MARKER = "worker-00000.safetensors", "complete.json"
+
+
+class Evil:
+    """What a bare unpickle would run."""
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("ran"),)
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def unpickled(path: Path) -> None:
+    """A pickle in the place of the numbers, its checksum being right."""
+    path.write_bytes(pickle.dumps(Evil()))
+    marker = json.loads((path.parent / MARKER).read_text())
+    marker["files"][path.name] = checkpoint.file_sha256(path)
+    (path.parent / MARKER).write_text(json.dumps(marker))
+
+
+def outside(path: Path) -> None:
+    marker = json.loads(path.read_text())
+    marker["files"] = {"../../../elsewhere": ""}
+    path.write_text(json.dumps(marker))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a flipped bit in the first byte": (SHARE, lambda path: flip(path, 0), "differs from its checksum"),
+    "a flipped bit in the last byte": (SHARE, lambda path: flip(path, -1), "differs from its checksum"),
+    "half a file": (
+        SHARE,
+        lambda path: path.write_bytes(path.read_bytes()[:500]),
+        "differs from its checksum",
+    ),
+    "a vanished file": (SHARE, Path.unlink, SHARE),
+    "a pickle": (SHARE, unpickled, SHARE),
+    "half a marker": (MARKER, lambda path: path.write_text(path.read_text()[:40]), "Expecting"),
+    "a marker that lacks state": (MARKER, lambda path: path.write_text('{"step": 2}'), "lacks some of"),
+    "a marker that leads outside": (MARKER, outside, "outside of its folder"),
+}
+
+
+def try_damage(saves: Saves) -> None:
+    for what, (name, damage, words) in DAMAGE.items():
+        saves.put_back()
+        damage(saves.run / "checkpoints" / "step-00000002" / name)
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            assert saves.restored() == 1, what
+        lines = told.getvalue().splitlines()
+        assert len(lines) == 1, lines
+        assert "step-00000002 is damaged" in lines[0], lines
+        assert words in lines[0], lines
+        assert "going on from step-00000001" in lines[0], lines
+        saves.save(1)
+        assert checkpoint.newest(saves.run).name == "step-00000001", "the damaged one would be met again"
+        assert not Path("ran").exists()
+        print(f"{what}: {lines[0].split('damaged ')[1]}")
+    saves.put_back()
+    for step in (1, 2):
+        flip(saves.run / "checkpoints" / f"step-{step:08d}" / SHARE, 200)
+    message = refused(saves.restored)
+    assert "there is no older one: remove" in message, message
+    print(f"all damaged: {message}")
+
+
+def refused(action: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as caught:
+        action()
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def try_full(saves: Saves, what: str, words: str) -> None:
+    """A save that cannot be finished: one line, and the older checkpoints stay as they are."""
+    message = refused(lambda: saves.save(3))
+    assert words in message, message
+    assert "--resume goes on from step-00000002" in message, message
+    assert saves.restored() == 2
+    print(f"{what}: {message}")
+    refused(
+        lambda: checkpoint.update(
+            saves.run, 2, {**STATE, "step": 2, "best": {"name": "x" * 5000}}, is_main=True
+        )
+    )
+    assert saves.restored() == 2
+    assert not [path for path in saves.run.rglob("*") if ".step" in path.name or ".tmp" in path.name]
+
+
+def main(folder: Path) -> None:
+    saves = Saves(folder, keep=2)
+    try_damage(saves)
+    saves.put_back()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limit[1]))
+    try_full(saves, "a limit on the size of files", "worker 0: File too large")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    saves.run = folder / "small"
+    saves.run.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", saves.run], check=False).returncode:
+        print("a full disk: not tried, mounting one is not permitted")
+    else:
+        try:
+            shutil.copytree(saves.kept, saves.run, dirs_exist_ok=True)
+            with contextlib.suppress(OSError), open(saves.run / "filler", "wb") as filler:
+                while filler.write(bytes(4096)):
+                    filler.flush()
+            try_full(saves, "a full disk", "worker 0: No space left on device")
+        finally:
+            subprocess.run(["umount", saves.run], check=True)
+    saves.run = folder / "blocked"
+    saves.run.mkdir()
+    (saves.run / "checkpoints").write_text("a file in the way")
+    print(f"an unwritable folder: {refused(lambda: saves.save(3))}", flush=True)
+    leave(0, together=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
