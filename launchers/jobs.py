@@ -288,7 +288,7 @@ def succeeded(folder: Path, number: str) -> bool:
 
 def _good(path: Path) -> bool:
     # Our own pickle, written by submitit in our own folder: ("success", 0) or ("error", traceback).
-    return submitit.core.utils.cloudpickle_load(path)[0] == "success"
+    return submitit.core.utils.pickle_load(path)[0] == "success"
 
 
 def logs_of(folder: Path, number: str, rank: int = 0) -> Iterator[Path]:

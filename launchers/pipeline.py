@@ -114,7 +114,8 @@ def sweep(
             if sibling not in RECIPES:
                 raise ValueError(f"--init: missing; {recipe} starts from a stage-1 run")
             init = out / "pretrain"
-            steps.append(_train("pretrain", sibling, init, arguments, steps))
+            stage(sibling, settings)
+            steps.append(_train("pretrain", sibling, init, [*arguments, *as_options(settings)], steps))
         elif not (init / "config.json").is_file():
             raise ValueError(f"--init {init}: holds no run or model")
         arguments = ["--init", str(init), *([] if found.build else arguments)]

@@ -166,9 +166,12 @@ def _go(jobs: Jobs, *, wait: bool) -> None:
     elif good:
         _print_evaluation(jobs)
     if not good:
-        failed = [step for step in jobs.steps if set(jobs.states(step)) - {"COMPLETED", "PENDING"}]
-        for step in failed[:1]:
-            _print_logs(jobs, step, 0, 12)
+        # What waited for a failed job is cancelled, or never was submitted: not worth a word.
+        failed = [
+            step for step in jobs.steps if set(jobs.states(step)) - {"COMPLETED", "PENDING", "CANCELLED"}
+        ]
+        for step in failed:
+            _print_errors(jobs, step)
         names = ", ".join(step.name for step in failed)
         raise ValueError(
             f"{names} did not succeed; `logs {jobs.folder} NAME` tells more, `resume {jobs.folder}` goes on"
@@ -182,6 +185,15 @@ def _print_evaluation(jobs: Jobs) -> None:
         if path.suffix == ".out":
             text = path.read_text(encoding="utf-8")
             print("\n".join(line for line in text.splitlines() if not line.startswith("submitit ")))
+
+
+def _print_errors(jobs: Jobs, step: Step) -> None:
+    """Where a step's jobs wrote, and their own words for what went wrong, without tracebacks."""
+    for number in step.ids:
+        for path in logs_of(jobs.folder, number):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            said = [line for line in lines if "error:" in line and not line.startswith(("srun:", "slurm"))]
+            print("\n".join([f"==> {path}", *said[-3:]]))
 
 
 def _print_logs(jobs: Jobs, step: Step, rank: int, lines: int) -> None:

@@ -69,7 +69,8 @@ def tasks_per_node(text: str) -> list[int]:
 
 def with_seed(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
     """`{seed}` in the arguments as the index in the job array. Raises ValueError where that cannot be."""
-    index = environment.get("SLURM_ARRAY_TASK_ID")
+    # A sweep's array, submitit's, names each run by itself.
+    index = None if "SUBMITIT_EXECUTOR" in environment else environment.get("SLURM_ARRAY_TASK_ID")
     used = [argument for argument in arguments if SEED in argument]
     if index is None:
         if used:

@@ -54,5 +54,6 @@ def test_seed_of_an_array() -> None:
     assert with_seed(given, array) == ["train", "r", "--run", "runs/x-3", "--seed", "3"]
     with pytest.raises(ValueError, match="would write into one run"):
         with_seed(["train", "r", "--run", "runs/x"], array)
+    assert with_seed(["train", "r", "--run", "x"], {**array, "SUBMITIT_EXECUTOR": "slurm"})[-1] == "x"
     with pytest.raises(ValueError, match="use sbatch --array"):
         with_seed(given, {})
