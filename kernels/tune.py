@@ -17,98 +17,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2s.kernels import compile as building
+from d2s.kernels import builds
+from d2s.kernels.descent import State, descend, moves, tunable
 
 if TYPE_CHECKING:
     from d2s.kernels.fused.spec import KernelSpec
     from d2s.kernels.fused.tiles import Tile
 
 TABLE = Path(__file__).parent / "fused" / "tiles.json"
-NOISE = 0.02
-ROUNDS = 2
 # The widths that matter most first: a run that ends early has them.
 WIDTHS = (512, 256, 1152, 128, 64)
 SIZE = 8192
-LOWEST = {"rows": 16, "columns": 16, "depth": 16, "warps": 1, "stages": 1}
-HIGHEST = {"rows": 1024, "columns": 256, "depth": 256, "warps": 16, "stages": 5}
 
 # Kernels whose name does not begin with their benchmark's; of several ops that share one, the first in use.
 OPS = {"hinge_gather": "hinge_max", "products": "info_nce"}
 # Launched for small batches alone, which are not what is measured: they keep their defaults.
 SMALL = ("hinge_few",)
 
-State = Mapping[str, "Tile"]
-
 
 def op_of(kernel: str, ops: Sequence[str]) -> str | None:
     """The benchmark that launches a kernel, by its name: `hinge_max_sweep` belongs to `hinge_max`."""
     return OPS.get(kernel) or max((op for op in ops if kernel.startswith(op)), key=len, default=None)
-
-
-def steps(spec: "KernelSpec", tile: "Tile", width: int, half: bool) -> list["Tile"]:
-    """The tiles one step away that build something else, the depth apart."""
-    found = {}
-    for name in ("rows", "columns", "warps", "stages"):
-        value = getattr(tile, name)
-        for other in (value - 1, value + 1) if name == "stages" else (value // 2, value * 2):
-            if LOWEST[name] <= other <= HIGHEST[name]:
-                step = dataclasses.replace(tile, **{name: other})
-                found.setdefault(_build_of(spec, step, width, half), step)
-    found.pop(_build_of(spec, tile, width, half), None)
-    return list(found.values())
-
-
-def _build_of(spec: "KernelSpec", tile: "Tile", width: int, half: bool) -> tuple:
-    own = spec.options(tile, width, half) if spec.options else {}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **own}
-    return tuple(options.items()), tuple(spec.constants(tile, width, half).items())
-
-
-def tunable(spec: "KernelSpec") -> bool:
-    """Whether a kernel's build follows from a tile of its own: the others have no entry in the table."""
-    from d2s.kernels.fused.tiles import Tile
-
-    if spec.row not in ("", spec.name):
-        return False
-    one = Tile(rows=16, columns=16, depth=16, warps=4, stages=1)
-    other = Tile(rows=32, columns=64, depth=128, warps=4, stages=1)
-    return spec.constants(one, 256, True) != spec.constants(other, 256, True)
-
-
-def moves(
-    specs: Mapping[str, "KernelSpec"], state: State, width: int, half: bool
-) -> Iterator[dict[str, "Tile"]]:
-    """The states one step away from a state."""
-    for name, tile in state.items():
-        for step in steps(specs[name], tile, width, half):
-            yield {**state, name: step}
-    depths = {tile.depth for tile in state.values()}
-    for depth in sorted({d for old in depths for d in (old // 2, old * 2)} - depths):
-        if LOWEST["depth"] <= depth <= HIGHEST["depth"]:
-            yield {name: dataclasses.replace(tile, depth=depth) for name, tile in state.items()}
-
-
-def descend(
-    start: State,
-    around: Callable[[State], Iterator[dict[str, "Tile"]]],
-    usable: Callable[[Sequence[State], State], list[State]],
-    measure: Callable[[State], float],
-) -> tuple[State, float, float]:
-    """(best state, its time, the start's time): takes every step that gains more than NOISE, ROUNDS times over."""
-    best, first = start, measure(start)
-    fastest = first
-    for _ in range(ROUNDS):
-        before = best
-        for candidate in usable(list(around(best)), best):
-            # A step was made from the state at the start of the round: only what it changes is tried.
-            changed = {name: tile for name, tile in candidate.items() if tile != before[name]}
-            trial = {**best, **changed}
-            spent = measure(trial)
-            if spent < fastest * (1 - NOISE):
-                best, fastest = trial, spent
-        if best == before:
-            break
-    return best, fastest, first
 
 
 def start_of(specs: Mapping[str, "KernelSpec"], width: int, half: bool) -> dict[str, "Tile"]:
@@ -146,13 +75,13 @@ def _usable(
     """Those of states whose kernels, as far as they differ from state's, build, fit and do not spill."""
     dtype = "bf16" if half else "fp32"
     wanted = {
-        (name, tile): building.Job(kernel=name, tile=tile, width=width, dtype=dtype, arch=arch)
+        (name, tile): builds.Job(kernel=name, tile=tile, width=width, dtype=dtype, arch=arch)
         for other in states
         for name, tile in other.items()
         if tile != state[name] and dtype in specs[name].dtypes
     }
-    results = building.build_all(list(wanted.values()), processes)
-    bad = {key for key, built in zip(wanted, results, strict=True) if building.faults(built, {}, dots=False)}
+    results = builds.build_all(list(wanted.values()), processes)
+    bad = {key for key, built in zip(wanted, results, strict=True) if builds.faults(built, {}, dots=False)}
     return [other for other in states if not bad & {*other.items()}]
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from d2s.kernels import tune
+from d2s.kernels import descent, tune
 
 pytest.importorskip("triton")
 
@@ -26,27 +26,31 @@ def spec(name="a_x", columns=True):
 
 
 def test_steps_change_one_thing_that_matters():
-    found = tune.steps(spec(), START, 512, False)
+    found = descent.steps(spec(), START, 512, False)
     differences = [{k for k, v in asdict(t).items() if v != asdict(START)[k]} for t in found]
     assert all(len(d) == 1 for d in differences)
     assert set().union(*differences) == {"rows", "columns", "warps", "stages"}
     assert len(found) == 8
-    assert len(tune.steps(spec(columns=False), START, 512, False)) == 6
+    assert len(descent.steps(spec(columns=False), START, 512, False)) == 6
 
 
 def test_steps_stay_within_bounds():
-    lowest, highest = (Tile(**bounds) for bounds in (tune.LOWEST, tune.HIGHEST))
+    lowest, highest = (Tile(**bounds) for bounds in (descent.LOWEST, descent.HIGHEST))
     for tile in (lowest, highest):
-        for other in tune.steps(spec(), tile, 512, False):
+        for other in descent.steps(spec(), tile, 512, False):
             assert all(asdict(lowest)[k] <= v <= asdict(highest)[k] for k, v in asdict(other).items())
 
 
 def test_depth_moves_for_all_kernels_of_an_op_at_once():
     specs = {name: spec(name) for name in ("a_x", "a_y")}
     state = dict.fromkeys(specs, START)
-    for after in tune.moves(specs, state, 512, False):
+    for after in descent.moves(specs, state, 512, False):
         assert len({tile.depth for tile in after.values()}) == 1
-    assert {t.depth for after in tune.moves(specs, state, 512, False) for t in after.values()} == {16, 32, 64}
+    assert {t.depth for after in descent.moves(specs, state, 512, False) for t in after.values()} == {
+        16,
+        32,
+        64,
+    }
 
 
 def test_descent_takes_what_gains_and_leaves_noise():
@@ -61,8 +65,8 @@ def test_descent_takes_what_gains_and_leaves_noise():
     def usable(states, state):
         return [s for s in states if s["a_x"].columns == state["a_x"].columns]
 
-    best, fastest, first = tune.descend(
-        {"a_x": START}, lambda s: tune.moves(specs, s, 512, False), usable, measure
+    best, fastest, first = descent.descend(
+        {"a_x": START}, lambda s: descent.moves(specs, s, 512, False), usable, measure
     )
     assert best["a_x"] == replace(START, rows=128, stages=3)
     assert (fastest, first) == (10, 21)
@@ -70,7 +74,7 @@ def test_descent_takes_what_gains_and_leaves_noise():
 
 
 def test_descent_stays_where_nothing_is_usable():
-    best, fastest, first = tune.descend(
+    best, fastest, first = descent.descend(
         {"a_x": START}, lambda s: iter([s]), lambda states, state: [], lambda s: 7.0
     )
     assert best == {"a_x": START}
@@ -87,7 +91,9 @@ def test_kernels_belong_to_the_op_whose_name_begins_theirs():
 def test_every_tunable_kernel_has_a_benchmark():
     groups = tune.groups()
     assert groups
-    assert all(tune.op_of(kernel, tuple(groups)) == op for op, kernels in groups.items() for kernel in kernels)
+    assert all(
+        tune.op_of(kernel, tuple(groups)) == op for op, kernels in groups.items() for kernel in kernels
+    )
 
 
 def test_table_is_written_sorted_and_read_as_it_is_committed(tmp_path):
