@@ -1,16 +1,11 @@
 """GPO pooling: every channel sorted by itself along the tokens, then a weighted sum.
 
-Two ways, one contract. float32 and below on a CPU: each sample apart at its own number of tokens, so that its
-result does not depend on padding to the last bit, by numpy's vectorised value sort (several times faster than
-torch.sort; numpy reads and writes the tensors' own memory, and lets go of the interpreter lock while sorting,
-so the samples are shared out over as many threads as torch may use). Everything else: torch.sort.
-
-How a value sort also gives the order: a float's bits, negative numbers mirrored, sort like the float. With
-them in the high half of an int64 and the token's place in the low half, one sort of integers orders by value,
-then by token, and carries the place along.
+Two ways, one contract. float32 and below on a CPU: by numpy (see `order`), each sample apart at its own number of
+tokens, so that its result does not depend on padding to the last bit, and a block of channels at a time, so that all
+passes over it meet the cache. numpy reads and writes the tensors' own memory and lets go of the interpreter lock
+while it sorts, so the samples are shared out over as many threads as torch may use. Everything else: torch.sort.
 """
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +14,10 @@ import torch
 from torch import Tensor
 
 from d2s.kernels.chunked.common import upcast
+from d2s.kernels.chunked.order import Scratch, sort_values, sort_with_source
+
+# Entries of a block of channels: with its scratch, about a core's second cache level.
+BLOCK_ENTRIES = 1 << 16
 
 
 def gpo_forward(
@@ -29,8 +28,8 @@ def gpo_forward(
     order, value: what the backward needs of the sort, empty where it needs nothing. Arguments as in
     `d2s.kernels.functional.gpo_pool`.
     """
-    fast = _as_integers(features, features.dtype, *features.shape[1:])
-    forward = _forward_as_integers if fast else _forward_by_torch
+    fast = _by_numpy(features, features.dtype, *features.shape[1:])
+    forward = _forward_by_numpy if fast else _forward_by_torch
     return forward(features, weights, mask, need_features, need_weights)
 
 
@@ -46,7 +45,7 @@ def gpo_backward(
 ) -> tuple[Tensor, Tensor]:
     """(d_features (B, K, D) of dtype, d_weights (B, K) in the type of the weights); grad (B, D)."""
     shape = (*mask.shape, grad.shape[1])
-    backward = _backward_as_integers if _as_integers(grad, dtype, *shape[1:]) else _backward_by_torch
+    backward = _backward_by_numpy if _by_numpy(grad, dtype, *shape[1:]) else _backward_by_torch
     d_features, d_weights = backward(grad, weights, mask, order, value, shape, need_features, need_weights)
     return (
         d_features.to(dtype).contiguous() if need_features else grad.new_empty(0, dtype=dtype),
@@ -54,8 +53,8 @@ def gpo_backward(
     )
 
 
-def _as_integers(x: Tensor, dtype: torch.dtype, tokens: int, width: int) -> bool:
-    """Whether features of dtype with samples (tokens, width), on the device of x, go the way by integers."""
+def _by_numpy(x: Tensor, dtype: torch.dtype, tokens: int, width: int) -> bool:
+    """Whether features of dtype with samples (tokens, width), on the device of x, are sorted by numpy."""
     return x.device.type == "cpu" and dtype != torch.float64 and tokens * width < 2**31
 
 
@@ -100,46 +99,49 @@ def _backward_by_torch(
     return d_features, d_weights
 
 
-def _forward_as_integers(
+def _forward_by_numpy(
     features: Tensor, weights: Tensor, mask: Tensor, need_features: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, w = upcast(features), weights.to(torch.float32).contiguous()
+    x, w = upcast(features), weights.to(torch.float32).contiguous().numpy()
     batch, tokens, width = x.shape
-    # A sample's own first width * length entries are used; row d of them is channel d in sorted order.
+    # A sample's own first width * length entries are used; row d of them is channel d in sorted order. The order
+    # is where a value stands in the sample's own tokens turned round, (width, length).
     order = _large((batch, tokens * width if need_features else 0), np.int32)
     value = _large((batch, tokens * width if need_weights else 0), np.float32)
-    pooled = torch.zeros(batch, width)
+    pooled = np.zeros((batch, width), np.float32)
+    real = mask.numpy()
 
-    def sample(b: int, scratch: _Scratch) -> None:
-        place = mask[b].nonzero().squeeze(1)
+    def sample(b: int, scratch: Scratch) -> None:
+        place = real[b].nonzero()[0]
         length = place.shape[0]
         # What no backward reads is zero all the same: an operator's outputs are the same at every call.
         for kept in (order, value):
-            kept.numpy()[b : b + 1, length * width :] = 0
-        if length == 0:
-            return
-        real = x[b] if length == tokens else x[b].index_select(0, place)
-        size, shape = width * length, (width, length)
-        bits = scratch.keys[:size].view(shape)
-        if need_weights:
-            bits = value[b, :size].view(shape)
-        keys = _keys(real, bits, scratch)
-        if need_features:
-            _sort_with_place(keys, place.numpy(), order[b, :size].numpy().reshape(shape), scratch)
-        else:
-            keys.sort(axis=1)
-        ordered = _values(keys, scratch)
-        np.einsum("dk,k->d", ordered, w[b, :length].numpy(), out=pooled[b].numpy())
+            kept[b, length * width :] = 0
+        turned = _turn(x[b] if length == tokens else x[b, torch.from_numpy(place)], scratch)
+        for first, last in _blocks(width, length):
+            shape, own = (last - first, length), slice(first * length, last * length)
+            values = turned[first:last]
+            if need_features:
+                kept = value[b, own] if need_weights else scratch.ordered[: values.size]
+                ordered = kept.reshape(shape)
+                source = sort_with_source(values, ordered, scratch)
+                start = np.arange(first * length, last * length, length, dtype=np.int32)
+                np.add(source, start[:, None], out=order[b, own].reshape(shape))
+            else:
+                ordered = sort_values(values, scratch)
+                if need_weights:
+                    value[b, own] = ordered.reshape(-1)
+            np.einsum("dk,k->d", ordered, w[b, :length], out=pooled[b, first:last])
 
-    _each(sample, batch, tokens * width)
+    _each(sample, batch, tokens, width)
     return (
-        pooled.to(features.dtype),
-        order if need_features else order.new_empty(0),
-        value if need_weights else value.new_empty(0),
+        torch.from_numpy(pooled).to(features.dtype),
+        torch.from_numpy(order if need_features else order.reshape(-1)),
+        torch.from_numpy(value if need_weights else value.reshape(-1)),
     )
 
 
-def _backward_as_integers(
+def _backward_by_numpy(
     grad: Tensor,
     weights: Tensor,
     mask: Tensor,
@@ -150,96 +152,63 @@ def _backward_as_integers(
     need_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     batch, tokens, width = shape
-    grad, w = grad.to(torch.float32).contiguous(), weights.to(torch.float32).contiguous()
+    g, w = (x.to(torch.float32).contiguous().numpy() for x in (grad, weights))
     lengths = mask.sum(1).tolist()
-    full = min(lengths, default=0) == tokens
-    d_features = d_weights = None
-    if need_features:
-        d_features = _large(shape, np.float32)
-        if not full:
-            d_features.zero_()
-    if need_weights:
-        d_weights = torch.zeros(batch, tokens)
+    d_features = torch.from_numpy(_large(shape if need_features else (0,), np.float32))
+    if need_features and min(lengths, default=0) < tokens:
+        d_features.zero_()
+    d_weights = np.zeros((batch, tokens), np.float32)
+    order_of, value_of = order.numpy(), value.numpy()
 
-    def sample(b: int, scratch: _Scratch) -> None:
+    def sample(b: int, scratch: Scratch) -> None:
         length = lengths[b]
-        size, own, g = width * length, w[b, :length].numpy(), grad[b].numpy()
-        if need_features:
-            place, spread = scratch.wide[:size], scratch.keys[:size].numpy()
-            place[:] = order[b, :size].numpy()
-            np.multiply(g[:, None], own, out=spread.reshape(width, length))
-            d_features[b].view(-1).numpy()[place] = spread
-        if need_weights:
-            ordered = value[b, :size].view(width, length).numpy()
-            np.einsum("dk,d->k", ordered, g, out=d_weights[b, :length].numpy())
+        turned = scratch.values[: width * length]
+        for first, last in _blocks(width, length):
+            own, ours = slice(first * length, last * length), g[b, first:last]
+            if need_features:
+                place, spread = (x[: (last - first) * length] for x in (scratch.wide, scratch.ordered))
+                place[:] = order_of[b, own]
+                np.multiply(ours[:, None], w[b, :length], out=spread.reshape(-1, length))
+                turned[place] = spread
+            if need_weights:
+                d_weights[b, :length] += np.einsum("dk,d->k", value_of[b, own].reshape(-1, length), ours)
+        if need_features and length == tokens:
+            d_features[b].copy_(torch.from_numpy(turned).view(width, length).t())
+        elif need_features:
+            d_features[b, mask[b]] = torch.from_numpy(turned).view(width, length).t()
 
-    _each(sample, batch, tokens * width)
-    return d_features, d_weights
-
-
-def _large(shape: tuple[int, ...], dtype: type) -> Tensor:
-    """An empty tensor from numpy, which asks for huge pages: at 100 MB the page faults cost half a sort."""
-    return torch.from_numpy(np.empty(shape, dtype))
-
-
-class _Scratch:
-    """What one thread works in, sample after sample: fresh memory for each would cost as much as the sort."""
-
-    def __init__(self, entries: int) -> None:
-        self.keys = torch.empty(entries)
-        self.narrow = np.empty(entries, dtype=np.int32)
-        self.wide = np.empty(entries, dtype=np.int64)
+    _each(sample, batch, tokens, width)
+    return d_features, torch.from_numpy(d_weights)
 
 
-def _keys(real: Tensor, turned: Tensor, scratch: _Scratch) -> np.ndarray:
-    """int32 (D, L) whose ascending order is the descending order of the float32 tokens real (L, D).
-
-    They lie in the memory of turned, a float32 (D, L).
-    """
-    turned.copy_(real.t())
-    # -0 equals 0, but only after this do their bits. In numpy, since torch would start its own threads.
-    values = turned.numpy()
-    values += 0.0
-    bits = values.view(np.int32)
-    _mirror(bits, scratch)
-    return np.invert(bits, out=bits)
+def _large(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Empty. From numpy, which asks for huge pages: at 100 MB the page faults cost half a sort."""
+    return np.empty(shape, dtype)
 
 
-def _values(keys: np.ndarray, scratch: _Scratch) -> np.ndarray:
-    """The float32 values (D, L) of keys (D, L), in the same memory."""
-    np.invert(keys, out=keys)
-    _mirror(keys, scratch)
-    return keys.view(np.float32)
+def _blocks(width: int, length: int) -> list[tuple[int, int]]:
+    """The channels (first, last) of each block of a sample of that many tokens."""
+    if length == 0:
+        return []
+    size = max(1, BLOCK_ENTRIES // length)
+    return [(first, min(first + size, width)) for first in range(0, width, size)]
 
 
-def _mirror(bits: np.ndarray, scratch: _Scratch) -> None:
-    """Flips all bits but the sign of negative numbers, in place; twice is nothing."""
-    sign = scratch.narrow[: bits.size].reshape(bits.shape)
-    np.right_shift(bits, 31, out=sign)
-    np.bitwise_and(sign, 0x7FFFFFFF, out=sign)
-    np.bitwise_xor(bits, sign, out=bits)
+def _turn(tokens: Tensor, scratch: Scratch) -> np.ndarray:
+    """tokens (L, D) turned round, (D, L), in the memory of scratch.values."""
+    turned = scratch.values[: tokens.numel()].reshape(tokens.shape[1], tokens.shape[0])
+    # torch copies in blocks, three times as fast as numpy; -0 equals 0, but only after adding 0 do their bits.
+    torch.from_numpy(turned).copy_(tokens.t())
+    return np.add(turned, 0.0, out=turned)
 
 
-def _sort_with_place(keys: np.ndarray, place: np.ndarray, order: np.ndarray, scratch: _Scratch) -> None:
-    """Sorts keys (D, L) along L, and writes where each came from, as an entry of its sample (K, D), to order."""
-    width, length = keys.shape
-    both = scratch.wide[: keys.size].reshape(keys.shape)
-    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
-    halves = both.view(np.int32).reshape(width, length, 2)
-    halves[..., high] = keys
-    start = (place * width).astype(np.int32)
-    np.add(start, np.arange(width, dtype=np.int32)[:, None], out=halves[..., low])
-    both.sort(axis=1)
-    order[...] = halves[..., low]
-    keys[...] = halves[..., high]
-
-
-def _each(sample: Callable[[int, _Scratch], None], batch: int, entries: int) -> None:
+def _each(sample: Callable[[int, Scratch], None], batch: int, tokens: int, width: int) -> None:
     """sample(b, scratch) for every b, over torch's number of threads where there is enough work for that."""
+    entries = tokens * width
     lanes = min(torch.get_num_threads(), batch) if batch * entries >= 1 << 18 else 1
 
     def lane(first: int) -> None:
-        scratch = _Scratch(entries)
+        scratch = Scratch(entries, min(entries, max(BLOCK_ENTRIES, tokens)))
         for b in range(first, batch, lanes):
             sample(b, scratch)
 
