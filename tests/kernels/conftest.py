@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 LAUNCHES: Counter[str] = Counter()
-# What this session is made of: whether every file of this folder takes part, and with all its tests.
+# What this session is made of: whether every file from here on takes part, and with all its tests.
 _session = {"whole": False, "deselected": False}
 
 
@@ -68,13 +68,13 @@ def _count_launches():
 
 
 def pytest_deselected(items):
-    if any(item.path.parent == HERE for item in items):
+    if any(item.path.is_relative_to(HERE) for item in items):
         _session["deselected"] = True
 
 
 def pytest_collection_finish(session):
     one_test_named = any("::" in argument for argument in session.config.args)
-    _session["whole"] = {*HERE.glob("test_*.py")} <= {item.path for item in session.items}
+    _session["whole"] = {*HERE.rglob("test_*.py")} <= {item.path for item in session.items}
     _session["whole"] &= not one_test_named and not _session["deselected"]
 
 
