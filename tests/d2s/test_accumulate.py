@@ -173,5 +173,5 @@ def test_a_dry_run_counts_one_micro_batch(scenes: Path) -> None:
         kept[size] = activation_bytes(prepared, prepared.build_module(prepared.build_model()))
     embeddings = 2 * 2 * 4 * 16 * 8
     # With sample draws the mask is kept in another form, hence 8 (all pairs) against 4 and not against 0.
-    assert kept[4] == kept[8] // 2 + embeddings
+    assert kept[4] - embeddings == pytest.approx(kept[8] / 2, rel=1e-4)
     assert kept[4] < kept[0]
