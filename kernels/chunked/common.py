@@ -33,14 +33,15 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 
 
 class Sweep:
-    """Chunks of rows of S = rows @ columns^T, one after the other in one buffer.
+    """Chunks of rows of S = factor * rows @ columns^T, one after the other in one buffer.
 
-    rows: (n, D), columns: (M, D), both as `upcast` gives them. The forward and the backward sweep of a loss
-    make the same chunks by the same arithmetic, so that the probabilities of both agree to the last bit.
+    rows: (n, D), columns: (M, D), both as `upcast` gives them; the factor multiplies the finished product. The
+    forward and the backward sweep of a loss make the same chunks by the same arithmetic, so that the probabilities of
+    both agree to the last bit.
     """
 
-    def __init__(self, rows: Tensor, columns: Tensor) -> None:
-        self.rows, self.columns = rows, columns
+    def __init__(self, rows: Tensor, columns: Tensor, factor: float = 1.0) -> None:
+        self.rows, self.columns, self.factor = rows, columns, factor
         n, m = rows.shape[0], columns.shape[0]
         # A multiple of the block that the search for column maxima goes by, where there are that many rows.
         self.size = max(1, min(n, max(MIN_ROWS, CHUNK_ENTRIES // m // BLOCK * BLOCK)))
@@ -51,7 +52,7 @@ class Sweep:
         for start in range(0, self.rows.shape[0], self.size):
             stop = min(start + self.size, self.rows.shape[0])
             s = self.buffer[: stop - start]
-            torch.mm(self.rows[start:stop], self.columns.t(), out=s)
+            torch.addmm(s, self.rows[start:stop], self.columns.t(), beta=0, alpha=self.factor, out=s)
             yield start, stop, s
 
 

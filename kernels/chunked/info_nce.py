@@ -1,19 +1,45 @@
-"""Symmetric InfoNCE with a learnable scale: one sweep forward, one recomputing sweep backward."""
+"""Symmetric InfoNCE with a learnable scale: one sweep forward, one recomputing sweep backward.
+
+z = scale * S. On a CPU one exponential an entry serves rows and columns: exp(z - m) with one number m for the whole
+matrix, where no sum can then overflow and none can lose anything by underflow, which bounds on z decide beforehand
+(scale 14 with unit rows always qualifies, and so do scales of 100 while no positive is very far off). Otherwise,
+and on other devices, where asking would make the host wait, rows and columns have their own maxima.
+"""
+
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, upcast
 
+# By type: the largest exponent that may occur, sums included, and how far below m a log-sum-exp may lie, so that
+# terms below the smallest float are nothing beside it (exp(-32) and exp(-60)).
+_RANGE = {torch.float32: (80.0, 55.0), torch.float64: (690.0, 640.0)}
 
-def _logits(s: Tensor, scale: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Tensor:
-    """Scales the chunk s in place and leaves out its same-image entries; gives its positives (rows,)."""
-    s *= scale
-    diagonal = positive_entries(s, start, offset)
+
+def _mask(z: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Tensor:
+    """Leaves out the same-image entries of the chunk z, in place; gives its positives (rows,), which stay."""
+    diagonal = positive_entries(z, start, offset)
     positive = diagonal.clone()
-    same.fill(s, start, stop, -torch.inf)
+    same.fill(z, start, stop, -torch.inf)
     diagonal.copy_(positive)
     return positive
+
+
+def _reference(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> float | None:
+    """The number m for the whole matrix, the nearest to 0; None where there is none, or where to ask is slow."""
+    if rows.device.type != "cpu":
+        return None
+    n, m = rows.shape[0], columns.shape[0]
+    longest = (rows.square().sum(1).max() * columns.square().sum(1).max()).sqrt()
+    most = float(longest * factor.abs()) + math.log(max(n, m))
+    # The log-sum-exp of a row or column is at least its positive.
+    least = float((factor * (rows * columns[offset : offset + n]).sum(1)).min())
+    high, low = _RANGE[rows.dtype]
+    first, last = most - high, least + low
+    return min(max(0.0, first), last) if first <= last else None
 
 
 def info_nce_forward(
@@ -34,13 +60,16 @@ def info_nce_forward(
         n, m = rows.shape[0], columns.shape[0]
         factor = scale.to(rows.dtype).reshape(())
         same = SamePairs(image_ids, text_ids)
+        shift = _reference(rows, columns, factor, offset)
+        if shift is not None:
+            return _forward_at_once(rows, columns, same, float(factor), shift, offset, both)
         positive, row_lse = rows.new_empty(n), rows.new_empty(n)
         top = rows.new_full((m,), -torch.inf)
         total = rows.new_zeros(m)
         sweep = Sweep(rows, columns)
         buffer = torch.empty_like(sweep.buffer)
         for start, stop, s in sweep:
-            positive[start:stop] = _logits(s, factor, same, start, stop, offset)
+            positive[start:stop] = _mask(s.mul_(factor), same, start, stop, offset)
             row_top = s.amax(1, keepdim=True)
             row_total = torch.sub(s, row_top, out=buffer[: stop - start]).exp_().sum(1)
             row_lse[start:stop] = row_top.squeeze(1) + row_total.log_()
@@ -56,6 +85,65 @@ def info_nce_forward(
             return loss, row_lse, rows.new_empty(0)
         column_lse = top + torch.log(total)
         return loss + 0.5 * (column_lse - positive).sum(), row_lse, column_lse
+
+
+def _forward_at_once(
+    rows: Tensor, columns: Tensor, same: SamePairs, factor: float, shift: float, offset: int, both: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `info_nce_forward`, with one exponential an entry."""
+    n, m = rows.shape[0], columns.shape[0]
+    positive, row_total = rows.new_empty(n), rows.new_empty(n)
+    total = rows.new_zeros(m if both else 0)
+    for start, stop, z in Sweep(rows, columns, factor):
+        positive[start:stop] = _mask(z, same, start, stop, offset)
+        _exponential(z, shift)
+        torch.sum(z, 1, out=row_total[start:stop])
+        if both:
+            total += z.sum(0)
+    row_lse, column_lse = row_total.log_().add_(shift), total.log_().add_(shift)
+    loss = 0.5 * (row_lse - positive).sum()
+    if both:
+        loss = loss + 0.5 * (column_lse - positive).sum()
+    return loss, row_lse, column_lse
+
+
+def _exponential(z: Tensor, shift: float) -> Tensor:
+    return (z.sub_(shift) if shift else z).exp_()
+
+
+def _probabilities(
+    rows: Tensor,
+    columns: Tensor,
+    same: SamePairs,
+    factor: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor | None,
+    offset: int,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Chunks (start, stop, p (stop - start, M)) of the softmax by rows, plus that by columns where it is asked for.
+
+    By the arithmetic of the forward, entry for entry.
+    """
+    shift = _reference(rows, columns, factor, offset)
+    sweep = Sweep(rows, columns, 1.0 if shift is None else float(factor))
+    buffer = torch.empty_like(sweep.buffer)
+    if shift is not None:
+        # exp(z - row_lse) + exp(z - column_lse) = exp(z - m) * (by_row + by_column).
+        by_row = torch.exp(shift - row_lse)[:, None]
+        by_column = None if column_lse is None else torch.exp(shift - column_lse)
+    for start, stop, z in sweep:
+        part = buffer[: stop - start]
+        if shift is None:
+            _mask(z.mul_(factor), same, start, stop, offset)
+            p = torch.sub(z, row_lse[start:stop, None], out=part).exp_()
+            if column_lse is not None:
+                p += z.sub_(column_lse).exp_()
+        else:
+            _mask(z, same, start, stop, offset)
+            own = by_row[start:stop]
+            weight = own if by_column is None else torch.add(own, by_column, out=part)
+            p = _exponential(z, shift).mul_(weight)
+        yield start, stop, p
 
 
 def info_nce_backward(
@@ -82,13 +170,9 @@ def info_nce_backward(
         same = SamePairs(image_ids, text_ids)
         d_rows = torch.empty_like(rows) if need_image or need_scale else rows.new_empty(0)
         d_columns = torch.zeros_like(columns) if need_text else rows.new_empty(0)
-        sweep = Sweep(rows, columns)
-        buffer = torch.empty_like(sweep.buffer)
-        for start, stop, s in sweep:
-            _logits(s, factor, same, start, stop, offset)
-            p = torch.sub(s, row_lse[start:stop, None], out=buffer[: stop - start]).exp_()
-            if both:
-                p += s.sub_(column_lse).exp_()
+        for start, stop, p in _probabilities(
+            rows, columns, same, factor, row_lse, column_lse if both else None, offset
+        ):
             if need_image or need_scale:
                 torch.mm(p, columns, out=d_rows[start:stop])
             if need_text:
