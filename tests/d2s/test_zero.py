@@ -27,6 +27,13 @@ def stage(number: int, *more: str) -> list[str]:
     return [*FP32, "--engine.zero_stage", str(number), *more]
 
 
+# What engine.offload_optimizer sets where there is a GPU.
+OFFLOAD = {
+    "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
 class Group:
     """Runs cases in one group of workers and remembers what they gave."""
 
@@ -70,6 +77,12 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Group:
     bf16 = ("--engine.precision", "bf16")
     cases += [case(f"bf16-{number}", [*stage(number), *bf16]) for number in (0, 1, 3)]
     cases.append(case("full", stage(1), save=2, full=1))
+    offload = group.folder / "offload.json"
+    offload.write_text(json.dumps(OFFLOAD))
+    for number in (1, 2, 3):
+        settings = stage(number, "--engine.deepspeed_json", str(offload))
+        cases.append(case(f"offload-{number}", settings, save=2))
+        cases.append(case(f"offload-again-{number}", settings, source=f"offload-{number}"))
     group.run(2, cases)
     moved = [
         case(f"two-one-{number}", stage(number), source=f"two-{number}", until=3, save=3) for number in STAGES
@@ -132,7 +145,9 @@ def test_computing_activations_again_changes_no_loss(group: Group, number: int) 
 @pytest.mark.parametrize("number", [1, 3])
 def test_bf16_is_alike_at_every_stage(group: Group, number: int) -> None:
     ours, plain = group.results[f"bf16-{number}"]["losses"], group.results["bf16-0"]["losses"]
-    assert ours == pytest.approx(plain, rel=1e-3)
+    # A last bit of a sum over workers decides how a number is rounded to bf16's 8 bits, from the second step on.
+    assert ours[0] == pytest.approx(plain[0], rel=1e-5)
+    assert ours == pytest.approx(plain, rel=2e-2)
     assert not close(ours, group.results[f"two-{number}"]["losses"]), "it was not bf16"
 
 
@@ -140,7 +155,16 @@ def test_bf16_is_alike_at_every_stage(group: Group, number: int) -> None:
 def test_a_worker_whose_disk_is_full_stops_all_and_training_may_go_on(group: Group) -> None:
     full = group.results["full"]
     assert re.search(r"step-00000002 could not be written \(worker 1: File too large\)", full["refused"])
-    assert full["losses"] == group.results["two-1"]["losses"]
+    assert close(full["losses"], group.results["two-1"]["losses"])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_offloading_the_optimizer_changes_no_loss(group: Group, number: int) -> None:
+    ours, again = group.results[f"offload-{number}"], group.results[f"offload-again-{number}"]
+    assert close(ours["losses"], group.results["one"]["losses"])
+    assert again["losses"] == ours["losses"][2:]
+    assert again["weights"] == ours["weights"]
 
 
 def test_offload_without_zero_is_refused_and_without_a_gpu_told() -> None:

@@ -35,7 +35,9 @@ def start(case: dict, data: str, is_main: bool) -> Trainer:
         recipe="scenes_small_pretrain", data=data, val_data=None, run=run, init=None,
         resume=bool(case.get("from")), dry_run=False,
     )  # fmt: skip
-    return plan(options, [*COMMON, *case["overrides"]]).start(Preemption())
+    planned = plan(options, [*COMMON, *case["overrides"]])
+    barrier()  # as where the workers have yet to meet: a started run's folder is no longer empty
+    return planned.start(Preemption())
 
 
 def digest(trainer: Trainer) -> str:
