@@ -12,8 +12,8 @@ from d2s.drill_job import Job
 from d2s.logs import read_rows
 
 MOMENTS = {"step": "after a step", "save": "while saving", "start": "at a start"}
-# Shares of the moments. While saving is where a checkpoint can be spoilt; at a start little has been done.
-_WEIGHTS = (45, 35, 20)
+# Shares of the moments, exact in every ten kills. At a start little has been done yet that can be spoilt.
+_TEN = ["step"] * 4 + ["save"] * 4 + ["start"] * 2
 _WITHIN_STEP, _WITHIN_SAVE = 0.05, 0.2  # seconds after the moment was seen
 _MEETING = 10.0  # seconds
 
@@ -38,22 +38,23 @@ class Kill:
 
 def draw_kills(count: int, seed: int) -> list[Kill]:
     rng = random.Random(seed)
+    moments = [moment for _ in range(0, count, len(_TEN)) for moment in rng.sample(_TEN, len(_TEN))]
     return [
         Kill(
-            moment=rng.choices(list(MOMENTS), _WEIGHTS)[0],
+            moment=moment,
             everyone=rng.random() < 0.5,
             where=rng.random(),
             delay=rng.random(),
             who=rng.random(),
         )
-        for _ in range(count)
+        for moment in moments[:count]
     ]
 
 
 def target_step(kill: Kill, seen: int, last: int, left: int) -> int:
     """The step at which to strike: beyond what any incarnation has `seen`, with room for the kills that are `left`.
 
-    last: no later than this. left: kills to come, this one included.
+    last: no later than this moment. left: kills to come, this one included.
     """
     return min(seen + 1 + int(kill.where * max((last - seen) // left, 1)), max(last, seen + 1))
 
@@ -130,14 +131,13 @@ class Drill:
         number = self.tally.restarts
         world = self.workers[number % len(self.workers)]
         log = self.logs / f"{self.run.name}-{number:03d}"
-        from_step, metrics = saved_step(self.run), self.run / "metrics.jsonl"
-        before = drill_job.signature(metrics)
+        from_step, before = saved_step(self.run), self._metrics()
         job = drill_job.start_job(self.arguments, self.run, world, log, self.launcher)
         try:
             done = len(self.tally.kills)
             struck = self._strike(job, self.kills[done]) if done < len(self.kills) else False
             if struck:
-                self._bury(job, self.kills[done], drill_job.signature(metrics) != before)
+                self._bury(job, self.kills[done], self._metrics() != before)
             elif not job.wait(self.patience):
                 raise DrillError(f"no end within {self.patience:.0f} s: {job.complaint()}")
         finally:
@@ -148,7 +148,7 @@ class Drill:
         if not struck:
             raise DrillError(f"the training ended by itself with {codes}: {job.complaint()}")
         self.tally.kills.append(self.kills[done])
-        reached = drill_job.last_step(self.run) if drill_job.signature(metrics) != before else from_step
+        reached = drill_job.last_step(self.run) if self._metrics() != before else from_step
         self.tally.lost += max(0, reached - saved_step(self.run))
         self._tell(self.kills[done], reached)
         return False
@@ -156,7 +156,9 @@ class Drill:
     def _strike(self, job: Job, kill: Kill) -> bool:
         """Waits for the moment and kills; False where the job ended before."""
         if kill.moment == "start":
-            job.wait(kill.where * self.start_seconds)
+            # A start may be quicker than the one that was measured: the first row, too, is no later than this moment.
+            before, until = self._metrics(), job.started + kill.where * self.start_seconds
+            self._await(job, lambda: time.monotonic() >= until or self._metrics() != before)
         else:
             left = len(self.kills) - len(self.tally.kills)
             target = target_step(kill, drill_job.last_step(self.run), self.last, left)
@@ -170,6 +172,9 @@ class Drill:
         workers = job.workers()
         victims = workers if kill.everyone else workers[int(kill.who * len(workers)) :][:1]
         return bool(drill_job.kill(victims)) or self._strike_launcher(job)
+
+    def _metrics(self) -> tuple[int, int, int]:
+        return drill_job.signature(self.run / "metrics.jsonl")
 
     def _strike_launcher(self, job: Job) -> bool:
         """A launcher that has not started its workers yet dies in their place."""
@@ -186,7 +191,7 @@ class Drill:
         """
         start = time.monotonic()
         ended = job.wait(self.grace if trained else min(self.grace, _MEETING))
-        if kill.everyone:
+        if kill.everyone or len(job.logs) == 1 and not job.launched:
             return
         if ended:
             self.tally.slowest = max(self.tally.slowest, time.monotonic() - start)

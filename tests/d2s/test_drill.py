@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_a_seed_names_a_drill() -> None:
     assert draw_kills(20, 0) == draw_kills(20, 0)
     assert draw_kills(20, 0) != draw_kills(20, 1)
     kills = draw_kills(200, 3)
-    assert {kill.moment for kill in kills} == {"step", "save", "start"}
+    assert Counter(kill.moment for kill in kills[:20]) == {"step": 8, "save": 8, "start": 4}
     assert 60 < sum(kill.everyone for kill in kills) < 140
 
 
