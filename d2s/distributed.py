@@ -1,18 +1,25 @@
 """Workers: who this process is, how workers exchange rows, and how a process leaves in order.
 
 The same file runs under `deepspeed`, `torchrun`, `srun` and plain `python`: only the environment differs.
-Gradients travel through :func:`gather_rows`, whose backward adds up what every worker's loss asks of a row.
+How gradients travel is in :mod:`d2s.exchange`.
 """
 
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from d2s.watch import Watch, start_watch
+
+_watch: Watch | None = None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +39,11 @@ class Workers:
 def start_workers() -> Workers:
     """Joins the process group that the launcher describes, or makes one of a single process.
 
+    D2S_TIMEOUT: minutes for which an exchange waits for a worker that is alive but silent.
+
     Raises ValueError where a launcher set only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     """
+    global _watch
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
@@ -54,8 +64,20 @@ def start_workers() -> Workers:
     else:
         _share_cores()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_timeout())
+        _watch = start_watch(dist.get_rank(), dist.get_world_size())
     return Workers(rank=dist.get_rank(), world=dist.get_world_size(), local_rank=local_rank, device=device)
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get("D2S_TIMEOUT", "30")
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise ValueError(f"D2S_TIMEOUT is {text!r}: give minutes, above 0")
+    return timedelta(minutes=minutes)
 
 
 def _free_port() -> int:
@@ -73,43 +95,28 @@ def _share_cores() -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process after the others have come this far too.
+def leave(code: int, *, together: bool) -> NoReturn:
+    """Ends this process: `together` with all others, which have come this far too, or alone, as a failed one.
 
     A gloo thread may want the interpreter while it is being torn down and abort the process; leaving without
     the tear-down, after an ordered goodbye, avoids it.
     """
-    if dist.is_initialized() and code == 0:  # a failed worker waits for nobody
+    if dist.is_initialized() and together:
         dist.barrier()
         dist.destroy_process_group()
+    if _watch and together:
+        _watch.farewell()
+    elif _watch:
+        _watch.tell(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
-        ctx.rows = rows.shape[0]
-        return all_gather(rows)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        first = dist.get_rank() * ctx.rows
-        return grad[first : first + ctx.rows]
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """All workers' rows in rank order, with gradient: (B, D) -> (N, D), N = W * B.
-
-    The backward *sums* over workers, so a row receives the gradient of every worker's loss. Every worker must
-    hold the same number of rows.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    return _GatherRows.apply(rows)
+def hold() -> None:
+    """Returns where this worker's failure is its own; where another one's end caused it, this process ends here."""
+    if _watch:
+        _watch.hold()
 
 
 def all_gather(rows: Tensor) -> Tensor:
@@ -131,9 +138,44 @@ def sum_over_workers(value: Tensor) -> Tensor:
     return total
 
 
-def agree(flag: bool, device: torch.device) -> bool:
+def most_over_workers(value: int) -> int:
+    """The largest `value` of any worker, the same on each."""
+    if not started() or dist.get_world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    most = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most.item())
+
+
+def agree(flag: bool) -> bool:
     """True on every worker if it is true on any of them."""
-    return bool(sum_over_workers(torch.tensor([float(flag)], device=device)).item() > 0)
+    return bool(most_over_workers(int(flag)))
+
+
+def together(action: Callable[[], T]) -> list[T]:
+    """Runs `action` on every worker and returns all results in rank order, the same list on each.
+
+    Raises ValueError, the same one on every worker, where it fails with an OSError on any: whatever one worker
+    alone writes to a disk can fail there, and the others would wait for it. Other errors are bugs, and pass.
+    """
+    try:
+        told: tuple[T | None, str] = (action(), "")
+    except OSError as error:
+        told = (None, ": ".join(str(part) for part in (error.strerror or error, error.filename) if part))
+    everyone: list[Any] = [told]
+    if started() and dist.get_world_size() > 1:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, told)
+    for rank, (_, failure) in enumerate(everyone):
+        if failure:
+            raise ValueError(f"worker {rank}: {failure}")
+    return [result for result, _ in everyone]
+
+
+def started() -> bool:
+    """Whether this process has joined its fellows."""
+    return dist.is_initialized()
 
 
 def barrier() -> None:

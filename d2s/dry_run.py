@@ -13,7 +13,6 @@ from d2s.config import TrainConfig, to_dict
 from d2s.data import TrainBatches
 from d2s.model.config import IdleSetting, idle_settings
 from d2s.model.presets import shape_of
-from d2s.objective import Objective
 from d2s.prepare import Plan
 from d2s.text import TextPipeline
 from d2s.trainer import TrainingModule
@@ -49,7 +48,7 @@ def describe(plan: Plan) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleSetting)
         model = plan.build_model()
-    module = TrainingModule(model, Objective(plan.config.loss), bf16=plan.config.engine.precision == "bf16")
+    module = plan.build_module(model)
     memory = estimate_memory(plan, module, activation_bytes(plan, module))
     lines = [resolved, "", _parameters(module), ""]
     pairs = plan.captions != "dense" and plan.config.data.sparse == "all"
@@ -57,9 +56,10 @@ def describe(plan: Plan) -> str:
     lines.append(f"an epoch         {plan.items:,} {unit}")
     lines.append(f"steps            {plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all")
     lines.append(
-        f"batch            {plan.config.batch_size} on {plan.world} workers, "
-        f"{plan.config.batch_size // plan.world} each"
+        f"batch            {plan.config.batch_size} on {plan.world} workers, {plan.local_batch} each"
     )
+    if 0 < plan.config.engine.micro_batch < plan.local_batch:
+        lines[-1] += f", embedded {plan.config.engine.micro_batch} at a time"
     lines.append("")
     lines.append(
         f"memory a worker  {memory.total / GIB:.2f} GiB, estimated (the allocator's slack not counted)"
@@ -115,9 +115,13 @@ def estimate_memory(plan: Plan, module: torch.nn.Module, activations: int) -> Me
 def activation_bytes(plan: Plan, module: TrainingModule) -> int:
     """What a worker's forward pass keeps for the backward, scaled up from a probe of a few real pairs.
 
-    Counts the storages that autograd saves, each once, the parameters left out.
+    Counts the storages that autograd saves, each once, the parameters left out. By micro-batches a worker keeps that
+    of one of them, and the embeddings of all its pairs with their gradients.
     """
-    local = plan.config.batch_size // plan.world
+    local, kept = plan.local_batch, 0
+    if 0 < plan.config.engine.micro_batch < local:
+        kept = 2 * 2 * 4 * plan.config.model.width * local  # image and text, value and gradient, in fp32
+        local = plan.config.engine.micro_batch
     split = "val" if plan.streams else "train"
     probe = min(_PROBE, len(plan.index.rows(split)))
     config = plan.config.data
@@ -146,4 +150,4 @@ def activation_bytes(plan: Plan, module: TrainingModule) -> int:
         # The graph is kept until the count is taken, or a freed storage's address would be counted again.
         losses = module(batch, 1.0, teacher)
     del losses
-    return sum(saved.values()) * local // probe
+    return kept + sum(saved.values()) * local // probe

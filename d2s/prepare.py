@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +19,20 @@ from typing import Any
 import torch
 
 from d2s import run_folder
+from d2s.accumulate import check_norms, refuse_batch_norm
 from d2s.config import TrainConfig, field_names, override
 from d2s.data import TrainBatches
-from d2s.distributed import Workers, barrier, start_workers
-from d2s.engine import engine_settings, start_engine
+from d2s.distributed import Workers, start_workers
+from d2s.engine import checkpoint_activations, engine_settings, idle_engine_settings, start_engine
 from d2s.logs import RunLog
 from d2s.model import D2SModel, Teacher, build_word_tokenizer
+from d2s.model.config import IdleSetting
 from d2s.model.files import read_config
 from d2s.model.tokenizer import WORDS
+from d2s.nonfinite import Origin
 from d2s.objective import Objective
 from d2s.optim import build_optimizer
+from d2s.preemption import Preemption, StalledError, count_start, forget_start
 from d2s.recipes import RECIPES
 from d2s.shards.index import ShardIndex
 from d2s.shards.manifest import read_manifest
@@ -36,6 +42,7 @@ from d2s.stream_data import StreamBatches
 from d2s.teacher import teacher_table
 from d2s.text import TextPipeline
 from d2s.trainer import Trainer, TrainingModule
+from d2s.whole import WholeModel
 
 TOWERS = ("image_encoder", "text_encoder")
 _TOKENIZER_ROWS = 1_000_000
@@ -52,6 +59,7 @@ class Plan:
     """The data set, or where tars are streamed the one to validate on."""
     run: Path | None
     init: Path | None
+    resume: bool
     resume_from: Path | None
     world: int
 
@@ -80,6 +88,11 @@ class Plan:
         return len(self.index.rows("train"))
 
     @property
+    def local_batch(self) -> int:
+        """Pairs of the global batch on one worker."""
+        return self.config.batch_size // self.world
+
+    @property
     def total_steps(self) -> int:
         return self.config.max_steps or self.config.epochs * self.steps_per_epoch
 
@@ -103,6 +116,17 @@ class Plan:
             tokenizer = build_word_tokenizer(captions)
         return D2SModel(settings, tokenizer)
 
+    def build_module(self, model: D2SModel) -> TrainingModule:
+        """What the engine wraps. Raises ValueError where the model cannot be trained by micro-batches."""
+        engine = self.config.engine
+        check_norms(model, engine.micro_batch, self.local_batch)
+        return TrainingModule(
+            model,
+            Objective(self.config.loss),
+            bf16=engine.precision == "bf16",
+            sample_draws=engine.micro_batch > 0,
+        )
+
     def build_batches(self, pipeline: TextPipeline, workers: Workers) -> TrainBatches | StreamBatches:
         """This worker's training batches."""
         config = self.config
@@ -119,33 +143,54 @@ class Plan:
         samples = config.samples_per_epoch
         return StreamBatches(self.data, config.data, pipeline, samples_per_epoch=samples, **common)
 
-    def start(self) -> Trainer:
-        """Builds everything, on all workers together, and restores the newest checkpoint when resuming."""
-        config, workers = self.config, start_workers()
+    def start(self, preemption: Preemption) -> Trainer:
+        """Builds everything, on all workers together, and restores the newest checkpoint when resuming.
+
+        Raises Preempted, on all of them, where one was asked to stop, and StalledError where a chain of restarts
+        does not get further.
+        """
         assert self.run is not None
-        lock = run_folder.claim(self.run) if workers.is_main else None
-        barrier()
+        workers = start_workers()
+        with ExitStack() as undo:
+            lock = run_folder.claim(self.run) if workers.is_main else None
+            if lock is not None:
+                undo.callback(os.close, lock)
+            self._count_start(workers)
+            preemption.check()
+            trainer = self._build(workers, preemption, lock)
+            undo.pop_all()
+        return trainer
+
+    def _build(self, workers: Workers, preemption: Preemption, lock: int | None) -> Trainer:
+        config = self.config
         model = self.build_model().to(workers.device)
+        if config.engine.activation_checkpointing:
+            checkpoint_activations(model)
         pipeline = TextPipeline(model.tokenizer, config.data.max_words_dense)
-        teacher = self._teacher(model, pipeline, workers)
-        module = TrainingModule(model, Objective(config.loss), bf16=config.engine.precision == "bf16")
-        module.to(workers.device)
+        teacher = self._teacher(model, pipeline, workers, preemption)
+        module = self.build_module(model).to(workers.device)
         backbone = [parameter for _, parameter in model.parameter_parts()["backbone"]]
         optimizer = build_optimizer(module, backbone, config.optim)
+        settings = self.engine_settings()
+        whole = WholeModel(model, settings["zero_optimization"]["stage"])
         trainer = Trainer(
             config=config,
             run=self.run,
             workers=workers,
             index=self.index,
-            engine=start_engine(module, optimizer, self.engine_settings()),
+            engine=start_engine(module, optimizer, settings),
+            whole=whole,
             batches=self.build_batches(pipeline, workers),
             total_steps=self.total_steps,
             teacher=teacher,
             log=None,
+            preemption=preemption,
+            origin=Origin(module, module.objective, config.nonfinite_limit),
             lock=lock,
         )
+        preemption.check()
         if self.resume_from:
-            trainer.restore(self.resume_from)
+            trainer.restore()
         if workers.is_main:
             run_folder.write(self.run, config, self.origin(), self.world)
         trainer.log = RunLog(
@@ -157,10 +202,31 @@ class Plan:
         )
         return trainer
 
+    def _count_start(self, workers: Workers) -> None:
+        """Refuses, on all workers, a start that gets no further than those before it.
+
+        One that finds its run done, with nothing left but to say so, is none.
+        """
+        done = self.resume_from and self.resume_from.name == f"step-{self.total_steps:08d}"
+        if done and (self.run / "last").is_dir():
+            return
+        stalled: list[str | None] = [None]
+        if workers.is_main:
+            if not self.resume:
+                forget_start(self.run)
+            limit = self.config.log.max_stalled_restarts
+            try:
+                count_start(self.run, self.resume_from, limit)
+            except StalledError as error:
+                stalled = [str(error)]
+        if workers.world > 1:
+            torch.distributed.broadcast_object_list(stalled)
+        if stalled[0]:
+            raise StalledError(stalled[0])
+
     def engine_settings(self) -> dict[str, Any]:
         """DeepSpeed's settings. Raises ValueError where the user's JSON is none."""
-        local = self.config.batch_size // self.world
-        return engine_settings(self.config.engine, local, self.config.optim.grad_clip)
+        return engine_settings(self.config.engine, self.local_batch, self.config.optim.grad_clip)
 
     def origin(self) -> dict[str, Any]:
         """What the run is made from: a resumed run has to come from the same."""
@@ -171,7 +237,9 @@ class Plan:
             "init": str(self.init) if self.init else None,
         }
 
-    def _teacher(self, model: D2SModel, pipeline: TextPipeline, workers: Workers) -> Any:
+    def _teacher(
+        self, model: D2SModel, pipeline: TextPipeline, workers: Workers, preemption: Preemption
+    ) -> Any:
         """A frozen copy of the text tower as stage 1 left it, or the table of what it says."""
         if not self.config.loss.distill_weight:
             return None
@@ -188,6 +256,7 @@ class Plan:
             pipeline,
             workers,
             made_from=f"weights {digest}, data {self.index.fingerprint()}",
+            poll=preemption.check,
         )
 
 
@@ -211,10 +280,21 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
     if config.batch_size % world:
         raise ValueError(f"batch_size {config.batch_size} does not divide among {world} workers")
     prepared = Plan(
-        config=config, data=data, index=index, run=options.run, init=init, resume_from=None, world=world
+        config=config,
+        data=data,
+        index=index,
+        run=options.run,
+        init=init,
+        resume=options.resume,
+        resume_from=None,
+        world=world,
     )
     assert prepared.steps_per_epoch >= 1  # too large a batch raises ValueError with the numbers
     prepared.engine_settings()
+    for line in idle_engine_settings(config.engine):
+        warnings.warn(line, IdleSetting, stacklevel=2)
+    if config.model.text_mlp_norm == "batch":
+        refuse_batch_norm("text_encoder.mlp.norm", config.engine.micro_batch, prepared.local_batch)
     if config.log.wandb and find_spec("wandb") is None:
         raise ValueError("log.wandb is set but wandb is not installed: pip install wandb, or unset it")
     if options.dry_run:

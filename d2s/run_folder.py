@@ -15,13 +15,18 @@ import torch
 
 from d2s import checkpoint
 from d2s.config import TrainConfig, differences, from_dict, to_dict
+from d2s.folders import recover
+from d2s.preemption import RESTARTS
 from d2s.shards.files import write_json
 
 CONFIG, LOCK = "config.json", ".lock"
 # Left by a command that failed while it was building; neither holds a step of training.
-HARMLESS = {LOCK, "teacher"}
+HARMLESS = {LOCK, RESTARTS, "teacher"}
 # What may change when a run is resumed: none of these alters a loss.
-RESUMABLE = ("log.", "data.loader_workers", "data.damage_budget", "engine.zero_stage", "nonfinite_limit")
+RESUMABLE = (
+    *("log.", "data.loader_workers", "data.damage_budget", "nonfinite_limit"),
+    *("engine.zero_stage", "engine.offload_optimizer", "engine.activation_checkpointing"),
+)
 
 
 def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume: bool) -> Path | None:
@@ -97,4 +102,5 @@ def claim(run: Path) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks guards nothing
             raise
+    recover(run)
     return handle

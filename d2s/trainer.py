@@ -1,48 +1,80 @@
 """The training loop, and the module that the engine wraps.
 
-A step in order: batch, learning rate, forward, agree that the loss is finite, backward, clip and step, log; at
-the end of an epoch: validate, keep the best, checkpoint. Nothing else decides what happens, so a run is a pure
-function of its configuration and its data.
+A step in order: batch, learning rate, forward, one exchange of what all must know (is the loss finite, is anyone
+asked to stop, is a checkpoint due, the losses), backward, clip and step, log; at the end of an epoch: checkpoint,
+validate, keep the best. Nothing else decides what happens, so a run is a pure function of its configuration and its
+data.
 """
 
+import math
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from d2s import checkpoint
+from d2s.accumulate import GradientCache
 from d2s.config import TrainConfig, to_dict
 from d2s.data import Batch, TrainBatches
-from d2s.distributed import Workers, agree, barrier, sum_over_workers
+from d2s.distributed import Workers, barrier, sum_over_workers, together
 from d2s.evaluate import Evaluation, evaluate_model
+from d2s.folders import replace_folder
 from d2s.logs import RunLog
 from d2s.model import D2SModel, Teacher
-from d2s.objective import Objective
+from d2s.nonfinite import Origin, report
+from d2s.objective import Objective, at_least_fp32
 from d2s.optim import lr_factor, set_learning_rate
+from d2s.preemption import Preempted, Preemption
 from d2s.shards.index import ShardIndex
 from d2s.stream_data import StreamBatches
 from d2s.teacher import TeacherTable
+from d2s.whole import WholeModel
 
 
 class TrainingModule(nn.Module):
-    """Model and objective in one module: a batch in, this worker's share of the losses out."""
+    """Model and objective in one module: a batch in, this worker's share of the losses out.
 
-    def __init__(self, model: D2SModel, objective: Objective, *, bf16: bool) -> None:
+    sample_draws: dropout on the text tower's output follows from each sample's seed instead of its place in the
+    batch, so that micro-batches drop what the whole batch would.
+    """
+
+    def __init__(
+        self, model: D2SModel, objective: Objective, *, bf16: bool, sample_draws: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self._bf16 = bf16
+        self._sample_draws = sample_draws
 
-    def forward(self, batch: Batch, warmup: float, teacher: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns total (with gradient), align and distill (0-dim); see :class:`d2s.objective.Objective`."""
+    def forward(
+        self,
+        batch: Batch,
+        warmup: float = 1.0,
+        teacher: Tensor | None = None,
+        *,
+        embed_only: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Returns total (with gradient), align and distill (0-dim); see :class:`d2s.objective.Objective`.
+
+        With embed_only it returns what these are a function of: image (B, D), text (B, D) and the objective's
+        factors (1,) each, all with gradient.
+        """
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self._bf16):
             image = self.model.forward_image(batch.images, batch.draw_seeds)
-            text = self.model.forward_text(batch.text_ids, batch.text_mask).embedding
-        text = nn.functional.normalize(text.float(), dim=-1)
+            seeds = batch.draw_seeds if self._sample_draws else None
+            text = self.model.forward_text(batch.text_ids, batch.text_mask, draw_seeds=seeds).embedding
+        text = nn.functional.normalize(at_least_fp32(text), dim=-1)
+        if embed_only:
+            # Copies: the engine puts hooks on what comes out, which may not be its own parameters.
+            return at_least_fp32(image), text, *(factor.clone() for factor in self.objective.factors())
         losses = self.objective(image, text, batch.image_ids, warmup=warmup, teacher=teacher)
         return losses.total, losses.align, losses.distill
 
@@ -56,10 +88,13 @@ class Trainer:
     workers: Workers
     index: ShardIndex
     engine: Any
+    whole: WholeModel
     batches: TrainBatches | StreamBatches
     total_steps: int
     teacher: Teacher | TeacherTable | None
     log: RunLog
+    preemption: Preemption
+    origin: Origin
     lock: int | None = None
     """Held open as long as this process trains into the run folder."""
     step: int = 0
@@ -72,9 +107,38 @@ class Trainer:
     grad_norm: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    window: list[Tensor] = field(default_factory=list)
+    """(total, align, distill) of every step since the last row of metrics, over all workers."""
+    stopping: bool = False
+    """All know that one of them was asked to stop; so they do as soon as the step is over."""
+    due: bool = False
+    """The first worker's clock asks for a checkpoint."""
+    saved: tuple[int, bool] | None = None
+    """Step and to_validate of the newest checkpoint."""
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        """Closes the log and lets go of the run folder."""
+        self.log.__exit__(*failure)
+        if self.lock is not None:
+            os.close(self.lock)
 
     def train(self) -> None:
-        """Runs to the last step, from wherever `step` stands."""
+        """Runs to the last step, from wherever `step` stands.
+
+        Raises Preempted, on all workers together and with a checkpoint of the present step, if one was asked to stop.
+        """
+        try:
+            self._train()
+        except Preempted:
+            if self.saved != (self.step, self.to_validate):
+                self.save()
+            raise
+
+    def _train(self) -> None:
         per_epoch = self.batches.steps_per_epoch
         while True:
             if self.to_validate:  # also where a resumed run was stopped between the two
@@ -83,12 +147,14 @@ class Trainer:
                 self._update_checkpoint()
             if self.step >= self.total_steps:
                 break
+            self.preemption.check()
             epoch, start = divmod(self.step, per_epoch)
             self.engine.train()
             self._train_epoch(epoch, start)
             last = self.step == self.total_steps
             if last or (epoch + 1) % self.config.log.evaluate_epochs == 0:
                 self.to_validate = True
+            if self.to_validate or self._save_is_due():
                 self.save()
         self._export("last")
         barrier()
@@ -98,42 +164,100 @@ class Trainer:
         return self.engine.module.model
 
     def _train_epoch(self, epoch: int, start: int) -> None:
-        clock, shares = time.monotonic(), []
+        """Trains to the end of the epoch, or of the run, and leaves what is due there to the caller."""
+        clock, steps = time.monotonic(), 0
         for batch in self.batches.epoch(epoch, start):
             factor = lr_factor(self.config.optim, self.step, self.batches.steps_per_epoch, self.total_steps)
             set_learning_rate(self.engine.optimizer, factor)
-            shares.append(self._train_step(batch))
+            self.window.append(self._train_step(batch))
             self.step += 1
+            steps += 1
             last = self.step == self.total_steps
             if last or self.step % self.config.log.every == 0:
-                self._log(torch.stack(shares), factor, time.monotonic() - clock)
-                clock, shares = time.monotonic(), []
-            if last:
+                self._log(factor, steps, time.monotonic() - clock)
+                clock, steps = time.monotonic(), 0
+            if last or self.step % self.batches.steps_per_epoch == 0:
                 break
+            if self._save_is_due():
+                self.save()
+            if self.stopping:
+                self.preemption.check()
+
+    def _save_is_due(self) -> bool:
+        every = self.config.log.save_steps
+        return self.due or bool(every and self.step % every == 0)
 
     def _train_step(self, batch: Batch) -> Tensor:
-        """One optimization step; returns this worker's share of (total, align, distill), shape (3,)."""
+        """One optimization step; returns (total, align, distill) over all workers, shape (3,)."""
         self._report_damage(batch)
+        losses, backward = self._pieces(batch) if self._in_pieces else self._whole(batch)
+        finite, sums = self._exchange(torch.stack(list(losses)).detach())
+        if finite:
+            # The engine averages gradients over workers, and the loss is the sum of their shares.
+            backward(self.workers.world)
+            self._update(batch)
+        else:
+            self._skip(batch, "loss", mine=not torch.isfinite(losses[0]).item())
+        return sums
+
+    @property
+    def _in_pieces(self) -> bool:
+        return 0 < self.config.engine.micro_batch < self.config.batch_size // self.workers.world
+
+    def _whole(self, batch: Batch) -> tuple[tuple[Tensor, ...], Callable[[float], object]]:
+        """This worker's share of (total, align, distill), and what sends a multiple of it backward."""
         _seed_step(self.config.seed, self.step, self.workers.rank)
         batch = batch.to(self.workers.device)
         losses = self.engine(batch, self._warmup(), self._teacher_rows(batch))
-        if agree(not torch.isfinite(losses[0]).item(), self.workers.device):
-            self._skip(batch)
-        else:
-            self.skipped_in_a_row = 0
-            # The engine averages gradients over workers, and the loss is the sum of their shares.
-            self.engine.backward(losses[0] * self.workers.world)
-            self.grad_norm = self._grad_norm()
-            self.engine.step()
-            self.grad_norm = self.engine.get_global_grad_norm() or self.grad_norm
-        return torch.stack([loss.detach() for loss in losses])
+        return losses, lambda factor: self.engine.backward(losses[0] * factor)
 
-    def _grad_norm(self) -> float:
-        """Norm of the whole gradient before clipping, where the engine will not tell: without ZeRO, in fp32."""
-        if self.config.engine.zero_stage or (self.step + 1) % self.config.log.every:
-            return 0.0
-        norms = [p.grad.norm() for p in self.engine.module.parameters() if p.grad is not None]
-        return torch.stack(norms).norm().item()
+    def _pieces(self, batch: Batch) -> tuple[tuple[Tensor, ...], Callable[[float], object]]:
+        """The same by micro-batches; Preempted may be raised between any two."""
+        cache = GradientCache(
+            self.engine, batch, self.config.engine.micro_batch, self.workers.device,
+            seed=lambda number: _seed_step(self.config.seed, self.step, self.workers.rank, number),
+            poll=self.preemption.check,
+        )  # fmt: skip
+        losses = cache.losses(self.engine.module.objective, self._warmup(), self._teacher_rows)
+        self.origin.look(*cache.embeddings)
+        return losses, cache.backward
+
+    def _exchange(self, losses: Tensor) -> tuple[bool, Tensor]:
+        """Tells all workers what they must know to act alike, in one exchange; see `stopping` and `due`.
+
+        losses: this worker's shares of (total, align, distill), shape (3,), without gradient.
+        Returns whether every worker's total is finite, and the sums of the shares, shape (3,), on the CPU.
+        """
+        minutes = self.config.log.save_minutes
+        due = self.workers.is_main and minutes and time.monotonic() - self.saved_at >= 60 * minutes
+        flags = losses.new_tensor([bool(self.preemption.asked), bool(due)])
+        bad = ~torch.isfinite(losses[:1])
+        told = sum_over_workers(torch.cat([bad.to(losses.dtype), flags, losses])).cpu()
+        bad, asked, due = (bool(flag) for flag in told[:3].tolist())
+        self.stopping, self.due = self.stopping or asked, self.due or due
+        return not bad, told[3:]
+
+    def _update(self, batch: Batch) -> None:
+        """Clips and applies the gradient, or skips the step, on all workers, where its norm is not finite."""
+        if self.engine.zero_optimization():
+            # ZeRO looks at the norm over all workers before it touches a weight or a moment.
+            self.engine.step()
+            applied = self.engine.was_step_applied()
+            self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        else:
+            # Every worker holds the whole gradient, the same to the bit.
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients).item()
+            applied = math.isfinite(self.grad_norm)
+            if applied:
+                self.engine.step()
+            else:
+                self.engine.zero_grad()
+        if applied:
+            self.skipped_in_a_row = 0
+            self.origin.rest()
+        else:
+            self._skip(batch, "gradient")
 
     def _warmup(self) -> float:
         steps = self.config.loss.warmup_epochs * self.batches.steps_per_epoch
@@ -147,16 +271,19 @@ class Trainer:
         with torch.no_grad():
             return self.teacher(batch.dense_ids, batch.dense_mask)
 
-    def _skip(self, batch: Batch) -> None:
+    def _skip(self, batch: Batch, what: str, *, mine: bool = False) -> None:
+        """Counts a step that all skip. Raises FloatingPointError, on all of them, where it is one too many.
+
+        what: "loss" or "gradient"; mine: this worker's share of it is not finite.
+        """
         self.skipped += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.config.nonfinite_limit:
-            rows = [row for row in batch.samples[:8].tolist() if row >= 0]  # a stream's samples have none
-            keys = ", ".join(self.index.keys(rows))
-            raise FloatingPointError(
-                f"worker {self.workers.rank}: the loss was not finite in {self.skipped_in_a_row} steps in a row, "
-                f"the last with samples {keys} ...; lower optim.lr or set engine.precision to fp32"
-            )
+        if self.skipped_in_a_row < self.config.nonfinite_limit:
+            self.origin.watch()
+            return
+        rows = [row for row in batch.samples.tolist() if row >= 0]  # a stream's samples have none
+        evidence = 2 if self.origin.here() else int(mine)
+        raise FloatingPointError(report(what, self.skipped_in_a_row, evidence, self.index.keys(rows)))
 
     def _report_damage(self, batch: Batch) -> None:
         """Says what was replaced, each sample once; every worker speaks of its own."""
@@ -181,8 +308,10 @@ class Trainer:
             )
         return damaged, truncated
 
-    def _log(self, shares: Tensor, factor: float, seconds: float) -> None:
-        total, align, distill = sum_over_workers(shares).mean(0).tolist()
+    def _log(self, factor: float, steps: int, seconds: float) -> None:
+        """Closes the window of steps with a row; `steps` of them were made in the last `seconds`."""
+        total, align, distill = torch.stack(self.window).mean(0).tolist()
+        self.window.clear()
         damaged, truncated = self._count_over_workers()
         if not self.workers.is_main:
             return
@@ -194,7 +323,7 @@ class Trainer:
             "distill": distill / config.batch_size,
             "lr": config.optim.lr * factor,
             "grad_norm": float(self.grad_norm),
-            "samples_per_s": len(shares) * config.batch_size / seconds,
+            "samples_per_s": steps * config.batch_size / seconds,
             "seconds": seconds,
             "skipped": self.skipped,
             "damaged": damaged,
@@ -206,7 +335,8 @@ class Trainer:
     def _validate(self) -> None:
         start = time.monotonic()
         self.engine.eval()
-        result = self._evaluate()
+        with self.whole.full() as model:
+            result = self._evaluate(model)
         score = self.score(result)
         improved = score > self.best.get("rsum", -1.0)
         if improved:
@@ -223,13 +353,21 @@ class Trainer:
         self.log.say(f"step {self.step}  val rSum, {what} captions: {score:.1f}{mark}")
 
     def _export(self, name: str) -> None:
-        """Writes the model folder `name` of the run."""
-        if self.workers.is_main:
-            checkpoint.replace_folder(self.run / name, self.model.save_pretrained)
+        """Writes the model folder `name` of the run. Raises ValueError, on all workers, where that fails."""
 
-    def _evaluate(self) -> Evaluation:
+        def write() -> None:
+            if self.workers.is_main:
+                try:
+                    replace_folder(self.run / name, model.save_pretrained)
+                except SafetensorError as error:  # how that library tells of a disk that is full
+                    raise OSError(0, str(error), str(self.run / name)) from error
+
+        with self.whole.full() as model:
+            together(write)
+
+    def _evaluate(self, model: D2SModel) -> Evaluation:
         return evaluate_model(
-            self.model,
+            model,
             self.index,
             "val",
             data_config=self.config.data,
@@ -237,6 +375,7 @@ class Trainer:
             world=self.workers.world,
             dense=self.config.stage == "pretrain",
             full=False,
+            poll=self.preemption.check,
         )
 
     def score(self, result: Evaluation) -> float:
@@ -245,22 +384,14 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of the present step, on all workers together."""
-        checkpoint.save(
-            self.run,
-            self.step,
-            self._state(),
-            self.engine.save_checkpoint,
-            is_main=self.workers.is_main,
-            barrier=barrier,
-            keep=self.config.log.keep,
-        )
+        keep = self.config.log.keep
+        checkpoint.save(self.run, self.step, self._state(), self.engine, self.workers, keep=keep)
+        self.saved, self.saved_at, self.due = (self.step, self.to_validate), time.monotonic(), False
 
     def _update_checkpoint(self) -> None:
         """Adds what validation found to the checkpoint of this step."""
-        state = self._state()
-        if self.workers.is_main:
-            checkpoint.update(self.run, self.step, state)
-        barrier()
+        checkpoint.update(self.run, self.step, self._state(), is_main=self.workers.is_main)
+        self.saved = (self.step, self.to_validate)
 
     def _state(self) -> dict[str, Any]:
         damaged, truncated = self._count_over_workers()
@@ -271,14 +402,20 @@ class Trainer:
             "damaged": damaged,
             "truncated": truncated,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "window": [losses.tolist() for losses in self.window],
             "config": to_dict(self.config),
         }
 
-    def restore(self, folder: Path) -> None:
-        """Continues from a complete checkpoint. Raises ValueError where it is damaged."""
-        state = checkpoint.load(folder, self.engine.load_checkpoint)
+    def restore(self) -> None:
+        """Continues from the newest intact checkpoint, if there is any. Raises ValueError where all are damaged."""
+        state = checkpoint.load(self.run, self.engine, self.workers)
+        if state is None:
+            return
         self.step, self.best, self.to_validate = state["step"], state["best"], state["to_validate"]
-        self.skipped = state["skipped"]
+        self.saved = (self.step, self.to_validate)
+        self.skipped, self.skipped_in_a_row = state["skipped"], state.get("skipped_in_a_row", 0)
+        self.window = [torch.tensor(losses) for losses in state.get("window", [])]
         self.before = {name: state[name] for name in self.before}
 
     def summary(self) -> str:
@@ -289,6 +426,7 @@ class Trainer:
         )
 
 
-def _seed_step(seed: int, step: int, rank: int) -> None:
+def _seed_step(seed: int, step: int, rank: int, *micro_batch: int) -> None:
     """Dropout's draws follow from (seed, step, rank), so that a resumed run draws what it would have drawn."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+    words = np.random.SeedSequence([seed, step, rank, *micro_batch]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0] >> 1))
