@@ -6,6 +6,12 @@ from torch import Tensor
 from d2s.kernels.chunked.common import Sweep, full_precision, upcast
 
 
+def _log_softmax(x: Tensor, scratch: Tensor) -> Tensor:
+    """The logarithm of the softmax of each row of x (r, M), in place."""
+    x.sub_(x.amax(1, keepdim=True))
+    return x.sub_(torch.exp(x, out=scratch).sum(1, keepdim=True).log_())
+
+
 def relational_forward(
     student: Tensor,
     teacher: Tensor,
@@ -25,12 +31,14 @@ def relational_forward(
         d_rows = torch.empty_like(rows) if need_student else rows.new_empty(0)
         d_columns = torch.zeros_like(columns) if need_all else rows.new_empty(0)
         teacher_sweep = Sweep(upcast(teacher).to(rows.dtype), upcast(teacher_all).to(rows.dtype))
+        scratch = torch.empty_like(teacher_sweep.buffer)
         for (start, stop, s), (_, _, t) in zip(Sweep(rows, columns), teacher_sweep, strict=True):
-            log_s = torch.log_softmax(s.div_(temperature), 1)
-            log_t = torch.log_softmax(t.div_(temperature), 1)
-            p = log_t.exp()
+            p = scratch[: stop - start]
+            log_s = _log_softmax(s.div_(temperature), p)
+            log_t = _log_softmax(t.div_(temperature), p)
+            torch.exp(log_t, out=p)
             # KL(teacher || student); a probability that underflows to 0 contributes 0.
-            loss += (p * (log_t - log_s)).sum()
+            loss += log_t.sub_(log_s).mul_(p).sum()
             difference = log_s.exp_().sub_(p)
             if need_student:
                 torch.mm(difference, columns, out=d_rows[start:stop])

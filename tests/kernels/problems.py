@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 CONTRASTIVE = ("hinge_max", "hinge_sum", "info_nce", "sigmoid")
+KINDS = ("random", "clustered", "duplicated", "identical")
 
 
 def sides(n: int, width: int, seed: int, kind: str = "random", dtype: torch.dtype = torch.float64):

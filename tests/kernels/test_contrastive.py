@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from problems import CONTRASTIVE, contrastive, image_ids, sides, value_and_gradients, worst
+from problems import CONTRASTIVE, KINDS, contrastive, image_ids, sides, value_and_gradients, worst
 
 from d2s.kernels import functional, reference
-from d2s.kernels.chunked import common
+from d2s.kernels.chunked import common, info_nce
 
-KINDS = ("random", "clustered", "duplicated", "identical")
+IDS = torch.arange(20)
 
 
 @pytest.fixture(params=[1 << 21, 256], ids=["one-chunk", "many-chunks"])
@@ -196,3 +196,66 @@ def test_info_nce_of_a_collapsed_model_is_log_n():
     image = torch.ones(50, 4) / 2
     loss = contrastive(functional, "info_nce", image, image, torch.arange(50), scale=torch.tensor([100.0]))
     assert float(loss) == pytest.approx(50 * math.log(50), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("chunks")
+def test_one_exponential_for_both_directions_gives_what_two_give(kind, both, dtype, monkeypatch):
+    """Also at the edge: where the reference is not 0, and so far out that there is none."""
+    ids = image_ids(90, 70, 1)
+    taken = set()
+    for scale in (1.0, 60.0, 100.0, 150.0, 300.0, 3000.0):
+        inputs = (*sides(90, 24, 3, kind, dtype), torch.tensor([scale], dtype=dtype))
+
+        def run(inputs=inputs):
+            return value_and_gradients(
+                lambda i, t, s: contrastive(functional, "info_nce", i, t, ids, scale=s, both=both), *inputs
+            )
+
+        ours = run()
+        taken.add(info_nce._reference(*inputs, 0))
+        with monkeypatch.context() as patch:
+            patch.setattr(info_nce, "_reference", lambda *_: None)
+            apart = run()
+        # The sums behind a large logit are as uncertain as the logit's last bit.
+        limit = 32 * torch.finfo(dtype).eps * max(scale, 10)
+        assert all(bool(x.isfinite().all()) for x in ours)
+        for a, b in zip(ours, apart, strict=True):
+            assert float((a - b).norm()) <= limit * max(float(b.norm()), 1.0)
+    assert 0.0 in taken
+    # Positives far below the largest similarity leave no reference; nearly identical pairs always do.
+    assert kind != "random" or None in taken
+    assert kind != "identical" or any(taken - {0.0, None})
+
+
+def test_negative_scale_and_values_that_are_no_numbers():
+    image, text = sides(20, 6, 0, dtype=torch.float32)
+    results = []
+    for scale in (-150.0, -5.0):
+        inputs = (image, text, torch.tensor([scale]))
+        for module in (functional, reference):
+            results.append(
+                value_and_gradients(
+                    lambda i, t, s, m=module: contrastive(m, "info_nce", i, t, IDS, scale=s), *inputs
+                )
+            )
+    assert worst(*results[:2]) < 1e-3
+    assert worst(*results[2:]) < 1e-4
+    image[3, 2] = torch.nan
+    assert contrastive(functional, "info_nce", image, text, IDS, scale=torch.ones(1)).isnan()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.usefixtures("chunks")
+def test_hinge_sum_where_few_rows_violate(share, both):
+    """Rows without violations are left out of the products."""
+    eye = torch.eye(64, dtype=torch.float64)
+    rows = torch.arange(64) < 64 * share
+    image = torch.where(rows[:, None], 0.3 * eye + 0.5 * eye.roll(7, 0), eye)
+    inputs = (image, eye, torch.ones(1).double(), torch.ones(1).double())
+    ours, theirs = both_implementations("hinge_sum", inputs, torch.arange(64), both=both, margin=0.3)
+    assert worst(ours, theirs) < 1e-10
+    assert (float(theirs[0]) > 0) == (share > 0)
