@@ -191,7 +191,7 @@ class Drill:
         """
         start = time.monotonic()
         ended = job.wait(self.grace if trained else min(self.grace, _MEETING))
-        if kill.everyone or len(job.logs) == 1 and not job.launched:
+        if kill.everyone or (len(job.logs) == 1 and not job.launched):
             return
         if ended:
             self.tally.slowest = max(self.tally.slowest, time.monotonic() - start)
