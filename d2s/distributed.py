@@ -44,6 +44,7 @@ def start_workers() -> Workers:
     Raises ValueError where a launcher set only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     """
     global _watch
+    timeout = _timeout()
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
@@ -64,7 +65,7 @@ def start_workers() -> Workers:
     else:
         _share_cores()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=_timeout())
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
         _watch = start_watch(dist.get_rank(), dist.get_world_size())
     return Workers(rank=dist.get_rank(), world=dist.get_world_size(), local_rank=local_rank, device=device)
 

@@ -132,7 +132,17 @@ def _fail(error: object, code: int, preemption: Preemption) -> int:
         time.sleep(_AFTER_WORKER_0)
     worker = f" (worker {_rank()})" if _rank() else ""
     print(f"train.py: error{worker}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if isinstance(error, Exception):
+        _tell_launcher(error)
     return code
+
+
+def _tell_launcher(error: BaseException) -> None:
+    """torchrun closes with a table of its own, which shows what it finds in this file."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ and "torch" in sys.modules:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _hold() -> None:
@@ -163,6 +173,7 @@ class _LastWords:
             sys.stderr.flush()
             os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
         sys.excepthook(kind, error, trace)  # torch's puts the worker's number before each line
+        _tell_launcher(error)
         _leave(1)
 
 

@@ -1,10 +1,10 @@
 """Real trainings in which something happens to a worker at an exact point; run as scripts by the tests beside it.
 
 `faults.py ARGUMENTS` is `train.py ARGUMENTS` with the fault that FAULT names, for use under a launcher.
-`faults.py --trials FILE` makes the jobs that FILE lists, one after the other and without any launcher: each is
-two processes forked from this one, which has imported everything already.
+`faults.py --trials FILE` makes the jobs that FILE lists, a few at a time and without any launcher: each is two
+processes forked from this one, which has imported everything already.
 
-A fault: {"rank": 1 or null for all, "step": 3, "kind": one of KINDS}.
+A fault: {"rank": 1 or null for all, "step": 3, "kind": one of KINDS, "mark": a file to touch at that moment}.
 """
 
 import json
@@ -26,13 +26,23 @@ def _raise() -> None:
     raise KeyError(BOOM)
 
 
+def _pause() -> None:
+    """Stops this process, as a debugger would, for some seconds."""
+    worker = os.getpid()
+    if not os.fork():
+        time.sleep(4)
+        os.kill(worker, signal.SIGCONT)
+        os._exit(0)
+    os.kill(worker, signal.SIGSTOP)
+
+
 KINDS: dict[str, Callable[[], object]] = {
     "raise": _raise,
     "exit": lambda: sys.exit(0),
     "hard exit": lambda: os._exit(0),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
-    "usr2": lambda: os.kill(os.getpid(), signal.SIGUSR2),
+    "pause": _pause,
+    "none": lambda: None,
 }
 
 
@@ -46,37 +56,62 @@ def plant(fault: dict[str, Any]) -> None:
 
     def step(self: Trainer, batch: Any) -> Any:
         if self.step == fault["step"]:
+            if "mark" in fault:
+                Path(fault["mark"]).touch()
             KINDS[fault["kind"]]()
         return real(self, batch)
 
     Trainer._train_step = step
 
 
-def trial(arguments: list[str], fault: dict[str, Any], screen: Path) -> dict[str, Any]:
-    """Two workers without a launcher. Returns their exit codes (-9: killed) and the seconds after the first left."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    children = {}
-    for rank in (0, 1):
-        pid = os.fork()
-        if not pid:
-            _work(arguments, fault, screen, rank, port)
-        children[pid] = rank
-    codes, left = {}, []
-    deadline = time.monotonic() + 120
-    while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            codes[children.pop(pid)] = os.waitstatus_to_exitcode(status)
-            left.append(time.monotonic())
-            deadline = left[0] + 60
-        elif time.monotonic() > deadline:
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-        else:
-            time.sleep(0.01)
-    return {"codes": [codes[0], codes[1]], "seconds": left[-1] - left[0], "screen": screen.read_text()}
+class Job:
+    """Two workers without a launcher."""
+
+    def __init__(self, arguments: list[str], fault: dict[str, Any], screen: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        self.fault, self.screen = fault, Path(screen)
+        self.children: dict[int, int] = {}
+        for rank in (0, 1):
+            pid = os.fork()
+            if not pid:
+                _work(arguments, fault, self.screen, rank, port)
+            self.children[rank] = pid
+        self.codes: dict[int, int] = {}
+        self.left: list[float] = []
+        self.deadline = time.monotonic() + 240
+
+    def poll(self) -> bool:
+        """Whether both workers have left; past a deadline they are made to."""
+        for rank, pid in self.children.items():
+            if rank in self.codes:
+                continue
+            if time.monotonic() > self.deadline:
+                os.kill(pid, signal.SIGKILL)
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                self.codes[rank] = os.waitstatus_to_exitcode(status)
+                self.left.append(time.monotonic())
+                self.deadline = self.left[0] + 60
+        return len(self.codes) == 2
+
+    def told(self) -> dict[str, Any]:
+        """Exit codes (-9: killed), seconds from the first worker's end to the other's, and what was shown."""
+        seconds, codes = self.left[1] - self.left[0], [self.codes[0], self.codes[1]]
+        return {"fault": self.fault, "codes": codes, "seconds": seconds, "screen": self.screen.read_text()}
+
+
+def run_all(trials: list[dict[str, Any]], at_once: int) -> None:
+    """Makes all trials, and prints what came of each."""
+    running: list[Job] = []
+    while trials or running:
+        while trials and len(running) < at_once:
+            running.append(Job(**trials.pop(0)))
+        time.sleep(0.05)
+        for job in [job for job in running if job.poll()]:
+            running.remove(job)
+            print(json.dumps(job.told()), flush=True)
 
 
 def _work(arguments: list[str], fault: dict[str, Any], screen: Path, rank: int, port: str) -> None:
@@ -100,8 +135,7 @@ if __name__ == "__main__":
 
         import d2s.prepare  # noqa: F401
 
-        for line in json.loads(Path(sys.argv[2]).read_text()):
-            print(json.dumps(trial(line["arguments"], line["fault"], Path(line["screen"]))), flush=True)
+        run_all(json.loads(Path(sys.argv[2]).read_text()), at_once=4)
     else:
         plant(json.loads(os.environ["FAULT"]))
         from d2s.train import run
