@@ -76,7 +76,9 @@ def jobs(specs: Sequence["KernelSpec"], architectures: Iterable[int], tuned: dic
             for dtype in spec.dtypes:
                 half = dtype in HALF
                 row = spec.row or spec.name
-                tiles = [(width, default_tile(row, width, half), False) for width in spec.widths]
+                tiles = [
+                    (width, default_tile(row, width, half, divmod(arch, 10)), False) for width in spec.widths
+                ]
                 for width in spec.widths:
                     found = tuned.get(entry(row, divmod(arch, 10), width, half))
                     if found:

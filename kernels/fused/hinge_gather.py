@@ -1,0 +1,226 @@
+"""The backward of the hinge with hardest negatives: sparse, N D work, every row of a gradient with one owner.
+
+A violated row i with winner j gives dI_i += T_j - T_p(i), dT_j += I_i and dT_p(i) -= I_i; a violated column the
+same with the sides exchanged. So an output row has its own winner, its partner (the positive), and a bucket: the
+rows on the other side whose winner it is.
+
+Many rows: the buckets come from one stable sort of the winners, and `_gather` adds one LINES entries at a time in
+ascending order. The largest possible bucket (all rows agree, as after a collapse) is one owner's work, n / LINES
+steps. Few rows: `_few` makes dS, whose entries are whole numbers from -2 to 2 and exact in any type, from the
+winners and multiplies it with the other side: 2 n M D flops, but one launch and no sort.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from d2s.kernels.fused.launch import INTERPRETED, cdiv, nothing, on, options, storage
+from d2s.kernels.fused.spec import KernelSpec
+from d2s.kernels.fused.tiles import Tile, tile_for
+
+# Up to so many rows and columns dS is multiplied instead of gathered.
+FEW = 1024
+SIZES = ("size", "others", "shift")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gather(
+    grad,
+    other,
+    own_at,
+    own_active,
+    bucket_active,
+    starts,
+    order,
+    out,
+    size,
+    others,
+    shift,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    OWN: tl.constexpr,
+    BUCKET: tl.constexpr,
+):
+    """Row program 0 of a gradient (size, WIDTH), COLUMNS channels of it; its partner is row + shift of other."""
+    row = tl.program_id(0)
+    k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    line = tl.arange(0, LINES)
+    value = tl.zeros((COLUMNS,), tl.float32)
+    partner = row + shift
+    paired = (partner >= 0) & (partner < others)
+    pull = 0.0
+    if BUCKET:
+        pull += tl.load(bucket_active + partner, mask=paired, other=0).to(tl.float32)
+        stop = tl.load(starts + row + 1)
+        for at in range(tl.load(starts + row), stop, LINES):
+            inside = at + line < stop
+            pointers = other + tl.load(order + at + line, mask=inside, other=0)[:, None] * WIDTH + k[None, :]
+            tile = tl.load(pointers, mask=inside[:, None] & (k < WIDTH)[None, :], other=0.0)
+            value += tl.sum(tile.to(tl.float32), 0)
+    if OWN:
+        active = tl.load(own_active + row).to(tl.float32)
+        pull += active
+        winner = other + tl.load(own_at + row) * WIDTH
+        value += active * tl.load(winner + k, mask=k < WIDTH, other=0.0).to(tl.float32)
+    positive = other + partner.to(tl.int64) * WIDTH
+    value -= pull * tl.load(positive + k, mask=paired & (k < WIDTH), other=0.0).to(tl.float32)
+    pointers = out + row.to(tl.int64) * WIDTH + k
+    tl.store(pointers, (tl.load(grad) * value).to(out.dtype.element_ty), mask=k < WIDTH)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _few(
+    grad,
+    other,
+    own_at,
+    own_active,
+    bucket_at,
+    bucket_active,
+    out,
+    size,
+    others,
+    shift,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    OWN: tl.constexpr,
+    BUCKET: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The same for ROWS rows at once: LINES rows of other at a time, each times its part of dS."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    partner = row + shift
+    paired = (row < size) & (partner >= 0) & (partner < others)
+    pull = tl.zeros((ROWS,), tl.int32)
+    own = tl.full((ROWS,), -1, tl.int64)
+    if BUCKET:
+        pull += tl.load(bucket_active + partner, mask=paired, other=0).to(tl.int32)
+    if OWN:
+        active = tl.load(own_active + row, mask=row < size, other=0)
+        own = tl.where(active != 0, tl.load(own_at + row, mask=row < size, other=-1), own)
+        pull += active.to(tl.int32)
+    value = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, others, LINES):
+        index = start + tl.arange(0, LINES)
+        inside = index < others
+        weight = (own[:, None] == index[None, :]).to(tl.int32)
+        if BUCKET:
+            chosen = tl.load(bucket_at + index, mask=inside, other=-1)
+            chosen = tl.where(tl.load(bucket_active + index, mask=inside, other=0) != 0, chosen, -1)
+            weight += (row[:, None] == chosen[None, :]).to(tl.int32)
+        weight -= tl.where(partner[:, None] == index[None, :], pull[:, None], 0)
+        pointers = other + index[:, None] * WIDTH + k[None, :]
+        y = tl.load(pointers, mask=inside[:, None] & (k < WIDTH)[None, :], other=0.0)
+        if UPCAST:
+            y = y.to(tl.float32)
+        value = tl.dot(weight.to(y.dtype), y, value, input_precision="ieee")
+    mask = (row < size)[:, None] & (k < WIDTH)[None, :]
+    pointers = out + row[:, None] * WIDTH + k[None, :]
+    tl.store(pointers, (tl.load(grad) * value).to(out.dtype.element_ty), mask=mask)
+
+
+def _buckets(at: Tensor, active: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(starts (size + 1,), order (n,)): who chose row r stands in order[starts[r]:starts[r + 1]], ascending."""
+    keys = torch.where(active, at, size).to(torch.int32)
+    keys, order = torch.sort(keys, stable=True)
+    rows = torch.arange(size + 1, dtype=torch.int32, device=at.device)
+    return torch.searchsorted(keys, rows), order
+
+
+def _one_side(
+    grad: Tensor,
+    other: Tensor,
+    size: int,
+    own: tuple[Tensor, Tensor] | None,
+    bucket: tuple[Tensor, Tensor] | None,
+    shift: int,
+) -> Tensor:
+    """The gradient (size, D) of the side whose winners are `own` and who was chosen by `bucket` of the other."""
+    others, width = other.shape
+    out = torch.empty(size, width, dtype=storage(other.dtype), device=other.device)
+    own_at, own_active = own or (grad, grad)
+    bucket_at, bucket_active = bucket or (grad, grad)
+    flags = {"WIDTH": width, "OWN": own is not None, "BUCKET": bucket is not None}
+    with on(other):
+        if max(size, others) <= FEW:
+            tile = tile_for("hinge_few", other)
+            _few[cdiv(size, tile.rows), cdiv(width, tile.columns)](
+                grad, other, own_at, own_active, bucket_at, bucket_active, out, size, others, shift,
+                ROWS=tile.rows, COLUMNS=tile.columns, LINES=tile.depth, UPCAST=INTERPRETED, **flags,
+                **options(tile),
+            )  # fmt: skip
+        else:
+            tile = tile_for("hinge_gather", other)
+            starts, order = _buckets(*bucket, size) if bucket else (grad, grad)
+            _gather[size, cdiv(width, tile.columns)](
+                grad, other, own_at, own_active, bucket_active, starts, order, out, size, others, shift,
+                COLUMNS=tile.columns, LINES=tile.depth, **flags, **options(tile),
+            )  # fmt: skip
+    return out.to(other.dtype)
+
+
+def hinge_max_backward(
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    row_at: Tensor,
+    row_active: Tensor,
+    column_at: Tensor,
+    column_active: Tensor,
+    offset: int,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor]:
+    """(d_image (n, D), d_text (M, D)) in the types of image and text; empty where not needed.
+
+    grad: (), the rest as `hinge_max_forward` took and gave it.
+    """
+    grad = grad.to(torch.float32)
+    image, text = image.contiguous(), text.contiguous()
+    rows = (row_at, row_active)
+    columns = (column_at, column_active) if column_at.numel() else None
+    d_image, d_text = nothing(image), nothing(text)
+    if need_image:
+        d_image = _one_side(grad, text, image.shape[0], rows, columns, offset)
+    if need_text:
+        d_text = _one_side(grad, image, text.shape[0], columns, rows, -offset)
+    return d_image, d_text
+
+
+def _constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
+    return {"WIDTH": width, "COLUMNS": tile.columns, "LINES": tile.depth, "OWN": True, "BUCKET": True}
+
+
+def _few_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
+    return {**_constants(tile, width, half), "ROWS": tile.rows, "UPCAST": False}
+
+
+_POINTERS = {
+    "grad": "*fp32",
+    **dict.fromkeys(("other", "out"), "*x"),
+    "own_at": "*i64",
+    **dict.fromkeys(("own_active", "bucket_active"), "*i1"),
+}
+SPECS = [
+    KernelSpec(
+        name="hinge_gather",
+        kernel=_gather,
+        pointers={**_POINTERS, **dict.fromkeys(("starts", "order"), "*i64")},
+        scalars=dict.fromkeys(SIZES, "i32"),
+        constants=_constants,
+        unaligned=frozenset({"grad", *SIZES}),
+        dots=False,
+    ),
+    KernelSpec(
+        name="hinge_few",
+        kernel=_few,
+        pointers={**_POINTERS, "bucket_at": "*i64"},
+        scalars=dict.fromkeys(SIZES, "i32"),
+        constants=_few_constants,
+        unaligned=frozenset({"grad", *SIZES}),
+    ),
+]

@@ -1,0 +1,238 @@
+"""The hinge with the hardest negative of each row and column: one sweep, and the choice of the winners.
+
+`_sweep` makes every tile of S once (2 n M D flops). A program owns a block of rows and a range of columns; it
+keeps each row's largest negative and its place in registers and writes, per tile, each column's. `_merge` takes
+the first largest of these parts in ascending order: of the ranges for rows, of the row blocks for columns. A
+strip of STRIP rows at a time, so that the parts take 8 * STRIP / rows bytes a column and not N / rows of them.
+The backward is in `hinge_gather.py`. Only a larger value replaces another, so ties go to the lowest index.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from d2s.kernels.fused.launch import INTERPRETED, MERGED, Strips, on, options, total, untiled
+from d2s.kernels.fused.spec import KernelSpec
+from d2s.kernels.fused.sweep import (
+    crosses,
+    different,
+    kept_rows,
+    picked,
+    positive_column,
+    similarities,
+    within,
+)
+from d2s.kernels.fused.tiles import Tile, tile_for
+
+SIZES = ("n", "m", "offset", "start", "tiles", "strip")
+MERGE_SIZES = ("n", "m", "start", "stop", "strip", "splits", "blocks", "first_loss")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _sweep(
+    image,
+    text,
+    image_ids,
+    text_ids,
+    positive,
+    row_best,
+    row_at,
+    column_best,
+    column_at,
+    n,
+    m,
+    offset,
+    start,
+    tiles,
+    strip,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BOTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Rows start + ROWS * program 0, against `tiles` tiles of columns from program 1 times as many on."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    row = start + block * ROWS + tl.arange(0, ROWS)
+    inner_row = tl.minimum(row, n - 1)
+    target = positive_column(row, n, offset)
+    row_id = tl.load(image_ids + inner_row)
+    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    at = tl.zeros((ROWS,), tl.int32)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        inner_column = tl.minimum(column, m - 1)
+        s = similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
+        if crosses(target, column, COLUMNS):
+            is_positive = target[:, None] == column[None, :]
+            tl.store(positive + row, picked(s, is_positive), mask=within(target, column, COLUMNS))
+            s = tl.where(is_positive, float("-inf"), s)
+        column_id = tl.load(text_ids + inner_column)
+        s = tl.where(different(row_id, column_id, row, column, n, m), s, float("-inf"))
+        top = tl.max(s, 1)
+        first = tl.min(tl.where(s == top[:, None], column[None, :], 2147483647), 1)
+        at = tl.where(top > best, first, at)
+        best = tl.maximum(best, top)
+        if BOTH:
+            top = tl.max(s, 0)
+            first = tl.min(tl.where(s == top[None, :], row[:, None], 2147483647), 0)
+            part = block.to(tl.int64) * m + column
+            tl.store(column_best + part, top, mask=column < m)
+            tl.store(column_at + part, first, mask=column < m)
+    part = split.to(tl.int64) * strip + row - start
+    tl.store(row_best + part, best, mask=row < n)
+    tl.store(row_at + part, at, mask=row < n)
+
+
+@triton.jit
+def _first_largest(best, at, values, places, inside, parts, stride):
+    """(best, at) after `parts` parts, one every `stride` entries of values and places."""
+    for _ in range(parts):
+        value = tl.load(values, mask=inside, other=float("-inf"))
+        place = tl.load(places, mask=inside, other=0)
+        at = tl.where(value > best, place, at)
+        best = tl.maximum(best, value)
+        values += stride
+        places += stride
+    return best, at
+
+
+@triton.jit
+def _cost(margin, best, positive, inside):
+    """The violation; none without a negative, and one that is no number stays so, for the loss to show it."""
+    cost = margin + best - positive
+    return tl.where(inside & (best != float("-inf")) & ~(cost <= 0), cost, 0.0)
+
+
+@triton.jit(do_not_specialize=MERGE_SIZES)
+def _merge(
+    positive,
+    row_best,
+    row_parts,
+    column_best,
+    column_parts,
+    row_at,
+    row_active,
+    state_best,
+    column_at,
+    column_active,
+    loss,
+    margin,
+    n,
+    m,
+    start,
+    stop,
+    strip,
+    splits,
+    blocks,
+    first_loss,
+    BOTH: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """MERGED rows of the strip start..stop and as many columns; the last strip decides the columns' winners."""
+    program = tl.program_id(0)
+    lane = program * MERGED + tl.arange(0, MERGED)
+    row = start + lane
+    inside = row < stop
+    best = tl.full((MERGED,), float("-inf"), tl.float32)
+    at = tl.zeros((MERGED,), tl.int32)
+    best, at = _first_largest(best, at, row_best + lane, row_parts + lane, inside, splits, strip)
+    cost = _cost(margin, best, tl.load(positive + row, mask=inside, other=0.0), inside)
+    tl.store(row_at + row, tl.minimum(at, m - 1).to(tl.int64), mask=inside)
+    tl.store(row_active + row, cost > 0, mask=inside)
+    value = tl.sum(cost, 0)
+    if BOTH:
+        inside = lane < m
+        seen = inside & (start > 0)
+        best = tl.load(state_best + lane, mask=seen, other=float("-inf"))
+        at = tl.load(column_at + lane, mask=seen, other=0).to(tl.int32)
+        best, at = _first_largest(best, at, column_best + lane, column_parts + lane, inside, blocks, m)
+        tl.store(state_best + lane, best, mask=inside)
+        tl.store(column_at + lane, tl.minimum(at, n - 1).to(tl.int64), mask=inside)
+        if stop == n:
+            cost = _cost(margin, best, tl.load(positive + lane, mask=inside, other=0.0), inside)
+            tl.store(column_active + lane, cost > 0, mask=inside)
+            value += tl.sum(cost, 0)
+    tl.store(loss + first_loss + program, value)
+
+
+def hinge_max_forward(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    margin: float,
+    offset: int,
+    both: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss (), row_at (n,) int64, row_active (n,) bool, column_at (M,), column_active (M,)).
+
+    image (n, D), text (M, D), ids (n,) and (M,) int64. An entry is active where its hardest negative, at row_at
+    or column_at, violates the margin. Without `both` the two of the columns are empty.
+    """
+    image, text = image.contiguous(), text.contiguous()
+    image_ids, text_ids = image_ids.contiguous(), text_ids.contiguous()
+    (n, width), m = image.shape, text.shape[0]
+    tile = tile_for("hinge_max_sweep", image)
+    strips, merged_columns = Strips(n, m, tile, both), m if both else 0
+    floats, ints = ({"dtype": t, "device": image.device} for t in (torch.float32, torch.int32))
+    positive, state = torch.empty(n, **floats), torch.empty(merged_columns, **floats)
+    rows = torch.empty(strips.row_parts, **floats), torch.empty(strips.row_parts, **ints)
+    columns = torch.empty(strips.column_parts, **floats), torch.empty(strips.column_parts, **ints)
+    losses = torch.empty(strips.losses, **floats)
+    row_at, column_at = image_ids.new_empty(n), image_ids.new_empty(merged_columns)
+    row_active, column_active = (torch.empty_like(x, dtype=torch.bool) for x in (row_at, column_at))
+    with on(image):
+        for start, stop, blocks, first_loss in strips:
+            _sweep[blocks, strips.splits](
+                image, text, image_ids, text_ids, positive, *rows, *columns, n, m, offset, start, strips.tiles,
+                strips.rows, WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, BOTH=both,
+                UPCAST=INTERPRETED, **options(tile),
+            )  # fmt: skip
+            _merge[(strips.merging,)](
+                positive, *rows, *columns, row_at, row_active, state, column_at, column_active, losses, margin,
+                n, m, start, stop, strips.rows, strips.splits, blocks, first_loss, BOTH=both, MERGED=MERGED,
+            )  # fmt: skip
+    return total(losses), row_at, row_active, column_at, column_active
+
+
+def _sweep_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
+    sizes = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    return {**sizes, "BOTH": True, "UPCAST": False}
+
+
+SPECS = [
+    KernelSpec(
+        name="hinge_max_sweep",
+        kernel=_sweep,
+        pointers={
+            **dict.fromkeys(("image", "text"), "*x"),
+            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
+            **dict.fromkeys(("positive", "row_best", "column_best"), "*fp32"),
+            **dict.fromkeys(("row_at", "column_at"), "*i32"),
+        },
+        scalars=dict.fromkeys(SIZES, "i32"),
+        constants=_sweep_constants,
+        unaligned=frozenset(SIZES),
+    ),
+    KernelSpec(
+        name="hinge_max_merge",
+        kernel=_merge,
+        pointers={
+            **dict.fromkeys(("positive", "row_best", "column_best", "state_best", "loss"), "*fp32"),
+            **dict.fromkeys(("row_parts", "column_parts"), "*i32"),
+            **dict.fromkeys(("row_at", "column_at"), "*i64"),
+            **dict.fromkeys(("row_active", "column_active"), "*i1"),
+        },
+        scalars={"margin": "fp32", **dict.fromkeys(MERGE_SIZES, "i32")},
+        constants=lambda tile, width, half: {"BOTH": True, "MERGED": MERGED},
+        unaligned=frozenset(MERGE_SIZES),
+        dots=False,
+        options=untiled,
+        dtypes=("fp32",),
+        widths=(64,),
+    ),
+]

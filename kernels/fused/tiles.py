@@ -1,0 +1,113 @@
+"""The tile of each kernel: by device capability, width and type, from a committed table and never from a timer.
+
+Workers that timed their own candidates would disagree, and with them the order of sums. `d2s.kernels.tune`
+measures on the device at hand and writes `tiles.json`; what it holds no entry for takes the defaults below.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import torch
+
+# The largest width of each bucket; wider ones share the last.
+BUCKETS = (64, 128, 256, 512, 1152)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """rows x columns of the similarity matrix a program holds, and how many entries of D it loads at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Devices with at least 163 KiB of shared memory a block; others may have 99.
+LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
+# For the interpreter, whose cost is per block operation.
+INTERPRETED = Tile(rows=64, columns=64, depth=64, warps=4, stages=1)
+
+
+def bucket(width: int) -> int:
+    """The bucket of D."""
+    return next((b for b in BUCKETS if width <= b), BUCKETS[-1])
+
+
+@cache
+def tuned_tiles() -> dict[str, dict[str, int]]:
+    """The content of tiles.json, read once; the tuner puts its candidates into this very dictionary."""
+    text = resources.files("d2s.kernels.fused").joinpath("tiles.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def _sweep_tile(width: int, half: bool, capability: tuple[int, int]) -> Tile:
+    """For sweeps over all columns: the rows stay in shared memory where they fit into it."""
+    if not half:
+        return Tile(rows=64, columns=64, depth=16, warps=4, stages=2)
+    depth = max(64, 1 << (width - 1).bit_length())
+    if depth <= 128 or (depth == 256 and capability in LARGE):
+        return Tile(rows=128, columns=64, depth=depth, warps=8, stages=3)
+    if depth == 512 and capability in LARGE:
+        if capability == (8, 0):
+            return Tile(rows=64, columns=32, depth=512, warps=4, stages=3)
+        return Tile(rows=128, columns=32, depth=512, warps=8, stages=3)
+    return Tile(rows=128, columns=64, depth=64, warps=8, stages=3)
+
+
+def _contrastive_tile(kernel: str, width: int, half: bool, capability: tuple[int, int]) -> Tile | None:
+    """For the kernels of the contrastive losses; chosen by registers, spills and shared memory alone."""
+    if kernel in ("hinge_max_sweep", "info_nce_sweep"):
+        return _sweep_tile(width, half, capability)
+    if kernel == "hinge_gather":
+        return Tile(rows=1, columns=128, depth=32, warps=4, stages=3)
+    if kernel in ("positives", "hinge_few") or kernel.endswith("_pairs"):
+        if not half:
+            return Tile(rows=64, columns=64, depth=32, warps=4, stages=2)
+        if kernel in ("positives", "hinge_few"):
+            return Tile(rows=64, columns=64, depth=64, warps=4, stages=3)
+        # More columns spill on the others.
+        return Tile(rows=128, columns=128 if capability == (9, 0) else 64, depth=64, warps=8, stages=3)
+    if kernel.startswith("products"):
+        if not half:
+            return Tile(rows=64, columns=64, depth=16, warps=4, stages=2)
+        columns = 256 if capability in LARGE else 128
+        columns = min(columns, max(64, 1 << (width - 1).bit_length()))
+        return Tile(rows=128, columns=columns, depth=64, warps=8, stages=3)
+    return None
+
+
+def default_tile(kernel: str, width: int, half: bool, capability: tuple[int, int] = (8, 0)) -> Tile:
+    """What a kernel takes on a device nobody has tuned it for; half: embeddings of 16 bits."""
+    if found := _contrastive_tile(kernel, width, half, capability):
+        return found
+    if kernel == "gpo_forward":
+        # One warp, with what fits in its registers.
+        return Tile(rows=1024, columns=1, depth=1, warps=1, stages=1)
+    if kernel.startswith("ranks"):
+        # The columns' ids, 64 bits each, lie beside the tile.
+        return Tile(rows=64, columns=64, depth=64 if half else 32, warps=8, stages=3)
+    if kernel.startswith("relational") and half:
+        # Two tiles at a time; larger ones spill before sm_100.
+        return Tile(rows=128, columns=64, depth=64, warps=8, stages=2)
+    if half:
+        return Tile(rows=128, columns=128, depth=64, warps=8, stages=3)
+    return Tile(rows=64, columns=64, depth=32, warps=4, stages=2)
+
+
+def entry(kernel: str, capability: tuple[int, int], width: int, half: bool) -> str:
+    """The table's key."""
+    return f"{kernel}/sm_{capability[0]}{capability[1]}/{bucket(width)}/{'half' if half else 'float'}"
+
+
+def tile_for(kernel: str, x: torch.Tensor) -> Tile:
+    """The tile of a kernel over embeddings like x (n, D)."""
+    if x.device.type != "cuda":
+        return INTERPRETED
+    half, width = x.element_size() == 2, x.shape[1]
+    capability = torch.cuda.get_device_capability(x.device)
+    tuned = tuned_tiles().get(entry(kernel, capability, width, half))
+    return Tile(**tuned) if tuned else default_tile(kernel, width, half, capability)
