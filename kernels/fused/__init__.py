@@ -1,0 +1,62 @@
+"""Triton kernels for CUDA devices (and, under TRITON_INTERPRET=1, for small CPU tensors): raw functions.
+
+float32, bfloat16 and float16 embeddings; products in their type with float32 accumulators. Nothing here knows of
+autograd or waits for the device. `ALL_SPECS` is what `d2s.kernels.compile` builds.
+"""
+
+from d2s.kernels.fused import (
+    gpo,
+    hinge_gather,
+    hinge_lists,
+    hinge_max,
+    hinge_sum,
+    info_nce,
+    info_nce_gradient,
+    pointwise,
+    positives,
+    products_kernel,
+    ranks,
+    relational,
+    sigmoid,
+)
+from d2s.kernels.fused.gpo import gpo_backward, gpo_forward
+from d2s.kernels.fused.hinge_gather import hinge_max_backward
+from d2s.kernels.fused.hinge_max import hinge_max_forward
+from d2s.kernels.fused.hinge_sum import hinge_sum_forward
+from d2s.kernels.fused.info_nce import info_nce_forward
+from d2s.kernels.fused.info_nce_gradient import info_nce_backward
+from d2s.kernels.fused.pointwise import pointwise_forward
+from d2s.kernels.fused.ranks import retrieval_ranks
+from d2s.kernels.fused.relational import relational_forward
+from d2s.kernels.fused.sigmoid import sigmoid_forward
+
+ALL_SPECS = [
+    *hinge_max.SPECS,
+    *hinge_gather.SPECS,
+    *hinge_sum.SPECS,
+    *hinge_lists.SPECS,
+    *info_nce.SPECS,
+    *info_nce_gradient.SPECS,
+    *sigmoid.SPECS,
+    *positives.SPECS,
+    *products_kernel.SPECS,
+    *relational.SPECS,
+    *pointwise.SPECS,
+    *gpo.SPECS,
+    *ranks.SPECS,
+]
+
+__all__ = [
+    "ALL_SPECS",
+    "gpo_backward",
+    "gpo_forward",
+    "hinge_max_backward",
+    "hinge_max_forward",
+    "hinge_sum_forward",
+    "info_nce_backward",
+    "info_nce_forward",
+    "pointwise_forward",
+    "relational_forward",
+    "retrieval_ranks",
+    "sigmoid_forward",
+]

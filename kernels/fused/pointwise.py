@@ -1,0 +1,121 @@
+"""Pointwise distillation: loss and gradient of a row in one pass over student and teacher.
+
+A program holds whole rows: 8 bytes an entry read in float32, 4 written, and no sum that crosses programs but the
+last one, of a number each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from d2s.kernels.fused.launch import cdiv, nothing, on, power_of_two, total
+from d2s.kernels.fused.spec import KernelSpec
+from d2s.kernels.fused.tiles import Tile
+
+COSINE, L1, L2 = 0, 1, 2
+KINDS = {"cosine": COSINE, "l1": L1, "l2": L2}
+# About the entries that a program holds of each side.
+ENTRIES = 2048
+SIZES = ("n", "student_row", "teacher_row")
+
+
+@triton.jit
+def _inverse_norm(x):
+    """1 / |row| of x (r, c), (r, 1); 0 for a row of zeros."""
+    norm = tl.sqrt(tl.sum(x * x, 1, keep_dims=True))
+    return tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), tl.where(norm == 0, 0.0, norm))
+
+
+@triton.jit(do_not_specialize=("n",))
+def _pointwise(
+    student,
+    teacher,
+    loss,
+    d_student,
+    n,
+    student_row,
+    student_step,
+    teacher_row,
+    teacher_step,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
+    """loss: one entry a program; KIND: 0 cosine, 1 l1, 2 l2. Rows behind the last are zeros of both sides."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    k = tl.arange(0, BLOCK)[None, :]
+    inside = (row < n) & (k < WIDTH)
+    s = tl.load(student + row * student_row + k * student_step, mask=inside, other=0.0).to(tl.float32)
+    t = tl.load(teacher + row * teacher_row + k * teacher_step, mask=inside, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        inverse = _inverse_norm(s)
+        s = s * inverse
+        t = t * _inverse_norm(t)
+    difference = s - t
+    if KIND == 0:
+        cost = tl.where(row < n, 1.0 - tl.sum(s * t, 1, keep_dims=True), 0.0)
+        g = -t
+    elif KIND == 1:
+        cost = tl.sum(tl.abs(difference), 1, keep_dims=True)
+        g = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+    else:
+        cost = tl.sum(difference * difference, 1, keep_dims=True)
+        g = 2.0 * difference
+    tl.store(loss + tl.program_id(0), tl.sum(tl.sum(cost, 1), 0))
+    if GRADIENT:
+        if NORMALIZE:
+            g = (g - s * tl.sum(s * g, 1, keep_dims=True)) * inverse
+        tl.store(d_student + row * WIDTH + k, g, mask=inside)
+
+
+def pointwise_forward(
+    student: Tensor, teacher: Tensor, kind: str, normalize: bool, need_student: bool
+) -> tuple[Tensor, Tensor]:
+    """(loss (), d_student (B, D)) in float32; see `d2s.kernels.functional.pointwise_distillation`."""
+    n, width = student.shape
+    block = power_of_two(width)
+    rows = max(1, ENTRIES // block)
+    programs = cdiv(n, rows)
+    loss = student.new_empty(programs, dtype=torch.float32)
+    d_student = nothing(loss)
+    if need_student:
+        d_student = student.new_empty(n, width, dtype=torch.float32)
+    with on(student):
+        _pointwise[(programs,)](
+            student, teacher, loss, d_student, n, *student.stride(), *teacher.stride(),
+            WIDTH=width, ROWS=rows, BLOCK=block, KIND=KINDS[kind], NORMALIZE=normalize, GRADIENT=need_student,
+            num_warps=_warps(block),
+        )  # fmt: skip
+    return total(loss), d_student
+
+
+def _warps(block: int) -> int:
+    """Of a program whose rows are padded to block entries."""
+    return min(16, max(4, block // 1024))
+
+
+def _spec(kind: str) -> KernelSpec:
+    def constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
+        block = power_of_two(width)
+        return {
+            "WIDTH": width, "ROWS": max(1, ENTRIES // block), "BLOCK": block, "KIND": KINDS[kind],
+            "NORMALIZE": True, "GRADIENT": True, "student_step": 1, "teacher_step": 1,
+        }  # fmt: skip
+
+    return KernelSpec(
+        name=f"pointwise_{kind}",
+        kernel=_pointwise,
+        pointers={"student": "*x", "teacher": "*x", "loss": "*fp32", "d_student": "*fp32"},
+        scalars=dict.fromkeys(SIZES, "i32"),
+        constants=constants,
+        unaligned=frozenset({"n"}),
+        dots=False,
+        options=lambda tile, width, half: {"num_warps": _warps(power_of_two(width))},
+    )
+
+
+SPECS = [_spec(kind) for kind in KINDS]
