@@ -6,8 +6,8 @@ rows on the other side whose winner it is.
 
 Many rows: the buckets come from one stable sort of the winners, and `_gather` adds one LINES entries at a time in
 ascending order. The largest possible bucket (all rows agree, as after a collapse) is one owner's work, n / LINES
-steps. Few rows: `_few` makes dS, whose entries are whole numbers from -2 to 2 and exact in any type, from the
-winners and multiplies it with the other side: 2 n M D flops, but one launch and no sort.
+steps. Few rows of 16 bits: `_few` makes dS, whose entries are whole numbers from -2 to 2 and exact in any type,
+from the winners and multiplies it with the other side: 2 n M D flops, but one launch and no sort.
 """
 
 import torch
@@ -19,7 +19,8 @@ from d2s.kernels.fused.launch import INTERPRETED, cdiv, nothing, on, options, st
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile, tile_for
 
-# Up to so many rows and columns dS is multiplied instead of gathered.
+# Up to so many rows and columns of 16 bits dS is multiplied instead of gathered. Not of float32: for sm_100 Triton
+# 3.7 rounds this product's operands to TF32, whatever precision it is asked for.
 FEW = 1024
 SIZES = ("size", "others", "shift")
 
@@ -95,24 +96,24 @@ def _few(
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     partner = row + shift
     paired = (row < size) & (partner >= 0) & (partner < others)
-    pull = tl.zeros((ROWS,), tl.int32)
+    pull = tl.zeros((ROWS,), tl.float32)
     own = tl.full((ROWS,), -1, tl.int64)
     if BUCKET:
-        pull += tl.load(bucket_active + partner, mask=paired, other=0).to(tl.int32)
+        pull += tl.load(bucket_active + partner, mask=paired, other=0).to(tl.float32)
     if OWN:
         active = tl.load(own_active + row, mask=row < size, other=0)
         own = tl.where(active != 0, tl.load(own_at + row, mask=row < size, other=-1), own)
-        pull += active.to(tl.int32)
+        pull += active.to(tl.float32)
     value = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, others, LINES):
         index = start + tl.arange(0, LINES)
         inside = index < others
-        weight = (own[:, None] == index[None, :]).to(tl.int32)
+        weight = tl.where(own[:, None] == index[None, :], 1.0, 0.0)
         if BUCKET:
             chosen = tl.load(bucket_at + index, mask=inside, other=-1)
             chosen = tl.where(tl.load(bucket_active + index, mask=inside, other=0) != 0, chosen, -1)
-            weight += (row[:, None] == chosen[None, :]).to(tl.int32)
-        weight -= tl.where(partner[:, None] == index[None, :], pull[:, None], 0)
+            weight += tl.where(row[:, None] == chosen[None, :], 1.0, 0.0)
+        weight -= tl.where(partner[:, None] == index[None, :], pull[:, None], 0.0)
         pointers = other + index[:, None] * WIDTH + k[None, :]
         y = tl.load(pointers, mask=inside[:, None] & (k < WIDTH)[None, :], other=0.0)
         if UPCAST:
@@ -146,7 +147,7 @@ def _one_side(
     bucket_at, bucket_active = bucket or (grad, grad)
     flags = {"WIDTH": width, "OWN": own is not None, "BUCKET": bucket is not None}
     with on(other):
-        if max(size, others) <= FEW:
+        if other.element_size() == 2 and max(size, others) <= FEW:
             tile = tile_for("hinge_few", other)
             _few[cdiv(size, tile.rows), cdiv(width, tile.columns)](
                 grad, other, own_at, own_active, bucket_at, bucket_active, out, size, others, shift,
@@ -222,5 +223,6 @@ SPECS = [
         scalars=dict.fromkeys(SIZES, "i32"),
         constants=_few_constants,
         unaligned=frozenset({"grad", *SIZES}),
+        dtypes=("bf16",),
     ),
 ]

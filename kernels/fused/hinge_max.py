@@ -55,7 +55,8 @@ def _sweep(
 ):
     """Rows start + ROWS * program 0, against `tiles` tiles of columns from program 1 times as many on."""
     block, split = tl.program_id(0), tl.program_id(1)
-    row = start + block * ROWS + tl.arange(0, ROWS)
+    first_row = start + block * ROWS
+    row = first_row + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
     target = positive_column(row, n, offset)
     row_id = tl.load(image_ids + inner_row)
@@ -63,25 +64,26 @@ def _sweep(
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     at = tl.zeros((ROWS,), tl.int32)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
-        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        first = tile * COLUMNS
+        column = first + tl.arange(0, COLUMNS)
         inner_column = tl.minimum(column, m - 1)
         s = similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
-        if crosses(target, column, COLUMNS):
+        if crosses(first_row, first, offset, ROWS, COLUMNS):
             is_positive = target[:, None] == column[None, :]
-            tl.store(positive + row, picked(s, is_positive), mask=within(target, column, COLUMNS))
+            tl.store(positive + row, picked(s, is_positive), mask=within(target, first, COLUMNS))
             s = tl.where(is_positive, float("-inf"), s)
         column_id = tl.load(text_ids + inner_column)
         s = tl.where(different(row_id, column_id, row, column, n, m), s, float("-inf"))
         top = tl.max(s, 1)
-        first = tl.min(tl.where(s == top[:, None], column[None, :], 2147483647), 1)
-        at = tl.where(top > best, first, at)
+        lowest = tl.min(tl.where(s == top[:, None], column[None, :], 2147483647), 1)
+        at = tl.where(top > best, lowest, at)
         best = tl.maximum(best, top)
         if BOTH:
             top = tl.max(s, 0)
-            first = tl.min(tl.where(s == top[None, :], row[:, None], 2147483647), 0)
+            lowest = tl.min(tl.where(s == top[None, :], row[:, None], 2147483647), 0)
             part = block.to(tl.int64) * m + column
             tl.store(column_best + part, top, mask=column < m)
-            tl.store(column_at + part, first, mask=column < m)
+            tl.store(column_at + part, lowest, mask=column < m)
     part = split.to(tl.int64) * strip + row - start
     tl.store(row_best + part, best, mask=row < n)
     tl.store(row_at + part, at, mask=row < n)

@@ -74,6 +74,7 @@ def _pairs(
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     row, column = row_start + at_row, column_start + at_column
+    first_row, first = row_start + block * ROWS, column_start + tile * COLUMNS
     inner_row, inner_column = tl.minimum(row, n - 1), tl.minimum(column, m - 1)
     kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
     s = similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
@@ -82,7 +83,7 @@ def _pairs(
     row_positive, column_positive = own_similarities(
         positive, s, is_positive, inner_row, inner_column, WHOLE, BOTH
     )
-    if crosses(target, column, COLUMNS):
+    if crosses(first_row, first, offset, ROWS, COLUMNS):
         s = tl.where(is_positive, float("-inf"), s)
     row_id, column_id = tl.load(image_ids + inner_row), tl.load(text_ids + inner_column)
     s = tl.where(different(row_id, column_id, row, column, n, m), s, float("-inf"))

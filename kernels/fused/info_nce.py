@@ -65,7 +65,8 @@ def _sweep(
 ):
     """Rows start + ROWS * program 0, against `tiles` tiles of columns from program 1 times as many on."""
     block, split = tl.program_id(0), tl.program_id(1)
-    row = start + block * ROWS + tl.arange(0, ROWS)
+    first_row = start + block * ROWS
+    row = first_row + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
     target = positive_column(row, n, offset)
     row_id = tl.load(image_ids + inner_row)
@@ -74,12 +75,13 @@ def _sweep(
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     sums = tl.zeros((ROWS,), tl.float32)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
-        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        first = tile * COLUMNS
+        column = first + tl.arange(0, COLUMNS)
         inner_column = tl.minimum(column, m - 1)
         s = sign * similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
-        if crosses(target, column, COLUMNS):
+        if crosses(first_row, first, offset, ROWS, COLUMNS):
             is_positive = target[:, None] == column[None, :]
-            tl.store(positive + row, picked(s, is_positive), mask=within(target, column, COLUMNS))
+            tl.store(positive + row, picked(s, is_positive), mask=within(target, first, COLUMNS))
             s = tl.where(is_positive, float("-inf"), s)
         column_id = tl.load(text_ids + inner_column)
         s = tl.where(different(row_id, column_id, row, column, n, m), s, float("-inf"))
@@ -119,7 +121,8 @@ def _added(best, sums, tops, parts, inside, count, stride, factor):
 def _finished(best, sums, own, factor, inside, LN2: tl.constexpr):
     """(log2 of the others' sum over the positive's exponential, cost); -inf where there are no others."""
     reference = reference_of(best, factor)
-    odds = tl.log2(sums) - tl.fma(own, factor, -reference)
+    logarithm = tl.where(sums == 0, float("-inf"), tl.log2(tl.where(sums == 0, 1.0, sums)))
+    odds = logarithm - tl.fma(own, factor, -reference)
     cost, _ = softplus_and_sigmoid_2(odds)
     return odds, tl.where(inside, 0.5 * LN2 * cost, 0.0)
 

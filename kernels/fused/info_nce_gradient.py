@@ -67,6 +67,7 @@ def _pairs(
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     row, column = row_start + at_row, column_start + at_column
+    first_row, first = row_start + block * ROWS, column_start + tile * COLUMNS
     inner_row, inner_column = tl.minimum(row, n - 1), tl.minimum(column, m - 1)
     target = positive_column(row, n, offset)
     sign, factor = exponent_of(scale)
@@ -78,8 +79,8 @@ def _pairs(
         own *= sign
         column_own *= sign
     row_cost, missing = softplus_and_sigmoid_2(tl.load(row_odds + inner_row))
-    if crosses(target, column, COLUMNS):
-        here = within(target, column, COLUMNS)
+    if crosses(first_row, first, offset, ROWS, COLUMNS):
+        here = within(target, first, COLUMNS)
         if BOTH:
             _, more = softplus_and_sigmoid_2(tl.load(column_odds + target, mask=here, other=0.0))
             missing += more
@@ -87,12 +88,12 @@ def _pairs(
     row_id, column_id = tl.load(image_ids + inner_row), tl.load(text_ids + inner_column)
     other = different(row_id, column_id, row, column, n, m) & (target[:, None] != column[None, :])
     above = s - own[:, None]
-    p = tl.where(other, tl.exp2(tl.fma(above, factor, -row_cost[:, None])), 0.0)
+    p = tl.exp2(tl.where(other, tl.fma(above, factor, -row_cost[:, None]), float("-inf")))
     weighted = p * above
     if BOTH:
         column_cost, _ = softplus_and_sigmoid_2(tl.load(column_odds + inner_column))
         above = s - column_own[None, :]
-        q = tl.where(other, tl.exp2(tl.fma(above, factor, -column_cost[None, :])), 0.0)
+        q = tl.exp2(tl.where(other, tl.fma(above, factor, -column_cost[None, :]), float("-inf")))
         weighted += q * above
         p += q
     half = 0.5 * tl.load(grad)

@@ -60,29 +60,28 @@ def _pairs(
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     row, column = row_start + at_row, column_start + at_column
+    first_row, first = row_start + block * ROWS, column_start + tile * COLUMNS
     inner_row, inner_column = tl.minimum(row, n - 1), tl.minimum(column, m - 1)
     target = positive_column(row, n, offset)
     kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
     s = similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
     factor, shift = tl.load(scale), tl.load(bias)
-    own_cost, own_bias, own_scale = 0.0, 0.0, 0.0
-    if crosses(target, column, COLUMNS):
-        own = picked(s, target[:, None] == column[None, :])
-        here = within(target, column, COLUMNS)
-        cost, towards = softplus_and_sigmoid(-tl.fma(own, factor, shift))
-        towards = tl.where(here, towards, 0.0)
-        tl.store(pull + row, towards, mask=here)
-        own_cost = tl.sum(tl.where(here, cost, 0.0), 0)
-        own_bias, own_scale = tl.sum(towards, 0), tl.sum(towards * own, 0)
+    is_positive = target[:, None] == column[None, :]
+    if crosses(first_row, first, offset, ROWS, COLUMNS):
+        _, towards = softplus_and_sigmoid(-tl.fma(picked(s, is_positive), factor, shift))
+        tl.store(pull + row, towards, mask=within(target, first, COLUMNS))
     row_id, column_id = tl.load(image_ids + inner_row), tl.load(text_ids + inner_column)
-    other = different(row_id, column_id, row, column, n, m) & (target[:, None] != column[None, :])
-    cost, weight = softplus_and_sigmoid(tl.fma(s, factor, shift))
-    weight = tl.where(other, weight, 0.0)
+    other = different(row_id, column_id, row, column, n, m) & ~is_positive
+    z = tl.fma(s, factor, shift)
+    cost, weight = softplus_and_sigmoid(tl.where(is_positive, -z, z))
+    weight = tl.where(other | is_positive, weight, 0.0)
     part = sums + first_sum + block * tl.num_programs(1) + tile
-    tl.store(part, tl.sum(tl.where(other, cost, 0.0)) + own_cost)
+    tl.store(part, tl.sum(tl.where(other | is_positive, cost, 0.0)))
     if SCALARS:
-        tl.store(part + all_tiles, tl.sum(weight * s) - own_scale)
-        tl.store(part + 2 * all_tiles, tl.sum(weight) - own_bias)
+        signed = tl.where(is_positive, -weight, weight)
+        tl.store(part + all_tiles, tl.sum(signed * s))
+        tl.store(part + 2 * all_tiles, tl.sum(signed))
+    weight = tl.where(other, weight, 0.0)
     if STORE:
         pointers = ds + at_row.to(tl.int64)[:, None] * stride + at_column[None, :]
         tl.store(pointers, (weight * DS_SCALE).to(ds.dtype.element_ty))

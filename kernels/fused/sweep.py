@@ -68,16 +68,15 @@ def positive_column(row, n, offset):
 
 
 @triton.jit
-def within(target, column, COLUMNS: tl.constexpr):
-    """Which rows have their positive in the tile of COLUMNS columns from column[0] on; (r,) bool."""
-    first = tl.min(column, 0)
+def within(target, first, COLUMNS: tl.constexpr):
+    """Which rows have their positive in the tile of COLUMNS columns from `first` on; (r,) bool."""
     return (target >= first) & (target < first + COLUMNS)
 
 
 @triton.jit
-def crosses(target, column, COLUMNS: tl.constexpr):
-    """Whether any row has its positive in the tile: few tiles do, and the others skip what concerns positives."""
-    return tl.max(within(target, column, COLUMNS).to(tl.int32), 0) > 0
+def crosses(first_row, first, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether the tile from (first_row, first) on can hold positives; most skip what concerns them."""
+    return (first_row + offset < first + COLUMNS) & (first_row + ROWS + offset > first)
 
 
 @triton.jit

@@ -70,7 +70,8 @@ def _contrastive_tile(kernel: str, width: int, half: bool, capability: tuple[int
         if kernel in ("positives", "hinge_few"):
             return Tile(rows=64, columns=64, depth=64, warps=4, stages=3)
         # More columns spill on the others.
-        return Tile(rows=128, columns=128 if capability == (9, 0) else 64, depth=64, warps=8, stages=3)
+        wide = capability == (9, 0) and kernel != "sigmoid_pairs"
+        return Tile(rows=128, columns=128 if wide else 64, depth=64, warps=8, stages=3)
     if kernel.startswith("products"):
         if not half:
             return Tile(rows=64, columns=64, depth=16, warps=4, stages=2)
