@@ -104,10 +104,11 @@ def _forward_by_numpy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, w = upcast(features), weights.to(torch.float32).contiguous().numpy()
     batch, tokens, width = x.shape
+    # By torch: numpy asks for huge pages, which to put together can take longer than the sort.
     # A sample's own first width * length entries are used; row d of them is channel d in sorted order. The order
     # is where a value stands in the sample's own tokens turned round, (width, length).
-    order = _large((batch, tokens * width if need_features else 0), np.int32)
-    value = _large((batch, tokens * width if need_weights else 0), np.float32)
+    order = torch.empty(batch, tokens * width if need_features else 0, dtype=torch.int32).numpy()
+    value = torch.empty(batch, tokens * width if need_weights else 0).numpy()
     pooled = np.zeros((batch, width), np.float32)
     real = mask.numpy()
 
@@ -154,7 +155,7 @@ def _backward_by_numpy(
     batch, tokens, width = shape
     g, w = (x.to(torch.float32).contiguous().numpy() for x in (grad, weights))
     lengths = mask.sum(1).tolist()
-    d_features = torch.from_numpy(_large(shape if need_features else (0,), np.float32))
+    d_features = torch.empty(shape if need_features else (0,))
     if need_features and min(lengths, default=0) < tokens:
         d_features.zero_()
     d_weights = np.zeros((batch, tokens), np.float32)
@@ -179,11 +180,6 @@ def _backward_by_numpy(
 
     _each(sample, batch, tokens, width)
     return d_features, torch.from_numpy(d_weights)
-
-
-def _large(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Empty. From numpy, which asks for huge pages: at 100 MB the page faults cost half a sort."""
-    return np.empty(shape, dtype)
 
 
 def _blocks(width: int, length: int) -> list[tuple[int, int]]:
