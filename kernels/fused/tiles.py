@@ -51,9 +51,8 @@ def _sweep_tile(width: int, half: bool, capability: tuple[int, int]) -> Tile:
     depth = max(64, 1 << (width - 1).bit_length())
     if depth <= 128 or (depth == 256 and capability in LARGE):
         return Tile(rows=128, columns=64, depth=depth, warps=8, stages=3)
-    if depth == 512 and capability in LARGE:
-        if capability == (8, 0):
-            return Tile(rows=64, columns=32, depth=512, warps=4, stages=3)
+    # On sm_80 a tile of that depth spills.
+    if depth == 512 and capability in LARGE[1:]:
         return Tile(rows=128, columns=32, depth=512, warps=8, stages=3)
     return Tile(rows=128, columns=64, depth=64, warps=8, stages=3)
 
@@ -68,15 +67,16 @@ def _contrastive_tile(kernel: str, width: int, half: bool, capability: tuple[int
         if not half:
             return Tile(rows=64, columns=64, depth=32, warps=4, stages=2)
         if kernel in ("positives", "hinge_few"):
-            return Tile(rows=64, columns=64, depth=64, warps=4, stages=3)
-        # More columns spill on the others.
-        wide = capability == (9, 0) and kernel != "sigmoid_pairs"
+            return Tile(rows=64, columns=64, depth=64, warps=8 if kernel == "hinge_few" else 4, stages=3)
+        # More columns spill on the others, and for small D.
+        wide = capability == (9, 0) and kernel != "sigmoid_pairs" and width > 64
         return Tile(rows=128, columns=128 if wide else 64, depth=64, warps=8, stages=3)
     if kernel.startswith("products"):
         if not half:
             return Tile(rows=64, columns=64, depth=16, warps=4, stages=2)
-        columns = 256 if capability in LARGE else 128
-        columns = min(columns, max(64, 1 << (width - 1).bit_length()))
+        # 256 columns spill everywhere, 128 on sm_80 where D is large.
+        most = 64 if capability == (8, 0) and width > 512 else 128
+        columns = min(most, max(64, 1 << (width - 1).bit_length()))
         return Tile(rows=128, columns=columns, depth=64, warps=8, stages=3)
     return None
 
