@@ -8,7 +8,7 @@ from torch import Tensor
 
 # Entries of one chunk of the similarity matrix: small enough to stay in a CPU's last cache level between the
 # passes over it, large enough for the matrix product to run at its full rate.
-CHUNK_ENTRIES = 1 << 21
+CHUNK_ENTRIES = 1 << 22
 MIN_ROWS = 32
 # Rows among which `column_maxima` searches at once.
 BLOCK = 32

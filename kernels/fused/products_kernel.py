@@ -67,39 +67,47 @@ def _finish(
     sums,
     out,
     at,
-    inside,
+    size,
     d,
     other,
     partner,
-    paired,
+    others,
     pull,
-    pull_at,
+    row,
     factor,
     first,
     last,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
     UNSCALE: tl.constexpr,
     PULL: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Adds value (ROWS, COLUMNS) to what earlier blocks left in sums; the last block's result goes to out."""
+    """Adds value (ROWS, COLUMNS) to what earlier blocks left in sums; the last block's result goes to out.
+
+    Its rows are `at`, .. of size in sums and out; their partners are partner, .. of others in other, and have
+    pull[row], ..: all of them scalars, so that offsets within the tile fit into 32 bits.
+    """
+    lane = tl.arange(0, ROWS)
+    here = lane[:, None] * WIDTH + d[None, :]
+    inside = at + lane < size
     mask = inside[:, None] & (d < WIDTH)[None, :]
-    here = at.to(tl.int64)[:, None] * WIDTH + d[None, :]
+    begin = at.to(tl.int64) * WIDTH
     if first == 0:
-        value += tl.load(sums + here, mask=mask, other=0.0)
+        value += tl.load(sums + begin + here, mask=mask, other=0.0)
     if last == 0:
-        tl.store(sums + here, value, mask=mask)
+        tl.store(sums + begin + here, value, mask=mask)
     else:
         value *= UNSCALE
         if PULL:
-            weight = tl.load(pull + pull_at, mask=inside & paired, other=0.0)
-            pointers = other + partner.to(tl.int64)[:, None] * WIDTH + d[None, :]
-            value -= weight[:, None] * tl.load(pointers, mask=mask & paired[:, None], other=0.0).to(
-                tl.float32
-            )
+            paired = inside & (partner + lane >= 0) & (partner + lane < others)
+            weight = tl.load(pull + row + lane, mask=paired, other=0.0)
+            mates = other + partner.to(tl.int64) * WIDTH + here
+            mate = tl.load(mates, mask=paired[:, None] & (d < WIDTH)[None, :], other=0.0)
+            value -= weight[:, None] * mate.to(tl.float32)
         if FACTOR:
             value *= tl.load(factor)
-        tl.store(out + here, value.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + begin + here, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES[1:])
@@ -158,10 +166,10 @@ def products_kernel(
             ds, stride, at, text, column_start, m - 1, d, steps, tiles,
             COLUMN_SPAN, WIDTH, ROWS, COLUMNS, DEPTH, False, SKIP, UPCAST,
         )  # fmt: skip
-        row = row_start + at
+        row = row_start + program * ROWS
         _finish(
-            value, image_sum, d_image, at, at < rows, d, text, row + offset, row < n, pull, row, factor,
-            first_column, last_column, WIDTH, UNSCALE, PULL, FACTOR,
+            value, image_sum, d_image, program * ROWS, rows, d, text, row + offset, m, pull, row, factor,
+            first_column, last_column, WIDTH, ROWS, UNSCALE, PULL, FACTOR,
         )  # fmt: skip
     else:
         program -= row_programs
@@ -176,10 +184,10 @@ def products_kernel(
             ds, stride, at, image, row_start, n - 1, d, steps, tiles,
             ROW_SPAN, WIDTH, ROWS, COLUMNS, DEPTH, True, SKIP, UPCAST,
         )  # fmt: skip
-        row = column_start + at - offset
+        row = column_start + program * ROWS - offset
         _finish(
-            value, text_sum, d_text, at, at < columns, d, image, row, (row >= 0) & (row < n), pull, row, factor,
-            first_row, last_row, WIDTH, UNSCALE, PULL, FACTOR,
+            value, text_sum, d_text, program * ROWS, columns, d, image, row, n, pull, row, factor,
+            first_row, last_row, WIDTH, ROWS, UNSCALE, PULL, FACTOR,
         )  # fmt: skip
 
 
