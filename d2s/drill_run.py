@@ -10,6 +10,7 @@ from d2s import drill_job
 from d2s.checkpoint import newest
 from d2s.drill_job import Job
 from d2s.logs import read_rows
+from d2s.preemption import PREEMPTED
 
 MOMENTS = {"step": "after a step", "save": "while saving", "start": "at a start"}
 # Shares of the moments, exact in every ten kills. At a start little has been done yet that can be spoilt.
@@ -145,6 +146,8 @@ class Drill:
         codes = job.codes()
         if not any(codes):
             return True
+        if not struck and PREEMPTED in codes:
+            return False  # a batch system's doing, and no failure
         if not struck:
             raise DrillError(f"the training ended by itself with {codes}: {job.complaint()}")
         self.tally.kills.append(self.kills[done])

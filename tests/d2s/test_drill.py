@@ -80,7 +80,7 @@ def test_compare_by_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert drill.main(["--compare", str(a), str(b)]) == 1
     out = capsys.readouterr().out
     assert "largest difference 1.7e-01 of a loss (step 1)" in out
-    assert "within tolerance 1e-03: no\nbit-equal: no\n" in out
+    assert "within tolerance 1e-04: no\nbit-equal: no\n" in out
 
 
 @pytest.mark.parametrize(
