@@ -13,7 +13,8 @@ COMPARED = ("loss", "align", "distill", "lr", "grad_norm")
 TOLERANCE = 1e-4
 """Relative, where the number of workers changes: sums of floating-point numbers then have another order.
 
-At the drill's own learning rate that makes about 3e-6 of a loss, and AdamW's first moments lost in one restart make 5e-2.
+At the drill's own learning rate that makes about 3e-6 of a loss, and AdamW's first moments lost in one restart
+make 5e-2.
 """
 
 
