@@ -7,8 +7,8 @@ launch (4 D flops). A block is read D / columns times from the cache that it jus
 float32 from block to block: in the gradient itself where that is float32, else in a buffer of the columns' size
 and one of a strip's. Blocks follow each other in a fixed order and every entry has one owner: no atomics.
 
-Positives stay out of dS. What a loss knows of them, pull (n,), is subtracted in float32 before the products of the
-block in which they lie: d_image[i] = factor * (sum - pull[i] * text[offset + i]), and so for d_text.
+Positives stay out of dS. What a loss knows of them, pull (n,), is subtracted in float32 behind the last block:
+d_image[i] = factor * (sum - pull[i] * text[offset + i]), and so for d_text.
 """
 
 from collections.abc import Iterator

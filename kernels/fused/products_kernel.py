@@ -14,7 +14,6 @@ SIZES = (
 
 @triton.jit
 def _sum(
-    value,
     ds,
     stride,
     at,
@@ -26,16 +25,18 @@ def _sum(
     tiles,
     SPAN: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SKIP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Adds entries (at, d) of dS @ y, or of dS^T @ y, to value, over `steps` chunks of DEPTH.
+    """Entries (at, d) of dS @ y, or of dS^T @ y: (ROWS, COLUMNS) float32, over `steps` chunks of DEPTH.
 
     SKIP: `tiles` lists which spans of SPAN entries hold anything at all, and only those are read.
     """
+    value = tl.zeros((ROWS, COLUMNS), tl.float32)
     k = tl.arange(0, DEPTH)
     channel = (d < WIDTH)[None, :]
     for step in range(0, steps):
@@ -61,47 +62,6 @@ def _sum(
 
 
 @triton.jit
-def _begin(
-    sums,
-    at,
-    size,
-    d,
-    other,
-    partner,
-    partners_from,
-    partners_to,
-    pull,
-    row,
-    first,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    UNSCALE: tl.constexpr,
-    PULL: tl.constexpr,
-):
-    """What a block's sums begin with: (ROWS, COLUMNS) float32 as earlier blocks left it, less the positives' part.
-
-    The rows are `at`, .. of size in sums; their partners are partner, .. in other, and have pull[row], ..: all of
-    them scalars, so that offsets within the tile fit into 32 bits. A pair takes part in the one block in which it
-    lies, which is where its partner is one of partners_from..partners_to.
-    """
-    lane = tl.arange(0, ROWS)
-    here = lane[:, None] * WIDTH + d[None, :]
-    mask = (at + lane < size)[:, None] & (d < WIDTH)[None, :]
-    value = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if first == 0:
-        value = tl.load(sums + at.to(tl.int64) * WIDTH + here, mask=mask, other=0.0)
-    if PULL:
-        if (partner < partners_to) & (partner + ROWS > partners_from):
-            paired = (at + lane < size) & (partner + lane >= partners_from) & (partner + lane < partners_to)
-            weight = tl.load(pull + row + lane, mask=paired, other=0.0) / UNSCALE
-            mates = other + partner.to(tl.int64) * WIDTH + here
-            mate = tl.load(mates, mask=paired[:, None] & (d < WIDTH)[None, :], other=0.0)
-            value -= weight[:, None] * mate.to(tl.float32)
-    return value
-
-
-@triton.jit
 def _finish(
     value,
     sums,
@@ -109,22 +69,42 @@ def _finish(
     at,
     size,
     d,
+    other,
+    partner,
+    others,
+    pull,
+    row,
     factor,
+    first,
     last,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     UNSCALE: tl.constexpr,
+    PULL: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Leaves value (ROWS, COLUMNS) in sums for the next block, or the result in out behind the last."""
+    """Adds value (ROWS, COLUMNS) to what earlier blocks left in sums; the last block's result goes to out.
+
+    Its rows are `at`, .. of size in sums and out; their partners are partner, .. of others in other, and have
+    pull[row], ..: all of them scalars, so that offsets within the tile fit into 32 bits.
+    """
     lane = tl.arange(0, ROWS)
     here = lane[:, None] * WIDTH + d[None, :]
-    mask = (at + lane < size)[:, None] & (d < WIDTH)[None, :]
+    inside = at + lane < size
+    mask = inside[:, None] & (d < WIDTH)[None, :]
     begin = at.to(tl.int64) * WIDTH
+    if first == 0:
+        value += tl.load(sums + begin + here, mask=mask, other=0.0)
     if last == 0:
         tl.store(sums + begin + here, value, mask=mask)
     else:
         value *= UNSCALE
+        if PULL:
+            paired = inside & (partner + lane >= 0) & (partner + lane < others)
+            weight = tl.load(pull + row + lane, mask=paired, other=0.0)
+            mates = other + partner.to(tl.int64) * WIDTH + here
+            mate = tl.load(mates, mask=paired[:, None] & (d < WIDTH)[None, :], other=0.0)
+            value -= weight[:, None] * mate.to(tl.float32)
         if FACTOR:
             value *= tl.load(factor)
         tl.store(out + begin + here, value.to(out.dtype.element_ty), mask=mask)
@@ -182,29 +162,15 @@ def products_kernel(
             span = program * ROWS // ROW_SPAN
             tiles += span * list_length
             steps = tl.load(row_count + span) * (COLUMN_SPAN // DEPTH)
-        row = row_start + program * ROWS
-        value = _begin(
-            image_sum, program * ROWS, rows, d, text, row + offset, column_start, column_start + columns, pull,
-            row, first_column, WIDTH, ROWS, COLUMNS, UNSCALE, PULL,
-        )  # fmt: skip
         value = _sum(
-            value, ds, stride, at, text, column_start, m - 1, d, steps, tiles,
-            COLUMN_SPAN, WIDTH, COLUMNS, DEPTH, False, SKIP, UPCAST,
+            ds, stride, at, text, column_start, m - 1, d, steps, tiles,
+            COLUMN_SPAN, WIDTH, ROWS, COLUMNS, DEPTH, False, SKIP, UPCAST,
         )  # fmt: skip
+        row = row_start + program * ROWS
         _finish(
-            value,
-            image_sum,
-            d_image,
-            program * ROWS,
-            rows,
-            d,
-            factor,
-            last_column,
-            WIDTH,
-            ROWS,
-            UNSCALE,
-            FACTOR,
-        )
+            value, image_sum, d_image, program * ROWS, rows, d, text, row + offset, m, pull, row, factor,
+            first_column, last_column, WIDTH, ROWS, UNSCALE, PULL, FACTOR,
+        )  # fmt: skip
     else:
         program -= row_programs
         at = program * ROWS + tl.arange(0, ROWS)
@@ -214,29 +180,15 @@ def products_kernel(
             span = program * ROWS // COLUMN_SPAN
             tiles += span * list_length
             steps = tl.load(column_count + span) * (ROW_SPAN // DEPTH)
-        row = column_start + program * ROWS - offset
-        value = _begin(
-            text_sum, program * ROWS, columns, d, image, row, row_start, row_start + rows, pull,
-            row, first_row, WIDTH, ROWS, COLUMNS, UNSCALE, PULL,
-        )  # fmt: skip
         value = _sum(
-            value, ds, stride, at, image, row_start, n - 1, d, steps, tiles,
-            ROW_SPAN, WIDTH, COLUMNS, DEPTH, True, SKIP, UPCAST,
+            ds, stride, at, image, row_start, n - 1, d, steps, tiles,
+            ROW_SPAN, WIDTH, ROWS, COLUMNS, DEPTH, True, SKIP, UPCAST,
         )  # fmt: skip
+        row = column_start + program * ROWS - offset
         _finish(
-            value,
-            text_sum,
-            d_text,
-            program * ROWS,
-            columns,
-            d,
-            factor,
-            last_row,
-            WIDTH,
-            ROWS,
-            UNSCALE,
-            FACTOR,
-        )
+            value, text_sum, d_text, program * ROWS, columns, d, image, row, n, pull, row, factor,
+            first_row, last_row, WIDTH, ROWS, UNSCALE, PULL, FACTOR,
+        )  # fmt: skip
 
 
 def _spec(skip: bool) -> KernelSpec:
