@@ -28,6 +28,7 @@ from PIL import Image
 
 from d2s.data import DataConfig, TrainBatches
 from d2s.images import CROP_DRAWS, train_image
+from d2s.model.gpo import GPO, position_code
 from d2s.shards import draws
 from d2s.shards.index import ShardIndex
 from d2s.shards.index_file import write_index
@@ -202,6 +203,43 @@ def bench_captions(tokenizer: Any, sentences: int, count: int, rounds: int) -> t
     return side_by_side(plain, ours, rounds)
 
 
+class PlainGPO(torch.nn.Module):
+    """The pooling as the release does it: a GRU over position codes once per sample, and torch.sort."""
+
+    def __init__(self, width: int = 32, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.width, self.temperature = width, temperature
+        self.gru = torch.nn.GRU(width, width, 1, batch_first=True, bidirectional=True)
+        self.linear = torch.nn.Linear(width, 1, bias=False)
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Pool (B, K, D) features over the tokens where mask (B, K) is true: (B, D)."""
+        code = position_code(features.shape[1], self.width, features.device, features.dtype)
+        out = self.gru(code.expand(len(features), -1, -1))[0]
+        score = self.linear((out[..., : self.width] + out[..., self.width :]) / 2)
+        weights = (score.masked_fill(~mask[:, :, None], -10000.0) / self.temperature).softmax(1)
+        ordered = features.masked_fill(~mask[:, :, None], -10000.0).sort(dim=1, descending=True).values
+        return (ordered.masked_fill(~mask[:, :, None], 0) * weights).sum(1)
+
+
+def bench_gpo(size: tuple[int, int, int], rounds: int) -> tuple[float, float]:
+    """Samples/s of GPO, forward and backward, of features (B, K, D): the plain layer and the model's own."""
+    torch.manual_seed(0)
+    features = torch.randn(size).requires_grad_()
+    mask = torch.ones(size[:2], dtype=torch.bool)
+    upstream = torch.randn(size[0], size[2])
+
+    def step(layer: torch.nn.Module) -> Callable[[], int]:
+        def work() -> int:
+            layer(features, mask).backward(upstream)
+            features.grad = None
+            return size[0]
+
+        return work
+
+    return side_by_side(step(PlainGPO()), step(GPO()), rounds)
+
+
 def bench_batches(folder: Path, tokenizer: Any, epochs: int) -> tuple[float, int, int]:
     """Pairs/s of whole training batches without worker processes; resident MB after the first and last epoch."""
     batches = TrainBatches(
@@ -258,6 +296,8 @@ def main(argv: list[str] | None = None) -> int:
         _line("images, shards resized at build", bench_images(folder, rounds), 3)
         _line("sparse captions (1 sentence)", bench_captions(tokenizer, 1, captions, rounds), 8)
         _line("dense captions (8 sentences)", bench_captions(tokenizer, 8, captions // 8, rounds), 8)
+        shape = (16, 577, 512) if args.quick else (128, 577, 512)
+        _line("GPO of " + " x ".join(map(str, shape)) + ", both ways", bench_gpo(shape, rounds), 4)
         rate, first, last = bench_batches(folder, tokenizer, 2 if args.quick else 5)
     print(f"{'whole batches: image, two captions':36} {'':>9} {rate:>9,.0f}")
     print(f"resident memory after the first and the last epoch: {first} and {last} MB")
