@@ -30,7 +30,7 @@ WIDTHS = (512, 256, 1152, 128, 64)
 SIZE = 8192
 
 # Kernels whose name does not begin with their benchmark's; of several ops that share one, the first in use.
-OPS = {"hinge_gather": "hinge_max", "products": "info_nce"}
+OPS = {"hinge_gather": "hinge_max", "products": "info_nce", "positives": "info_nce"}
 # Launched for small batches alone, which are not what is measured: they keep their defaults.
 SMALL = ("hinge_few",)
 

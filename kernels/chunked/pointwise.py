@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from d2s.kernels.chunked.common import upcast
+from d2s.kernels.chunked.common import accumulator
+
+# Entries of a block of rows: few, so that what lies between input and gradient stays in the cache.
+BLOCK_ENTRIES = 1 << 17
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
@@ -16,21 +19,29 @@ def pointwise_forward(
     student: Tensor, teacher: Tensor, kind: str, normalize: bool, need_student: bool
 ) -> tuple[Tensor, Tensor]:
     """(loss (), d_student (B, D)), both acc. As in `d2s.kernels.functional.pointwise_distillation`."""
-    s = upcast(student)
-    t = upcast(teacher).to(s.dtype)
-    if normalize:
-        inverse = _inverse_norm(s)
-        s, t = s * inverse, t * _inverse_norm(t)
+    b, d = student.shape
+    acc = accumulator(student.dtype)
+    rows = max(1, BLOCK_ENTRIES // d)
+    losses = student.new_empty(-(-b // rows), dtype=acc)
+    d_student = student.new_empty((b, d) if need_student else 0, dtype=acc)
+    for block, start in enumerate(range(0, b, rows)):
+        s, t = (x[start : start + rows].to(acc) for x in (student, teacher))
+        if normalize:
+            inverse = _inverse_norm(s)
+            s, t = s * inverse, t * _inverse_norm(t)
+        losses[block], g = _block(s, t, kind, need_student)
+        if need_student:
+            if normalize:
+                g = (g - s * (s * g).sum(1, keepdim=True)) * inverse
+            d_student[start : start + rows] = g
+    return losses.sum(), d_student
+
+
+def _block(s: Tensor, t: Tensor, kind: str, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """(loss (), its gradient to s) of some rows s and t (r, D)."""
     if kind == "cosine":
-        loss = (1 - (s * t).sum(1)).sum()
-    else:
-        loss = (s - t).abs().sum() if kind == "l1" else (s - t).square().sum()
-    if not need_student:
-        return loss, s.new_empty(0)
-    if kind == "cosine":
-        g = -t
-    else:
-        g = (s - t).sign() if kind == "l1" else 2 * (s - t)
-    if normalize:
-        g = (g - s * (s * g).sum(1, keepdim=True)) * inverse
-    return loss, g
+        return (1 - (s * t).sum(1)).sum(), -t if need_gradient else None
+    difference = s - t
+    if kind == "l1":
+        return difference.abs().sum(), difference.sign() if need_gradient else None
+    return difference.square().sum(), 2 * difference if need_gradient else None
