@@ -25,6 +25,7 @@ import psutil
 import pyarrow as pa
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from d2s.data import DataConfig, TrainBatches
 from d2s.images import CROP_DRAWS, train_image
@@ -204,7 +205,7 @@ def bench_captions(tokenizer: Any, sentences: int, count: int, rounds: int) -> t
 
 
 class PlainGPO(torch.nn.Module):
-    """The pooling as the release does it: a GRU over position codes once per sample, and torch.sort."""
+    """The pooling as the release does it: a GRU over packed position codes once per sample, and torch.sort."""
 
     def __init__(self, width: int = 32, temperature: float = 0.1) -> None:
         super().__init__()
@@ -215,7 +216,10 @@ class PlainGPO(torch.nn.Module):
     def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pool (B, K, D) features over the tokens where mask (B, K) is true: (B, D)."""
         code = position_code(features.shape[1], self.width, features.device, features.dtype)
-        out = self.gru(code.expand(len(features), -1, -1))[0]
+        codes = pack_padded_sequence(
+            code.expand(len(features), -1, -1), mask.sum(1), batch_first=True, enforce_sorted=False
+        )
+        out = pad_packed_sequence(self.gru(codes)[0], batch_first=True)[0]
         score = self.linear((out[..., : self.width] + out[..., self.width :]) / 2)
         weights = (score.masked_fill(~mask[:, :, None], -10000.0) / self.temperature).softmax(1)
         ordered = features.masked_fill(~mask[:, :, None], -10000.0).sort(dim=1, descending=True).values

@@ -15,7 +15,7 @@ from d2s.model.config import IdleSetting, idle_settings
 from d2s.model.presets import shape_of
 from d2s.prepare import Plan
 from d2s.text import TextPipeline
-from d2s.trainer import TrainingModule
+from d2s.training_module import TrainingModule
 
 GIB = 1024**3
 _PROBE = 2

@@ -20,7 +20,7 @@ from d2s.model import D2SModel, build_word_tokenizer
 from d2s.model.config import IdleSetting
 from d2s.model.tokenizer import WORDS
 from d2s.objective import Objective
-from d2s.trainer import TrainingModule
+from d2s.training_module import TrainingModule
 
 STAGES = (0, 1, 2, 3)
 PARTS = ("weights", "gradients", "optimizer", "buckets", "activations", "gathered", "loss")

@@ -41,7 +41,8 @@ from d2s.shards.stream import is_pattern
 from d2s.stream_data import StreamBatches
 from d2s.teacher import teacher_table
 from d2s.text import TextPipeline
-from d2s.trainer import Trainer, TrainingModule
+from d2s.trainer import Trainer
+from d2s.training_module import TrainingModule
 from d2s.whole import WholeModel
 
 TOWERS = ("image_encoder", "text_encoder")

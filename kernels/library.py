@@ -15,6 +15,11 @@ _LIBRARY = torch.library.Library("d2s", "FRAGMENT")
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
+def place_type(tokens: int) -> torch.dtype:
+    """The integers in which a place among so many tokens is kept."""
+    return torch.int16 if tokens <= 1 << 15 else torch.int32
+
+
 def define(schema: str, fake: Callable, run: Callable) -> Callable:
     """Defines d2s::name(...) with its shapes and its computation, on detached tensors; gives the operator."""
     name = schema.partition("(")[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from d2s.kernels.dispatch import backend
-from d2s.kernels.library import Gradients, define, differentiable, made_in_forward, no_gradient
+from d2s.kernels.library import Gradients, define, differentiable, made_in_forward, no_gradient, place_type
 
 _SIDES = "Tensor image, Tensor text, Tensor image_ids, Tensor text_ids"
 
@@ -158,21 +158,23 @@ no_gradient(info_nce_backward)
 
 def _gpo_shapes(features, weights, mask, need_features, need_weights):
     batch, tokens, width = features.shape
+    kept = (batch, width * tokens)
+    need_value = need_weights and backend(features).gpo_keeps_values(features)
+    need_order = need_features or (need_weights and not need_value)
     return (
         _new(features, batch, width, dtype=features.dtype),
-        _new(features, *((batch, width * tokens) if need_features else (0,)), dtype=torch.int32),
-        _new(features, *((batch, width * tokens) if need_weights else (0,))),
+        _new(features, *(kept if need_order else (0,)), dtype=place_type(tokens)),
+        _new(features, *(kept if need_value else (0,))),
     )
 
 
-def _gpo_backward_shapes(grad, weights, mask, order, value, need_features, need_weights):
+def _gpo_backward_shapes(grad, features, weights, mask, order, value, need_features, need_weights):
     shape = (*mask.shape, grad.shape[1]) if need_features else (0,)
     return _new(grad, *shape, dtype=grad.dtype), _like(weights, need_weights, weights.dtype)
 
 
-def _gpo_backward(grad, weights, mask, order, value, need_features, need_weights):
-    raw = backend(grad).gpo_backward
-    return raw(grad, weights, mask, order, value, grad.dtype, need_features, need_weights)
+def _gpo_backward(grad, *rest):
+    return backend(grad).gpo_backward(grad, *rest)
 
 
 gpo = define(
@@ -182,7 +184,7 @@ gpo = define(
     lambda features, *rest: backend(features).gpo_forward(features, *rest),
 )
 gpo_backward = define(
-    "gpo_backward(Tensor grad, Tensor weights, Tensor mask, Tensor order, Tensor value,"
+    "gpo_backward(Tensor grad, Tensor features, Tensor weights, Tensor mask, Tensor order, Tensor value,"
     " bool need_features, bool need_weights) -> (Tensor, Tensor)",
     _gpo_backward_shapes,
     _gpo_backward,
@@ -190,8 +192,11 @@ gpo_backward = define(
 
 
 def _gpo_save(ctx: FunctionCtx, arguments: tuple, outputs: tuple) -> None:
-    ctx.save_for_backward(*arguments[1:3], *outputs[1:])
-    ctx.needs = arguments[3:]
+    features, weights, mask, need_features, need_weights = arguments
+    # Who keeps the sorted values does not read the features again: they may be freed.
+    again = features if need_weights and outputs[2].numel() == 0 else features.new_empty(0)
+    ctx.save_for_backward(again, weights, mask, *outputs[1:])
+    ctx.needs = need_features, need_weights
 
 
 def _gpo_gradients(ctx: FunctionCtx, grad: Tensor) -> Gradients:

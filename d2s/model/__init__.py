@@ -2,7 +2,6 @@
 
 from d2s.model.config import DecoderConfig, IdleSetting, ModelConfig, TowerConfig
 from d2s.model.model import D2SModel, TextOutput
-from d2s.model.norms import hold_statistics
 from d2s.model.teacher import Teacher
 from d2s.model.tokenizer import build_word_tokenizer
 
@@ -15,5 +14,4 @@ __all__ = [
     "TextOutput",
     "TowerConfig",
     "build_word_tokenizer",
-    "hold_statistics",
 ]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -56,7 +53,6 @@ def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tenso
 class _WorkerBatchNorm:
     """Shared by the classes below: training statistics over (n, C) values of all workers."""
 
-    hold = False
     across_workers = True
 
     def _normalise(self, values: Tensor) -> Tensor:
@@ -64,8 +60,7 @@ class _WorkerBatchNorm:
         with torch.autocast(values.device.type, enabled=False):
             wide = values if values.dtype == torch.float64 else values.float()
             count, mean, variance = moments(wide, self.across_workers)
-            if not self.hold:
-                self._follow(count, mean.detach(), variance.detach())
+            self._follow(count, mean.detach(), variance.detach())
             scaled = (wide - mean) * torch.rsqrt(variance + self.eps)
             return (scaled * self.weight.to(wide.dtype) + self.bias.to(wide.dtype)).to(values.dtype)
 
@@ -90,7 +85,7 @@ class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, C, H, W)."""
-        if not self.training or not (several_workers() or self.hold):
+        if not self.training or not several_workers():
             return super().forward(input)
         flat = input.movedim(1, 3)
         return self._normalise(flat.flatten(0, 2)).view(flat.shape).movedim(3, 1)
@@ -102,19 +97,3 @@ def across_workers(module: nn.Module) -> nn.Module:
         if type(child) is nn.BatchNorm2d:
             child.__class__ = MapBatchNorm
     return module
-
-
-@contextmanager
-def hold_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, training passes leave the running statistics of BatchNorm alone.
-
-    For a second pass over the same batch (gradient caching embeds everything twice).
-    """
-    norms = [child for child in module.modules() if isinstance(child, _WorkerBatchNorm)]
-    for norm in norms:
-        norm.hold = True
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.hold = False

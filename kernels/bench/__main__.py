@@ -18,7 +18,7 @@ from d2s.kernels.bench.providers import PROVIDERS, Unavailable, provider
 from d2s.kernels.bench.table import HEADER, show
 
 QUICK_CASES = ("hinge_max", "hinge_sum", "info_nce", "gpo")
-QUICK_PROVIDERS = ("ours", "eager")
+QUICK_PROVIDERS = ("ours", "eager", "released")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTH = 512
 TOKENS = Shape(n=128, tokens=577, width=WIDTH)
@@ -181,7 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
     )
-    parser.add_argument("--quick", action="store_true", help="ours and eager, the main cases, few repeats")
+    parser.add_argument(
+        "--quick", action="store_true", help="ours and the plain ways, the main cases, few repeats"
+    )
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: does it run at all")
     parser.add_argument("--only", choices=tuple(CASES), action="append", help="these cases alone")
     parser.add_argument("--mode", choices=timing.MODES, action="append", help="these modes alone")

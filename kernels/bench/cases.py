@@ -52,6 +52,7 @@ Run = Callable[[Inputs], Tensor]
 class Case:
     """make(shape, type, device, seed) gives inputs. flops: (forward, forward and backward) of n * n * width.
 
+    released: as public code has it, where that is not the plain way.
     flops are the least of any method that does not store the n x n matrix: what it makes again is counted.
     traffic: reads and writes of the largest input, forward alone and both, of the least method.
     """
@@ -59,6 +60,7 @@ class Case:
     make: Callable[[Shape, torch.dtype, str, int], Inputs]
     ours: Run
     plain: Run
+    released: Run | None = None
     flops: tuple[int, int] = (0, 0)
     traffic: tuple[int, int] = (2, 4)
 
@@ -111,10 +113,15 @@ class _Weights(nn.Module):
         self.gru = nn.GRU(CODE, CODE, 1, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(CODE, 1, bias=False)
 
-    def forward(self, code: Tensor) -> Tensor:
-        hidden = self.gru(code)[0]
+    def forward(self, code: Tensor, pack: bool = False) -> Tensor:
+        hidden = self._packed(code) if pack else self.gru(code)[0]
         mean = (hidden[..., :CODE] + hidden[..., CODE:]) / 2
         return torch.softmax(self.linear(mean).squeeze(2) / TEMPERATURE, dim=1)
+
+    def _packed(self, code: Tensor) -> Tensor:
+        lengths = torch.full((code.shape[0],), code.shape[1])
+        packed = nn.utils.rnn.pack_padded_sequence(code, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)[0]
 
 
 def _tokens(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Inputs:
@@ -189,12 +196,17 @@ def _plain_ranks(inputs: Inputs) -> Tensor:
     return ((s >= best[:, None]) & ~same).sum(1)
 
 
-def _plain_gpo(inputs: Inputs) -> Tensor:
+def _plain_gpo(inputs: Inputs, pack: bool = False) -> Tensor:
     features, code, mask = (inputs.tensors[k] for k in ("features", "code", "mask"))
-    weights = inputs.net(code.expand(features.shape[0], *code.shape)).to(features.dtype)
+    weights = inputs.net(code.expand(features.shape[0], *code.shape), pack).to(features.dtype)
     filled = features.masked_fill(~mask[:, :, None], -10000.0)
     ordered = filled.sort(dim=1, descending=True).values.masked_fill(~mask[:, :, None], 0)
     return (ordered * weights[:, :, None]).sum(1)
+
+
+def _released_gpo(inputs: Inputs) -> Tensor:
+    """The published layer hands the samples' position codes to its GRU as packed sequences."""
+    return _plain_gpo(inputs, pack=True)
 
 
 def _our_gpo(inputs: Inputs) -> Tensor:
@@ -243,6 +255,6 @@ CASES: dict[str, Case] = {
     ),
     "relational": Case(make=_pair, ours=_our_relational, plain=_plain_relational, flops=(4, 12)),
     "pointwise": Case(make=_pair, ours=_our_pointwise, plain=_plain_pointwise, traffic=(2, 3)),
-    "gpo": Case(make=_tokens, ours=_our_gpo, plain=_plain_gpo, traffic=(1, 2)),
+    "gpo": Case(make=_tokens, ours=_our_gpo, plain=_plain_gpo, released=_released_gpo, traffic=(1, 2)),
     "ranks": Case(make=_retrieval, ours=_our_ranks, plain=_plain_ranks, flops=(2, 2), traffic=(2, 2)),
 }

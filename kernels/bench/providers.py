@@ -11,7 +11,7 @@ from torch import Tensor
 from d2s.kernels.bench.cases import CASES, SCALE, Inputs, Run
 
 # Named on the command line and in the results, in the order in which they take turns.
-PROVIDERS = ("ours", "chunked", "eager", "compiled", "memeff", "inf_cl", "cce_exact", "liger")
+PROVIDERS = ("ours", "chunked", "eager", "released", "compiled", "memeff", "inf_cl", "cce_exact", "liger")
 
 
 class Unavailable(Exception):
@@ -24,6 +24,10 @@ def provider(name: str, case: str, device: str, width: int) -> Run:
         return CASES[case].ours
     if name == "eager":
         return CASES[case].plain
+    if name == "released":
+        if CASES[case].released is None:
+            raise Unavailable(f"{name}: public code has it the plain way")
+        return CASES[case].released
     if name == "compiled":
         return torch.compile(CASES[case].plain, dynamic=False)
     if not device.startswith("cuda"):

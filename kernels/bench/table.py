@@ -27,3 +27,8 @@ def show(rows: list[Row]) -> None:
             f" {faster:>8} {less:>8}",
             flush=True,
         )
+    for ours in (r for r in rows if r.provider == "ours"):
+        others = [r for r in rows if (r.mode, r.timing) == (ours.mode, ours.timing) and r is not ours]
+        if others:
+            than = ", ".join(f"{r.median_ms / ours.median_ms:.1f}x as fast as {r.provider}" for r in others)
+            print(f"  {ours.case} {ours.mode}: ours is {than}", flush=True)

@@ -2,8 +2,9 @@
 
 Two ways, one contract. float32 and below on a CPU: by numpy (see `order`), each sample apart at its own number of
 tokens, so that its result does not depend on padding to the last bit, and a block of channels at a time, so that all
-passes over it meet the cache. numpy reads and writes the tensors' own memory and lets go of the interpreter lock
-while it sorts, so the samples are shared out over as many threads as torch may use. Everything else: torch.sort.
+passes over it meet the cache. Of the sort it keeps the places, two bytes each; the backward gathers the values again.
+numpy reads and writes the tensors' own memory and lets go of the interpreter lock while it sorts, so the samples are
+shared out over as many threads as torch may use. Everything else: torch.sort.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from d2s.kernels.chunked.common import upcast
-from d2s.kernels.chunked.order import Scratch, sort_values, sort_with_source
+from d2s.kernels.chunked.order import Scratch, sort_values, sort_with_source, take
+from d2s.kernels.library import place_type
 
 # Entries of a block of channels: with its scratch, about a core's second cache level.
 BLOCK_ENTRIES = 1 << 16
@@ -23,32 +25,45 @@ BLOCK_ENTRIES = 1 << 16
 def gpo_forward(
     features: Tensor, weights: Tensor, mask: Tensor, need_features: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled (B, D) in the type of the features, order (B, D * K) int32, value (B, D * K) acc).
+    """(pooled (B, D) in the type of the features, order (B, D * K) of `place_type`, value (B, D * K) acc).
 
-    order, value: what the backward needs of the sort, empty where it needs nothing. Arguments as in
-    `d2s.kernels.functional.gpo_pool`.
+    order, value: what the backward needs of the sort, empty where it needs nothing, value also where
+    `gpo_keeps_values` says no. Arguments as in `d2s.kernels.functional.gpo_pool`.
     """
     fast = _by_numpy(features, features.dtype, *features.shape[1:])
     forward = _forward_by_numpy if fast else _forward_by_torch
     return forward(features, weights, mask, need_features, need_weights)
 
 
+def gpo_keeps_values(features: Tensor) -> bool:
+    """Whether the backward reads the sorted values that the forward kept, rather than the features again."""
+    return not _by_numpy(features, features.dtype, *features.shape[1:])
+
+
 def gpo_backward(
     grad: Tensor,
+    features: Tensor,
     weights: Tensor,
     mask: Tensor,
     order: Tensor,
     value: Tensor,
-    dtype: torch.dtype,
     need_features: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(d_features (B, K, D) of dtype, d_weights (B, K) in the type of the weights); grad (B, D)."""
+    """(d_features (B, K, D), d_weights (B, K)), in the types of grad and weights; grad (B, D).
+
+    order, value: of `gpo_forward`. features: only read where value is not kept and the weights need a gradient.
+    """
     shape = (*mask.shape, grad.shape[1])
-    backward = _backward_by_numpy if _by_numpy(grad, dtype, *shape[1:]) else _backward_by_torch
-    d_features, d_weights = backward(grad, weights, mask, order, value, shape, need_features, need_weights)
+    if _by_numpy(grad, grad.dtype, *shape[1:]):
+        kept = features if need_weights else None
+        d_features, d_weights = _backward_by_numpy(grad, kept, weights, mask, order, need_features)
+    else:
+        d_features, d_weights = _backward_by_torch(
+            grad, weights, mask, order, value, shape, need_features, need_weights
+        )
     return (
-        d_features.to(dtype).contiguous() if need_features else grad.new_empty(0, dtype=dtype),
+        d_features.to(grad.dtype).contiguous() if need_features else grad.new_empty(0),
         d_weights.to(weights.dtype) if need_weights else weights.new_empty(0),
     )
 
@@ -67,9 +82,10 @@ def _forward_by_torch(
     x = x.masked_fill(~mask[:, :, None], -torch.inf).transpose(1, 2)
     value, order = torch.sort(x, dim=2, descending=True, stable=True)
     value = torch.where(real[:, None], value, 0)
+    kind = place_type(mask.shape[1])
     return (
         (value * w[:, None]).sum(2).to(features.dtype),
-        order.to(torch.int32).flatten(1) if need_features else mask.new_empty(0, dtype=torch.int32),
+        order.to(kind).flatten(1) if need_features else mask.new_empty(0, dtype=kind),
         value.flatten(1) if need_weights else x.new_empty(0),
     )
 
@@ -105,10 +121,10 @@ def _forward_by_numpy(
     x, w = upcast(features), weights.to(torch.float32).contiguous().numpy()
     batch, tokens, width = x.shape
     # By torch: numpy asks for huge pages, which to put together can take longer than the sort.
-    # A sample's own first width * length entries are used; row d of them is channel d in sorted order. The order
-    # is where a value stands in the sample's own tokens turned round, (width, length).
-    order = torch.empty(batch, tokens * width if need_features else 0, dtype=torch.int32).numpy()
-    value = torch.empty(batch, tokens * width if need_weights else 0).numpy()
+    # A sample's own first width * length entries are used; row d of them says for channel d which of the sample's
+    # own tokens is the largest, the next, and so on.
+    keep = need_features or need_weights
+    order = torch.empty(batch, tokens * width if keep else 0, dtype=place_type(tokens)).numpy()
     pooled = np.zeros((batch, width), np.float32)
     real = mask.numpy()
 
@@ -116,67 +132,61 @@ def _forward_by_numpy(
         place = real[b].nonzero()[0]
         length = place.shape[0]
         # What no backward reads is zero all the same: an operator's outputs are the same at every call.
-        for kept in (order, value):
-            kept[b, length * width :] = 0
+        order[b, length * width :] = 0
         turned = _turn(x[b] if length == tokens else x[b, torch.from_numpy(place)], scratch)
         for first, last in _blocks(width, length):
-            shape, own = (last - first, length), slice(first * length, last * length)
             values = turned[first:last]
-            if need_features:
-                kept = value[b, own] if need_weights else scratch.ordered[: values.size]
-                ordered = kept.reshape(shape)
+            if keep:
+                ordered = scratch.ordered[: values.size].reshape(values.shape)
                 source = sort_with_source(values, ordered, scratch)
-                start = np.arange(first * length, last * length, length, dtype=np.int32)
-                np.add(source, start[:, None], out=order[b, own].reshape(shape))
+                order[b, first * length : last * length] = source.reshape(-1)
             else:
                 ordered = sort_values(values, scratch)
-                if need_weights:
-                    value[b, own] = ordered.reshape(-1)
             np.einsum("dk,k->d", ordered, w[b, :length], out=pooled[b, first:last])
 
     _each(sample, batch, tokens, width)
     return (
         torch.from_numpy(pooled).to(features.dtype),
-        torch.from_numpy(order if need_features else order.reshape(-1)),
-        torch.from_numpy(value if need_weights else value.reshape(-1)),
+        torch.from_numpy(order if keep else order.reshape(-1)),
+        torch.empty(0),
     )
 
 
 def _backward_by_numpy(
-    grad: Tensor,
-    weights: Tensor,
-    mask: Tensor,
-    order: Tensor,
-    value: Tensor,
-    shape: tuple[int, ...],
-    need_features: bool,
-    need_weights: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    batch, tokens, width = shape
+    grad: Tensor, features: Tensor | None, weights: Tensor, mask: Tensor, order: Tensor, need_features: bool
+) -> tuple[Tensor | None, Tensor]:
+    """d_weights are zero without features."""
+    (batch, tokens), width = mask.shape, grad.shape[1]
     g, w = (x.to(torch.float32).contiguous().numpy() for x in (grad, weights))
-    lengths = mask.sum(1).tolist()
-    d_features = torch.empty(shape if need_features else (0,))
-    if need_features and min(lengths, default=0) < tokens:
-        d_features.zero_()
+    x = None if features is None else upcast(features)
+    d_features = torch.empty((batch, tokens, width) if need_features else (0,))
     d_weights = np.zeros((batch, tokens), np.float32)
-    order_of, value_of = order.numpy(), value.numpy()
+    order_of = order.numpy()
 
     def sample(b: int, scratch: Scratch) -> None:
-        length = lengths[b]
-        turned = scratch.values[: width * length]
+        place = mask[b].nonzero()[:, 0]
+        length = place.shape[0]
+        whole = length == tokens
+        turned = scratch.values[: width * length].reshape(width, length)
+        if x is not None:
+            _turn(x[b] if whole else x[b, place], scratch)
         for first, last in _blocks(width, length):
-            own, ours = slice(first * length, last * length), g[b, first:last]
+            ours, values = g[b, first:last], turned[first:last]
+            source = order_of[b, first * length : last * length].reshape(values.shape)
+            entry = scratch.entries(source)
+            between = scratch.ordered[: values.size].reshape(values.shape)
+            if x is not None:
+                take(values, entry, between)
+                d_weights[b, :length] += np.einsum("dk,d->k", between, ours)
             if need_features:
-                place, spread = (x[: (last - first) * length] for x in (scratch.wide, scratch.ordered))
-                place[:] = order_of[b, own]
-                np.multiply(ours[:, None], w[b, :length], out=spread.reshape(-1, length))
-                turned[place] = spread
-            if need_weights:
-                d_weights[b, :length] += np.einsum("dk,d->k", value_of[b, own].reshape(-1, length), ours)
-        if need_features and length == tokens:
-            d_features[b].copy_(torch.from_numpy(turned).view(width, length).t())
+                # The values of this block have been read: their gradient takes their place.
+                np.multiply(ours[:, None], w[b, :length], out=between)
+                values.reshape(-1)[entry] = between.reshape(-1)
+        if need_features and whole:
+            d_features[b].copy_(torch.from_numpy(turned).t())
         elif need_features:
-            d_features[b, mask[b]] = torch.from_numpy(turned).view(width, length).t()
+            d_features[b].zero_()
+            d_features[b, place] = torch.from_numpy(turned).t()
 
     _each(sample, batch, tokens, width)
     return d_features, torch.from_numpy(d_weights)

@@ -28,6 +28,12 @@ class Scratch:
         self.narrow = np.empty(block, dtype=np.int32)
         self.wide = np.empty(block, dtype=np.int64)
 
+    def entries(self, source: np.ndarray) -> np.ndarray:
+        """For places in rows, source (D, L), those in the flat matrix: (D * L,) int64, in the memory of wide."""
+        entry = self.wide[: source.size].reshape(source.shape)
+        np.add(source, np.arange(0, source.size, source.shape[1])[:, None], out=entry)
+        return entry.reshape(-1)
+
 
 def sort_values(values: np.ndarray, scratch: Scratch) -> np.ndarray:
     """values (D, L) float32 in descending order along L, in the memory of scratch.narrow."""
@@ -47,7 +53,7 @@ def sort_with_source(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) 
     source = _sort_narrow(values, ordered, scratch)
     if source is None:
         source = _sort_wide(values, scratch)
-        _take(values, source, ordered, scratch)
+        take(values, scratch.entries(source), ordered)
     return source
 
 
@@ -64,11 +70,9 @@ def _keys(values: np.ndarray, scratch: Scratch) -> np.ndarray:
     return _mirror(values.view(np.int32), keys, keys)
 
 
-def _take(values: np.ndarray, source: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:
-    """out[d, k] = values[d, source[d, k]], all (D, L)."""
-    entry = scratch.wide[: values.size].reshape(values.shape)
-    np.add(source, np.arange(0, values.size, values.shape[1])[:, None], out=entry)
-    np.take(values.reshape(-1), entry.reshape(-1), out=out.reshape(-1), mode="clip")
+def take(values: np.ndarray, entry: np.ndarray, out: np.ndarray) -> None:
+    """out[d, k] = values[d, source[d, k]], all (D, L); entry: `Scratch.entries` of the source."""
+    np.take(values.reshape(-1), entry, out=out.reshape(-1), mode="clip")
 
 
 def _sort_narrow(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> np.ndarray | None:
@@ -81,7 +85,7 @@ def _sort_narrow(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> n
     np.bitwise_xor(keys, ~np.arange(length, dtype=np.int32), out=keys)
     keys.sort(axis=1)
     np.bitwise_and(keys, low, out=keys)
-    _take(values, keys, ordered, scratch)
+    take(values, scratch.entries(keys), ordered)
     return keys if _mend(ordered, keys) else None
 
 

@@ -10,7 +10,7 @@ which meet in most rounds of the sort, are the cube's first axes, which lie in t
 highest five are exchanged between threads, and none through shared memory. Which token starts in which place does
 not matter, so nothing is moved before the sort.
 
-Work: log2(K) (log2(K) + 1) / 2 rounds on K rounded up to a power of two. Kept for the backward: 4 bytes an entry
+Work: log2(K) (log2(K) + 1) / 2 rounds on K rounded up to a power of two. Kept for the backward: 2 bytes an entry
 of order, and 4 of sorted values where the weights get a gradient.
 """
 
@@ -121,8 +121,10 @@ def _forward(
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
     real = tl.load(mask + b * tokens + k, mask=k < tokens, other=0) != 0
-    at = (b * tokens + k)[:, None] * width + d[None, :]
-    x = tl.load(features + at, mask=real[:, None] & (d < width)[None, :], other=0.0)
+    # A sample's own entries are counted in 32 bits: 64 for each of them would not fit the registers.
+    sample = b * tokens * width
+    at = k[:, None] * width + d[None, :]
+    x = tl.load(features + sample + at, mask=real[:, None] & (d < width)[None, :], other=0.0)
     key = _key_of(x, k[:, None], real[:, None], HALF)
     key = _sort(tl.reshape(key, _cube(AXES)), AXES, BITS)
     key = _by_channel(key, AXES, BITS)
@@ -131,13 +133,12 @@ def _forward(
     ordered = tl.where((k < length)[None, :], _value_of(key, features.dtype.element_ty, HALF), 0.0)
     out = tl.sum(ordered * w[None, :], 1)
     tl.store(pooled + b * width + d, out.to(pooled.dtype.element_ty), mask=d < width)
-    at = (b * width + d)[:, None] * tokens + k[None, :]
+    at = d[:, None] * tokens + k[None, :]
     inside = (d < width)[:, None] & (k < tokens)[None, :]
     if ORDER:
-        place = (key & 0xFFFF).to(tl.int32) if HALF else key.to(tl.int32)
-        tl.store(order + at, place, mask=inside)
+        tl.store(order + sample + at, key.to(tl.int16), mask=inside)
     if VALUE:
-        tl.store(value + at, ordered, mask=inside)
+        tl.store(value + sample + at, ordered, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -173,7 +174,8 @@ def _backward(
         g = tl.load(grad + b * width + d, mask=d < width, other=0.0).to(tl.float32)[:, None]
         if FEATURES:
             # The order holds every token once, so every place is written once, those left out with zeros.
-            to = (b * tokens + tl.load(order + at, mask=inside, other=0)) * width + d[:, None]
+            token = tl.load(order + at, mask=inside, other=0).to(tl.int32)
+            to = (b * tokens + token) * width + d[:, None]
             spread = tl.where(used[None, :], g * w[None, :], 0.0)
             tl.store(d_features + to, spread.to(d_features.dtype.element_ty), mask=inside)
         if WEIGHTS:
@@ -186,7 +188,7 @@ def _backward(
 def gpo_forward(
     features: Tensor, weights: Tensor, mask: Tensor, need_features: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled (B, D) in the features' type, order (B, D * K) int32, value (B, D * K) float32).
+    """(pooled (B, D) in the features' type, order (B, D * K) int16, value (B, D * K) float32).
 
     features (B, K, D), weights (B, K), mask (B, K) bool; see `d2s.kernels.functional.gpo_pool`. order is there
     for the gradient of the features, value for that of the weights; else they have no entries.
@@ -197,9 +199,9 @@ def gpo_forward(
 
         return chunked.gpo_forward(features, weights, mask, need_features, need_weights)
     kept = (batch, width * tokens)
-    order, value = nothing(features, torch.int32), nothing(features, torch.float32)
+    order, value = nothing(features, torch.int16), nothing(features, torch.float32)
     if need_features:
-        order = features.new_empty(kept, dtype=torch.int32)
+        order = features.new_empty(kept, dtype=torch.int16)
     if need_weights:
         value = features.new_empty(kept, dtype=torch.float32)
     if 0 in features.shape:
@@ -214,22 +216,34 @@ def gpo_forward(
     return pooled.to(features.dtype), order, value
 
 
+def gpo_keeps_values(features: Tensor) -> bool:
+    """Whether the backward reads the sorted values that the forward kept, rather than the features again."""
+    if features.shape[1] > TOKENS:
+        from d2s.kernels import chunked
+
+        return chunked.gpo_keeps_values(features)
+    return True
+
+
 def gpo_backward(
     grad: Tensor,
+    features: Tensor,
     weights: Tensor,
     mask: Tensor,
     order: Tensor,
     value: Tensor,
-    dtype: torch.dtype,
     need_features: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(d_features (B, K, D) in dtype, d_weights (B, K) in its own type); order, value: of `gpo_forward`."""
-    (batch, tokens), width = weights.shape, grad.shape[1]
+    """(d_features (B, K, D), d_weights (B, K)), in the types of grad and weights; order, value: of `gpo_forward`.
+
+    The features are read where a longer sequence goes to the chunked implementation.
+    """
+    (batch, tokens), width, dtype = weights.shape, grad.shape[1], grad.dtype
     if tokens > TOKENS:
         from d2s.kernels import chunked
 
-        return chunked.gpo_backward(grad, weights, mask, order, value, dtype, need_features, need_weights)
+        return chunked.gpo_backward(grad, features, weights, mask, order, value, need_features, need_weights)
     d_features, d_weights = nothing(grad, dtype), nothing(weights)
     if need_features:
         d_features = grad.new_empty(batch, tokens, width, dtype=storage(dtype))
@@ -277,7 +291,7 @@ SPECS = [
         kernel=_forward,
         pointers={
             **dict.fromkeys(("features", "weights", "pooled"), "*x"),
-            "mask": "*i1", "order": "*i32", "value": "*fp32",
+            "mask": "*i1", "order": "*i16", "value": "*fp32",
         },
         scalars=_SIZES,
         constants=_forward_constants,
@@ -291,7 +305,7 @@ SPECS = [
         kernel=_backward,
         pointers={
             **dict.fromkeys(("grad", "weights", "d_features", "d_weights"), "*x"),
-            "mask": "*i1", "order": "*i32", "value": "*fp32",
+            "mask": "*i1", "order": "*i16", "value": "*fp32",
         },
         scalars=_SIZES,
         constants=_backward_constants,

@@ -15,7 +15,7 @@ from d2s.accumulate import GradientCache
 from d2s.loader import Batch
 from d2s.model import D2SModel, DecoderConfig, TowerConfig, build_word_tokenizer
 from d2s.objective import LossConfig, Objective
-from d2s.trainer import TrainingModule
+from d2s.training_module import TrainingModule
 
 PAIRS, LENGTH, WIDTH = 16, 9, 16
 HINGE, DISTILL = LossConfig(align="hinge"), LossConfig(align="infonce", distill_weight=64.0)

@@ -59,15 +59,19 @@ def test_command_prints_and_appends_a_row_a_variant(tmp_path):
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    assert [line.split()[:4:3] for line in done.stdout.splitlines()[3:]] == [
+    # After its rows each case says in words how they compare.
+    lines = [line.split() for line in done.stdout.splitlines()[3:]]
+    assert [line[:4:3] for line in lines if "wall" in line] == [
         ["hinge_max", "ours"],
         ["hinge_max", "eager"],
         ["gpo", "ours"],
         ["gpo", "eager"],
+        ["gpo", "released"],
     ]
+    assert sum(line[1:4] == ["full:", "ours", "is"] for line in lines) == 2
     (path,) = tmp_path.iterdir()
     rows = record.read(path)
-    assert len(rows) == 8
+    assert len(rows) == 10
     assert all(0 < r.p20_ms <= r.median_ms <= r.p80_ms and r.extra_mib is not None for r in rows)
     assert {(r.n, r.tokens, r.width) for r in rows} == {(64, 0, 16), (4, 9, 16)}
 
