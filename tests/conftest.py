@@ -21,3 +21,8 @@ if settings is not None:
     # Deadlines of milliseconds measure the machine's load, not the code.
     settings.register_profile("d2s", deadline=None)
     settings.load_profile("d2s")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The cluster's tests first: they wait most, and what waits should not be what is left at the end."""
+    items.sort(key=lambda item: "launchers" not in item.path.parts)
