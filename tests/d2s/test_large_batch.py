@@ -30,10 +30,13 @@ def test_a_batch_of_8192_within_4_gib(tmp_path: Path) -> None:
         "--run",
         tmp_path / "run",
     ]
-    command += f"--batch_size {PAIRS} --engine.micro_batch 128 --max_steps 1 --log.every 1".split()
+    command += (
+        f"--batch_size {PAIRS} --engine.micro_batch 128 --max_steps 1 --log.every 1 --data.sparse all".split()
+    )
     # The recipe's tower has BatchNorm, which wants all pairs at once.
     command += "--model.image_encoder.config.model_type convnext --model.text_mlp_norm layer".split()
-    command += "--model.image_encoder.config.hidden_sizes 32 64 128 192".split()
+    tower = "--model.image_encoder.config."
+    command += f"{tower}hidden_sizes 32 64 128 192 {tower}depths 1 1 1 1".split()
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(
             [*map(str, command)],
