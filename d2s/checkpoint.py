@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from d2s.distributed import Workers, together
 from d2s.folders import discard, put_in_place, recover
+from d2s.running import take_first_workers
 from d2s.shards.files import file_sha256, sync_folder, write_json
 from d2s.shares import Shares, own_share, write_share
 from d2s.zero_state import ZeroState
@@ -53,6 +54,8 @@ def _step(path: Path) -> int:
 def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Workers, *, keep: int) -> None:
     """Writes checkpoint `step` of a run, on all workers together, and keeps the newest `keep`.
 
+    Running statistics that workers compute apart become the first worker's on all of them: one model is saved.
+
     state: JSON-serialisable, with the keys of `STATE`. Raises ValueError in one line, on all workers, where the disk
     of any of them does not take it; older checkpoints are then as they were.
     """
@@ -60,6 +63,7 @@ def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Work
     hidden = final.with_name(f".{final.name}")
     name = f"worker-{workers.rank:05d}.safetensors"
     engine_state = ZeroState(engine)
+    take_first_workers(engine.module)
 
     def prepare() -> None:
         if workers.is_main:

@@ -31,6 +31,7 @@ from d2s.model import D2SModel, Teacher
 from d2s.nonfinite import Origin, report
 from d2s.optim import lr_factor, set_learning_rate
 from d2s.preemption import Preempted, Preemption
+from d2s.running import RunningStatistics
 from d2s.shards.index import ShardIndex
 from d2s.stream_data import StreamBatches
 from d2s.teacher import TeacherTable
@@ -74,6 +75,9 @@ class Trainer:
     saved: tuple[int, bool] | None = None
     """Step and to_validate of the newest checkpoint."""
     saved_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.statistics = RunningStatistics(self.engine.module)
 
     def __enter__(self) -> Self:
         return self
@@ -148,6 +152,7 @@ class Trainer:
     def _train_step(self, batch: Batch) -> Tensor:
         """One optimization step; returns (total, align, distill) over all workers, shape (3,)."""
         self._report_damage(batch)
+        self.statistics.keep()
         losses, backward = self._pieces(batch) if self._in_pieces else self._whole(batch)
         finite, sums = self._exchange(torch.stack(list(losses)).detach())
         if finite:
@@ -212,6 +217,7 @@ class Trainer:
             else:
                 self.engine.zero_grad()
         if applied:
+            self.statistics.settle()
             self.skipped_in_a_row = 0
             self.origin.rest()
         else:
@@ -234,6 +240,7 @@ class Trainer:
 
         what: "loss" or "gradient"; mine: this worker's share of it is not finite.
         """
+        self.statistics.put_back()
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row < self.config.nonfinite_limit:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from d2s.model import D2SModel
+from d2s.running import take_first_workers
 
 
 class WholeModel:
@@ -37,8 +38,10 @@ class WholeModel:
     def full(self) -> Iterator[D2SModel]:
         """The model, in eval mode and with full weights inside of this block, which all workers enter together.
 
-        Under ZeRO 3 each of them holds all weights meanwhile, beside its share.
+        Under ZeRO 3 each of them holds all weights meanwhile, beside its share. Running statistics that workers
+        compute apart (model.compat_batch_norm) become the first worker's, so all of them see one model.
         """
+        take_first_workers(self._model)
         if self._twin is None:
             self._model.eval()
             yield self._model

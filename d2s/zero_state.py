@@ -4,6 +4,8 @@ ZeRO cuts weights and moments among W workers along its own buffers: stages 1 an
 end to end, stage 3 each parameter by itself, stage 0 nothing. A :class:`Piece` says which elements of which named
 tensor a view into those buffers holds. So a checkpoint knows names and positions only, and any number of workers at
 any stage can take from it what they hold. Nobody gathers anything.
+
+Buffers are the same on every worker once :func:`d2s.running.take_first_workers` has been called; a save calls it.
 """
 
 from collections.abc import Iterator
