@@ -5,6 +5,7 @@ How gradients travel is in :mod:`d2s.exchange`.
 """
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -90,10 +91,27 @@ def _free_port() -> int:
 def _share_cores() -> None:
     """Launchers set one thread a process or none at all; on a CPU every worker takes its even share."""
     if "D2S_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["D2S_THREADS"]))
+        torch.set_num_threads(_threads(os.environ["D2S_THREADS"]))
         return
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+
+
+def _threads(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,3}", text, re.ASCII):
+        raise ValueError(f"D2S_THREADS is {text!r}: give a number of threads, from 1 to 9999")
+    return int(text)
+
+
+def local_batch(batch_size: int, workers: int) -> int:
+    """Pairs of the global batch on each worker. Raises ValueError, with the nearest batches, for a rest."""
+    rest = batch_size % workers
+    if rest:
+        near = [str(size) for size in (batch_size - rest, batch_size - rest + workers) if size]
+        raise ValueError(
+            f"batch_size {batch_size} does not divide among {workers} workers: set it to {' or '.join(near)}"
+        )
+    return batch_size // workers
 
 
 def leave(code: int, *, together: bool) -> NoReturn:

@@ -12,9 +12,27 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from d2s.model.config import IdleSetting
+from d2s.zero_state import ZeroState
 
 if TYPE_CHECKING:
     from d2s.model import D2SModel
+
+# What a DeepSpeed JSON may not set, and what does: the trainer counts on it, or a checkpoint could not keep it.
+_OURS = {
+    "train_batch_size": "set batch_size",
+    "train_micro_batch_size_per_gpu": "set batch_size",
+    "gradient_accumulation_steps": "set engine.micro_batch",
+    "gradient_clipping": "set optim.grad_clip",
+    "optimizer": "set the fields of optim",
+    "scheduler": "set the fields of optim",
+    "fp16": "set engine.precision",
+    "bf16": "set engine.precision",
+    "bfloat16": "set engine.precision",
+    "amp": "set engine.precision",
+    "torch_autocast": "set engine.precision",
+}
+BUCKET = 500_000_000
+"""Numbers in the bucket in which ZeRO sends gradients, where a DeepSpeed JSON sets no reduce_bucket_size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +68,7 @@ class EngineConfig:
 def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) -> dict[str, Any]:
     """DeepSpeed's settings for `local_batch` pairs a worker, the user's JSON merged on top.
 
-    Raises ValueError where that file is missing or is not a JSON object.
+    Raises ValueError where that file is missing, is not a JSON object, or sets what our own fields do.
     """
     settings = {
         "train_micro_batch_size_per_gpu": local_batch,
@@ -64,16 +82,44 @@ def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) ->
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         # DeepSpeed's own AdamW for the CPU is compiled at its first use; torch's steps a little slower, and alike.
         settings["zero_force_ds_cpu_optimizer"] = False
-    if config.deepspeed_json:
-        path = Path(config.deepspeed_json)
-        try:
-            extra = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"engine.deepspeed_json {path}: {error}") from error
-        if not isinstance(extra, dict):
-            raise ValueError(f"engine.deepspeed_json {path}: not a JSON object")
-        settings = _merge(settings, extra)
-    return settings
+    return _merge(settings, _users_json(config.deepspeed_json)) if config.deepspeed_json else settings
+
+
+def bucket_size(settings: dict[str, Any]) -> int:
+    """Numbers in DeepSpeed's communication bucket under these settings."""
+    return int(settings["zero_optimization"].get("reduce_bucket_size", BUCKET))
+
+
+def _users_json(path: str) -> dict[str, Any]:
+    where = f"engine.deepspeed_json {path}"
+    try:
+        extra = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # broken JSON and broken UTF-8 are both a ValueError
+        raise ValueError(f"{where}: {error}: give a file that holds a JSON object") from error
+    if not isinstance(extra, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    for name, remedy in _OURS.items():
+        if name in extra:
+            raise ValueError(
+                f"{where} sets {name} to {json.dumps(extra[name])[:60]}: {remedy} instead, and leave it out"
+            )
+    zero = extra.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(
+            f"{where}: zero_optimization is {json.dumps(zero)[:60]}, not an object: set engine.zero_stage for the "
+            "stage, and leave it out"
+        )
+    if "stage" in zero:
+        raise ValueError(
+            f"{where} sets zero_optimization.stage to {json.dumps(zero['stage'])[:60]}: set engine.zero_stage "
+            "instead, and leave it out"
+        )
+    bucket = zero.get("reduce_bucket_size", BUCKET)
+    if not isinstance(bucket, int | float) or isinstance(bucket, bool) or not 1 <= bucket < float("inf"):
+        raise ValueError(
+            f"{where}: zero_optimization.reduce_bucket_size is {json.dumps(bucket)[:60]}: give a number of 1 or more"
+        )
+    return extra
 
 
 def idle_engine_settings(config: EngineConfig) -> list[str]:
@@ -116,7 +162,10 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """The engine around `module`; every worker calls it together."""
+    """The engine around `module`; every worker calls it together.
+
+    Raises ValueError where the settings make it hold its state in a way that no checkpoint can keep.
+    """
     import logging
 
     if not torch.cuda.is_available():
@@ -136,4 +185,5 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
         model_parameters=[p for p in module.parameters() if p.requires_grad],
         config=settings,
     )
+    ZeroState(engine)  # refuses here, not at the first checkpoint, after an epoch
     return engine

@@ -22,7 +22,7 @@ from d2s import run_folder
 from d2s.accumulate import check_norms, refuse_batch_norm
 from d2s.config import TrainConfig, field_names, override
 from d2s.data import TrainBatches
-from d2s.distributed import Workers, start_workers
+from d2s.distributed import Workers, local_batch, start_workers
 from d2s.engine import checkpoint_activations, engine_settings, idle_engine_settings, start_engine
 from d2s.logs import RunLog
 from d2s.model import D2SModel, Teacher, build_word_tokenizer
@@ -278,8 +278,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
     data = _find_data(options)
     index = _open_data(data, options.val_data, config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.batch_size % world:
-        raise ValueError(f"batch_size {config.batch_size} does not divide among {world} workers")
+    local_batch(config.batch_size, world)  # raises ValueError where it does not divide
     prepared = Plan(
         config=config,
         data=data,
