@@ -4,35 +4,20 @@ import dataclasses
 import json
 import os
 import warnings
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from d2s.config import TrainConfig, to_dict
+from d2s.config import to_dict
 from d2s.data import TrainBatches
+from d2s.engine import bucket_size, checkpoint_activations
 from d2s.model.config import IdleSetting, idle_settings
-from d2s.model.presets import shape_of
+from d2s.plan_model import Sizes, by_shape, count, kept_bytes, memory
 from d2s.prepare import Plan
 from d2s.text import TextPipeline
 from d2s.training_module import TrainingModule
 
 GIB = 1024**3
 _PROBE = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one worker."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def describe(plan: Plan) -> str:
@@ -44,12 +29,14 @@ def describe(plan: Plan) -> str:
     # Said of the towers that were asked for: those built by their shape have random weights in any case.
     for line in idle_settings(plan.config.model, {"decoder"} if plan.init else None):
         warnings.warn(line, IdleSetting, stacklevel=2)
-    plan = dataclasses.replace(plan, config=_by_shape(plan.config))
+    plan = dataclasses.replace(plan, config=by_shape(plan.config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleSetting)
         model = plan.build_model()
+    if plan.config.engine.activation_checkpointing:
+        checkpoint_activations(model)
     module = plan.build_module(model)
-    memory = estimate_memory(plan, module, activation_bytes(plan, module))
+    parts = memory_parts(plan, module)
     lines = [resolved, "", _parameters(module), ""]
     pairs = plan.captions != "dense" and plan.config.data.sparse == "all"
     unit = "visits of a stream" if plan.streams else "image-caption pairs" if pairs else "images"
@@ -62,18 +49,10 @@ def describe(plan: Plan) -> str:
         lines[-1] += f", embedded {plan.config.engine.micro_batch} at a time"
     lines.append("")
     lines.append(
-        f"memory a worker  {memory.total / GIB:.2f} GiB, estimated (the allocator's slack not counted)"
+        f"memory a worker  {sum(parts.values()) / GIB:.2f} GiB, estimated (the allocator's slack not counted)"
     )
-    for name in ("weights", "gradients", "optimizer", "activations"):
-        lines.append(f"  {name:<15}{getattr(memory, name) / GIB:.3f} GiB")
+    lines += [f"  {name:<15}{size / GIB:.3f} GiB" for name, size in parts.items()]
     return "\n".join(lines)
-
-
-def _by_shape(config: TrainConfig) -> TrainConfig:
-    """The configuration with the paper's towers by their shape: a dry run needs no weights and so no hub."""
-    model = config.model
-    towers = {name: shape_of(getattr(model, name)) for name in ("image_encoder", "text_encoder")}
-    return dataclasses.replace(config, model=dataclasses.replace(model, **towers))
 
 
 def _parameters(module: TrainingModule) -> str:
@@ -97,31 +76,25 @@ def _parameters(module: TrainingModule) -> str:
     return "\n".join(lines)
 
 
-def estimate_memory(plan: Plan, module: torch.nn.Module, activations: int) -> Memory:
-    """Weights and gradients in fp32, AdamW's two moments, what ZeRO divides divided, and the activations."""
-    stage, world = plan.config.engine.zero_stage, plan.world
-    every = 4 * sum(p.numel() for p in module.parameters())
-    learned = 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)
-    # ZeRO 1 and 2 keep an fp32 copy of the weights beside the module's own in the flat optimizer state.
-    copies = 3 if stage else 2
-    return Memory(
-        weights=every,
-        gradients=learned // (world if stage >= 2 else 1),
-        optimizer=copies * learned // (world if stage >= 1 else 1),
-        activations=activations,
-    )
+def memory_parts(plan: Plan, module: TrainingModule) -> dict[str, int]:
+    """Bytes on one worker by part, as d2s.plan counts them, with the activations of a few real pairs."""
+    config = plan.config
+    every, learned, teacher = count(module, config)
+    per_pair = _kept_per_pair(plan, module)
+    sizes = Sizes(every=every, learned=learned, teacher=teacher, kept=0, kept_per_pair=per_pair)
+    bucket = bucket_size(plan.engine_settings())
+    return memory(config, sizes, plan.world, config.engine.zero_stage, config.batch_size, bucket)
 
 
 def activation_bytes(plan: Plan, module: TrainingModule) -> int:
     """What a worker's forward pass keeps for the backward, scaled up from a probe of a few real pairs.
 
-    Counts the storages that autograd saves, each once, the parameters left out. By micro-batches a worker keeps that
-    of one of them, and the embeddings of all its pairs with their gradients.
+    By micro-batches a worker keeps that of one of them, and the embeddings of all its pairs with their gradients.
     """
-    local, kept = plan.local_batch, 0
-    if 0 < plan.config.engine.micro_batch < local:
-        kept = 2 * 2 * 4 * plan.config.model.width * local  # image and text, value and gradient, in fp32
-        local = plan.config.engine.micro_batch
+    return memory_parts(plan, module)["activations"]
+
+
+def _kept_per_pair(plan: Plan, module: TrainingModule) -> int:
     split = "val" if plan.streams else "train"
     probe = min(_PROBE, len(plan.index.rows(split)))
     config = plan.config.data
@@ -134,20 +107,5 @@ def activation_bytes(plan: Plan, module: TrainingModule) -> int:
         batch_size=probe,
         seed=plan.config.seed,
     )
-    batch = next(batches.epoch(0))
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    teacher = torch.zeros(probe, plan.config.model.width) if plan.config.loss.distill_weight else None
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # The graph is kept until the count is taken, or a freed storage's address would be counted again.
-        losses = module(batch, 1.0, teacher)
-    del losses
-    return kept + sum(saved.values()) * local // probe
+    return kept_bytes(module, next(batches.epoch(0))) // probe

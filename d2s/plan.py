@@ -7,6 +7,7 @@ a few real steps on this machine and prints what they took beside what was plann
 
 import argparse
 import dataclasses
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from d2s import command
 from d2s.config import TrainConfig
 from d2s.shards.arguments import positive
+from d2s.shards.order import steps_per_epoch
 
 GIB, MIB = 2**30, 2**20
 RESERVE = 0.1
@@ -27,7 +29,6 @@ KNOWN = {
 }
 WORDS = {"scenes": 100}
 _PAPER_WORDS = 30_522
-_BUCKET = 500_000_000  # DeepSpeed's own, in numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,23 +50,26 @@ class Request:
 def request(options: argparse.Namespace, overrides: list[str]) -> Request:
     """Raises ValueError, in one line, for an unknown recipe or field, and for what does not fit together."""
     from d2s.config import override
-    from d2s.dry_run import _by_shape
-    from d2s.engine import engine_settings
+    from d2s.distributed import local_batch
+    from d2s.engine import bucket_size, engine_settings
+    from d2s.plan_model import by_shape
     from d2s.prepare import find_recipe
 
-    config = _by_shape(override(find_recipe(options.recipe), overrides))
-    if config.batch_size % options.gpus:
-        raise ValueError(f"batch_size {config.batch_size} does not divide among --gpus {options.gpus}")
-    if not options.memory > 0:
-        raise ValueError(f"--memory {options.memory:g}: give the memory of a GPU in GiB")
-    if options.throughput is not None and not options.throughput > 0:
-        raise ValueError(f"--throughput {options.throughput:g}: give pairs a second, over all GPUs")
+    config = by_shape(override(find_recipe(options.recipe), overrides))
+    local = local_batch(config.batch_size, options.gpus)
+    if not 0 < options.memory * GIB < math.inf:
+        raise ValueError(f"--memory {options.memory:g}: give the memory of a GPU in GiB, a number above 0")
+    if options.throughput is not None and not 0 < options.throughput < math.inf:
+        raise ValueError(f"--throughput {options.throughput:g}: give pairs a second over all GPUs, above 0")
     items, source, words = _data(config, options)
-    settings = engine_settings(config.engine, config.batch_size // options.gpus, config.optim.grad_clip)
-    bucket = settings["zero_optimization"].get("reduce_bucket_size", _BUCKET)
+    try:
+        steps_per_epoch(items, config.batch_size)
+    except ValueError as error:  # as the training would
+        raise ValueError(f"{error} ({source})") from error
+    settings = engine_settings(config.engine, local, config.optim.grad_clip)
     return Request(
         config=config, workers=options.gpus, room=int(options.memory * GIB), items=items, source=source,
-        words=words, bucket=int(bucket),
+        words=words, bucket=bucket_size(settings),
     )  # fmt: skip
 
 
@@ -107,7 +111,7 @@ def describe(asked: Request, throughput: float | None) -> str:
     from d2s.plan_model import PARTS, STAGES, largest_batch, measure_sizes, memory, traffic
 
     config, workers, batch = asked.config, asked.workers, asked.config.batch_size
-    sizes = measure_sizes(config, asked.words)
+    sizes = measure_sizes(config, asked.words, batch // workers)
     stages = {f"ZeRO {stage}": stage for stage in STAGES}
     room = int(asked.room * (1 - RESERVE))
     parts = {t: memory(config, sizes, workers, s, batch, asked.bucket) for t, s in stages.items()}
@@ -130,7 +134,7 @@ def describe(asked: Request, throughput: float | None) -> str:
         "sent by a worker in a step, MiB",
         *table(tuple(next(iter(sent.values()))), sent, MIB),
         "",
-        f"an epoch         {asked.source}: {asked.items // batch:,} steps",
+        f"an epoch         {asked.source}: {steps_per_epoch(asked.items, batch):,} steps",
     ]
     if throughput:
         hours = asked.items / throughput / 3600
@@ -155,7 +159,7 @@ def check(asked: Request, options: argparse.Namespace, overrides: list[str]) -> 
         data = options.data or _scenes(Path(folder) / "data", asked.config)
         measured = measure([options.recipe, "--data", str(data), *overrides], asked.workers)
     stage, batch = asked.config.engine.zero_stage, asked.config.batch_size
-    sizes = measure_sizes(asked.config, int(measured["tokens"]))
+    sizes = measure_sizes(asked.config, int(measured["tokens"]), batch // asked.workers)
     planned = memory(asked.config, sizes, asked.workers, stage, batch, asked.bucket)
     print(f"checked on this machine: {STEPS} steps of {asked.workers} workers, ZeRO {stage}")
     print(f"  {'':<16}{'planned':>10}{'measured':>10}      off   MiB")
