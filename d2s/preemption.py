@@ -20,6 +20,7 @@ from d2s.shards.files import write_json
 PREEMPTED = 75
 """Exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h."""
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+"""What asks a run to stop. Of several the last one of this order counts: TERM may be a job's cancellation."""
 RESTARTS = "restarts.json"
 _MARKER = "complete.json"  # of d2s.checkpoint, which brings torch
 
@@ -40,7 +41,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.asked = 0
-        """Number of the first signal that came, 0 where none did."""
+        """Number of the signal that came, the one that counts of several, 0 where none did."""
 
     def install(self) -> None:
         """Takes the signals from now on. Only the main thread may call it."""
@@ -55,7 +56,15 @@ class Preemption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Nothing else may happen here: it interrupts any statement, that of a save included.
-        self.asked = self.asked or number
+        self.asked = max(self.asked, number, key=_weight)
+
+    def agreed(self) -> int:
+        """The number of the signal that counts of all that any worker got, 0 for none. All must call it together."""
+        from d2s.distributed import most_over_workers
+
+        # Not the numbers themselves: their order is another one on other systems.
+        most = most_over_workers(_weight(self.asked))
+        return SIGNALS[most - 1] if most else 0
 
     def check(self) -> None:
         """Raises :class:`Preempted` on all workers if any of them was asked. All must call it together.
@@ -63,13 +72,17 @@ class Preemption:
         It costs one exchange of a number, and may stand between any two micro-batches or evaluation batches.
         Before the workers have met it raises only where there is just one: fellows would wait for it in vain.
         """
-        from d2s.distributed import most_over_workers, started
+        from d2s.distributed import started
 
         if not started() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             return
-        number = most_over_workers(self.asked)
+        number = self.agreed()
         if number:
             raise Preempted(signal.Signals(number).name)
+
+
+def _weight(number: int) -> int:
+    return SIGNALS.index(number) + 1 if number in SIGNALS else 0
 
 
 def spare_loader(number: int) -> None:

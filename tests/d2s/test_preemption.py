@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2s.logs import read_rows
-from d2s.preemption import StalledError, count_start, forget_start
+from d2s.preemption import Preemption, StalledError, count_start, forget_start
 from d2s.shards.cli import main as shard
 
 pytestmark = pytest.mark.timeout(600)  # the first case waits for a group that goes through all of them
@@ -183,6 +183,16 @@ def test_a_signal_from_outside_reaches_loader_processes_too(scenes: Path, tmp_pa
     step = max(losses(tmp_path / "run"))
     assert last == f"preempted by SIGTERM at step {step}: its checkpoint is complete; --resume goes on"
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "complete.json").is_file()
+
+
+def test_term_counts_most_in_whatever_order_signals_come() -> None:
+    usr2, term = signal.SIGUSR2, signal.SIGTERM
+    for numbers in ([usr2, term], [term, usr2], [usr2, term, signal.SIGUSR1]):
+        preemption = Preemption()
+        assert preemption.agreed() == 0
+        for number in numbers:
+            preemption._note(number, None)
+        assert preemption.agreed() == preemption.asked == term
 
 
 def test_restarts_count_only_where_nothing_new_was_saved(tmp_path: Path) -> None:
