@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 
 from d2s.config import TrainConfig, override
-from d2s.launchers.jobs import Step
+from d2s.launchers.executors import Step
 from d2s.prepare import find_recipe
 from d2s.recipes import RECIPES
 from d2s.shards.files import read_json
@@ -96,18 +96,19 @@ def _train(name: str, recipe: str, run: Path, arguments: list[str], before: list
 
 
 def sweep(
-    recipe: str, found: Source, init: Path | None, out: Path, grid: list[str], settings: list[str]
+    recipe: str, found: Source | None, init: Path | None, out: Path, grid: list[str], settings: list[str]
 ) -> tuple[list[Step], list[dict[str, str]]]:
     """An array of trainings over the grid, and what each point sets.
 
     grid: `FIELD=V1,V2,...` each. A fine-tuning recipe without `init` is preceded by its pre-training, once.
+    found: None for the data of `init`.
     Raises ValueError for a recipe, a field or a value that does not fit, before anything runs.
     """
     points = grid_points(grid)
     for point in points:
         config = stage(recipe, [*settings, *(f"{name}={value}" for name, value in point.items())])
-    steps = found.steps()
-    arguments = ["--data", str(found.data)]
+    steps = found.steps() if found else []
+    arguments = ["--data", str(found.data)] if found else []
     if config.stage == "finetune" and not recipe.endswith("_align"):
         if init is None:
             sibling = recipe.replace("finetune", "pretrain")
@@ -118,7 +119,9 @@ def sweep(
             steps.append(_train("pretrain", sibling, init, [*arguments, *as_options(settings)], steps))
         elif not (init / "config.json").is_file():
             raise ValueError(f"--init {init}: holds no run or model")
-        arguments = ["--init", str(init), *([] if found.build else arguments)]
+        arguments = ["--init", str(init), *arguments]
+    elif init is not None:
+        raise ValueError(f"--init {init}: {recipe} starts from no other run; leave it out")
     commands = []
     for number, point in enumerate(points):
         options = as_options([*settings, *(f"{name}={value}" for name, value in point.items())])

@@ -7,13 +7,18 @@ goes on from there; one that comes no further between its starts stops with the 
 """
 
 import argparse
+import dataclasses
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from d2s.command import Parser, run
-from d2s.launchers.jobs import Jobs, Resources, Step, dump, logs_of
+from d2s.launchers.executors import Resources, Step, dump
+from d2s.launchers.jobs import Jobs, logs_of
 from d2s.launchers.pipeline import pipeline, source, sweep, sweep_table
 from d2s.shards.files import read_json, write_json
 
@@ -65,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("--lines", type=int, default=20, help="of the end (default: 20; 0: all)")
         if name == "resume":
             added.add_argument("--no-wait", action="store_true", help="leave once all is submitted")
+            _add_resources(added, None)
     return parser
 
 
@@ -81,39 +87,61 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", choices=("slurm", "local"), help="default: slurm where sbatch is, else local"
     )
-    parser.add_argument("--nodes", type=int, default=1, help="nodes of a training job (1)")
-    parser.add_argument("--tasks", type=int, default=1, metavar="N", help="tasks a node, one a GPU (1)")
-    parser.add_argument("--cpus", type=int, default=4, metavar="N", help="cores a task (4)")
-    parser.add_argument("--no-gpus", action="store_true", help="ask for no GPUs")
-    parser.add_argument("--minutes", type=int, default=24 * 60, help="time limit of a job (1440)")
-    parser.add_argument("--signal-seconds", type=int, default=120, metavar="S",
-                        help="write a checkpoint and requeue so long before the limit (120)")  # fmt: skip
+    _add_resources(parser, Resources(cpus=4))
     parser.add_argument(
         "--dry-run", action="store_true", help="print the scripts and commands, submit nothing"
     )
     parser.add_argument("--no-wait", action="store_true", help="on slurm: leave once all is submitted")
 
 
-def resources(arguments: argparse.Namespace) -> Resources:
-    """What the jobs get. Raises ValueError for numbers that cannot be."""
-    for name in ("nodes", "tasks", "cpus", "minutes", "signal_seconds"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be 1 or more")
-    if arguments.signal_seconds >= 60 * arguments.minutes:
+NUMBERS = {
+    "nodes": "nodes of a training job",
+    "tasks": "tasks a node, one a GPU",
+    "cpus": "cores a task",
+    "minutes": "time limit of a job",
+    "signal_seconds": "write a checkpoint and requeue so many seconds before the limit",
+}
+
+
+def _add_resources(parser: argparse.ArgumentParser, defaults: Resources | None) -> None:
+    """Options for what a job gets; without `defaults` what it got before."""
+    for name, text in NUMBERS.items():
+        default = getattr(defaults, name) if defaults else None
+        shown = f"{text} ({default if defaults else 'as before'})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=shown)
+    parser.add_argument("--no-gpus", action="store_true", help="ask for no GPUs")
+
+
+def changed(held: Resources, arguments: argparse.Namespace) -> Resources:
+    """What the jobs get, with what the options change of it. Raises ValueError for numbers that cannot be."""
+    given = {name: getattr(arguments, name) for name in NUMBERS if getattr(arguments, name) is not None}
+    for name, number in given.items():
+        if number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {number}: must be 1 or more")
+    wanted = dataclasses.replace(held, **given, gpus=held.gpus and not arguments.no_gpus)
+    if wanted.signal_seconds >= 60 * wanted.minutes:
         raise ValueError(
-            f"--signal-seconds {arguments.signal_seconds}: as long as the whole job of {arguments.minutes} minutes"
+            f"--signal-seconds {wanted.signal_seconds}: as long as the whole job of {wanted.minutes} minutes"
         )
+    if wanted.cluster == "local" and wanted.nodes > 1:
+        raise ValueError(f"--nodes {wanted.nodes}: there is one machine with --cluster local")
+    if wanted.cluster == "local" and wanted.gpus:
+        shown = torch.cuda.device_count()
+        if 0 < shown < wanted.tasks:
+            raise ValueError(
+                f"--tasks {wanted.tasks}: this machine shows {shown} GPUs; one task each, or --no-gpus"
+            )
+    return wanted
+
+
+def resources(arguments: argparse.Namespace) -> Resources:
+    """What new jobs get. Raises ValueError for what cannot be here."""
     cluster = arguments.cluster or ("slurm" if shutil.which("sbatch") else "local")
     if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise ValueError("--cluster slurm: there is no sbatch here; use a login node, or --cluster local")
     if cluster == "slurm" and not Path("launchers/job.sh").is_file():
         raise ValueError(f"{Path.cwd()} holds no launchers/job.sh: call this in the project's folder")
-    if cluster == "local" and arguments.nodes > 1:
-        raise ValueError(f"--nodes {arguments.nodes}: there is one machine with --cluster local")
-    return Resources(
-        cluster=cluster, nodes=arguments.nodes, tasks=arguments.tasks, gpus=not arguments.no_gpus,
-        cpus=arguments.cpus, minutes=arguments.minutes, signal_seconds=arguments.signal_seconds,
-    )  # fmt: skip
+    return changed(Resources(cluster=cluster), arguments)
 
 
 def tree(jobs: Jobs) -> str:
@@ -136,19 +164,25 @@ def _new(arguments: argparse.Namespace) -> None:
     if any(out.glob("*")) and not arguments.dry_run:
         raise ValueError(f"--out {out}: is not empty; choose another, or `resume {out}` to go on with it")
     wanted = resources(arguments)
-    found = source(arguments.recipe, arguments.data, shlex.split(arguments.build), out, wanted.cpus)
+    build = shlex.split(arguments.build)
     points = None
     if arguments.command == "pipeline":
+        found = source(arguments.recipe, arguments.data, build, out, wanted.cpus)
         steps = pipeline(arguments.recipe, found, out, arguments.set)
     else:
+        # A run to start from knows its data.
+        inherit = arguments.init is not None and arguments.data is None and not build
+        found = None if inherit else source(arguments.recipe, arguments.data, build, out, wanted.cpus)
         steps, points = sweep(arguments.recipe, found, arguments.init, out, arguments.grid, arguments.set)
     if arguments.dry_run:
         print("\n".join(dump(out, step, wanted) for step in steps))
         return
     jobs = Jobs(out, wanted, steps)
-    jobs.submit()
     if points is not None:
+        # Before anything can fail: `resume` prints the table, too.
+        out.mkdir(parents=True, exist_ok=True)
         write_json(out / POINTS, points)
+    jobs.submit()
     _go(jobs, wait=not arguments.no_wait)
 
 
@@ -192,8 +226,15 @@ def _print_errors(jobs: Jobs, step: Step) -> None:
     for number in step.ids:
         for path in logs_of(jobs.folder, number):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            said = [line for line in lines if "error:" in line and not line.startswith(("srun:", "slurm"))]
+            said = [line for line in lines if is_last_word(line)]
             print("\n".join([f"==> {path}", *said[-3:]]))
+
+
+def is_last_word(line: str) -> bool:
+    """Whether a line says what went wrong: of a command, or the end of a traceback, and not of srun about a rank."""
+    # Our own exception around a command only points to such lines.
+    foreign = line.startswith(("srun:", "slurm")) or line.endswith("see the lines above")
+    return not foreign and re.search(r"error(:|$)", line, re.IGNORECASE) is not None
 
 
 def _print_logs(jobs: Jobs, step: Step, rank: int, lines: int) -> None:
@@ -219,6 +260,9 @@ def _logs(jobs: Jobs, arguments: argparse.Namespace) -> None:
         step for step in jobs.steps if any(any(logs_of(jobs.folder, n, arguments.rank)) for n in step.ids)
     ]
     chosen = [step for step in jobs.steps if step.name == arguments.job] if arguments.job else started[-1:]
+    if not set(map(id, chosen)) & set(map(id, started)):
+        states = ", ".join(f"{step.name} is {jobs.states(step)[0]}" for step in chosen or jobs.steps)
+        raise ValueError(f"nothing was printed yet as rank {arguments.rank}: {states}")
     for step in chosen:
         _print_logs(jobs, step, arguments.rank, arguments.lines)
 
@@ -236,6 +280,7 @@ def _command(arguments: argparse.Namespace) -> None:
         jobs.cancel()
         _status(jobs)
     elif jobs.again():
+        jobs.resources = changed(jobs.resources, arguments)
         jobs.submit()
         _go(jobs, wait=not arguments.no_wait)
     else:

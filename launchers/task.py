@@ -1,20 +1,19 @@
 """One rank of a cluster's job: `srun python -m d2s.launchers.task train | evaluate | shard ARGUMENT...`.
 
 SLURM names ranks in its own words; this gives them the names that torch and DeepSpeed read, runs the command in
-this very process, so that nothing stands between a signal and a rank, and puts a job that was preempted back
-into the queue. Not after TERM: the scheduler sends it before a preemption of its own, which requeues by itself, and
-on scancel, which must not. In a job array `{seed}` in any argument becomes the array's index.
+this very process, so that nothing stands between a signal and a rank, and asks for a job that was preempted to be
+put back into the queue. Not after TERM: the scheduler sends it before a preemption of its own, which requeues by
+itself, and on scancel, which must not. In a job array `{seed}` in any argument becomes the array's index.
 """
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
 from d2s.preemption import PREEMPTED, Preemption
@@ -125,25 +124,42 @@ def run(arguments: list[str], environment: MutableMapping[str, str] = os.environ
     if arguments[0] != "train":
         return Outcome(command(arguments[1:]) or 0)
     code = command(arguments[1:], preemption)
-    return Outcome(code, requeue=code == PREEMPTED and preemption.asked != signal.SIGTERM)
+    # Asked once more: a job that is cancelled while its ranks write their checkpoint is not to come back.
+    return Outcome(code, requeue=code == PREEMPTED and preemption.agreed() != signal.SIGTERM)
 
 
-def requeue(environment: Mapping[str, str] = os.environ) -> None:
-    """Puts this job back into the queue: rank 0 asks for it, and every rank waits for its end."""
-    job = environment["SLURM_JOB_ID"]
-    if environment["SLURM_PROCID"] == "0":
-        print(f"requeueing job {job}", file=sys.stderr, flush=True)
-        # The tasks are killed while this runs.
-        subprocess.run(["scontrol", "requeue", job], check=False)
-    # A rank that left by itself would be a failure to srun, and would end the job before it is requeued.
-    time.sleep(60)
+def request(environment: Mapping[str, str] = os.environ) -> Path:
+    """The file that asks for this job to be started again.
+
+    launchers/job.sh looks for it once the ranks have left: a container, which a rank may be in, need not hold
+    scontrol. On submitit's local cluster the command that runs the jobs does.
+    """
+    if environment.get("SUBMITIT_EXECUTOR") == "local":
+        return local_request(Path(environment["SUBMITIT_FOLDER"]), environment["SUBMITIT_LOCAL_JOB_ID"])
+    return Path(environment["D2S_REQUEUE"])
+
+
+def local_request(folder: Path, job: str) -> Path:
+    """The same for a job of submitit's local cluster that keeps its files in `folder`."""
+    return folder / f"{job}_requeue"
+
+
+def ask_requeue(environment: Mapping[str, str] = os.environ) -> None:
+    """Rank 0 asks for this job to be started again. Before any rank leaves: srun then ends the others."""
+    if environment["RANK"] != "0":
+        return
+    try:
+        request(environment).touch()
+    except (KeyError, OSError) as error:
+        what = "D2S_REQUEUE is not set" if isinstance(error, KeyError) else str(error)
+        print(f"error: no requeue: {what}; submit the job again, with --resume", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """The command of a task: runs it, requeues the job if it was preempted, and leaves as the others do."""
+    """The command of a task: runs it, asks for a requeue if it was preempted, and leaves as the others do."""
     outcome = run(sys.argv[1:] if argv is None else argv)
     if outcome.requeue:
-        requeue()
+        ask_requeue()
     if "torch" in sys.modules:
         from d2s.distributed import leave
 

@@ -1,8 +1,16 @@
 """What a rank makes of SLURM's variables and of its arguments."""
 
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from d2s.launchers.task import rank_variables, resumed, tasks_per_node, with_seed
+from d2s.launchers import task
+from d2s.launchers.task import Outcome, rank_variables, resumed, tasks_per_node, with_seed
+from d2s.preemption import PREEMPTED, SIGNALS, Preemption
 
 TASK = {
     "SLURM_PROCID": "5",
@@ -57,3 +65,50 @@ def test_seed_of_an_array() -> None:
     assert with_seed(["train", "r", "--run", "x"], {**array, "SUBMITIT_EXECUTOR": "slurm"})[-1] == "x"
     with pytest.raises(ValueError, match="use sbatch --array"):
         with_seed(given, {})
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Outcome]]:
+    """A training that gets these signals, and stops at the first of them."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def start(*numbers: signal.Signals) -> Outcome:
+        def main(arguments: list[str], preemption: Preemption) -> int:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            return PREEMPTED
+
+        monkeypatch.setattr(task, "import_module", lambda name: SimpleNamespace(main=main))
+        return task.run(["train", "r"], dict(TASK))
+
+    yield start
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_term_at_any_time_keeps_a_job_out_of_the_queue(ask: Callable[..., Outcome]) -> None:
+    """Be it while the ranks write the checkpoint that another signal asked for."""
+    usr1, usr2, term = SIGNALS
+    assert ask(usr2) == Outcome(PREEMPTED, requeue=True)
+    assert ask(usr1) == Outcome(PREEMPTED, requeue=True)
+    assert ask(term) == Outcome(PREEMPTED)
+    assert ask(usr2, term) == Outcome(PREEMPTED)
+    assert ask(term, usr1) == Outcome(PREEMPTED)
+
+
+def test_rank_0_asks_for_a_requeue(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    environment = {"RANK": "1", "D2S_REQUEUE": str(tmp_path / "asked")}
+    task.ask_requeue(environment)
+    assert not (tmp_path / "asked").exists()
+    task.ask_requeue({**environment, "RANK": "0"})
+    assert (tmp_path / "asked").exists()
+    for missing in ({}, {"D2S_REQUEUE": str(tmp_path / "nowhere/asked")}):
+        task.ask_requeue({"RANK": "0", **missing})
+        assert "submit the job again, with --resume" in capsys.readouterr().err
+
+
+def test_local_job_asks_beside_its_results(tmp_path: Path) -> None:
+    local = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_FOLDER": str(tmp_path), "SUBMITIT_LOCAL_JOB_ID": "7"}
+    assert task.request(local) == task.local_request(tmp_path, "7")
+    task.ask_requeue({**local, "RANK": "0"})
+    assert task.local_request(tmp_path, "7").exists()
