@@ -60,8 +60,9 @@ def start_workers() -> Workers:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", cuda_index(local_rank)) if cuda else torch.device("cpu")
     if cuda:
+        os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses its device
         torch.cuda.set_device(device)
     else:
         _share_cores()
@@ -69,6 +70,11 @@ def start_workers() -> Workers:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
         _watch = start_watch(dist.get_rank(), dist.get_world_size())
     return Workers(rank=dist.get_rank(), world=dist.get_world_size(), local_rank=local_rank, device=device)
+
+
+def cuda_index(local_rank: int) -> int:
+    """The number of this worker's device. One that is bound to each task is number 0 to all of them."""
+    return 0 if torch.cuda.device_count() == 1 else local_rank
 
 
 def _timeout() -> timedelta:

@@ -66,6 +66,7 @@ def faults(facts: Facts, world: int, *, min_free: float, cpu: bool = False) -> l
     found += _each(facts, "port of the rendezvous", on, lambda told: told.get("port"))
     if not cpu:
         found += _each(facts, "no GPU visible", on, _gpu_fault)
+        found += _crowded(facts)
     found += _each(facts, "rendezvous failed", on, lambda told: told.get("rendezvous"))
     stuck = [rank for rank, told in facts.items() if "rendezvous" not in told]
     if stuck and not facts.get(0, {}).get("port"):
@@ -86,6 +87,23 @@ def _gpu_fault(told: Mapping[str, Any]) -> str | None:
     if told.get("asked") in (None, "", "0"):
         return "the job asked for none; add --gres=gpu:N, or --cpu to this check"
     return f"the job holds {told['asked']} on this node: is torch a CPU build here, or the driver missing?"
+
+
+def _crowded(facts: Facts) -> list[str]:
+    """One line for each node with fewer GPUs than ranks, of which each must have its own."""
+    ranks: Counter[str] = Counter()
+    devices: dict[str, set[str]] = {}
+    for told in facts.values():
+        node = str(told.get("node", "?"))
+        ranks[node] += 1
+        # Ranks may see the same ones, or one each: that is told by their names.
+        devices.setdefault(node, set()).update(told.get("devices", ()))
+    return [
+        f"node {node}: {count} ranks on a node that shows {len(devices[node])} GPUs; "
+        "--ntasks-per-node and --gres=gpu:N must name the same number"
+        for node, count in sorted(ranks.items())
+        if 0 < len(devices[node]) < count
+    ]
 
 
 def _each(facts: Facts, what: str, on: Any, of: Any) -> list[str]:
@@ -137,7 +155,7 @@ def summary(facts: Facts) -> list[str]:
 SCRIPT = """
 source launchers/job.sh >/dev/null
 exec srun --unbuffered --overlap ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \\
-  "${container[@]}" "${python[@]}" -m d2s.launchers.task check --rank "$@"
+  "${container[@]}" "${extra[@]}" "${python[@]}" -m d2s.launchers.task check --rank "$@"
 """
 
 

@@ -39,7 +39,8 @@ def look(data: Path | None, run: Path, patience: float) -> None:
         free=free_bytes(run),
         port=fault,
     )
-    tell(gpus=gpus(), asked=os.environ.get("SLURM_GPUS_ON_NODE", ""))
+    names = gpus()
+    tell(gpus=len(names), devices=names, asked=os.environ.get("SLURM_GPUS_ON_NODE", ""))
     left, meet = unseen_tokens(run, patience)
     tell(unseen=left)
     if meet:
@@ -125,11 +126,11 @@ def free_bytes(run: Path) -> int:
         return -1
 
 
-def gpus() -> int:
-    """CUDA devices that this rank sees."""
+def gpus() -> list[str]:
+    """Names, unique in the world, of the CUDA devices that this rank sees."""
     import torch
 
-    return torch.cuda.device_count()
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
 
 
 def port_fault() -> str:
@@ -150,12 +151,14 @@ def rendezvous(patience: float) -> None:
     import torch
     import torch.distributed as dist
 
+    from d2s.distributed import cuda_index
+
     world = int(os.environ["WORLD_SIZE"])
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = torch.device("cuda", cuda_index(int(os.environ["LOCAL_RANK"]))) if cuda else torch.device("cpu")
     try:
+        if cuda:
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=patience))
         dist.barrier()
         clock = time.time()

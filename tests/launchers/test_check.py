@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cluster import Cluster
 
+from d2s.distributed import cuda_index
 from d2s.launchers.check import faults, gathered
+from d2s.launchers.check_rank import rendezvous
 
 HERE = [sys.executable, "-m", "d2s.launchers.check", "--cpu", "--min-free", "0"]
 SHAPE = ["--nodelist=n0,n1", "--ntasks-per-node=1", "--cpus-per-task=1"]
@@ -76,7 +79,8 @@ def test_outside_of_an_allocation() -> None:
 
 WELL = {
     "node": "a", "versions": {"torch": "2"}, "data": {"fingerprint": "f"}, "shared": "", "free": 10**12,
-    "gpus": 1, "asked": "8", "unseen": [], "rendezvous": "", "clock": 100.0, "bytes_per_second": 1e9,
+    "gpus": 1, "devices": ["x", "y", "z"], "asked": "8", "unseen": [], "rendezvous": "", "clock": 100.0,
+    "bytes_per_second": 1e9,
 }  # fmt: skip
 
 
@@ -100,6 +104,36 @@ def test_each_fault_is_one_line(change: dict, line: str) -> None:
     assert len(found) == 1
     assert found[0].startswith(line)
     assert faults({0: WELL, 1: WELL}, 2, min_free=20) == []
+
+
+def test_node_with_fewer_gpus_than_ranks() -> None:
+    """Ranks that see one GPU each, number 0 to all of them, are told from ranks that share one."""
+    bound = {rank: {**WELL, "devices": [f"gpu-{rank}"]} for rank in range(3)}
+    assert faults(bound, 3, min_free=20) == []
+    found = faults({rank: {**WELL, "devices": ["a", "b"]} for rank in range(3)}, 3, min_free=20)
+    assert [line.partition(";")[0] for line in found] == ["node a: 3 ranks on a node that shows 2 GPUs"]
+
+
+def test_device_that_is_not_there_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError(f"CUDA error: invalid device ordinal {device.index}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    for name, text in {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "6"}.items():
+        monkeypatch.setenv(name, text)
+    rendezvous(1)
+    assert gathered(capsys.readouterr().out) == {5: {"rendezvous": "CUDA error: invalid device ordinal 5"}}
+
+
+def test_gpu_bound_to_a_task_is_number_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert cuda_index(3) == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cuda_index(3) == 0
 
 
 def test_silent_ranks() -> None:
