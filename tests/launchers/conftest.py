@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def losses(run: Path) -> dict[int, float]:
 def weights(run: Path) -> bytes:
     """The bytes of the last model."""
     return (run / "last" / "model.safetensors").read_bytes()
+
+
+def wait_for_step(run: Path, step: int, seconds: float = 150) -> None:
+    """Until the run has logged that step."""
+    end = time.monotonic() + seconds
+    while not ((run / "metrics.jsonl").is_file() and max(losses(run), default=0) >= step):
+        assert time.monotonic() < end, f"{run} never came to step {step}"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

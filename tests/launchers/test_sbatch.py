@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from conftest import ROOT, TRAIN, losses, weights
+from conftest import ROOT, TRAIN, losses, wait_for_step, weights
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
 # So many that one minute is not enough, start-up included.
@@ -25,14 +25,6 @@ def submit(cluster: Cluster, project: Path, run: str, *options: str, more: list[
         cwd=project,
     )  # fmt: skip
     return out.split()[-1]
-
-
-def wait_for_step(run: Path, step: int, seconds: float = 150) -> None:
-    """Until the run has logged that step."""
-    end = time.monotonic() + seconds
-    while not ((run / "metrics.jsonl").is_file() and max(losses(run), default=0) >= step):
-        assert time.monotonic() < end, f"{run} never came to step {step}"
-        time.sleep(0.1)
 
 
 def ranks(project: Path) -> list[int]:

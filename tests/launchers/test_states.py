@@ -117,6 +117,13 @@ def test_cancel_here_ends_the_controller_and_no_other_process(tmp_path: Path) ->
         assert Jobs.load(tmp_path).steps[0].state == "CANCELLED"
 
 
+def test_what_waits_behind_a_failed_step_here_is_not_waited_for(tmp_path: Path) -> None:
+    steps = [Step("pretrain", [["train"]], state="FAILED"), Step("finetune", [["train"]])]
+    said: list[str] = []
+    assert not Jobs(tmp_path, Resources(cluster="local"), steps).watch(said.append)
+    assert [line.split()[1] for line in said] == ["FAILED", "PENDING"]
+
+
 def test_job_that_submitit_gives_up_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its controller starts a job six times; a training that needs more is not a failed one."""
     number = iter("345")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
+from conftest import losses, wait_for_step
 
 from d2s.launchers.pipeline import grid_points
 from d2s.launchers.submit import main
@@ -84,6 +85,26 @@ def test_failed_step_is_told_and_resumed(cluster: Cluster, project: Path) -> Non
     assert "shards did not succeed" in done.stderr.replace("\n", " ")
     assert "pictures" in done.stdout
     assert "FAILED" in call(cluster, project, "status", "runs/f")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_signalled_job_goes_on_by_itself(cluster: Cluster, project: Path) -> None:
+    """One restart of the very job that the others wait for, and the run comes to its last step."""
+    many = [*TINY[:1], "max_steps=200", *TINY[2:]]
+    call(
+        cluster, project, "sweep", "scenes_small_pretrain", "--grid", "optim.lr=1e-4", "--data", "data/scenes",
+        "--cluster", "slurm", "--tasks", "2", "--out", "runs/again", "--set", "log.every=1", "--no-wait", *many,
+    )  # fmt: skip
+    number = json.loads((project / "runs/again/jobs.json").read_text())["steps"][0]["ids"][0]
+    wait_for_step(project / "runs/again/run-0", 2)
+    cluster.call("scancel", "--signal=USR2", number)
+    cluster.wait_job(number, ("PENDING",), 60)
+    assert int(cluster.wait_job(number, ("COMPLETED", "FAILED"))["Restarts"]) == 1
+    assert "COMPLETED" in call(cluster, project, "status", "runs/again")
+    assert max(losses(project / "runs/again/run-0")) == 200
+    assert not list(project.glob(".requeue*"))
 
 
 @pytest.mark.dist
