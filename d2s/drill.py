@@ -7,6 +7,8 @@ moments follow from the seed. `--workers 2,1,4` goes on with another number of w
 """
 
 import argparse
+import math
+import shlex
 import shutil
 import sys
 import tempfile
@@ -15,7 +17,7 @@ from math import lcm
 from pathlib import Path
 
 from d2s import command
-from d2s.drill_compare import TOLERANCE, Comparison, compare
+from d2s.drill_compare import TOLERANCE, Comparison, compare, recorded_steps
 from d2s.drill_run import Drill, DrillError, draw_kills, reference
 
 # The smallest training that has all parts: a step takes some ten milliseconds, an epoch thirty steps.
@@ -142,7 +144,6 @@ def parser() -> command.Parser:
     add(
         "--steps",
         type=int,
-        default=0,
         metavar="N",
         help="optimization steps (default: 20, and 10 for each kill)",
     )
@@ -184,20 +185,85 @@ def check(options: argparse.Namespace, overrides: list[str]) -> None:
     from d2s.prepare import find_recipe
     from d2s.train import parse
 
-    if options.kills < 0 or options.save_steps < 1:
-        raise ValueError(f"--kills {options.kills} --save-steps {options.save_steps}: give at least 0 and 1")
-    options.steps = options.steps or 20 + 10 * options.kills
+    _check_numbers(options)
+    if options.steps is None:
+        options.steps = 20 + 10 * options.kills
     _, fields = parse(training_arguments(options, overrides, Path()))
-    override(find_recipe(options.recipe), fields)
+    config = override(find_recipe(options.recipe), fields)
+    if config.max_steps != options.steps:
+        raise ValueError(
+            f"--max_steps {config.max_steps}: the drill sets it; give --steps {config.max_steps} instead"
+        )
     least = 2 * options.kills + options.save_steps + 2
     if options.steps < least:
         raise ValueError(
             f"--steps {options.steps} is too short for {options.kills} kills: give at least {least}"
         )
-    if options.out and options.out.exists() and any(options.out.iterdir()):
-        raise ValueError(f"--out {options.out} is not empty: choose another folder")
+    _check_folders(options)
+    _check_start(options, config.batch_size)
+    if options.against:
+        _check_against(options, config.log.every)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name, least in (("kills", 0), ("seed", 0), ("steps", 1), ("save_steps", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+    for name in ("grace", "patience", "spread", "tolerance"):
+        value = getattr(options, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{name} {value:g}: give a finite number, 0 or more")
+
+
+def _check_folders(options: argparse.Namespace) -> None:
+    from d2s.shards.stream import is_pattern
+
+    if options.out and options.out.exists():
+        if not options.out.is_dir():
+            raise ValueError(f"--out {options.out} is no folder: choose another name")
+        if any(options.out.iterdir()):
+            raise ValueError(f"--out {options.out} is not empty: choose another folder")
     if options.attach != (options.run is not None):
         raise ValueError("--attach and --run go together: the run folder of the job to drill")
+    data = options.data
+    if data and not is_pattern(str(data)) and not data.is_dir():
+        raise ValueError(f"--data {data} is no folder: name one made by `python -m d2s.shard build`")
+
+
+def _check_start(options: argparse.Namespace, batch_size: int) -> None:
+    """That the workers can be started, all the numbers of them."""
+    from d2s.distributed import local_batch
+
+    try:
+        shlex.split(options.launcher)
+    except ValueError as error:
+        raise ValueError(f"--launcher {options.launcher!r}: {error}; quote it as for a shell") from error
+    for workers in () if options.attach else options.workers:
+        local_batch(batch_size, workers)
+
+
+def _check_against(options: argparse.Namespace, every: int) -> None:
+    """What to compare with has to be there before the first kill, not only after the last."""
+    run = options.against
+    try:
+        found = recorded_steps(run)
+    except ValueError as error:
+        raise ValueError(f"--against: {error}, or leave it out to train one") from error
+    if options.attach:
+        return  # how many steps that job takes is its own matter
+    steps = options.steps
+    wanted = {step for step in range(1, steps + 1) if step % every == 0 or step == steps}
+    if max(found) != steps:
+        remedy = f"give --steps {max(found)}"
+    elif found != wanted:
+        remedy = f"train it with --log.every {every}"
+    else:
+        return
+    raise ValueError(
+        f"--against {run} has rows of {len(found)} steps up to step {max(found)}, where this drill has {len(wanted)} "
+        f"up to step {steps}: {remedy}, or leave it out to train one"
+    )
 
 
 def work(options: argparse.Namespace, overrides: list[str]) -> bool:

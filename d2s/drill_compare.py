@@ -80,6 +80,13 @@ def compare(run: Path, other: Path) -> Comparison:
     )
 
 
+def recorded_steps(run: Path) -> set[int]:
+    """Steps of a run's rows of training. Raises ValueError where :func:`compare` would for what the run lacks."""
+    steps = set(_rows(run))
+    _last(run)
+    return steps
+
+
 def _rows(run: Path) -> dict[int, dict[str, Any]]:
     rows = {row["step"]: row for row in read_rows(run) if row["kind"] == "train"}
     if not rows:
@@ -119,10 +126,14 @@ def _weights(run: Path, other: Path) -> tuple[float, list[str]]:
 def _load(run: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
+    return load_file(_last(run))
+
+
+def _last(run: Path) -> Path:
     path = run / "last" / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"{run} is not finished (no last/model.safetensors): end it with --resume")
-    return load_file(path)
+    return path
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:

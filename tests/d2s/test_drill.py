@@ -92,6 +92,21 @@ def test_compare_by_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         ("--recipe scenes_smal", "did you mean"),
         ("--workers 2,x", "'2,x' is not a number of workers"),
         ("--kills 5 --steps 9", "--steps 9 is too short for 5 kills"),
+        ("--workers 0", "'0' is not a number of workers"),
+        ("--kills -1", "--kills -1: give 0 or more"),
+        ("--steps 0", "--steps 0: give 1 or more"),
+        ("--save-steps 0", "--save-steps 0: give 1 or more"),
+        ("--patience inf", "--patience inf: give a finite number"),
+        ("--max_steps 99", "give --steps 99 instead"),
+        ("--workers 2,3 --batch_size 8", "batch_size 8 does not divide among 3 workers: set it to 6 or 9"),
+        ("--launcher 'torchrun", "No closing quotation; quote it as for a shell"),
+        ("--data nowhere", "--data nowhere is no folder"),
+        ("--out {full}/metrics.jsonl", "is no folder: choose another name"),
+        ("--kills 1 --against nowhere", "--against: nowhere holds no row of training"),
+        ("--kills 1 --against {part}", "is not finished (no last/model.safetensors): end it with --resume"),
+        ("--kills 1 --against {full}", "up to step 1, where this drill has 30 up to step 30: give --steps 1"),
+        ("--kills 1 --against {thin}", "has rows of 29 steps up to step 30, where this drill has 30"),
+        ("--attach --run {empty} --against {part}", "is not finished (no last/model.safetensors)"),
         ("--attach", "--attach and --run go together"),
         ("--attach --run {full}", "is finished"),
     ],
@@ -100,8 +115,10 @@ def test_a_mistake_is_one_line(
     arguments: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     make_run(tmp_path / "full", {1: 0.5})
+    make_run(tmp_path / "thin", dict.fromkeys(range(2, 31), 0.5))
+    (make_run(tmp_path / "part", {1: 0.5}) / "last" / "model.safetensors").unlink()
     (tmp_path / "empty").mkdir()
-    words = arguments.format(full=tmp_path / "full", empty=tmp_path / "empty").split()
+    words = arguments.format(**{name: tmp_path / name for name in ("full", "thin", "part", "empty")}).split()
     try:
         code = drill.main(words)
     except SystemExit as left:
@@ -110,6 +127,15 @@ def test_a_mistake_is_one_line(
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_what_to_compare_with_is_looked_at_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", dict.fromkeys(range(1, 31), 0.5))
+    drill.check(*drill.parser().parse_known_args(["--kills", "1", "--against", str(run)]))
+    every = make_run(tmp_path / "every", dict.fromkeys((7, 14, 21, 28, 30), 0.5))
+    drill.check(
+        *drill.parser().parse_known_args(["--kills", "1", "--against", str(every), "--log.every", "7"])
+    )
 
 
 def test_a_seed_names_a_drill() -> None:

@@ -1,7 +1,6 @@
 """A dry run's memory: that of d2s.plan, with the activations of real pairs, whatever the settings."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
