@@ -42,7 +42,7 @@ class TrainBatches:
         dense_text: with "both", give the clean dense caption's tokens too; else only its number in the data set
             (for a teacher whose embeddings are stored).
     Attributes:
-        damaged: a line for each damaged sample that this worker met, each once.
+        damaged: a line for each damaged sample that this worker met or was told of, each once.
     Raises:
         ValueError: an unknown or empty split, images without the captions asked for, or too large a batch.
     """

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from d2s.damage import add_new
 from d2s.preemption import spare_loader
 from d2s.shards import draws
 from d2s.shards.reader import Record
@@ -196,13 +197,13 @@ def some_sentences(text: str, seed: int, epoch: int, item: int) -> str:
 
 
 def budgeted(batches: Iterable[Batch], seen: list[str], budget: int) -> Iterator[Batch]:
-    """Passes batches on and adds the damage that they report to `seen`, each line once.
+    """Passes batches on and adds the damage that they report to `seen`, a line for each sample.
 
     Raises:
         ValueError: more than `budget` lines.
     """
     for batch in batches:
-        seen += [note for note in dict.fromkeys(batch.damaged) if note not in seen]
+        add_new(seen, batch.damaged)
         if len(seen) > budget:
             raise ValueError(
                 f"damage_budget is {budget} but {len(seen)} samples are damaged, the last: {seen[-1]} "

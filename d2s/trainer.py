@@ -22,6 +22,7 @@ from torch import Tensor
 from d2s import checkpoint
 from d2s.accumulate import GradientCache
 from d2s.config import TrainConfig, to_dict
+from d2s.damage import Damage
 from d2s.data import Batch, TrainBatches
 from d2s.distributed import Workers, barrier, sum_over_workers, together
 from d2s.evaluate import Evaluation, evaluate_model
@@ -59,10 +60,9 @@ class Trainer:
     step: int = 0
     to_validate: bool = False
     best: dict[str, float] = field(default_factory=dict)
-    damage_told: int = 0
     truncated: int = 0
-    before: dict[str, int] = field(default_factory=lambda: {"damaged": 0, "truncated": 0})
-    """Counts of the run before it was resumed."""
+    truncated_before: int = 0
+    """Captions that all workers cut before the run was resumed."""
     grad_norm: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -78,6 +78,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.statistics = RunningStatistics(self.engine.module)
+        self.damage = Damage(self.batches.damaged)
 
     def __enter__(self) -> Self:
         return self
@@ -151,7 +152,8 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> Tensor:
         """One optimization step; returns (total, align, distill) over all workers, shape (3,)."""
-        self._report_damage(batch)
+        for line in self.damage.to_say():  # each worker speaks of its own
+            self.log.say(f"damaged sample replaced: {line}")
         self.statistics.keep()
         losses, backward = self._pieces(batch) if self._in_pieces else self._whole(batch)
         finite, sums = self._exchange(torch.stack(list(losses)).detach())
@@ -161,6 +163,7 @@ class Trainer:
             self._update(batch)
         else:
             self._skip(batch, "loss", mine=not torch.isfinite(losses[0]).item())
+        self.truncated += batch.truncated  # now that no signal can end the step, which would count them again
         return sums
 
     @property
@@ -250,28 +253,17 @@ class Trainer:
         evidence = 2 if self.origin.here() else int(mine)
         raise FloatingPointError(report(what, self.skipped_in_a_row, evidence, self.index.keys(rows)))
 
-    def _report_damage(self, batch: Batch) -> None:
-        """Says what was replaced, each sample once; every worker speaks of its own."""
-        new = self.batches.damaged[self.damage_told :]
-        self.damage_told += len(new)
-        for note in new:
-            self.log.say(f"damaged sample replaced: {note}")
-        self.truncated += batch.truncated
-
     def _count_over_workers(self) -> tuple[int, int]:
         """Damaged samples and cut captions of all workers, those of the run before a resume included.
 
         Raises ValueError, on every worker, where more samples are damaged than the run may replace.
         """
-        counts = torch.tensor([self.damage_told, self.truncated], dtype=torch.int64)
-        damaged, truncated = sum_over_workers(counts.to(self.workers.device)).tolist()
-        damaged, truncated = damaged + self.before["damaged"], truncated + self.before["truncated"]
-        if damaged > self.config.data.damage_budget:
-            raise ValueError(
-                f"{damaged} samples could not be read, more than data.damage_budget "
-                f"{self.config.data.damage_budget}: run `python -m d2s.shard verify` on the data"
-            )
-        return damaged, truncated
+        counts = torch.tensor([self.damage.unshared, self.truncated], dtype=torch.int64)
+        unshared, truncated = sum_over_workers(counts.to(self.workers.device)).tolist()
+        if unshared:
+            self.damage.share()
+        self.damage.check(self.config.data.damage_budget)
+        return len(self.damage.known), truncated + self.truncated_before
 
     def _log(self, factor: float, steps: int, seconds: float) -> None:
         """Closes the window of steps with a row; `steps` of them were made in the last `seconds`."""
@@ -365,6 +357,7 @@ class Trainer:
             "to_validate": self.to_validate,
             "best": self.best,
             "damaged": damaged,
+            "damaged_samples": self.damage.known,
             "truncated": truncated,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -381,7 +374,8 @@ class Trainer:
         self.saved = (self.step, self.to_validate)
         self.skipped, self.skipped_in_a_row = state["skipped"], state.get("skipped_in_a_row", 0)
         self.window = [torch.tensor(losses) for losses in state.get("window", [])]
-        self.before = {name: state[name] for name in self.before}
+        self.truncated_before = state["truncated"]
+        self.damage.restore(state.get("damaged_samples", []))
 
     def summary(self) -> str:
         """The line that closes a run."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from step_trainer import trainer
 from torch import nn
 from worker_cases import run
 
@@ -13,7 +14,6 @@ from d2s.checkpoint import load, save
 from d2s.distributed import Workers
 from d2s.model.norms import MapBatchNorm, WordBatchNorm
 from d2s.running import RunningStatistics
-from d2s.trainer import Trainer
 from d2s.whole import WholeModel
 
 STATE = {"step": 1, "to_validate": False, "best": {}, "damaged": 0, "truncated": 0, "skipped": 0}
@@ -31,47 +31,8 @@ class Towers(nn.Module):
         return words.sum() + self.map(rows.view(*rows.shape, 1, 1)).sum()
 
 
-class Engine:
-    """The least that a step needs of one: it knows of nothing but its module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def zero_optimization(self) -> bool:
-        return False
-
-    def zero_grad(self) -> None:
-        self.module.zero_grad()
-
-    def step(self) -> None:
-        pass
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-
 def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
-
-
-class Step(Trainer):
-    """A trainer whose step is a forward and a backward pass of its module."""
-
-    _in_pieces = False
-
-    def _whole(self, batch: SimpleNamespace) -> tuple:
-        loss = self.engine.module(batch.rows)
-        return (loss * batch.factor, loss, loss), lambda factor: self.engine.backward(loss * batch.slope)
-
-
-def trainer(module: nn.Module) -> Step:
-    return Step(
-        config=SimpleNamespace(nonfinite_limit=9, log=SimpleNamespace(save_minutes=0)),
-        run=Path(), workers=Workers(rank=0, world=1, local_rank=0, device=torch.device("cpu")),
-        index=None, engine=Engine(module), whole=None, batches=SimpleNamespace(damaged=[]), total_steps=9,
-        teacher=None, log=None, preemption=SimpleNamespace(asked=0),
-        origin=SimpleNamespace(watch=lambda: None, rest=lambda: None),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("spoilt", ["activation", "loss", "gradient"])

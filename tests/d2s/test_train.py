@@ -220,11 +220,10 @@ def test_damage_is_counted_over_all_workers(scenes: Path, tmp_path: Path) -> Non
                      launcher=launcher)  # fmt: skip
         assert done.returncode == 0, done.stderr
         counts.append([row for row in read_rows(tmp_path / name) if row["kind"] == "train"][-1]["damaged"])
-        assert (done.stdout + done.stderr).count("damaged sample replaced") == counts[-1]
+        # A sample that replaces another may itself be damaged and met by both workers, each of which speaks of it.
+        assert 10 <= (done.stdout + done.stderr).count("damaged sample replaced") <= 10 * len(counts)
     assert len(losses(tmp_path / "two")) == 6
-    # A sample that replaces another may itself be damaged and met by both workers, each of which counts it.
-    assert counts[0] == 10
-    assert 10 <= counts[1] <= 20
+    assert counts == [10, 10]
 
 
 def test_a_run_in_use_is_not_trained_into(tmp_path: Path) -> None:
