@@ -7,6 +7,8 @@ system's log stays readable.
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,15 +38,37 @@ class RunLog:
 
         self._path = run / "metrics.jsonl"
         _drop_after(self._path, resume_step)
-        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        # Without a buffer: what a full disk did not take would be tried again, and fail again, at the end.
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step)
         self._wandb = _start_wandb(wandb_project, run) if wandb_project else None
 
     def row(self, kind: str, step: int, values: dict[str, object]) -> None:
-        """Writes one row: {"kind", "step", ...values}; numbers (also in lists) go to TensorBoard."""
+        """Writes one row: {"kind", "step", ...values}; numbers (also in lists) go to TensorBoard.
+
+        Raises ValueError in one line where the disk does not take it.
+        """
         if not self._is_main:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        rest = memoryview((json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
+        with self._one_line(self._path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        with self._one_line(self._board.log_dir):
+            self._mirror(kind, step, values)
+
+    @staticmethod
+    @contextmanager
+    def _one_line(path: object) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or error
+            raise ValueError(
+                f"{path} could not be written ({why}): make room or mend it, then --resume"
+            ) from error
+
+    def _mirror(self, kind: str, step: int, values: dict[str, object]) -> None:
         scalars = {
             f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)
         }
@@ -72,7 +96,9 @@ class RunLog:
         if not self._is_main:
             return
         self._file.close()
-        self._board.close()
+        # It writes what is left; of a disk that is full the error on the way says it already.
+        with suppress(OSError, ValueError) if kind else nullcontext(), self._one_line(self._board.log_dir):
+            self._board.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(kind is not None))
 

@@ -5,6 +5,7 @@ runs/<name>/teacher/teacher.json  what made it: written last, so a half-made tab
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2s.data import eval_texts
-from d2s.distributed import Workers, barrier
+from d2s.distributed import Workers, together
 from d2s.model import Teacher
 from d2s.shards.files import write_json
 from d2s.shards.index import ShardIndex
@@ -51,18 +52,28 @@ def teacher_table(
 
     made_from: names the teacher (a digest of its weights); a table of another teacher or split is computed anew.
     poll: called before each batch, on all workers alike; may raise, and leaves no table then.
+    Raises ValueError, on all workers, where the disk does not take the table.
     """
     first, count = int(index.column("dense_start")[index.rows(split).start]), index.total(split, "dense")
     width = teacher.text_encoder.linear.out_features
     path, marker = folder / "dense.f32", folder / "teacher.json"
     description = {"teacher": made_from, "split": split, "captions": count, "width": width}
-    if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")) != description:
+
+    def made_already() -> bool:
+        return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == description
+
+    def make_room() -> None:
         if workers.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             marker.unlink(missing_ok=True)
-            with open(path, "wb") as file:
-                file.truncate(count * width * 4)
-        barrier()
+            _allocate(path, count * width * 4)
+
+    def mark() -> None:
+        if workers.is_main:
+            write_json(marker, description)
+
+    if not together(made_already)[0]:  # the first worker's word: the others may see the folder as it was
+        _on_disk(make_room, path)
         table = np.memmap(path, np.float32, mode="r+").reshape(count, width)
         with torch.no_grad():
             # Training replaces a damaged sample by another one, whose row is asked for in its place.
@@ -73,9 +84,25 @@ def teacher_table(
                     poll()
                 made = teacher(ids.to(workers.device), mask.to(workers.device)).float().cpu()
                 table[numbers[valid].numpy()] = made[valid].numpy()
-        table.flush()
-        barrier()
-        if workers.is_main:
-            write_json(marker, description)
-        barrier()
+        _on_disk(table.flush, path)
+        _on_disk(mark, path)
     return TeacherTable(path, first, width)
+
+
+def _on_disk(action: Callable[[], None], path: Path) -> None:
+    try:
+        together(action)
+    except ValueError as error:
+        raise ValueError(
+            f"the teacher's table {path} could not be written ({error}): make room, or set loss.teacher to 'online'"
+        ) from None
+
+
+def _allocate(path: Path, size: int) -> None:
+    """A file of `size` bytes that has its room on the disk: a mapping of one without ends in SIGBUS, not an error."""
+    with open(path, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            path.unlink()
+            raise OSError(error.errno, error.strerror, str(path)) from error

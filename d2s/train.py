@@ -91,6 +91,8 @@ def main(arguments: list[str] | None = None, preemption: Preemption | None = Non
             print(describe(prepared))
             return 0
         trainer = prepared.start(preemption)
+    except KeyboardInterrupt:
+        return _fail("interrupted before the first step", 130, preemption)
     except (ValueError, OSError) as error:
         return _fail(error, 2, preemption)
     except StalledError as error:
@@ -103,6 +105,8 @@ def main(arguments: list[str] | None = None, preemption: Preemption | None = Non
             return _train(trainer)
     except (ValueError, FloatingPointError) as error:
         return _fail(error, 1, preemption)
+    except OSError as error:
+        return _fail(ValueError(f"{error}: make room or mend it, then --resume"), 1, preemption)
     except KeyboardInterrupt:
         forget_start(trainer.run)
         return _fail("interrupted; --resume goes on from the newest checkpoint", 130, preemption)

@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from d2s import checkpoint
@@ -26,7 +25,7 @@ from d2s.damage import Damage
 from d2s.data import Batch, TrainBatches
 from d2s.distributed import Workers, barrier, sum_over_workers, together
 from d2s.evaluate import Evaluation, evaluate_model
-from d2s.folders import replace_folder
+from d2s.export import write_model
 from d2s.logs import RunLog
 from d2s.model import D2SModel, Teacher
 from d2s.nonfinite import Origin, report
@@ -294,7 +293,7 @@ class Trainer:
         self.engine.eval()
         with self.whole.full() as model:
             result = self._evaluate(model)
-        score = self.score(result)
+        score = together(lambda: self.score(result))[0]  # whether to export, all must decide alike
         improved = score > self.best.get("rsum", -1.0)
         if improved:
             self.best = {"rsum": score, "step": self.step}
@@ -314,13 +313,15 @@ class Trainer:
 
         def write() -> None:
             if self.workers.is_main:
-                try:
-                    replace_folder(self.run / name, model.save_pretrained)
-                except SafetensorError as error:  # how that library tells of a disk that is full
-                    raise OSError(0, str(error), str(self.run / name)) from error
+                write_model(self.run / name, model)
 
         with self.whole.full() as model:
-            together(write)
+            try:
+                together(write)
+            except ValueError as error:
+                raise ValueError(
+                    f"model {self.run / name} could not be written ({error}): make room or mend it, then --resume"
+                ) from None
 
     def _evaluate(self, model: D2SModel) -> Evaluation:
         return evaluate_model(
