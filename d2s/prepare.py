@@ -22,7 +22,7 @@ from d2s import run_folder
 from d2s.accumulate import check_norms, refuse_batch_norm
 from d2s.config import TrainConfig, field_names, override
 from d2s.data import TrainBatches
-from d2s.distributed import Workers, local_batch, start_workers
+from d2s.distributed import Workers, local_batch, start_workers, together
 from d2s.engine import checkpoint_activations, engine_settings, idle_engine_settings, start_engine
 from d2s.logs import RunLog
 from d2s.model import D2SModel, Teacher, build_word_tokenizer
@@ -156,9 +156,15 @@ class Plan:
             lock = run_folder.claim(self.run) if workers.is_main else None
             if lock is not None:
                 undo.callback(os.close, lock)
-            self._count_start(workers)
-            preemption.check()
-            trainer = self._build(workers, preemption, lock)
+            # Each worker looked for itself, maybe in a folder that another machine still shows as it was.
+            decided = dataclasses.replace(self, resume_from=together(lambda: self.resume_from)[0])
+            try:
+                decided._count_start(workers)
+                preemption.check()
+                trainer = decided._build(workers, preemption, lock)
+            except KeyboardInterrupt:
+                forget_start(self.run)
+                raise
             undo.pop_all()
         return trainer
 
@@ -208,22 +214,22 @@ class Plan:
 
         One that finds its run done, with nothing left but to say so, is none.
         """
-        done = self.resume_from and self.resume_from.name == f"step-{self.total_steps:08d}"
-        if done and (self.run / "last").is_dir():
-            return
-        stalled: list[str | None] = [None]
-        if workers.is_main:
+
+        def count() -> str:
+            done = self.resume_from and self.resume_from.name == f"step-{self.total_steps:08d}"
+            if not workers.is_main or (done and (self.run / "last").is_dir()):
+                return ""
             if not self.resume:
                 forget_start(self.run)
-            limit = self.config.log.max_stalled_restarts
             try:
-                count_start(self.run, self.resume_from, limit)
+                count_start(self.run, self.resume_from, self.config.log.max_stalled_restarts)
             except StalledError as error:
-                stalled = [str(error)]
-        if workers.world > 1:
-            torch.distributed.broadcast_object_list(stalled)
-        if stalled[0]:
-            raise StalledError(stalled[0])
+                return str(error)
+            return ""
+
+        stalled = together(count)[0]
+        if stalled:
+            raise StalledError(stalled)
 
     def engine_settings(self) -> dict[str, Any]:
         """DeepSpeed's settings. Raises ValueError where the user's JSON is none."""

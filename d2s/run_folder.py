@@ -37,7 +37,7 @@ def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume:
     """
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run {run} is a file: name a folder")
-    if not run.exists() or not {path.name for path in run.iterdir()} - HARMLESS:
+    if not run.exists() or all(_harmless(path.name) for path in run.iterdir()):
         return None
     if not resume:
         raise ValueError(f"--run {run} is not empty: choose another folder, or add --resume to go on with it")
@@ -56,6 +56,11 @@ def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume:
                 f"--resume: {name} was {saved.get(name)!r} in {run} and is now {now!r}; keep it, or start a new run"
             )
     return checkpoint.newest(run)
+
+
+def _harmless(name: str) -> bool:
+    # A process that was killed leaves the hidden name under which it was writing one of these files.
+    return name in HARMLESS or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def read(run: Path) -> dict[str, Any]:

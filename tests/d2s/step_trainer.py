@@ -16,6 +16,9 @@ class Engine:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
+    def eval(self) -> None:
+        self.module.eval()
+
     def zero_optimization(self) -> bool:
         return False
 
