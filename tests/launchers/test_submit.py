@@ -92,7 +92,7 @@ def test_failed_step_is_told_and_resumed(cluster: Cluster, project: Path) -> Non
 @pytest.mark.timeout(600)
 def test_signalled_job_goes_on_by_itself(cluster: Cluster, project: Path) -> None:
     """One restart of the very job that the others wait for, and the run comes to its last step."""
-    many = [*TINY[:1], "max_steps=200", *TINY[2:]]
+    many = [*TINY[:1], "max_steps=100", *TINY[2:]]
     call(
         cluster, project, "sweep", "scenes_small_pretrain", "--grid", "optim.lr=1e-4", "--data", "data/scenes",
         "--cluster", "slurm", "--tasks", "2", "--out", "runs/again", "--set", "log.every=1", "--no-wait", *many,
@@ -103,7 +103,7 @@ def test_signalled_job_goes_on_by_itself(cluster: Cluster, project: Path) -> Non
     cluster.wait_job(number, ("PENDING",), 60)
     assert int(cluster.wait_job(number, ("COMPLETED", "FAILED"))["Restarts"]) == 1
     assert "COMPLETED" in call(cluster, project, "status", "runs/again")
-    assert max(losses(project / "runs/again/run-0")) == 200
+    assert max(losses(project / "runs/again/run-0")) == 100
     assert not list(project.glob(".requeue*"))
 
 
