@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from d2s.damage import add_new
+from d2s.loader_processes import results_of
 from d2s.preemption import spare_loader
 from d2s.shards import draws
 from d2s.shards.reader import Record
@@ -272,7 +273,7 @@ class StepLoader:
             return
         self._loader = self._loader or self._new_loader()
         self._plan.items = items
-        for result in self._loader:
+        for result in results_of(self._loader):
             if isinstance(result, ValueError):
                 # Nothing but this loop holds the processes now, so that they stop as it is left. In a cycle with
                 # the error's frames they would wait for the collector, which stops them after ten seconds.

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from d2s.images import CROP_DRAWS, train_image
 from d2s.loader import Batch, BatchMaker, Captions, DataConfig, budgeted, choose, unwrap
+from d2s.loader_processes import results_of
 from d2s.preemption import spare_loader
 from d2s.shards import draws
 from d2s.shards.order import batch_positions, steps_per_epoch
@@ -85,7 +86,7 @@ class StreamBatches:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=spare_loader,
         )
-        return budgeted(unwrap(loader), self.damaged, self.config.damage_budget)
+        return budgeted(unwrap(results_of(loader)), self.damaged, self.config.damage_budget)
 
 
 class _StreamSteps(IterableDataset):

@@ -1,4 +1,6 @@
 import pickle
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -166,6 +168,26 @@ def damage(folder, row):
     with open(folder / place.shard, "r+b") as file:
         file.seek(place.image_offset + 30)
         file.write(b"\0\0\0\0")
+
+
+HELD = """
+import sys
+from d2s.loader import DataConfig, StepLoader
+from torch.utils.data import DataLoader, Dataset
+
+class Numbers(Dataset):
+    def __getitem__(self, i):
+        return i
+
+loader = StepLoader(Numbers(), 2)
+sys.held = loader.run(range(100))
+print(next(sys.held), flush=True)
+"""
+
+
+def test_an_iterator_that_is_held_to_the_end_does_not_hold_the_end():
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 def test_damage_is_replaced_named_counted_and_bounded(tmp_path):
