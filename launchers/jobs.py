@@ -20,6 +20,8 @@ from d2s.launchers.task import local_request
 from d2s.shards.files import read_json, write_json
 
 JOBS = "jobs.json"
+# Seconds between two signals to a job here, as is common on clusters.
+KILL_WAIT = 30
 
 
 class Jobs:
@@ -148,7 +150,7 @@ class Jobs:
             elif step.state == "RUNNING":
                 local_request(self.folder / LOGS, step.ids[-1]).unlink(missing_ok=True)
                 if alive(step.ids[-1]):
-                    _interrupt(int(step.ids[-1]))
+                    _end(step.ids[-1])
                 step.state = "CANCELLED"
                 self.save()
 
@@ -182,11 +184,21 @@ def _scancel(step: Step) -> None:
         subprocess.run(["scancel", number], check=False)
 
 
-def _interrupt(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGINT)
-    except ProcessLookupError:
-        return
+def _end(pid: str) -> None:
+    """As scancel does: TERM, which leaves a training the time to write a checkpoint, and in the end no more of it.
+
+    Not INT at once: a controller that a script started in the background does not hear that.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        try:
+            os.kill(int(pid), number)
+        except ProcessLookupError:
+            return
+        end = time.monotonic() + KILL_WAIT
+        while alive(pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        if not alive(pid):
+            return
 
 
 def logs_of(folder: Path, number: str, rank: int = 0) -> Iterator[Path]:

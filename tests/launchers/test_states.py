@@ -105,7 +105,8 @@ def test_local_run_whose_command_was_killed_is_resumed(tmp_path: Path) -> None:
 def test_cancel_here_ends_the_controller_and_no_other_process(tmp_path: Path) -> None:
     """The first number belongs to nobody; that of a stranger is not a controller's."""
     for name, ends in (("submitit", True), ("stranger", False)):
-        code = "import time; print(flush=True); time.sleep(60)"
+        # As a script's background job has it: INT is ignored.
+        code = "import signal, time; signal.signal(2, signal.SIG_IGN); print(flush=True); time.sleep(60)"
         with subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.PIPE) as process:
             process.stdout.readline()
             assert alive(str(process.pid)) == ends
