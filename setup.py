@@ -39,7 +39,7 @@ setup(
         "model": MODEL,
         "train": TRAIN,
         "triton": ["triton>=3.6"],
-        "cluster": ["submitit>=1.5"],
+        "cluster": ["submitit>=1.5", "psutil>=6.0"],
         "fast": ["simplejpeg>=1.8"],
         "wandb": ["wandb"],
         "test": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.8", "hypothesis>=6.120", "ruff>=0.9"],

@@ -25,11 +25,11 @@ import psutil
 import pyarrow as pa
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from d2s.data import DataConfig, TrainBatches
 from d2s.images import CROP_DRAWS, train_image
-from d2s.model.gpo import GPO, position_code
+from d2s.kernels.bench.cases import CASES, Shape
+from d2s.model.gpo import GPO
 from d2s.shards import draws
 from d2s.shards.index import ShardIndex
 from d2s.shards.index_file import write_index
@@ -204,44 +204,23 @@ def bench_captions(tokenizer: Any, sentences: int, count: int, rounds: int) -> t
     return side_by_side(plain, ours, rounds)
 
 
-class PlainGPO(torch.nn.Module):
-    """The pooling as the release does it: a GRU over packed position codes once per sample, and torch.sort."""
-
-    def __init__(self, width: int = 32, temperature: float = 0.1) -> None:
-        super().__init__()
-        self.width, self.temperature = width, temperature
-        self.gru = torch.nn.GRU(width, width, 1, batch_first=True, bidirectional=True)
-        self.linear = torch.nn.Linear(width, 1, bias=False)
-
-    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pool (B, K, D) features over the tokens where mask (B, K) is true: (B, D)."""
-        code = position_code(features.shape[1], self.width, features.device, features.dtype)
-        codes = pack_padded_sequence(
-            code.expand(len(features), -1, -1), mask.sum(1), batch_first=True, enforce_sorted=False
-        )
-        out = pad_packed_sequence(self.gru(codes)[0], batch_first=True)[0]
-        score = self.linear((out[..., : self.width] + out[..., self.width :]) / 2)
-        weights = (score.masked_fill(~mask[:, :, None], -10000.0) / self.temperature).softmax(1)
-        ordered = features.masked_fill(~mask[:, :, None], -10000.0).sort(dim=1, descending=True).values
-        return (ordered.masked_fill(~mask[:, :, None], 0) * weights).sum(1)
-
-
 def bench_gpo(size: tuple[int, int, int], rounds: int) -> tuple[float, float]:
-    """Samples/s of GPO, forward and backward, of features (B, K, D): the plain layer and the model's own."""
-    torch.manual_seed(0)
-    features = torch.randn(size).requires_grad_()
-    mask = torch.ones(size[:2], dtype=torch.bool)
-    upstream = torch.randn(size[0], size[2])
+    """Samples/s of GPO, forward and backward, of features (B, K, D): the published layer and the model's own."""
+    case = CASES["gpo"]
+    samples, tokens, width = size
+    inputs = case.make(Shape(n=samples, tokens=tokens, width=width), torch.float32, "cpu", 0)
+    features, mask = inputs.tensors["features"], inputs.tensors["mask"]
+    layer = GPO()
 
-    def step(layer: torch.nn.Module) -> Callable[[], int]:
+    def step(pool: Callable[[], torch.Tensor]) -> Callable[[], int]:
         def work() -> int:
-            layer(features, mask).backward(upstream)
+            pool().backward(inputs.upstream)
             features.grad = None
-            return size[0]
+            return samples
 
         return work
 
-    return side_by_side(step(PlainGPO()), step(GPO()), rounds)
+    return side_by_side(step(lambda: case.released(inputs)), step(lambda: layer(features, mask)), rounds)
 
 
 def bench_batches(folder: Path, tokenizer: Any, epochs: int) -> tuple[float, int, int]:

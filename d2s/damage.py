@@ -26,6 +26,15 @@ def add_new(known: list[str], lines: Iterable[str]) -> None:
             known.append(line)
 
 
+def check_budget(known: list[str], budget: int) -> None:
+    """Raises ValueError where more samples are damaged than a run may replace."""
+    if len(known) > budget:
+        raise ValueError(
+            f"data.damage_budget is {budget} but {len(known)} samples are damaged, the last: {known[-1]}: "
+            "run `python -m d2s.shard verify` on the data"
+        )
+
+
 class Damage:
     """What all workers know of damaged samples.
 
@@ -59,11 +68,3 @@ class Damage:
         """Begins with what a run knew when it was saved."""
         self.known[:] = lines
         self._shared = self._said = len(lines)
-
-    def check(self, budget: int) -> None:
-        """Raises ValueError where more samples are damaged than a run may replace."""
-        if len(self.known) > budget:
-            raise ValueError(
-                f"data.damage_budget is {budget} but {len(self.known)} samples are damaged, the last: "
-                f"{self.known[-1]}: run `python -m d2s.shard verify` on the data"
-            )

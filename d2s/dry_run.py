@@ -86,14 +86,6 @@ def memory_parts(plan: Plan, module: TrainingModule) -> dict[str, int]:
     return memory(config, sizes, plan.world, config.engine.zero_stage, config.batch_size, bucket)
 
 
-def activation_bytes(plan: Plan, module: TrainingModule) -> int:
-    """What a worker's forward pass keeps for the backward, scaled up from a probe of a few real pairs.
-
-    By micro-batches a worker keeps that of one of them, and the embeddings of all its pairs with their gradients.
-    """
-    return memory_parts(plan, module)["activations"]
-
-
 def _kept_per_pair(plan: Plan, module: TrainingModule) -> int:
     split = "val" if plan.streams else "train"
     probe = min(_PROBE, len(plan.index.rows(split)))

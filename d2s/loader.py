@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from d2s.damage import add_new
+from d2s.damage import add_new, check_budget
 from d2s.loader_processes import results_of
 from d2s.preemption import spare_loader
 from d2s.shards import draws
@@ -205,11 +205,7 @@ def budgeted(batches: Iterable[Batch], seen: list[str], budget: int) -> Iterator
     """
     for batch in batches:
         add_new(seen, batch.damaged)
-        if len(seen) > budget:
-            raise ValueError(
-                f"damage_budget is {budget} but {len(seen)} samples are damaged, the last: {seen[-1]} "
-                "(see: python -m d2s.shard verify)"
-            )
+        check_budget(seen, budget)
         yield batch
 
 

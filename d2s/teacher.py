@@ -102,7 +102,10 @@ def _allocate(path: Path, size: int) -> None:
     """A file of `size` bytes that has its room on the disk: a mapping of one without ends in SIGBUS, not an error."""
     with open(path, "wb") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:  # macOS
+                file.truncate(size)
         except OSError as error:
             path.unlink()
             raise OSError(error.errno, error.strerror, str(path)) from error

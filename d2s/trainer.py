@@ -21,7 +21,7 @@ from torch import Tensor
 from d2s import checkpoint
 from d2s.accumulate import GradientCache
 from d2s.config import TrainConfig, to_dict
-from d2s.damage import Damage
+from d2s.damage import Damage, check_budget
 from d2s.data import Batch, TrainBatches
 from d2s.distributed import Workers, barrier, sum_over_workers, together
 from d2s.evaluate import Evaluation, evaluate_model
@@ -261,7 +261,7 @@ class Trainer:
         unshared, truncated = sum_over_workers(counts.to(self.workers.device)).tolist()
         if unshared:
             self.damage.share()
-        self.damage.check(self.config.data.damage_budget)
+        check_budget(self.damage.known, self.config.data.damage_budget)
         return len(self.damage.known), truncated + self.truncated_before
 
     def _log(self, factor: float, steps: int, seconds: float) -> None:

@@ -104,7 +104,7 @@ class Jobs:
         try:
             _wait_local(job)
         except BaseException:
-            job.cancel()
+            _end(job.job_id)
             step.state = "CANCELLED"
             self.save()
             raise

@@ -4,6 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import psutil
 import submitit
 
 LOGS = "submitit"
@@ -100,6 +101,6 @@ def _good(path: Path) -> bool:
 def alive(pid: str) -> bool:
     """Whether submitit's local controller of that number runs, and not another process that got the number since."""
     try:
-        return b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
+        return "submitit" in " ".join(psutil.Process(int(pid)).cmdline())
+    except psutil.Error:
         return False

@@ -164,13 +164,14 @@ def test_the_command_line(scenes: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_a_dry_run_counts_one_micro_batch(scenes: Path) -> None:
-    from d2s.dry_run import activation_bytes
+    from d2s.dry_run import memory_parts
 
     kept = {}
     for size in (0, 4, 8):
         arguments = ["scenes_small_pretrain", "--data", str(scenes), "--dry-run", *CONVNEXT]
         prepared = plan(*parse([*arguments, "--engine.micro_batch", str(size)]))
-        kept[size] = activation_bytes(prepared, prepared.build_module(prepared.build_model()))
+        module = prepared.build_module(prepared.build_model())
+        kept[size] = memory_parts(prepared, module)["activations"]
     embeddings = 2 * 2 * 4 * 16 * 8
     # With sample draws the mask is kept in another form, hence 8 (all pairs) against 4 and not against 0.
     assert kept[4] - embeddings == pytest.approx(kept[8] / 2, rel=1e-4)
