@@ -25,8 +25,8 @@ _SMALL = {
     "--model.width": "16", "--data.image_size": "32", "--model.image_size": "32",
     "--data.loader_workers": "0", "--optim.warmup_steps": "0",
 }  # fmt: skip
-# At a rate at which this model learns, AdamW makes of a rounding error a tenth of the loss within fifty steps: then
-# two runs that nobody has killed are just as far apart. At this one rounding errors stay what they are.
+# At a rate at which this model learns, AdamW makes rounding errors grow until two runs that nobody has killed are as
+# far apart as those to compare. At this one rounding errors stay what they are.
 _CALM = {"--optim.lr": "1e-5", "--optim.backbone_lr": "1e-5"}
 _SCENES = "build --source scenes --count train={train},val=8,test=8 --size 32 --out {out}"
 
