@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from d2s.model.gru import packed_gru, shared_input_gru
+from d2s.kernels.gru import position_gru
 
 DIRECTIONS = ("ahead", "back")
 GRU_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -45,10 +45,9 @@ class LengthWeights(nn.Module):
         self.score = nn.Parameter(nn.Linear(width, 1, bias=False).weight.detach())
 
     def _gru(self, name: str, data: Tensor, counts: list[int]) -> Tensor:
-        """One direction: states (T, n, width), see `shared_input_gru`; in the dtype of the data (T, width)."""
+        """One direction: states (T, n, width), see `position_gru`; in the dtype of the data (T, width)."""
         weights = [getattr(self, f"{name}_{key}").to(data.dtype) for key in GRU_WEIGHTS]
-        run = packed_gru if data.is_cuda else shared_input_gru
-        return run(data, counts, *weights)
+        return position_gru(data, counts, *weights)
 
     def forward(self, lengths: list[int]) -> Tensor:
         """Weights of distinct lengths, longest first: (len(lengths), max(lengths)), zero past the length.

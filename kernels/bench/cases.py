@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 import d2s.kernels as kernels
+from d2s.kernels.gru import position_gru
 
 MARGIN = 0.2
 SCALE, BIAS = 1 / 0.07, -10.0
@@ -118,6 +119,14 @@ class _Weights(nn.Module):
         mean = (hidden[..., :CODE] + hidden[..., CODE:]) / 2
         return torch.softmax(self.linear(mean).squeeze(2) / TEMPERATURE, dim=1)
 
+    def ours(self, code: Tensor) -> Tensor:
+        """The weights (K,) of full samples from one code (K, 32), worked out once as the model does."""
+        every = [1] * code.shape[0]
+        weights = [value for _, value in self.gru.named_parameters()]
+        ahead = position_gru(code, every, *weights[:4])
+        back = position_gru(code.flip(0), every, *weights[4:]).flip(0)
+        return torch.softmax(self.linear((ahead + back)[:, 0] / 2).squeeze(1) / TEMPERATURE, dim=0)
+
     def _packed(self, code: Tensor) -> Tensor:
         lengths = torch.full((code.shape[0],), code.shape[1])
         packed = nn.utils.rnn.pack_padded_sequence(code, lengths, batch_first=True, enforce_sorted=False)
@@ -211,7 +220,7 @@ def _released_gpo(inputs: Inputs) -> Tensor:
 
 def _our_gpo(inputs: Inputs) -> Tensor:
     features, code, mask = (inputs.tensors[k] for k in ("features", "code", "mask"))
-    return kernels.gpo_pool(features, inputs.net(code[None]).expand(features.shape[:2]), mask)
+    return kernels.gpo_pool(features, inputs.net.ours(code).expand(features.shape[:2]), mask)
 
 
 def _our_hinge(hardest: bool) -> Run:

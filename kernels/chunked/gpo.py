@@ -1,10 +1,10 @@
 """GPO pooling: every channel sorted by itself along the tokens, then a weighted sum.
 
 Two ways, one contract. float32 and below on a CPU: by numpy (see `order`), each sample apart at its own number of
-tokens, so that its result does not depend on padding to the last bit, and a block of channels at a time, so that all
-passes over it meet the cache. Of the sort it keeps the places, two bytes each; the backward gathers the values again.
-numpy reads and writes the tensors' own memory and lets go of the interpreter lock while it sorts, so the samples are
-shared out over as many threads as torch may use. Everything else: torch.sort.
+tokens, so that its result does not depend on padding to the last bit, and a block of channels at a time, so that what
+the passes work in stays small. Of the sort it keeps the places, two bytes each, and gathers the values again in the
+backward. numpy and torch work in the tensors' own memory and let go of the interpreter lock meanwhile, so the samples
+are shared out over as many threads as torch may use. Everything else: torch.sort.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from d2s.kernels.chunked.common import upcast
-from d2s.kernels.chunked.order import Scratch, sort_values, sort_with_source, take
+from d2s.kernels.chunked.order import Scratch, put, sort_values, sort_with_source, take
 from d2s.kernels.library import place_type
 
-# Entries of a block of channels: with its scratch, about a core's second cache level.
-BLOCK_ENTRIES = 1 << 16
+# Entries of a block of channels, large: each block costs the threads some hand-overs of the interpreter's lock, which
+# weigh more with two threads than what a block that fits the cache saves.
+BLOCK_ENTRIES = 1 << 19
 
 
 def gpo_forward(
@@ -118,7 +119,7 @@ def _backward_by_torch(
 def _forward_by_numpy(
     features: Tensor, weights: Tensor, mask: Tensor, need_features: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, w = upcast(features), weights.to(torch.float32).contiguous().numpy()
+    x, w = upcast(features.detach()), weights.to(torch.float32).contiguous().numpy()
     batch, tokens, width = x.shape
     # By torch: numpy asks for huge pages, which to put together can take longer than the sort.
     # A sample's own first width * length entries are used; row d of them says for channel d which of the sample's
@@ -158,7 +159,7 @@ def _backward_by_numpy(
     """d_weights are zero without features."""
     (batch, tokens), width = mask.shape, grad.shape[1]
     g, w = (x.to(torch.float32).contiguous().numpy() for x in (grad, weights))
-    x = None if features is None else upcast(features)
+    x = None if features is None else upcast(features.detach())
     d_features = torch.empty((batch, tokens, width) if need_features else (0,))
     d_weights = np.zeros((batch, tokens), np.float32)
     order_of = order.numpy()
@@ -173,15 +174,15 @@ def _backward_by_numpy(
         for first, last in _blocks(width, length):
             ours, values = g[b, first:last], turned[first:last]
             source = order_of[b, first * length : last * length].reshape(values.shape)
-            entry = scratch.entries(source)
+            places = scratch.places(source)
             between = scratch.ordered[: values.size].reshape(values.shape)
             if x is not None:
-                take(values, entry, between)
+                take(values, places, between)
                 d_weights[b, :length] += np.einsum("dk,d->k", between, ours)
             if need_features:
                 # The values of this block have been read: their gradient takes their place.
                 np.multiply(ours[:, None], w[b, :length], out=between)
-                values.reshape(-1)[entry] = between.reshape(-1)
+                put(between, places, values)
         if need_features and whole:
             d_features[b].copy_(torch.from_numpy(turned).t())
         elif need_features:

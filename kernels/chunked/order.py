@@ -10,6 +10,7 @@ value and place whole, at half the speed.
 import sys
 
 import numpy as np
+import torch
 
 # Neighbours out of order after the first sort, as a share of the entries, and rounds of swaps, before the second way.
 MOST = 1 / 16
@@ -28,11 +29,11 @@ class Scratch:
         self.narrow = np.empty(block, dtype=np.int32)
         self.wide = np.empty(block, dtype=np.int64)
 
-    def entries(self, source: np.ndarray) -> np.ndarray:
-        """For places in rows, source (D, L), those in the flat matrix: (D * L,) int64, in the memory of wide."""
-        entry = self.wide[: source.size].reshape(source.shape)
-        np.add(source, np.arange(0, source.size, source.shape[1])[:, None], out=entry)
-        return entry.reshape(-1)
+    def places(self, source: np.ndarray) -> torch.Tensor:
+        """source as int64, in the memory of wide."""
+        wide = self.wide[: source.size].reshape(source.shape)
+        np.copyto(wide, source)
+        return torch.from_numpy(wide)
 
 
 def sort_values(values: np.ndarray, scratch: Scratch) -> np.ndarray:
@@ -53,7 +54,7 @@ def sort_with_source(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) 
     source = _sort_narrow(values, ordered, scratch)
     if source is None:
         source = _sort_wide(values, scratch)
-        take(values, scratch.entries(source), ordered)
+        take(values, scratch.places(source), ordered)
     return source
 
 
@@ -70,9 +71,15 @@ def _keys(values: np.ndarray, scratch: Scratch) -> np.ndarray:
     return _mirror(values.view(np.int32), keys, keys)
 
 
-def take(values: np.ndarray, entry: np.ndarray, out: np.ndarray) -> None:
-    """out[d, k] = values[d, source[d, k]], all (D, L); entry: `Scratch.entries` of the source."""
-    np.take(values.reshape(-1), entry, out=out.reshape(-1), mode="clip")
+def take(values: np.ndarray, places: torch.Tensor, out: np.ndarray) -> None:
+    """out[d, k] = values[d, places[d, k]], all (D, L); places: `Scratch.places` of the source."""
+    # By torch: numpy wants places in the flat matrix, and to work those out costs as much as the gathering.
+    torch.gather(torch.from_numpy(values), 1, places, out=torch.from_numpy(out))
+
+
+def put(values: np.ndarray, places: torch.Tensor, out: np.ndarray) -> None:
+    """out[d, places[d, k]] = values[d, k]: `take` turned round."""
+    torch.from_numpy(out).scatter_(1, places, torch.from_numpy(values))
 
 
 def _sort_narrow(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> np.ndarray | None:
@@ -85,7 +92,7 @@ def _sort_narrow(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> n
     np.bitwise_xor(keys, ~np.arange(length, dtype=np.int32), out=keys)
     keys.sort(axis=1)
     np.bitwise_and(keys, low, out=keys)
-    take(values, scratch.entries(keys), ordered)
+    take(values, scratch.places(keys), ordered)
     return keys if _mend(ordered, keys) else None
 
 

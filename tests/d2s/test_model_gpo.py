@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from d2s.model.gpo import GPO, GRU_WEIGHTS, position_code
-from d2s.model.gru import packed_gru, shared_input_gru
 
 
 def reference_gru(pool: GPO) -> nn.GRU:
@@ -65,20 +64,6 @@ def test_gradient_of_the_weights():
 
     inputs = [parameters[name].clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(weights, inputs)
-
-
-def test_both_grus_agree():
-    torch.manual_seed(0)
-    weights = [value.double().detach().requires_grad_() for value in nn.GRU(6, 5).parameters()]
-    data = torch.randn(9, 6, dtype=torch.float64)
-    counts = [1, 1, 2, 2, 2, 4, 4, 5, 5]
-    target = torch.randn(9, 5, 5, dtype=torch.float64)
-    results = []
-    for run in (shared_input_gru, packed_gru):
-        out = run(data, counts, *weights)
-        results.append([out.detach(), *torch.autograd.grad((out * target).sum(), weights)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
 
 
 def naive_pool(pool: GPO, tokens: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 from problems import value_and_gradients, worst
 
 from d2s.kernels import functional, reference
+from d2s.kernels.chunked import gpo as chunked
 
 
 def problem(batch, tokens, width, seed, dtype, kind="ragged"):
@@ -50,6 +51,19 @@ def test_threads_do_not_matter():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_blocks_of_channels_do_not_matter(monkeypatch):
+    features, weights, mask = problem(6, 40, 50, 5, torch.float32)
+    runs = []
+    for entries in (chunked.BLOCK_ENTRIES, 300, 1):
+        monkeypatch.setattr(chunked, "BLOCK_ENTRIES", entries)
+        runs.append(value_and_gradients(lambda f, w: functional.gpo_pool(f, w, mask), features, weights))
+    for other in runs[1:]:
+        assert torch.equal(runs[0][0], other[0])
+        assert torch.equal(runs[0][1], other[1])
+        # Summed over the channels block by block, so in another order.
+        torch.testing.assert_close(runs[0][2], other[2], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,4 +1,4 @@
-"""A GRU over one shared input, read by several rows that start at different steps.
+"""A GRU over one shared input, read by several rows that start at different steps: GPO's weights come from it.
 
 The pooling operator's backward direction runs over the same position code for every length; a longer sequence
 just starts earlier. So the input's share of the gates is computed once for all rows. Equations: Cho et al.,
@@ -12,8 +12,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def position_gru(
+    data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
+) -> Tensor:
+    """States (T, n, H) of n rows that all read data (T, C); at step s the first counts[s] rows take part.
+
+    counts must not fall, and its last value is n. A row starts from zero at its first step, and its states
+    before that are zero. The gradient goes to the weights (shapes of `torch.nn.GRU`), not to the data.
+    """
+    run = packed_gru if data.is_cuda else shared_input_gru
+    return run(data, counts, w_ih, w_hh, b_ih, b_hh)
+
+
 class _SharedInputGRU(torch.autograd.Function):
-    """torch's own packed GRU took 3.2 s where this takes 0.46 (116 lengths up to 577, one CPU core)."""
+    """A row costs a row of a small product here; torch's packed GRU goes through all sequences one by one."""
 
     @staticmethod
     def forward(ctx, data, counts, w_ih, w_hh, b_ih, b_hh):
@@ -66,11 +78,7 @@ class _SharedInputGRU(torch.autograd.Function):
 def shared_input_gru(
     data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> Tensor:
-    """States (T, n, H) of n rows that all read data (T, C); at step s the first counts[s] rows take part.
-
-    counts must not fall, and its last value is n. A row starts from zero at its first step, and its states
-    before that are zero. The gradient goes to the weights (shapes of `torch.nn.GRU`), not to the data.
-    """
+    """`position_gru` step by step, all rows at once; the input's share of the gates is worked out once."""
     assert counts == sorted(counts), "a row that has started takes part to the end"
     return _SharedInputGRU.apply(data, counts, w_ih, w_hh, b_ih, b_hh)
 
@@ -78,8 +86,12 @@ def shared_input_gru(
 def packed_gru(
     data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> Tensor:
-    """The same by torch's GRU, which on a GPU is one call of cuDNN instead of a loop over small kernels."""
+    """`position_gru` by torch's GRU, which on a GPU is one call of cuDNN instead of a loop over small kernels."""
     steps, rows = len(counts), counts[-1]
+    start = data.new_zeros(1, rows, w_hh.shape[1])
+    weights, rest = [w_ih, w_hh, b_ih, b_hh], (True, 1, 0.0, False, False)
+    if counts[0] == rows:
+        return torch.gru(data[:, None].expand(-1, rows, -1), start, weights, *rest, False)[0]
     starts = torch.searchsorted(torch.tensor(counts), torch.arange(1, rows + 1))
     # torch packs rows by their first step and lets them end early: here a row starts late, so it is moved to the
     # front and back again.
@@ -87,8 +99,5 @@ def packed_gru(
     inside = step < steps - starts
     source = (step + starts)[inside].to(data.device)
     row = torch.arange(rows).expand(steps, -1)[inside].to(data.device)
-    start = data.new_zeros(1, rows, w_hh.shape[1])
-    packed = torch.gru(
-        data[source], inside.sum(1), start, [w_ih, w_hh, b_ih, b_hh], True, 1, 0.0, False, False
-    )[0]
+    packed = torch.gru(data[source], inside.sum(1), start, weights, *rest)[0]
     return data.new_zeros(steps, rows, w_hh.shape[1]).index_put((source, row), packed)
