@@ -10,6 +10,8 @@ from torch import Tensor
 # passes over it, large enough for the matrix product to run at its full rate.
 CHUNK_ENTRIES = 1 << 22
 MIN_ROWS = 32
+# Entries of the rows that `row_dots` multiplies at once.
+DOT_ENTRIES = 1 << 17
 # Rows among which `column_maxima` searches at once.
 BLOCK = 32
 
@@ -30,6 +32,16 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The product of every row of a with the same row of b, both (n, D): (n,)."""
+    # Of the products all at once, (n, D) more memory, a CPU's allocator would keep holes for the rest of the step.
+    size = max(1, DOT_ENTRIES // max(1, a.shape[1])) if a.device.type == "cpu" else a.shape[0]
+    out = a.new_empty(a.shape[0])
+    for start in range(0, a.shape[0], size or 1):
+        torch.sum(a[start : start + size] * b[start : start + size], 1, out=out[start : start + size])
+    return out
 
 
 class Sweep:

@@ -10,6 +10,7 @@ from d2s.kernels.chunked.common import (
     column_maxima,
     full_precision,
     positive_entries,
+    row_dots,
     row_maxima,
     upcast,
 )
@@ -132,7 +133,7 @@ def hinge_sum_forward(
         n = rows.shape[0]
         same = SamePairs(image_ids, text_ids)
         matched = columns[offset : offset + n]
-        positive = (rows * matched).sum(1)
+        positive = row_dots(rows, matched)
         loss = rows.new_zeros(())
         d_rows = torch.zeros_like(rows) if need_image else rows.new_empty(0)
         d_columns = torch.zeros_like(columns) if need_text else rows.new_empty(0)
@@ -152,7 +153,7 @@ def hinge_sum_forward(
                 a += s
             _add_products(a, rows[start:stop], columns, d_rows[start:stop], d_columns)
         if need_image:
-            d_rows -= pull[:, None] * matched
+            d_rows.addcmul_(pull[:, None], matched, value=-1)
         if need_text:
-            d_columns[offset : offset + n] -= pull[:, None] * rows
+            d_columns[offset : offset + n].addcmul_(pull[:, None], rows, value=-1)
         return loss, d_rows, d_columns

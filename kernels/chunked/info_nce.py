@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, upcast
+from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, row_dots, upcast
 
 # By type: the largest exponent that may occur, sums included, and how far below m a log-sum-exp may lie, so that
 # terms below the smallest float are nothing beside it (exp(-32) and exp(-60)).
@@ -33,10 +33,10 @@ def _reference(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> fl
     if rows.device.type != "cpu":
         return None
     n, m = rows.shape[0], columns.shape[0]
-    longest = (rows.square().sum(1).max() * columns.square().sum(1).max()).sqrt()
+    longest = (row_dots(rows, rows).max() * row_dots(columns, columns).max()).sqrt()
     most = float(longest * factor.abs()) + math.log(max(n, m))
     # The log-sum-exp of a row or column is at least its positive.
-    least = float((factor * (rows * columns[offset : offset + n]).sum(1)).min())
+    least = float((factor * row_dots(rows, columns[offset : offset + n])).min())
     high, low = _RANGE[rows.dtype]
     first, last = most - high, least + low
     return min(max(0.0, first), last) if first <= last else None
@@ -180,12 +180,12 @@ def info_nce_backward(
         pull = 2.0 if both else 1.0
         d_scale = scale.new_empty(0)
         if need_image or need_scale:
-            d_rows -= pull * columns[offset : offset + n]
+            d_rows.sub_(columns[offset : offset + n], alpha=pull)
             if need_scale:
                 # The loss depends on scale * S alone, so the sum of dS * S is the product of rows and gradient.
-                d_scale = (half * (d_rows * rows).sum()).reshape(scale.shape).to(scale.dtype)
+                d_scale = (half * row_dots(d_rows, rows).sum()).reshape(scale.shape).to(scale.dtype)
         if need_text:
-            d_columns[offset : offset + n] -= pull * rows
+            d_columns[offset : offset + n].sub_(rows, alpha=pull)
         return (
             d_rows.mul_(half * factor).to(image.dtype) if need_image else image.new_empty(0),
             d_columns.mul_(half * factor).to(text.dtype),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, upcast
+from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, row_dots, upcast
 
 # Above it log(1 + exp(x)) is x in float64 too; torch's own threshold of 20 costs 2e-9.
 EXACT = 60.0
@@ -33,7 +33,7 @@ def sigmoid_forward(
         factor, shift = (x.to(rows.dtype).reshape(()) for x in (scale, bias))
         same = SamePairs(image_ids, text_ids)
         matched = columns[offset : offset + n]
-        positive = factor * (rows * matched).sum(1) + shift
+        positive = factor * row_dots(rows, matched) + shift
         loss = softplus(-positive, threshold=EXACT).sum()
         pull = torch.sigmoid(-positive)
         need_rows = need_image or need_scale
@@ -53,10 +53,10 @@ def sigmoid_forward(
             if need_text:
                 d_columns.addmm_(p.t(), rows[start:stop])
         if need_rows:
-            d_rows -= pull[:, None] * matched
+            d_rows.addcmul_(pull[:, None], matched, value=-1)
         if need_text:
-            d_columns[offset : offset + n] -= pull[:, None] * rows
-        d_scale = (d_rows * rows).sum().reshape(scale.shape) if need_scale else rows.new_empty(0)
+            d_columns[offset : offset + n].addcmul_(pull[:, None], rows, value=-1)
+        d_scale = row_dots(d_rows, rows).sum().reshape(scale.shape) if need_scale else rows.new_empty(0)
         return (
             loss,
             d_rows.mul_(factor) if need_image else rows.new_empty(0),

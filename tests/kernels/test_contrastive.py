@@ -259,3 +259,10 @@ def test_hinge_sum_where_few_rows_violate(share, both):
     ours, theirs = both_implementations("hinge_sum", inputs, torch.arange(64), both=both, margin=0.3)
     assert worst(ours, theirs) < 1e-10
     assert (float(theirs[0]) > 0) == (share > 0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (700, 5), (300, 1000), (2, 1 << 18)])
+def test_row_dots_by_blocks_are_those_of_all_rows_at_once(shape):
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=g) for _ in range(2))
+    assert torch.equal(common.row_dots(a, b), (a * b).sum(1))
