@@ -89,15 +89,18 @@ def packed_gru(
     """`position_gru` by torch's GRU, which on a GPU is one call of cuDNN instead of a loop over small kernels."""
     steps, rows = len(counts), counts[-1]
     start = data.new_zeros(1, rows, w_hh.shape[1])
-    weights, rest = [w_ih, w_hh, b_ih, b_hh], (True, 1, 0.0, False, False)
+    # cuDNN keeps what its backward needs only in training, which without dropout changes nothing else.
+    weights, rest = [w_ih, w_hh, b_ih, b_hh], (True, 1, 0.0, torch.is_grad_enabled(), False)
     if counts[0] == rows:
         return torch.gru(data[:, None].expand(-1, rows, -1), start, weights, *rest, False)[0]
-    starts = torch.searchsorted(torch.tensor(counts), torch.arange(1, rows + 1))
+    # torch wants the lengths in the host's memory, whatever the default device is.
+    host = torch.device("cpu")
+    starts = torch.searchsorted(torch.tensor(counts, device=host), torch.arange(1, rows + 1, device=host))
     # torch packs rows by their first step and lets them end early: here a row starts late, so it is moved to the
     # front and back again.
-    step = torch.arange(steps)[:, None]
+    step = torch.arange(steps, device=host)[:, None]
     inside = step < steps - starts
     source = (step + starts)[inside].to(data.device)
-    row = torch.arange(rows).expand(steps, -1)[inside].to(data.device)
+    row = torch.arange(rows, device=host).expand(steps, -1)[inside].to(data.device)
     packed = torch.gru(data[source], inside.sum(1), start, weights, *rest)[0]
     return data.new_zeros(steps, rows, w_hh.shape[1]).index_put((source, row), packed)

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+# What torch can do without; with it a CPU sorts and searches several times as fast.
+HAS_NUMPY = find_spec("numpy") is not None
 # Entries of one chunk of the similarity matrix: small enough to stay in a CPU's last cache level between the
 # passes over it, large enough for the matrix product to run at its full rate.
 CHUNK_ENTRIES = 1 << 22
@@ -109,7 +112,7 @@ def positive_entries(s: Tensor, start: int, offset: int) -> Tensor:
 
 def row_maxima(s: Tensor) -> tuple[Tensor, Tensor]:
     """(value, index) of the first largest entry of every row of s (r, M), (r,) each."""
-    if s.device.type != "cpu":
+    if s.device.type != "cpu" or not HAS_NUMPY:
         return s.max(1)
     # numpy's search is vectorised and torch's is not: 0.4 against 3.6 ms for 512 x 8192 float32.
     at = torch.from_numpy(s.numpy().argmax(1))

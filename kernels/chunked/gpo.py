@@ -7,16 +7,21 @@ backward. numpy and torch work in the tensors' own memory and let go of the inte
 are shared out over as many threads as torch may use. Everything else: torch.sort.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from d2s.kernels.chunked.common import upcast
-from d2s.kernels.chunked.order import Scratch, put, sort_values, sort_with_source, take
+from d2s.kernels.chunked.common import HAS_NUMPY, upcast
 from d2s.kernels.library import place_type
+
+if HAS_NUMPY:
+    import numpy as np
+
+    from d2s.kernels.chunked.order import Scratch, put, sort_values, sort_with_source, take
 
 # Entries of a block of channels, large: each block costs the threads some hand-overs of the interpreter's lock, which
 # weigh more with two threads than what a block that fits the cache saves.
@@ -71,7 +76,7 @@ def gpo_backward(
 
 def _by_numpy(x: Tensor, dtype: torch.dtype, tokens: int, width: int) -> bool:
     """Whether features of dtype with samples (tokens, width), on the device of x, are sorted by numpy."""
-    return x.device.type == "cpu" and dtype != torch.float64 and tokens * width < 2**31
+    return HAS_NUMPY and x.device.type == "cpu" and dtype != torch.float64 and tokens * width < 2**31
 
 
 def _forward_by_torch(

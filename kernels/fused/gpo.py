@@ -117,8 +117,9 @@ def _forward(
     VALUE: tl.constexpr,
 ):
     """order, value (B, D, K): token and value of each rank; BLOCK_K = 2^BITS, BLOCK_K * BLOCK_D = 2^AXES."""
-    b = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    blocks = tl.cdiv(width, BLOCK_D)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
     real = tl.load(mask + b * tokens + k, mask=k < tokens, other=0) != 0
     # A sample's own entries are counted in 32 bits: 64 for each of them would not fit the registers.
@@ -159,11 +160,12 @@ def _backward(
     WEIGHTS: tl.constexpr,
 ):
     """RANKS ranks of one sample, over all channels in ascending order."""
-    b = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(tokens, RANKS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
     every = tl.arange(0, BLOCK_K)
     real = tl.load(mask + b * tokens + every, mask=every < tokens, other=0) != 0
     length = tl.sum(real.to(tl.int32), 0)
-    k = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
+    k = tl.program_id(0) % blocks * RANKS + tl.arange(0, RANKS)
     used = k < length
     w = tl.load(weights + b * tokens + k, mask=used, other=0.0).to(tl.float32)
     d_w = tl.zeros((RANKS,), tl.float32)
@@ -209,7 +211,8 @@ def gpo_forward(
     pooled = features.new_empty(batch, width, dtype=storage(features.dtype))
     constants, warps = _sizes(tile_for("gpo_forward", features), tokens, features.element_size() == 2)
     with on(features):
-        _forward[cdiv(width, constants["BLOCK_D"]), batch](
+        # One axis: the others end at 65,535.
+        _forward[(cdiv(width, constants["BLOCK_D"]) * batch,)](
             features.contiguous(), weights.contiguous(), mask.contiguous(), pooled, order, value, tokens, width,
             ORDER=need_features, VALUE=need_weights, **constants, num_warps=warps,
         )  # fmt: skip
@@ -251,7 +254,7 @@ def gpo_backward(
         d_weights = torch.zeros_like(weights, dtype=storage(weights.dtype)).contiguous()
     if 0 not in (batch, tokens, width) and (need_features or need_weights):
         with on(grad):
-            _backward[cdiv(tokens, RANKS), batch](
+            _backward[(cdiv(tokens, RANKS) * batch,)](
                 grad.contiguous(), weights.contiguous(), mask.contiguous(), order, value, d_features, d_weights,
                 tokens, width, BLOCK_K=power_of_two(tokens), RANKS=RANKS, CHANNELS=CHANNELS,
                 FEATURES=need_features, WEIGHTS=need_weights, num_warps=4,

@@ -106,7 +106,9 @@ def _first_largest(best, at, values, places, inside, parts, stride):
 def _cost(margin, best, positive, inside):
     """The violation; none without a negative, and one that is no number stays so, for the loss to show it."""
     cost = margin + best - positive
-    return tl.where(inside & (best != float("-inf")) & ~(cost <= 0), cost, 0.0)
+    # A device's maximum leaves out what is no number: a row of such shows by its positive.
+    shown = (best != float("-inf")) | (positive != positive)
+    return tl.where(inside & shown & ~(cost <= 0), cost, 0.0)
 
 
 @triton.jit(do_not_specialize=MERGE_SIZES)

@@ -196,7 +196,10 @@ def info_nce_forward(
     positive, state, row_lse, column_lse, losses = (
         torch.empty(k, **floats) for k in (n, merged_columns, n, merged_columns, strips.losses)
     )
-    rows, columns = torch.empty(2, strips.row_parts, **floats), torch.empty(2, strips.column_parts, **floats)
+    # Each by itself: halves of one would be aligned with some sizes and not with others, a build for each.
+    rows, columns = (
+        (torch.empty(k, **floats), torch.empty(k, **floats)) for k in (strips.row_parts, strips.column_parts)
+    )
     with on(image):
         for start, stop, blocks, first_loss in strips:
             _sweep[blocks, strips.splits](

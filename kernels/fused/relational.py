@@ -160,8 +160,11 @@ def _difference(
         teacher_kept, teacher, inner_row, teacher_all, inner, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST
     )
     at = rows + inner_row
-    q = tl.exp2((s - tl.load(at)[:, None]) * scale) * (gain / tl.load(at + n))[:, None]
-    p = tl.exp2((t - tl.load(at + 2 * n)[:, None]) * scale) * (gain / tl.load(at + 3 * n))[:, None]
+    q = tl.exp2((s - tl.load(at)[:, None]) * scale)
+    p = tl.exp2((t - tl.load(at + 2 * n)[:, None]) * scale)
+    # As products they would be contracted with the difference, and equal ones would not give 0 but p's rounding.
+    q = tl.fma(q, (gain / tl.load(at + n))[:, None], 0.0)
+    p = tl.fma(p, (gain / tl.load(at + 3 * n))[:, None], 0.0)
     to = block + (row - start).to(tl.int64)[:, None] * (last - first) + (column - first)[None, :]
     inside = (row < stop)[:, None] & (column < last)[None, :]
     tl.store(to, (q - p).to(block.dtype.element_ty), mask=inside)
@@ -196,7 +199,7 @@ def relational_forward(
         )  # fmt: skip
         rows, loss = parts.new_empty(4, n), parts.new_empty(cdiv(n, MERGED))
         _finish[(loss.shape[0],)](parts, rows, loss, scale, n, splits, MERGED=MERGED, num_warps=4)
-        d_student = d_all = nothing(parts)
+        d_student, d_all = nothing(parts), nothing(parts)
         if need_student or need_all:
             d_student, d_all = _gradients(sides, tile, rows, temperature, need_student, need_all)
     return total(loss), d_student, d_all

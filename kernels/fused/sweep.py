@@ -112,7 +112,8 @@ def exponent_of(scale_ptr):
     """(sign, factor): exp(scale * s) = 2^(factor * (sign * s)), with a factor above 0 so that -inf stays -inf."""
     scale = tl.load(scale_ptr).to(tl.float32)
     sign = tl.where(scale < 0, -1.0, 1.0)
-    return sign, tl.maximum(tl.abs(scale) * 1.4426950408889634, 1e-30)
+    # A device's maximum leaves out what is no number, and the loss would hide a scale that has become none.
+    return sign, tl.maximum(tl.abs(scale) * 1.4426950408889634, 1e-30, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -59,3 +59,25 @@ def test_transformers_builds_its_models_beside_this_folder(how, tmp_path):
 def test_top_level_execution_offers_nothing_that_could_be_mistaken():
     code = "import kernels; print(kernels.__all__, hasattr(kernels, '__version__'), dir(kernels)[:0])"
     assert run("-c", code) == "[] False []"
+
+
+WITHOUT_NUMPY = """
+import importlib.machinery as machinery
+found = machinery.PathFinder.find_spec
+machinery.PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] == "numpy" else found(name, *rest)
+import torch
+from d2s import kernels
+g = torch.Generator().manual_seed(0)
+image, text = (torch.randn(40, 8, generator=g).requires_grad_() for _ in range(2))
+loss = kernels.hinge_loss(image, text, torch.arange(40), hardest=True)
+mask = torch.ones(3, 5, dtype=torch.bool)
+pooled = kernels.gpo_pool(torch.randn(3, 5, 4, generator=g, requires_grad=True), torch.rand(3, 5), mask)
+(loss + pooled.sum()).backward()
+import sys
+print(torch.isfinite(image.grad).all().item(), "numpy" in sys.modules)
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_numpy_is_no_requirement():
+    assert run("-W", "ignore", "-c", WITHOUT_NUMPY).splitlines()[-1] == "True False"
