@@ -39,6 +39,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def whole(size: int, span: int) -> int:
+    """size, rounded up to a multiple of span."""
+    return cdiv(size, span) * span
+
+
 def power_of_two(a: int) -> int:
     """The smallest power of two that is no less than a."""
     return 1 << (a - 1).bit_length()
@@ -62,13 +67,14 @@ def nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 class Strips:
     """How a forward sweep is divided: strips of rows one after the other; in each, blocks x splits programs.
 
-    n rows, m columns. rows: of a strip. splits ranges of `tiles` tiles of columns. `merging` programs follow each
-    strip; columns says whether they have columns to merge, too.
+    n rows, m columns. rows: of a strip, whole tiles where another follows. splits ranges of `tiles` tiles of
+    columns. `merging` programs follow each strip; columns says whether they have columns to merge, too.
     """
 
     def __init__(self, n: int, m: int, tile: Tile, columns: bool) -> None:
         self.n, self.tile = n, tile
-        self.rows = min(n, STRIP)
+        # A tile that reached beyond its strip would write over the next range's parts.
+        self.rows = min(n, whole(STRIP, tile.rows))
         self.blocks = cdiv(self.rows, tile.rows)
         column_tiles = cdiv(m, tile.columns)
         self.tiles = cdiv(column_tiles, min(column_tiles, cdiv(PROGRAMS, self.blocks)))

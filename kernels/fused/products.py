@@ -12,12 +12,12 @@ d_image[i] = factor * (sum - pull[i] * text[offset + i]), and so for d_text.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from d2s.kernels.fused.launch import INTERPRETED, cdiv, nothing, on, options, storage
+from d2s.kernels.fused.launch import INTERPRETED, cdiv, nothing, on, options, storage, whole
 from d2s.kernels.fused.products_kernel import products_kernel
 from d2s.kernels.fused.tiles import Tile, tile_for
 
@@ -70,9 +70,11 @@ class Products:
         self.image, self.text, self.offset = image, text, offset
         (n, width), m = image.shape, text.shape[0]
         self.pairs, self.tile = tile, tile_for("products", image)
-        if tile.rows % self.tile.depth or tile.columns % self.tile.depth:
-            raise ValueError(f"products: tiles of {tile} cannot be divided by a depth of {self.tile.depth}")
-        self.row_size = min(n, BLOCK_ROWS)
+        # The two are tuned apart. A chunk deeper than a tile of dS would read what nobody wrote.
+        if (deepest := min(tile.rows, tile.columns)) < self.tile.depth:
+            self.tile = replace(self.tile, depth=deepest)
+        # A tile that reached beyond its block would be counted in the next one again.
+        self.row_size = min(n, whole(BLOCK_ROWS, tile.rows))
         height = self._padded(self.row_size, tile.rows)
         fitting = max(1, BLOCK_ENTRIES // height // tile.columns) * tile.columns
         self.column_size = min(m, fitting)
@@ -88,8 +90,7 @@ class Products:
 
     def _padded(self, size: int, span: int) -> int:
         """size, rounded up to whole tiles of both kernels."""
-        whole = max(span, self.tile.rows)
-        return cdiv(size, whole) * whole
+        return whole(size, max(span, self.tile.rows))
 
     @staticmethod
     def _sums(gradient: Tensor, several: bool, size: int) -> Tensor | None:
