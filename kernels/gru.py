@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from d2s.kernels.chunked.common import full_precision
+from d2s.kernels.library import refuse_second_derivative
 
 
 def position_gru(
@@ -20,8 +22,11 @@ def position_gru(
     counts must not fall, and its last value is n. A row starts from zero at its first step, and its states
     before that are zero. The gradient goes to the weights (shapes of `torch.nn.GRU`), not to the data.
     """
+    assert len(counts) == len(data), "a count for every step"
+    assert counts == sorted(counts), "a row that has started takes part to the end"
     run = packed_gru if data.is_cuda else shared_input_gru
-    return run(data, counts, w_ih, w_hh, b_ih, b_hh)
+    with full_precision(data.device):
+        return run(data.detach(), counts, w_ih, w_hh, b_ih, b_hh)
 
 
 class _SharedInputGRU(torch.autograd.Function):
@@ -48,8 +53,8 @@ class _SharedInputGRU(torch.autograd.Function):
         return states[1:]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        refuse_second_derivative("shared_input_gru")
         data, w_hh, states, gates = ctx.saved_tensors
         reset, update, new, inner = gates.chunk(4, dim=2)
         # Everything that does not depend on the gradient is worked out for all steps at once.
@@ -79,7 +84,6 @@ def shared_input_gru(
     data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> Tensor:
     """`position_gru` step by step, all rows at once; the input's share of the gates is worked out once."""
-    assert counts == sorted(counts), "a row that has started takes part to the end"
     return _SharedInputGRU.apply(data, counts, w_ih, w_hh, b_ih, b_hh)
 
 

@@ -13,6 +13,8 @@ from torch.autograd.function import FunctionCtx
 Gradients = tuple[Tensor | None, ...]
 _LIBRARY = torch.library.Library("d2s", "FRAGMENT")
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_NO_SECOND = "{}: its gradient was to be differentiated (create_graph=True), and it has no second derivative; "
+_NO_SECOND += "D2S_KERNELS=reference has"
 
 
 def place_type(tokens: int) -> torch.dtype:
@@ -50,11 +52,8 @@ def differentiable(operator: Callable, save: Callable, backward: Callable) -> No
     def once(ctx: FunctionCtx, grad: Tensor | None, *_: None) -> Gradients:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        if not torch.is_grad_enabled():
-            return backward(ctx, grad)
-        with torch.no_grad():
-            gradients = backward(ctx, grad)
-        return _without_derivative(operator, gradients)
+        refuse_second_derivative(operator.name())
+        return backward(ctx, grad)
 
     _register(operator, forward, once)
 
@@ -67,7 +66,7 @@ def no_gradient(operator: Callable) -> None:
             return operator(*arguments)
 
     def refuse(ctx: FunctionCtx, *_: object) -> Gradients:
-        raise RuntimeError(_no_second(operator))
+        raise RuntimeError(_NO_SECOND.format(operator.name()))
 
     _register(operator, forward, refuse)
 
@@ -86,17 +85,14 @@ def _register(operator: Callable, forward: Callable, backward: Callable) -> None
     _LIBRARY.impl(operator.name().partition("::")[2], autograd_kernel, "Autograd")
 
 
-def _no_second(operator: Callable) -> str:
-    return f"{operator.name()}: its gradient was differentiated, and it has no second derivative"
+def refuse_second_derivative(name: str) -> None:
+    """For a backward: RuntimeError where it runs under create_graph=True.
 
-
-def _without_derivative(operator: Callable, gradients: Gradients) -> Gradients:
-    """The same gradients; differentiating them is an error instead of a silent zero."""
-    made = [g for g in gradients if g is not None]
-    error = torch._C._functions.DelayedError(_no_second(operator), len(made))
-    wrapped = error(*(g.detach().requires_grad_() for g in made))
-    wrapped = iter(wrapped if isinstance(wrapped, tuple) else (wrapped,))
-    return tuple(None if g is None else next(wrapped) for g in gradients)
+    At once, because an error that waits for the second derivative (torch's `once_differentiable`) hangs on leaves of
+    its own: told what to differentiate by, autograd never reaches it and the second derivative is silently zero.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(_NO_SECOND.format(name))
 
 
 def made_in_forward(operator: Callable, places: tuple[int, ...]) -> None:

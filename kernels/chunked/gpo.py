@@ -82,11 +82,14 @@ def _by_numpy(x: Tensor, dtype: torch.dtype, tokens: int, width: int) -> bool:
 def _forward_by_torch(
     features: Tensor, weights: Tensor, mask: Tensor, need_features: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = upcast(features)
     real = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+    # Padding goes behind the tokens first, or among values of -inf it would come before some of them.
+    front = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True)[1]
+    x = upcast(features).gather(1, front[:, :, None].expand_as(features))
     w = torch.where(real, weights.to(x.dtype), 0)
-    x = x.masked_fill(~mask[:, :, None], -torch.inf).transpose(1, 2)
+    x = x.masked_fill(~real[:, :, None], -torch.inf).transpose(1, 2)
     value, order = torch.sort(x, dim=2, descending=True, stable=True)
+    order = front[:, None].expand_as(order).gather(2, order)
     value = torch.where(real[:, None], value, 0)
     kind = place_type(mask.shape[1])
     return (
@@ -154,7 +157,7 @@ def _forward_by_numpy(
     return (
         torch.from_numpy(pooled).to(features.dtype),
         torch.from_numpy(order if keep else order.reshape(-1)),
-        torch.empty(0),
+        torch.empty(0, dtype=torch.float32),
     )
 
 
@@ -165,7 +168,7 @@ def _backward_by_numpy(
     (batch, tokens), width = mask.shape, grad.shape[1]
     g, w = (x.to(torch.float32).contiguous().numpy() for x in (grad, weights))
     x = None if features is None else upcast(features.detach())
-    d_features = torch.empty((batch, tokens, width) if need_features else (0,))
+    d_features = torch.empty((batch, tokens, width) if need_features else (0,), dtype=torch.float32)
     d_weights = np.zeros((batch, tokens), np.float32)
     order_of = order.numpy()
 

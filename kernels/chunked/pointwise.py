@@ -10,9 +10,12 @@ BLOCK_ENTRIES = 1 << 17
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
-    """1 / |row| of x (B, D), (B, 1); 0 for a row of zeros, which stays zero and gets no gradient."""
+    """1 / |row| of x (B, D), (B, 1); 0 for a row of zeros, which stays zero and gets no gradient.
+
+    NaN where the norm is beyond its type, so that the loss shows it.
+    """
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return torch.where(norm > 0, 1 / norm, 0)
+    return torch.where(norm == 0, 0, torch.where(norm < torch.inf, 1 / norm, torch.nan))
 
 
 def pointwise_forward(

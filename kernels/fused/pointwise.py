@@ -22,9 +22,10 @@ SIZES = ("n", "student_row", "teacher_row")
 
 @triton.jit
 def _inverse_norm(x):
-    """1 / |row| of x (r, c), (r, 1); 0 for a row of zeros."""
+    """1 / |row| of x (r, c), (r, 1); 0 for a row of zeros, NaN where the norm is beyond float32."""
     norm = tl.sqrt(tl.sum(x * x, 1, keep_dims=True))
-    return tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), tl.where(norm == 0, 0.0, norm))
+    usual = (norm > 0) & (norm < float("inf"))
+    return tl.where(usual, 1.0 / tl.where(usual, norm, 1.0), tl.where(norm == 0, 0.0, float("nan")))
 
 
 @triton.jit(do_not_specialize=("n",))

@@ -9,16 +9,16 @@ from d2s.kernels.chunked import gpo as chunked
 
 
 def problem(batch, tokens, width, seed, dtype, kind="ragged"):
-    g = torch.Generator().manual_seed(seed)
-    features = torch.randn(batch, tokens, width, generator=g, dtype=torch.float64).to(dtype)
-    weights = torch.rand(batch, tokens, generator=g, dtype=torch.float64).to(dtype)
+    g = Numbers(seed)
+    features = g.randn(batch, tokens, width, dtype=torch.float64).to(dtype)
+    weights = g.rand(batch, tokens, dtype=torch.float64).to(dtype)
     if kind == "full":
         mask = torch.ones(batch, tokens, dtype=torch.bool)
     elif kind == "ragged":
-        length = torch.randint(0, tokens + 1, (batch, 1), generator=g)
+        length = g.randint(0, tokens + 1, (batch, 1))
         mask = torch.arange(tokens) < length
     else:
-        mask = torch.rand(batch, tokens, generator=g) < 0.6
+        mask = g.rand(batch, tokens) < 0.6
     return features, weights, mask
 
 
@@ -118,3 +118,24 @@ def test_non_contiguous_and_half_precision():
     assert torch.equal(ours, functional.gpo_pool(features, weights, mask))
     exact = reference.gpo_pool(features.double(), weights.double(), mask)
     assert torch.allclose(ours.double(), exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_padding_comes_behind_tokens_of_minus_infinity(dtype):
+    features = torch.tensor([[[5.0], [-torch.inf], [1.0]]], dtype=dtype)
+    mask = torch.tensor([[False, True, True]])
+    weights = torch.tensor([[1.0, 2.0, 3.0]], dtype=dtype)
+    features.requires_grad_()
+    functional.gpo_pool(features, weights, mask).sum().backward()
+    assert features.grad.flatten().tolist() == [0.0, 2.0, 1.0]
+
+
+def test_the_default_type_does_not_matter():
+    features, weights, mask = problem(4, 9, 3, 6, torch.float32)
+    plain = value_and_gradients(lambda f, w: functional.gpo_pool(f, w, mask), features, weights)
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = value_and_gradients(lambda f, w: functional.gpo_pool(f, w, mask), features, weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))

@@ -25,3 +25,20 @@ def test_agrees_with_torch_row_by_row(run, counts):
         torch.autograd.grad((x * target).sum(), list(gru.parameters())) for x in (out, expected)
     )
     torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-13)
+
+
+def test_no_silent_second_derivative_and_no_gradient_of_the_data():
+    gru = nn.GRU(6, 5)
+    data = torch.randn(4, 6, requires_grad=True)
+    out = position_gru(data, [1, 1, 2, 2], *gru.parameters())
+    with pytest.raises(RuntimeError, match="shared_input_gru: its gradient was to be differentiated"):
+        torch.autograd.grad(out.sum(), list(gru.parameters()), create_graph=True)
+    assert not position_gru(data, [1, 1, 2, 2], *(x.detach() for x in gru.parameters())).requires_grad
+
+
+def test_autocast_leaves_it_alone():
+    gru = nn.GRU(6, 5)
+    data = torch.randn(4, 6)
+    plain = position_gru(data, [1, 1, 2, 2], *gru.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(position_gru(data, [1, 1, 2, 2], *gru.parameters()), plain)
