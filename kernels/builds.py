@@ -14,6 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from d2s.kernels.files import write_whole
+
 if TYPE_CHECKING:
     from d2s.kernels.fused.spec import KernelSpec
     from d2s.kernels.fused.tiles import Tile
@@ -203,4 +205,4 @@ def write_figures(results: Iterable[Built]) -> None:
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(figures[key])}" for key in sorted(figures))
     FIGURES.parent.mkdir(exist_ok=True)
     version = json.dumps(triton.__version__)
-    FIGURES.write_text(f'{{\n "triton": {version},\n "figures": {{\n{lines}\n }}\n}}\n', encoding="utf-8")
+    write_whole(FIGURES, f'{{\n "triton": {version},\n "figures": {{\n{lines}\n }}\n}}\n')
