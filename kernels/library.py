@@ -13,8 +13,10 @@ from torch.autograd.function import FunctionCtx
 Gradients = tuple[Tensor | None, ...]
 _LIBRARY = torch.library.Library("d2s", "FRAGMENT")
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_NO_SECOND = "{}: its gradient was to be differentiated (create_graph=True), and it has no second derivative; "
-_NO_SECOND += "D2S_KERNELS=reference has"
+_NO_SECOND = (
+    "{}: its gradient was to be differentiated (create_graph=True), and it has no second derivative; "
+    "D2S_KERNELS=reference has"
+)
 
 
 def place_type(tokens: int) -> torch.dtype:
