@@ -39,19 +39,28 @@ def _counted(run, name):
     return launch
 
 
-# These are about commands and imports, and compute on the CPU whatever the device is.
-ON_CPU = {"test_bench.py", "test_compile.py", "test_imports.py", "test_tune.py"}
+# These are about commands, imports and what numpy does, and compute on the CPU whatever the device is. Single tests
+# of the CPU's own ways are marked `on_cpu`.
+ON_CPU = {"test_bench.py", "test_compile.py", "test_gpo_order.py", "test_imports.py", "test_tune.py"}
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "on_cpu: about the CPU's way of computing, also where a device is tested"
+    )
 
 
 @pytest.fixture(autouse=True)
-def _on_the_device(request, monkeypatch):
-    """With D2S_TEST_DEVICE=cuda a test's tensors and generators are on the device unless it says otherwise."""
+def _on_the_device(request):
+    """With D2S_TEST_DEVICE=cuda a test's tensors are made on the device unless it says otherwise.
+
+    Only where a test runs: what a module makes when it is imported lies on the CPU. Random numbers come from
+    `problems.Numbers`; torch.Generator stays what it is, because torch itself asks for its type.
+    """
     device = os.environ.get("D2S_TEST_DEVICE", "cpu")
-    if device == "cpu" or request.path.name in ON_CPU:
+    if device == "cpu" or request.path.name in ON_CPU or request.node.get_closest_marker("on_cpu"):
         yield
         return
-    plain = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device=device: plain(device=device))
     with torch.device(device):
         yield
 

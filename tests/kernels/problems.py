@@ -1,5 +1,6 @@
 """Random problems for the losses, and one way to run them: value and every gradient."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -10,13 +11,36 @@ CONTRASTIVE = ("hinge_max", "hinge_sum", "info_nce", "sigmoid")
 KINDS = ("random", "clustered", "duplicated", "identical")
 
 
+class Numbers:
+    """Random tensors where tensors are made now, with the same numbers on every device: a CPU draws them."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def _drawn(self, draw: Callable, *arguments, **options) -> Tensor:
+        drawn = draw(*arguments, generator=self._generator, device="cpu", **options)
+        return drawn.to(torch.get_default_device())
+
+    def randn(self, *shape, **options) -> Tensor:
+        return self._drawn(torch.randn, *shape, **options)
+
+    def rand(self, *shape, **options) -> Tensor:
+        return self._drawn(torch.rand, *shape, **options)
+
+    def randint(self, *bounds_and_shape) -> Tensor:
+        return self._drawn(torch.randint, *bounds_and_shape)
+
+    def randperm(self, n: int) -> Tensor:
+        return self._drawn(torch.randperm, n)
+
+
 def sides(n: int, width: int, seed: int, kind: str = "random", dtype: torch.dtype = torch.float64):
     """image, text (n, width), about L2-normalised: random, clustered, duplicated or nearly identical pairs."""
-    g = torch.Generator().manual_seed(seed)
-    image = torch.randn(n, width, generator=g, dtype=torch.float64)
-    text = torch.randn(n, width, generator=g, dtype=torch.float64)
+    g = Numbers(seed)
+    image = g.randn(n, width, dtype=torch.float64)
+    text = g.randn(n, width, dtype=torch.float64)
     if kind == "clustered":
-        centre = torch.randn(3, width, generator=g, dtype=torch.float64)[torch.arange(n) % 3]
+        centre = g.randn(3, width, dtype=torch.float64)[torch.arange(n) % 3]
         image, text = centre + 0.1 * image, centre + 0.1 * text
     elif kind == "duplicated":
         image, text = image[torch.arange(n) // 2], text[torch.arange(n) // 2]
@@ -31,8 +55,8 @@ def sides(n: int, width: int, seed: int, kind: str = "random", dtype: torch.dtyp
 
 def image_ids(n: int, distinct: int, seed: int) -> Tensor:
     """(n,) int64: all different where distinct is n, else drawn from that many, with gaps and signs."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randperm(n, generator=g) if distinct >= n else torch.randint(distinct, (n,), generator=g)
+    g = Numbers(seed)
+    ids = g.randperm(n) if distinct >= n else g.randint(distinct, (n,))
     return ids * 1_000_003 - 7
 
 

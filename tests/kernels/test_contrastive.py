@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-from problems import CONTRASTIVE, KINDS, contrastive, image_ids, sides, value_and_gradients, worst
+from problems import CONTRASTIVE, KINDS, Numbers, contrastive, image_ids, sides, value_and_gradients, worst
 
 from d2s.kernels import functional, reference
 from d2s.kernels.chunked import common, info_nce
-
-IDS = torch.arange(20)
 
 
 @pytest.fixture(params=[1 << 21, 256], ids=["one-chunk", "many-chunks"])
@@ -198,6 +196,7 @@ def test_info_nce_of_a_collapsed_model_is_log_n():
     assert float(loss) == pytest.approx(50 * math.log(50), rel=1e-5)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,19 +231,20 @@ def test_one_exponential_for_both_directions_gives_what_two_give(kind, both, dty
 
 def test_negative_scale_and_values_that_are_no_numbers():
     image, text = sides(20, 6, 0, dtype=torch.float32)
+    ids = torch.arange(20)
     results = []
     for scale in (-150.0, -5.0):
         inputs = (image, text, torch.tensor([scale]))
         for module in (functional, reference):
             results.append(
                 value_and_gradients(
-                    lambda i, t, s, m=module: contrastive(m, "info_nce", i, t, IDS, scale=s), *inputs
+                    lambda i, t, s, m=module: contrastive(m, "info_nce", i, t, ids, scale=s), *inputs
                 )
             )
     assert worst(*results[:2]) < 1e-3
     assert worst(*results[2:]) < 1e-4
     image[3, 2] = torch.nan
-    assert contrastive(functional, "info_nce", image, text, IDS, scale=torch.ones(1)).isnan()
+    assert contrastive(functional, "info_nce", image, text, ids, scale=torch.ones(1)).isnan()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
@@ -261,8 +261,9 @@ def test_hinge_sum_where_few_rows_violate(share, both):
     assert (float(theirs[0]) > 0) == (share > 0)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (700, 5), (300, 1000), (9, 1 << 14)])
 def test_row_dots_by_blocks_are_those_of_all_rows_at_once(shape):
-    g = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(shape, generator=g) for _ in range(2))
+    g = Numbers(0)
+    a, b = (g.randn(shape) for _ in range(2))
     assert torch.equal(common.row_dots(a, b), (a * b).sum(1))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import value_and_gradients, worst
+from problems import Numbers, value_and_gradients, worst
 
 from d2s.kernels import functional, reference
 from d2s.kernels.chunked import gpo as chunked

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from problems import image_ids, sides, value_and_gradients
+from problems import Numbers, image_ids, sides, value_and_gradients
 from torch.library import opcheck
 
 from d2s.kernels import dispatch, functional, ops

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from problems import KINDS, contrastive, image_ids, sides, value_and_gradients, worst
+from problems import KINDS, Numbers, contrastive, image_ids, sides, value_and_gradients, worst
 
 from d2s.kernels import functional, reference
 
@@ -75,13 +75,13 @@ def pointwise_problem(_, rng):
 
 
 def gpo_problem(_, rng):
-    g = torch.Generator().manual_seed(rng.randrange(10**6))
+    g = Numbers(rng.randrange(10**6))
     shape = rng.randint(1, 5), rng.choice((1, 2, 9, 30)), rng.choice((1, 2, 7))
-    features = torch.randn(shape, generator=g, dtype=torch.float64)
+    features = g.randn(shape, dtype=torch.float64)
     if rng.random() < 0.3:
         features = features.round()
-    weights = torch.rand(shape[:2], generator=g, dtype=torch.float64)
-    mask = torch.rand(shape[:2], generator=g) < rng.choice((0.1, 0.6, 2.0))
+    weights = g.rand(shape[:2], dtype=torch.float64)
+    mask = g.rand(shape[:2]) < rng.choice((0.1, 0.6, 2.0))
 
     def run(module):
         return value_and_gradients(lambda f, w: module.gpo_pool(f, w, mask), features, weights)

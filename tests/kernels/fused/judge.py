@@ -1,6 +1,7 @@
 """When a kernel is right: no further from float64 than twice plain torch in the inputs' own type."""
 
 import torch
+from problems import Numbers
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,8 +25,8 @@ def assert_as_good(
 
 def spread(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers in dtype."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+    g = Numbers(seed)
+    return g.randn(shape, dtype=torch.float64).to(dtype)
 
 
 def strided(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from judge import DTYPES, assert_as_good, slope, spread, strided
+from problems import Numbers
 
 from d2s.kernels import reference
 from d2s.kernels.fused import gpo
@@ -10,18 +11,18 @@ from d2s.kernels.fused import gpo
 
 def problem(batch, tokens, width, dtype, kind="holes"):
     """features, weights, mask, grad."""
-    g = torch.Generator().manual_seed(tokens)
+    g = Numbers(tokens)
     features, grad = (
         spread(batch, tokens, width, seed=1, dtype=dtype),
         spread(batch, width, seed=2, dtype=dtype),
     )
-    weights = torch.rand(batch, tokens, generator=g).to(dtype)
+    weights = g.rand(batch, tokens).to(dtype)
     if kind == "full":
         mask = torch.ones(batch, tokens, dtype=torch.bool)
     elif kind == "ragged":
-        mask = torch.arange(tokens) < torch.randint(0, tokens + 1, (batch, 1), generator=g)
+        mask = torch.arange(tokens) < g.randint(0, tokens + 1, (batch, 1))
     else:
-        mask = torch.rand(batch, tokens, generator=g) < 0.6
+        mask = g.rand(batch, tokens) < 0.6
     return features, weights, mask, grad
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from judge import DTYPES, spread, strided
+from problems import Numbers
 from torch.nn.functional import normalize
 
 from d2s.kernels import reference
@@ -12,11 +13,11 @@ from d2s.kernels.fused.ranks import retrieval_ranks
 
 def problem(n, m, width, dtype=torch.float32, distinct=12):
     """queries, candidates and their ids: small whole numbers, whose products tie often and are exact."""
-    g = torch.Generator().manual_seed(n + m)
-    queries = torch.randint(-2, 3, (n, width), generator=g).to(dtype)
-    candidates = torch.randint(-2, 3, (m, width), generator=g).to(dtype)
-    query_ids = torch.randint(distinct, (n,), generator=g) * 10**10
-    return queries, candidates, query_ids, torch.randint(distinct + 2, (m,), generator=g) * 10**10
+    g = Numbers(n + m)
+    queries = g.randint(-2, 3, (n, width)).to(dtype)
+    candidates = g.randint(-2, 3, (m, width)).to(dtype)
+    query_ids = g.randint(distinct, (n,)) * 10**10
+    return queries, candidates, query_ids, g.randint(distinct + 2, (m,)) * 10**10
 
 
 def lists(query_ids, candidate_ids):
@@ -51,8 +52,8 @@ def test_lists_with_gaps_and_repetitions():
     queries, candidates, *_ = problem(9, 150, 6)
     count = torch.tensor([0, 140, 0, 0, 3, 70, 1, 2, 0])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
-    g = torch.Generator().manual_seed(3)
-    indices = torch.randint(150, (int(starts[-1]),), generator=g)
+    g = Numbers(3)
+    indices = g.randint(150, (int(starts[-1]),))
     indices[-1] = indices[-2]
     exact = reference.retrieval_ranks(queries, candidates, (starts, indices), None, None)
     ours = retrieval_ranks(queries, candidates, (starts, indices), None, None)
