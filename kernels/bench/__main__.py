@@ -4,6 +4,7 @@ Peak memory on a CPU is the process' high-water mark, taken in a process of its 
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,58 +12,49 @@ from pathlib import Path
 
 import torch
 
-from d2s.kernels.bench import record, timing
+from d2s.kernels.bench import plan, record, timing
 from d2s.kernels.bench.cases import CASES, Inputs, Run, Shape
 from d2s.kernels.bench.floor import work
 from d2s.kernels.bench.providers import PROVIDERS, Unavailable, provider
 from d2s.kernels.bench.table import HEADER, show
 
-QUICK_CASES = ("hinge_max", "hinge_sum", "info_nce", "gpo")
-QUICK_PROVIDERS = ("ours", "eager", "released")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WIDTH = 512
-TOKENS = Shape(n=128, tokens=577, width=WIDTH)
-TINY = {"gpo": Shape(n=4, tokens=9, width=16)}
 # Up to here a GPU is timed by CUDA graphs, too: launches cost more than the work.
 LAUNCH_BOUND = 1024
-
-
-def shapes(case: str, arguments: argparse.Namespace) -> list[Shape]:
-    """The sizes of a case, in the order of the sweep."""
-    if arguments.size == "tiny":
-        return [TINY.get(case, Shape(n=64, width=16))]
-    if case == "gpo":
-        return [TOKENS]
-    if arguments.n:
-        sizes = arguments.n
-    elif arguments.quick:
-        sizes = [8192]
-    elif arguments.device.startswith("cuda"):
-        sizes = [128, 1024, 8192, 32768, 131072]
-    else:
-        sizes = [128, 1024, 8192]
-    return [Shape(n=n, width=WIDTH) for n in sizes]
+# Seconds after which a variant on a GPU is repeated no more.
+LONGEST = 10.0
 
 
 def _runs(case: str, shape: Shape, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Run]:
     """The variants that work at this size, each having run once; says why another does not."""
     found = {}
-    small = CASES[case].make(shape, dtype, arguments.device, 0)
-    for name in arguments.provider or (QUICK_PROVIDERS if arguments.quick else PROVIDERS):
-        try:
-            run = provider(name, case, arguments.device, shape.width)
-            timing.step(run, small, "full")[0]()
-        except Unavailable as reason:
-            if arguments.provider:
-                print(f"  {reason}")
-        # Out of memory, a compiler that is missing, another package's bug: the others are measured all the same.
-        except Exception as error:  # noqa: BLE001
-            print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            if arguments.device.startswith("cuda"):
-                torch.cuda.empty_cache()
+    inputs = CASES[case].make(shape, dtype, arguments.device, 0)
+    for name in plan.providers(arguments):
+        run, why = _tried(name, case, shape, inputs, arguments)
+        if run is None:
+            # Only here: in the handler the exception still holds every tensor of the failed step.
+            timing.release(arguments.device)
+            if why:
+                print(f"  {why}", flush=True)
         else:
             found[name] = run
     return found
+
+
+def _tried(
+    name: str, case: str, shape: Shape, inputs: Inputs, arguments: argparse.Namespace
+) -> tuple[Run | None, str]:
+    """A variant after its first step, or why there is none; no word of a missing one that nobody asked for."""
+    try:
+        run = provider(name, case, arguments.device, shape.width)
+        timing.step(run, inputs, "full")[0]()
+        if arguments.device.startswith("cuda"):
+            torch.cuda.synchronize(arguments.device)
+    except Unavailable as error:
+        return None, str(error) if arguments.provider else ""
+    # Out of memory, a compiler that is missing, another package's bug: the others are measured all the same.
+    except Exception as error:  # noqa: BLE001
+        return None, f"{name}: {timing.reason(error)}"
+    return run, ""
 
 
 def _memory(
@@ -70,7 +62,13 @@ def _memory(
 ) -> float | None:
     """Mebibytes; None, and a line that says why, where it cannot be measured."""
     if arguments.device.startswith("cuda"):
-        return _memory_here(run, case, shape, dtype, arguments) / 2**20
+        try:
+            return _memory_here(run, case, shape, dtype, arguments) / 2**20
+        # A peer may not take the few rows of the first step; its times are measured all the same.
+        except Exception as error:  # noqa: BLE001
+            print(f"  {name}: peak memory: {timing.reason(error)}")
+        timing.release(arguments.device)
+        return None
     command = [
         sys.executable,
         "-m",
@@ -89,7 +87,7 @@ def _memory(
 
 
 def _memory_here(run: Run, case: str, shape: Shape, dtype: str, arguments: argparse.Namespace) -> int:
-    make, kind = CASES[case].make, DTYPES[dtype]
+    make, kind = CASES[case].make, plan.DTYPES[dtype]
     small = Shape(n=min(shape.n, 64), width=shape.width, tokens=shape.tokens)
     return timing.extra_bytes(
         run,
@@ -99,11 +97,10 @@ def _memory_here(run: Run, case: str, shape: Shape, dtype: str, arguments: argpa
     )
 
 
-def measure(
-    case: str, shape: Shape, dtype: str, ceiling: tuple[float, float], arguments: argparse.Namespace
-) -> list[record.Row]:
+def measure(item: plan.Item, ceiling: tuple[float, float], arguments: argparse.Namespace) -> list[record.Row]:
     """All variants and modes of a case at one size."""
-    kind = DTYPES[dtype]
+    case, dtype, shape = item.case, item.dtype, item.shape
+    kind = plan.DTYPES[dtype]
     runs = _runs(case, shape, kind, arguments)
     if not runs:
         return []
@@ -111,16 +108,21 @@ def measure(
     count = timing.sets_needed(first.nbytes(), arguments.device)
     inputs = [first, *(CASES[case].make(shape, kind, arguments.device, seed) for seed in range(1, count))]
     extra = {name: _memory(name, run, case, shape, dtype, arguments) for name, run in runs.items()}
-    modes = ("full",) if arguments.quick or not first.leaves else arguments.mode or timing.MODES
     rows = []
-    for mode in modes:
+    for mode in plan.modes(case, arguments):
         row = _row_maker(case, mode, shape, dtype, ceiling, arguments)
-        times = timing.in_turn(runs, inputs, mode, arguments.repeat, arguments.warm, arguments.device)
+        refused: dict[str, str] = {}
+        times = timing.in_turn(
+            runs, inputs, mode, arguments.repeat, arguments.warm, arguments.device, arguments.longest, refused
+        )
+        if refused:
+            timing.release(arguments.device)
+            print("\n".join(f"  {name}: {mode}: {why}" for name, why in refused.items()), flush=True)
         memory = extra if mode == "full" else {}
         clock = "events" if arguments.device.startswith("cuda") else "wall"
         rows += [row(name, clock, spent, memory.get(name)) for name, spent in times.items()]
         if arguments.device.startswith("cuda") and shape.n <= LAUNCH_BOUND and mode != "backward":
-            rows += _graph_rows(runs, inputs, mode, row, arguments)
+            rows += _graph_rows({name: runs[name] for name in times}, inputs, mode, row, arguments)
     return rows
 
 
@@ -145,7 +147,7 @@ def _row_maker(
     ceiling: tuple[float, float],
     arguments: argparse.Namespace,
 ) -> Callable[..., record.Row]:
-    least = work(case, shape, DTYPES[dtype], mode)
+    least = work(case, shape, plan.DTYPES[dtype], mode)
 
     def row(name: str, clock: str, spent: list[float], extra: float | None) -> record.Row:
         median = timing.quantile(spent, 0.5)
@@ -189,10 +191,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=timing.MODES, action="append", help="these modes alone")
     parser.add_argument("--provider", choices=PROVIDERS, action="append", help="these variants alone")
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), action="append", help="float32; on CUDA bfloat16, too"
+        "--dtype", choices=tuple(plan.DTYPES), action="append", help="float32; on CUDA bfloat16, too"
     )
     parser.add_argument("--n", type=int, action="append", help="these numbers of rows alone")
-    parser.add_argument("--repeat", type=int, help="timed rounds: 3 if quick, else 10, on CUDA 50")
+    parser.add_argument(
+        "--repeat", type=int, help="timed rounds: 3 if quick, else 10, on CUDA 50 or as many as take 10 s"
+    )
     parser.add_argument(
         "--out", type=Path, help="folder of the CSV; tiny sizes are written nowhere by default"
     )
@@ -202,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _peak(arguments: argparse.Namespace) -> int:
     case, dtype = arguments.only[0], arguments.dtype[0]
-    shape = shapes(case, arguments)[0]
+    shape = plan.shapes(case, dtype, arguments)[0]
     run = provider(arguments.peak, case, arguments.device, shape.width)
     print(_memory_here(run, case, shape, dtype, arguments))
     return 0
@@ -217,23 +221,37 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if arguments.peak:
         return _peak(arguments)
+    # Who asks for a number of repeats gets it.
+    arguments.longest = LONGEST if on_gpu and not arguments.repeat else math.inf
     arguments.repeat = arguments.repeat or (3 if arguments.quick else 50 if on_gpu else 10)
     # Every variant has run once before its memory is taken; a GPU's clocks want more than that.
     arguments.warm = 5 if on_gpu else 0
-    folder = arguments.out or (record.RESULTS if arguments.size == "full" else None)
     torch.backends.cuda.matmul.allow_tf32 = False
+    _everything(arguments, arguments.out or (record.RESULTS if arguments.size == "full" else None))
+    return 0
+
+
+def _everything(arguments: argparse.Namespace, folder: Path | None) -> None:
+    """Measures, prints and records; what a run that ends early has measured is in the file."""
     device, version = record.device_name(arguments.device), record.versions()
     print(f"{device}; torch {version['torch']}, triton {version['triton'] or 'none'}, {record.today()}")
-    for dtype in arguments.dtype or (("bfloat16", "float32") if on_gpu else ("float32",)):
-        ceiling = timing.ceilings(DTYPES[dtype], arguments.device, arguments.size == "tiny")
-        print(f"{dtype}: matrix product {ceiling[0]:.3f} TFLOP/s, copy {ceiling[1]:.1f} GB/s\n{HEADER}")
-        for case in arguments.only or (QUICK_CASES if arguments.quick else tuple(CASES)):
-            for shape in shapes(case, arguments):
-                rows = measure(case, shape, dtype, ceiling, arguments)
-                show(rows)
-                if folder:
-                    record.append(folder, rows)
-    return 0
+    todo = plan.items(arguments)
+    ceilings = {
+        dtype: timing.ceilings(plan.DTYPES[dtype], arguments.device, arguments.size == "tiny")
+        for dtype in dict.fromkeys(item.dtype for item in todo)
+    }
+    progress = plan.Progress({item: plan.guess(item, ceilings[item.dtype], arguments) for item in todo})
+    dtype = None
+    for item in todo:
+        ceiling = ceilings[item.dtype]
+        if item.dtype != dtype:
+            dtype = item.dtype
+            print(f"{dtype}: matrix product {ceiling[0]:.3f} TFLOP/s, copy {ceiling[1]:.1f} GB/s\n{HEADER}")
+        progress.next(item)
+        rows = measure(item, ceiling, arguments)
+        show(rows)
+        if folder:
+            record.append(folder, rows)
 
 
 if __name__ == "__main__":

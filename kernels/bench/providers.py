@@ -29,11 +29,11 @@ def provider(name: str, case: str, device: str, width: int) -> Run:
             raise Unavailable(f"{name}: public code has it the plain way")
         return CASES[case].released
     if name == "compiled":
-        return torch.compile(CASES[case].plain, dynamic=False)
+        return _compiled(CASES[case].plain)
     if not device.startswith("cuda"):
         raise Unavailable(f"{name}: measured on CUDA only")
     if name == "chunked":
-        return _chunked(CASES[case].ours)
+        return _Chunked(CASES[case].ours)
     if case != "info_nce":
         raise Unavailable(f"{name}: symmetric InfoNCE only")
     if name == "inf_cl" and width % 256:
@@ -41,12 +41,29 @@ def provider(name: str, case: str, device: str, width: int) -> Run:
     return _PEERS[name]()
 
 
-def _chunked(ours: Run) -> Run:
-    def run(inputs: Inputs) -> Tensor:
-        with _environment("D2S_KERNELS", "chunked"):
-            return ours(inputs)
+def _compiled(plain: Run) -> Run:
+    """Compiled for every size anew, or an error: what cannot be compiled must not be timed under this name.
 
-    return run
+    Dynamo counts recompilations by code object, which sizes, types and both hinges share; past its limit it runs
+    the function as it is, and says nothing.
+    """
+    torch._dynamo.reset()
+    return torch.compile(plain, dynamic=False, fullgraph=True)
+
+
+class _Chunked:
+    """Ours by the chunked implementation: the environment chooses it when forward runs and when backward does."""
+
+    def __init__(self, ours: Run) -> None:
+        self.ours = ours
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        with _environment("D2S_KERNELS", "chunked"):
+            return self.ours(inputs)
+
+    def gradients(self, value: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+        with _environment("D2S_KERNELS", "chunked"):
+            return torch.autograd.grad(value, inputs.leaves, inputs.upstream)
 
 
 @contextmanager

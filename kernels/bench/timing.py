@@ -1,6 +1,7 @@
 """How it is measured: inputs that are not in a cache, variants in turn, the device's clock, peak memory."""
 
 import ctypes
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,26 +16,34 @@ MODES = ("full", "forward", "backward")
 # Where a device does not tell the size of its last cache level.
 CACHE = 64 << 20
 MOST_SETS = 64
+# The least repeats of what takes long.
+FEWEST = 3
 
 
 def step(run: Run, inputs: Inputs, mode: str) -> tuple[Callable[[], object], Callable[[], object] | None]:
     """(what is timed, what runs before it without being timed) of one step in a mode."""
     if mode == "forward" or not inputs.leaves:
         return lambda: run(inputs), None
+    # A variant may have its own way to differentiate.
+    gradients = getattr(run, "gradients", _gradients)
     if mode == "full":
-        return lambda: torch.autograd.grad(run(inputs), inputs.leaves, inputs.upstream), None
+        return lambda: gradients(run(inputs), inputs), None
     held: list[Tensor] = []
 
     def prepare() -> None:
         held.append(run(inputs))
 
-    return lambda: torch.autograd.grad(held.pop(), inputs.leaves, inputs.upstream), prepare
+    return lambda: gradients(held.pop(), inputs), prepare
+
+
+def _gradients(value: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value, inputs.leaves, inputs.upstream)
 
 
 def sets_needed(one: int, device: str) -> int:
     """How many sets of inputs of that many bytes push each other out of the last cache level."""
     if device.startswith("cuda"):
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", CACHE)
     else:
         file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
         text = file.read_text(encoding="ascii").strip() if file.is_file() else ""
@@ -43,20 +52,52 @@ def sets_needed(one: int, device: str) -> int:
 
 
 def in_turn(
-    runs: dict[str, Run], inputs: Sequence[Inputs], mode: str, repeats: int, warm: int, device: str
+    runs: dict[str, Run],
+    inputs: Sequence[Inputs],
+    mode: str,
+    repeats: int,
+    warm: int,
+    device: str,
+    longest: float = math.inf,
+    refused: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every repeat of every variant; they take turns, each round with the next inputs."""
+    """Milliseconds of every repeat of every variant; they take turns, each round with the next inputs.
+
+    A variant leaves after `longest` seconds, but not before FEWEST repeats, and is warm after a tenth of that. One
+    that raises leaves with its reason in `refused`; without that dictionary the exception is the caller's.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    one = _events if device.startswith("cuda") else _wall
+    total, going = dict.fromkeys(runs, 0.0), dict(runs)
     for number in range(warm + repeats):
-        for name, run in runs.items():
-            timed, prepare = step(run, inputs[number % len(inputs)], mode)
-            if prepare:
-                prepare()
-            spent = one(timed)
+        for name, run in [*going.items()]:
+            if number < warm and total[name] > longest / 10:
+                continue
+            try:
+                spent = _once(run, inputs[number % len(inputs)], mode, device)
+            except Exception as error:
+                if refused is None:
+                    raise
+                refused[name] = reason(error)
+                del going[name], times[name]
+                continue
+            total[name] += spent / 1e3
             if number >= warm:
                 times[name].append(spent)
+                if total[name] > longest and len(times[name]) >= FEWEST:
+                    del going[name]
     return times
+
+
+def _once(run: Run, inputs: Inputs, mode: str, device: str) -> float:
+    timed, prepare = step(run, inputs, mode)
+    if prepare:
+        prepare()
+    return _events(timed) if device.startswith("cuda") else _wall(timed)
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _wall(timed: Callable[[], object]) -> float:
@@ -101,7 +142,7 @@ def graphs_in_turn(
         # A provider that waits for the host, or allocates on its own, cannot be captured: that is a finding.
         except Exception as error:  # noqa: BLE001
             torch.cuda.synchronize()
-            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            refused[name] = reason(error)
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for number in range(repeats + 1):
         for name, replay in graphs.items():
@@ -120,12 +161,20 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
+def release(device: str) -> None:
+    """Gives the memory of a step that failed back. Raises where a CUDA device does not answer any more."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 def extra_bytes(run: Run, inputs: Inputs, small: Inputs, device: str) -> int:
     """The most memory in use during forward and backward beyond the inputs and the gradients that come back.
 
     small: inputs for a first step, after which libraries hold what they will hold.
     """
-    torch.autograd.grad(run(small), small.leaves, small.upstream) if small.leaves else run(small)
+    step(run, small, "full")[0]()
     own = sum(leaf.numel() * leaf.element_size() for leaf in inputs.leaves)
     timed, _ = step(run, inputs, "full")
     if device.startswith("cuda"):

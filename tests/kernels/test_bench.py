@@ -1,15 +1,19 @@
 """The benchmark runs, counts and records; the README's tables and plots follow from what it recorded."""
 
+import os
 import subprocess
 import sys
+import weakref
+from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 
 import pytest
 import torch
 
 from d2s.kernels import plot, results
-from d2s.kernels.bench import record, table, timing
+from d2s.kernels.bench import plan, record, table, timing
 from d2s.kernels.bench.cases import CASES, Shape
 from d2s.kernels.bench.floor import work
 from d2s.kernels.bench.providers import Unavailable, provider
@@ -116,6 +120,122 @@ def test_variants_take_turns_with_inputs_that_change():
     spent = timing.in_turn({"a": named("a"), "b": named("b")}, sets, "full", repeats=2, warm=1, device="cpu")
     assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 0), ("b", 0)]
     assert {name: len(times) for name, times in spent.items()} == {"a": 2, "b": 2}
+
+
+def test_a_variant_that_fails_leaves_and_one_that_is_slow_is_repeated_less(monkeypatch):
+    spent = {"quick": 100.0, "slow": 4000.0}
+    monkeypatch.setattr(timing, "_once", lambda run, inputs, mode, device: run(inputs))
+
+    def broken(inputs):
+        raise RuntimeError("out of memory\nand more")
+
+    runs = {name: lambda inputs, ms=ms: ms for name, ms in spent.items()} | {"broken": broken}
+    refused = {}
+    times = timing.in_turn(runs, [None], "full", 50, 5, "cpu", longest=10.0, refused=refused)
+    assert refused == {"broken": "RuntimeError: out of memory"}
+    assert {name: len(found) for name, found in times.items()} == {"quick": 50, "slow": timing.FEWEST}
+    with pytest.raises(RuntimeError, match="and more"):
+        timing.in_turn(runs, [None], "full", 50, 5, "cpu")
+
+
+def test_a_failed_step_is_freed_before_its_memory_is_given_back(monkeypatch):
+    main = import_module("d2s.kernels.bench.__main__")
+    held, dead = [], []
+
+    def run(inputs):
+        tensor = torch.ones(1000)
+        held.append(weakref.ref(tensor))
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(main, "provider", lambda *_: run)
+    monkeypatch.setattr(timing, "release", lambda device: dead.append(held[-1]() is None))
+    arguments = Namespace(provider=["ours", "eager"], device="cpu", quick=False)
+    assert main._runs("hinge_max", Shape(n=4, width=4), torch.float32, arguments) == {}
+    assert dead == [True, True]
+
+
+def test_compiled_is_compiled_for_every_size(monkeypatch):
+    """Past its limit of recompilations dynamo runs the plain function, which would then be timed in its name."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for number, case in enumerate(("hinge_max", "hinge_sum") * 6, 2):
+        inputs = CASES[case].make(Shape(n=number, width=4), torch.float32, "cpu", 0)
+        provider("compiled", case, "cpu", 4)(inputs)
+    assert len(compiled) == 12
+
+
+def test_what_dynamo_cannot_compile_whole_is_an_error():
+    inputs = CASES["gpo"].make(SMALL["gpo"], torch.float32, "cpu", 0)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        provider("compiled", "gpo", "cpu", 8)(inputs)
+
+
+def test_chunked_is_chunked_forward_and_backward(monkeypatch):
+    monkeypatch.setenv("D2S_KERNELS", "reference")
+    seen = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(os.environ["D2S_KERNELS"])
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(os.environ["D2S_KERNELS"])
+            return grad.expand(2, 4)
+
+    monkeypatch.setitem(
+        CASES, "hinge_max", replace(CASES["hinge_max"], ours=lambda some: Noted.apply(some.leaves[0]))
+    )
+    inputs = CASES["hinge_max"].make(Shape(n=2, width=4), torch.float32, "cpu", 0)
+    inputs.leaves.pop()
+    run = provider("chunked", "hinge_max", "cuda", 4)
+    timing.step(run, inputs, "full")[0]()
+    timed, prepare = timing.step(run, inputs, "backward")
+    prepare()
+    timed()
+    assert seen == ["chunked"] * 4
+    assert os.environ["D2S_KERNELS"] == "reference"
+
+
+def arguments_of(**changed):
+    """What the command line gives, on a GPU."""
+    given = {"size": "full", "device": "cuda", "quick": False, "n": None, "dtype": None, "only": None}
+    rest = {"provider": None, "mode": None, "repeat": 50, "warm": 5, "longest": 10.0}
+    return Namespace(**{**given, **rest, **changed})
+
+
+def test_float32_on_a_gpu_stops_at_32768_unless_asked():
+    def sizes(**changed):
+        return {(item.dtype, item.shape.n) for item in plan.items(arguments_of(only=["info_nce"], **changed))}
+
+    assert max(n for dtype, n in sizes() if dtype == "float32") == 32768
+    assert ("bfloat16", 131072) in sizes()
+    assert ("float32", 131072) in sizes(n=[131072])
+
+
+def test_progress_guesses_before_and_corrects_itself(monkeypatch, capsys):
+    arguments = arguments_of(only=["info_nce"], dtype=["bfloat16"], provider=["ours"])
+    guesses = {item: plan.guess(item, (500.0, 2000.0), arguments) for item in plan.items(arguments)}
+    assert list(guesses.values()) == sorted(guesses.values())
+    assert sum(guesses.values()) < 300
+    clock = iter((0.0, 0.0, 120.0))
+    monkeypatch.setattr(plan.time, "monotonic", lambda: next(clock))
+    items = [*guesses][:2]
+    progress = plan.Progress(dict.fromkeys(items, 60.0))
+    for item in items:
+        progress.next(item)
+    assert capsys.readouterr().err.splitlines() == [
+        "bench: 2 cases and sizes, about 2.0 min",
+        "bench: 1 of 2, info_nce 128x512 bfloat16; 0.0 min gone, about 2.0 min to go",
+        "bench: 2 of 2, info_nce 1024x512 bfloat16; 2.0 min gone, about 2.0 min to go",
+    ]
 
 
 def test_quantiles_lie_between_the_sorted_values():
