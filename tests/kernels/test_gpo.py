@@ -40,6 +40,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda f, w: functional.gpo_pool(f, w, mask), inputs)
 
 
+@pytest.mark.on_cpu
 def test_threads_do_not_matter():
     features, weights, mask = problem(40, 70, 128, 2, torch.float32)
     threads = torch.get_num_threads()
@@ -53,6 +54,7 @@ def test_threads_do_not_matter():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.on_cpu
 def test_blocks_of_channels_do_not_matter(monkeypatch):
     features, weights, mask = problem(6, 40, 50, 5, torch.float32)
     runs = []
@@ -73,12 +75,13 @@ def test_sample_is_the_same_alone_and_in_any_padded_batch(dtype):
     together = functional.gpo_pool(features, weights, mask)
     noisy = torch.where(mask[:, :, None], features, 1e6)
     assert torch.equal(together, functional.gpo_pool(noisy, weights, mask))
+    # A CPU gives float32 the same bits; a device adds the products up in an order that goes by the padded length.
+    on_cpu = features.device.type == "cpu"
+    far = {torch.float32: 0 if on_cpu else 1e-5, torch.float64: 1e-12}[dtype]
     for b, length in enumerate(mask.sum(1).tolist()):
         own = slice(b, b + 1), slice(0, length)
         alone = functional.gpo_pool(features[own], weights[own], mask[own])
-        if dtype == torch.float32:
-            assert torch.equal(together[own[0]], alone)
-        assert torch.allclose(together[own[0]], alone, rtol=0, atol=1e-12 if dtype == torch.float64 else 0)
+        assert torch.allclose(together[own[0]], alone, rtol=0, atol=far)
 
 
 def test_value_does_not_depend_on_gradients_being_wanted():

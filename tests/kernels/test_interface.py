@@ -145,6 +145,7 @@ def _peak(function) -> int:
     return top
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("name", CONTRASTIVE)
 def test_extra_memory_grows_no_faster_than_the_batch(name, monkeypatch):
     monkeypatch.setattr(common, "CHUNK_ENTRIES", 1 << 14)
