@@ -1,11 +1,10 @@
 """`python -m d2s.kernels.results`: the tables and plots of the kernels' README, from the CSV files in `results/`.
 
 Of measurements of the same thing the last row counts. `--check` writes nothing and fails where README or plots say
-something else than the files.
+something else than the files. Where anything is wrong with a file, nothing is written.
 """
 
 import argparse
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +15,9 @@ import torch
 from d2s.kernels.bench.cases import CASES, Shape
 from d2s.kernels.bench.floor import work
 from d2s.kernels.bench.providers import PROVIDERS
-from d2s.kernels.bench.record import RESULTS, Row, file_of, read
+from d2s.kernels.bench.record import RESULTS, Row, file_of
+from d2s.kernels.files import write_all
+from d2s.kernels.measured import by_device
 from d2s.kernels.plot import Line, Panel, figure
 
 README = Path(__file__).with_name("README.md")
@@ -24,20 +25,6 @@ BEGIN, END = "<!-- results: generated, see above -->", "<!-- end of results -->"
 # The ceilings that the floors of a GPU nobody has measured are worked out with: TFLOP/s in bf16, GB/s.
 H200 = (790.0, 4300.0)
 SWEEPS = tuple(name for name, case in CASES.items() if case.flops[0])
-
-
-def latest(rows: Sequence[Row]) -> list[Row]:
-    """Each measurement's last row, in the order in which they were first taken."""
-    return list({row.key: row for row in rows}.values())
-
-
-def by_device(folder: Path) -> dict[str, list[Row]]:
-    """The rows that count, by device."""
-    rows = latest([row for path in sorted(folder.glob("*.csv")) for row in read(path)])
-    found: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        found[row.device].append(row)
-    return dict(sorted(found.items()))
 
 
 def _number(value: float | None) -> str:
@@ -92,8 +79,6 @@ def unmeasured() -> list[str]:
 def section(devices: dict[str, list[Row]]) -> str:
     """What stands between the two markers."""
     parts: list[str] = []
-    if not devices:
-        parts += ["No measurement is committed.", ""]
     for device, rows in devices.items():
         last = rows[-1]
         parts += [f"### {device}", ""]
@@ -131,7 +116,7 @@ def _panels(rows: Sequence[Row], what: str) -> list[Panel]:
                 lines += [Line(name=name, points=points)] if points else []
             if what == "time" and lines:
                 floors = sorted({(r.n, r.floor_ms) for r in some if r.provider == "ours"})
-                lines.append(Line(name="floor", points=floors, dashed=True))
+                lines += [Line(name="floor", points=floors, dashed=True)] if floors else []
             if lines:
                 panels.append(Panel(title=f"{case}, {dtype}", lines=lines))
     return panels
@@ -149,6 +134,35 @@ def plots(devices: dict[str, list[Row]]) -> dict[str, str]:
     return made
 
 
+def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
+    """The README with what the files say between its markers. Raises ValueError where it lacks them."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for marker in (BEGIN, END):
+        if marker not in text:
+            raise ValueError(f"{path}: lacks the line {marker}")
+        # Of two pairs nobody knows which is the generated part.
+        if text.count(marker) > 1:
+            raise ValueError(f"{path}: has the line {marker} more than once")
+    head, _, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise ValueError(f"{path}, line {head.count(chr(10)) + 1}: {BEGIN} must come before {END}")
+    return f"{head}{BEGIN}\n\n{section(devices)}\n\n{END}{tail}"
+
+
+def _stale(files: dict[Path, str]) -> dict[Path, str]:
+    """Those that are missing or say something else. Raises OSError where one cannot be read."""
+    # Whatever is no text in what lies there is a difference, not an error.
+    return {
+        path: text
+        for path, text in files.items()
+        if not path.exists() or path.read_text(encoding="utf-8", errors="surrogateescape") != text
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     """Writes README and plots, or compares them; 1 where they differ, 2 where a file cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m d2s.kernels.results", description=__doc__.split("\n")[0])
@@ -160,20 +174,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         devices = by_device(arguments.folder)
-        before = arguments.readme.read_text(encoding="utf-8")
-        if BEGIN not in before or END not in before:
-            raise ValueError(f"{arguments.readme}: lacks the line {BEGIN} or {END}")
+        files = {arguments.readme: new_readme(arguments.readme, devices)}
+        files |= {arguments.folder / name: svg for name, svg in plots(devices).items()}
+        stale = _stale(files)
+        if not arguments.check:
+            write_all(stale)
     except (OSError, ValueError) as error:
         print(f"results: {error}", file=sys.stderr)
         return 2
-    between = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    text = between.sub(lambda _: f"{BEGIN}\n\n{section(devices)}\n\n{END}", before)
-    files = {arguments.readme: text}
-    files |= {arguments.folder / name: svg for name, svg in plots(devices).items()}
-    stale = [p for p, content in files.items() if not p.is_file() or p.read_text(encoding="utf-8") != content]
     for path in stale:
-        if not arguments.check:
-            path.write_text(files[path], encoding="utf-8")
         print(f"{'differs' if arguments.check else 'written'}: {path}")
     return 1 if arguments.check and stale else 0
 
