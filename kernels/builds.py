@@ -8,8 +8,9 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,15 @@ if TYPE_CHECKING:
 FIGURES = Path(__file__).with_name("results") / "compile.json"
 ARCHITECTURES = (80, 90, 100)
 # What a block may have, in bytes.
-SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    103: 227 << 10,
+    120: 99 << 10,
+}
 HALF = ("bf16", "fp16")
 
 
@@ -162,24 +171,91 @@ def _compiling_process() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
+class Workers:
+    """Processes that build. A compiler that takes its process with it is the fault of its job alone."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._pool = _pool(processes)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def build(self, todo: Sequence[Job]) -> Iterator[Built]:
+        """The jobs' results in their order, built side by side."""
+        futures = [self._submit(job) for job in todo]
+        for number, future in enumerate(futures):
+            if isinstance(future.exception(), BrokenProcessPool):
+                break
+            yield future.result()
+        else:
+            return
+        # Who ended its process is not known, and all that waited are lost: each gets a process of its own.
+        self._pool.shutdown(cancel_futures=True)
+        self._pool = _pool(self.processes)
+        with ThreadPoolExecutor(self.processes) as threads:
+            yield from threads.map(_alone, todo[number:])
+
+    def _submit(self, job: Job) -> Future:
+        try:
+            return self._pool.submit(build, job)
+        except BrokenProcessPool as error:
+            refused: Future = Future()
+            refused.set_exception(error)
+            return refused
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, get_context("spawn"), _compiling_process)
+
+
+def _alone(job: Job) -> Built:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(build, job).result()
+        except BrokenProcessPool:
+            return Built(job=job, figures=None, error="the compiler ended its process")
+
+
 def build_all(todo: Sequence[Job], processes: int) -> Iterator[Built]:
     """The jobs' results in their order, built side by side in processes of their own."""
-    with ProcessPoolExecutor(processes, get_context("spawn"), _compiling_process) as pool:
-        yield from pool.map(build, todo)
+    with Workers(processes) as workers:
+        yield from workers.build(todo)
 
 
 def read_figures() -> dict[str, dict[str, int]]:
-    """The committed figures by key; none where they were taken with another triton, which allocates otherwise."""
+    """The committed figures by key; none where they were taken with another triton, which allocates otherwise.
+
+    Raises ValueError naming the file and the entry where they are damaged.
+    """
     import triton
 
     if not FIGURES.is_file():
         return {}
-    content = json.loads(FIGURES.read_text(encoding="utf-8"))
-    return content["figures"] if content["triton"] == triton.__version__ else {}
+    remedy = "restore it with git, or make it anew with `python -m d2s.kernels.compile --write`"
+    try:
+        content = json.loads(FIGURES.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("figures"), dict):
+            raise ValueError("holds no figures")
+        if not isinstance(content.get("triton"), str):
+            raise ValueError("names no version of triton")
+        for key, figures in content["figures"].items():
+            names = [field.name for field in fields(Figures)]
+            if not isinstance(figures, dict) or any(type(figures.get(name)) is not int for name in names):
+                raise ValueError(f"{key}: must hold the whole numbers {', '.join(names)}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{FIGURES}: {error}; {remedy}") from error
+    return content["figures"] if content["triton"] == triton.__version__ else None
 
 
-def faults(built: Built, committed: dict[str, dict[str, int]], dots: bool) -> list[str]:
-    """What is wrong with a build, in words; dots: it multiplies matrices."""
+def faults(built: Built, committed: dict[str, dict[str, int]] | None, dots: bool) -> list[str]:
+    """What is wrong with a build, in words; dots: it multiplies matrices.
+
+    committed: what a build may spill, nothing where it has no figures; with None spills are no fault.
+    """
     job, figures = built.job, built.figures
     if figures is None:
         return [f"{job.key}: does not compile: {built.error}"]
@@ -187,8 +263,8 @@ def faults(built: Built, committed: dict[str, dict[str, int]], dots: bool) -> li
     limit = SHARED.get(job.arch)
     if limit is not None and figures.shared > limit:
         found.append(f"{job.key}: needs {figures.shared} bytes of shared memory; sm_{job.arch} has {limit}")
-    allowed = committed.get(job.key, {})
-    for name in ("spill_stores", "spill_loads"):
+    allowed = (committed or {}).get(job.key, {})
+    for name in ("spill_stores", "spill_loads") if committed is not None else ():
         now, before = getattr(figures, name), allowed.get(name, 0)
         if now > before:
             found.append(f"{job.key}: {name} {now} bytes; the committed figure is {before}")
