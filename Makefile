@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format bench gpu clean setup
+.PHONY: demo test lint format bench gpu gpu-tests gpu-tune gpu-compile gpu-retest gpu-bench clean setup
 
 setup: $(STAMP)
 
@@ -39,26 +39,18 @@ bench: $(STAMP)
 	$(PY) -m d2s.kernels.bench --device cpu --quick
 	$(PY) -m d2s.shards.bench
 
-# On a machine with a CUDA device, torch and triton: tests, tiles, builds, benchmarks, all into one folder. Nothing
-# is installed, and .venv is not used; without pytest the tests are left out. The tests run before tuning, because
-# no slow or fast kernel matters if it is wrong, and after it, with the tiles that were found.
+# On a machine with a CUDA device, torch, triton, numpy, pytest and a C compiler: tests, tiles, builds, tests with these
+# tiles, benchmarks, all into kernels/results. Nothing is installed, and .venv is not used. kernels/gpu.sh says what
+# each step does and how many minutes it takes at most. A step that fails is named at the end and keeps none back.
+# Less at a time: make gpu-tests, or make gpu GPU_STEPS="tune compile".
 GPU_PYTHON ?= python3
-GPU_RUN := PYTHONPATH=$(CURDIR) $(GPU_PYTHON)
-RESULTS := kernels/results
-GPU_TESTS = if $(GPU_PYTHON) -c "import pytest"; then \
-		D2S_TEST_DEVICE=cuda $(GPU_RUN) -m pytest tests/kernels -q > $(RESULTS)/gpu-tests.txt 2>&1; \
-		status=$$?; tail -n 25 $(RESULTS)/gpu-tests.txt; exit $$status; \
-	else echo "pytest is not installed: the kernels are not tested here"; fi
+# The tests come before tuning, because no slow or fast kernel matters if it is wrong, and after it.
+GPU_STEPS ?= tests tune compile retest bench
+GPU_ALONE := gpu-tests gpu-tune gpu-compile gpu-retest gpu-bench
 gpu:
-	$(GPU_PYTHON) -c "import sys, torch, triton; sys.exit(None if torch.cuda.is_available() else 'no CUDA device')"
-	mkdir -p $(RESULTS)
-	$(GPU_TESTS)
-	$(GPU_RUN) -m d2s.kernels.tune
-	cp kernels/fused/tiles.json $(RESULTS)/gpu-tiles.json
-	$(GPU_TESTS)
-	$(GPU_RUN) -m d2s.kernels.compile > $(RESULTS)/gpu-compile.txt
-	$(GPU_RUN) -m d2s.kernels.bench --device cuda
-	$(GPU_RUN) -m d2s.kernels.results
+	GPU_PYTHON="$(GPU_PYTHON)" kernels/gpu.sh $(GPU_STEPS)
+$(GPU_ALONE): gpu-%:
+	GPU_PYTHON="$(GPU_PYTHON)" kernels/gpu.sh $*
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder

@@ -41,7 +41,14 @@ def _counted(run, name):
 
 # These are about commands, imports and what numpy does, and compute on the CPU whatever the device is. Single tests
 # of the CPU's own ways are marked `on_cpu`.
-ON_CPU = {"test_bench.py", "test_compile.py", "test_gpo_order.py", "test_imports.py", "test_tune.py"}
+ON_CPU = {
+    "test_bench.py",
+    "test_compile.py",
+    "test_gpo_order.py",
+    "test_gpu_script.py",
+    "test_imports.py",
+    "test_tune.py",
+}
 
 
 def pytest_configure(config):
