@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from d2s.kernels.builds import (
     ARCHITECTURES,
     FIGURES,
+    SHARED,
     Built,
     Job,
     all_specs,
@@ -49,38 +50,83 @@ def line(built: Built) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints a row a build; 0, or 1 where something is wrong."""
+def _archs(text: str) -> list[int]:
+    """80,90 as numbers."""
+    known = {str(arch): arch for arch in SHARED}
+    if unknown := [part for part in text.split(",") if part not in known]:
+        names = ", ".join(repr(part) for part in unknown)
+        raise argparse.ArgumentTypeError(f"{names} unknown; known are {', '.join(known)}, e.g. 80,90")
+    return [known[part] for part in text.split(",")]
+
+
+def _processes(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m d2s.kernels.compile", description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="e.g. 80,90")
+    default = ",".join(map(str, ARCHITECTURES))
+    parser.add_argument("--arch", type=_archs, default=default, help=f"e.g. 80,90; default {default}")
     parser.add_argument("--kernel", action="append", help="these kernels alone")
     parser.add_argument("--width", type=int, action="append", help="these D alone")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--jobs", type=_processes, default=min(2, os.cpu_count() or 1), help="processes")
     parser.add_argument("--write", action="store_true", help=f"replace the figures in {FIGURES.name}")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _chosen(arguments: argparse.Namespace, specs: dict[str, "KernelSpec"]) -> list["KernelSpec"]:
+    """The kernels to build. Raises ValueError where a name or a width belongs to none of them."""
+    wanted = arguments.kernel or list(specs)
+    if unknown := [name for name in wanted if name not in specs]:
+        raise ValueError(f"no kernel {', '.join(unknown)}; there are {', '.join(specs)}")
+    widths = sorted({width for name in wanted for width in specs[name].widths})
+    if unknown := [width for width in arguments.width or () if width not in widths]:
+        said = ", ".join(map(str, unknown))
+        raise ValueError(f"argument --width: no kernel of these is built for D = {said}; there are {widths}")
+    # What the table lacks has no figure to be compared with, so a part must not take the place of the whole.
+    if arguments.write and (arguments.kernel or arguments.width or {*arguments.arch} != {*ARCHITECTURES}):
+        raise ValueError("--write needs all kernels, widths and architectures")
+    return [specs[name] for name in wanted]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a row a build; 0, or 1 where a build is wrong, 2 where the command or a table is."""
+    arguments = _parser().parse_args(argv)
     try:
         from d2s.kernels.fused.tiles import tuned_tiles
 
         specs = all_specs()
-        archs = [int(text) for text in arguments.arch.split(",")]
-    except (ImportError, ValueError) as error:
+        todo = jobs(_chosen(arguments, specs), arguments.arch, tuned_tiles())
+        todo = [job for job in todo if not arguments.width or job.width in arguments.width]
+        return _report(todo, specs, _committed(arguments.write), arguments)
+    except (ImportError, OSError, ValueError) as error:
         print(f"compile: {error}", file=sys.stderr)
         return 2
-    wanted = arguments.kernel or list(specs)
-    if unknown := [name for name in wanted if name not in specs]:
-        print(f"compile: no kernel {', '.join(unknown)}; there are {', '.join(specs)}", file=sys.stderr)
-        return 2
-    todo = jobs([specs[name] for name in wanted], archs, tuned_tiles())
-    todo = [job for job in todo if not arguments.width or job.width in arguments.width]
-    if arguments.write and (arguments.kernel or arguments.width):
-        print("compile: --write needs all kernels and widths", file=sys.stderr)
-        return 2
-    return _report(todo, specs, arguments)
 
 
-def _report(todo: list[Job], specs: dict[str, "KernelSpec"], arguments: argparse.Namespace) -> int:
+def _committed(writing: bool) -> dict[str, dict[str, int]] | None:
+    """What spills are compared with; says so where they are not."""
+    try:
+        figures = read_figures()
+    except ValueError:
+        # What is about to be replaced may be damaged.
+        if writing:
+            return None
+        raise
+    if figures is None and not writing:
+        print(f"compile: {FIGURES.name} is of another triton: spills are no faults", file=sys.stderr)
+    return figures
+
+
+def _report(
+    todo: list[Job],
+    specs: dict[str, "KernelSpec"],
+    committed: dict[str, dict[str, int]] | None,
+    arguments: argparse.Namespace,
+) -> int:
     started = time.perf_counter()
-    committed = read_figures()
     print(HEADER)
     results, wrong = [], []
     for built in build_all(todo, arguments.jobs):

@@ -5,12 +5,15 @@ measures on the device at hand and writes `tiles.json`; what it holds no entry f
 """
 
 import json
-from dataclasses import dataclass
+import re
+import warnings
+from dataclasses import dataclass, fields
 from functools import cache
-from importlib import resources
+from pathlib import Path
 
 import torch
 
+TABLE = Path(__file__).with_name("tiles.json")
 # The largest width of each bucket; wider ones share the last.
 BUCKETS = (64, 128, 256, 512, 1152)
 
@@ -40,8 +43,56 @@ def bucket(width: int) -> int:
 @cache
 def tuned_tiles() -> dict[str, dict[str, int]]:
     """The content of tiles.json, read once; the tuner puts its candidates into this very dictionary."""
-    text = resources.files("d2s.kernels.fused").joinpath("tiles.json").read_text(encoding="utf-8")
-    return json.loads(text)
+    return read_tiles(TABLE)
+
+
+def read_tiles(path: Path) -> dict[str, dict[str, int]]:
+    """Tiles by entry; none where there is no such file. Warns of entries that no kernel asks for.
+
+    Raises ValueError naming the file and the entry that is damaged: with the defaults in its place, this worker
+    would add its sums up in another order than one whose file is whole.
+    """
+    if not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise ValueError("holds no table of tiles")
+        for key, tile in table.items():
+            if fault := _fault(tile):
+                raise ValueError(f"{key}: {fault}")
+    except (ValueError, RecursionError) as error:
+        remedy = "restore it with git, or delete it and run `python -m d2s.kernels.tune`"
+        raise ValueError(f"{path}: {error}; {remedy}") from error
+    if unknown := [key for key in table if not _known(key)]:
+        warnings.warn(f"{path}: no kernel asks for {', '.join(map(repr, unknown))}", stacklevel=2)
+    return table
+
+
+def _fault(tile: object) -> str:
+    """What is wrong with an entry's tile, in words."""
+    names = [field.name for field in fields(Tile)]
+    if not isinstance(tile, dict) or {*tile} != {*names}:
+        return f"must hold {', '.join(names)} and nothing else"
+    for name, value in tile.items():
+        # True is an int, too.
+        if type(value) is not int or value < 1:
+            return f"{name}: {value!r}: must be a whole number above 0"
+        # Triton has blocks of no other sizes.
+        if name != "stages" and value & (value - 1):
+            return f"{name}: {value}: must be a power of two"
+    return ""
+
+
+def _known(key: str) -> bool:
+    """Whether a kernel could ask for that entry."""
+    # That module's kernels import this one.
+    from d2s.kernels.fused import ALL_SPECS
+
+    found = re.fullmatch(r"(\w+)/sm_\d{2,3}/(\d+)/(half|float)", key)
+    if found is None:
+        return False
+    return found[1] in {spec.row or spec.name for spec in ALL_SPECS} and int(found[2]) in BUCKETS
 
 
 def _sweep_tile(width: int, half: bool, capability: tuple[int, int]) -> Tile:
