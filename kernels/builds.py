@@ -5,13 +5,9 @@ that, which is why this module imports the kernels inside its functions.
 """
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,67 +163,16 @@ def all_specs() -> dict[str, "KernelSpec"]:
     return {spec.name: spec for spec in ALL_SPECS}
 
 
-def _compiling_process() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
-
-
-class Workers:
-    """Processes that build. A compiler that takes its process with it is the fault of its job alone."""
-
-    def __init__(self, processes: int) -> None:
-        self.processes = processes
-        self._pool = _pool(processes)
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def build(self, todo: Sequence[Job]) -> Iterator[Built]:
-        """The jobs' results in their order, built side by side."""
-        futures = [self._submit(job) for job in todo]
-        for number, future in enumerate(futures):
-            if isinstance(future.exception(), BrokenProcessPool):
-                break
-            yield future.result()
-        else:
-            return
-        # Who ended its process is not known, and all that waited are lost: each gets a process of its own.
-        self._pool.shutdown(cancel_futures=True)
-        self._pool = _pool(self.processes)
-        with ThreadPoolExecutor(self.processes) as threads:
-            yield from threads.map(_alone, todo[number:])
-
-    def _submit(self, job: Job) -> Future:
-        try:
-            return self._pool.submit(build, job)
-        except BrokenProcessPool as error:
-            refused: Future = Future()
-            refused.set_exception(error)
-            return refused
-
-
-def _pool(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, get_context("spawn"), _compiling_process)
-
-
-def _alone(job: Job) -> Built:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(build, job).result()
-        except BrokenProcessPool:
-            return Built(job=job, figures=None, error="the compiler ended its process")
-
-
 def build_all(todo: Sequence[Job], processes: int) -> Iterator[Built]:
     """The jobs' results in their order, built side by side in processes of their own."""
+    from d2s.kernels.workers import Workers
+
     with Workers(processes) as workers:
         yield from workers.build(todo)
 
 
-def read_figures() -> dict[str, dict[str, int]]:
-    """The committed figures by key; none where they were taken with another triton, which allocates otherwise.
+def read_figures() -> dict[str, dict[str, int]] | None:
+    """The committed figures by key; None where they were taken with another triton, which allocates otherwise.
 
     Raises ValueError naming the file and the entry where they are damaged.
     """
