@@ -137,6 +137,14 @@ def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     return out.to(features.dtype)
 
 
+def _even_sums(x: Tensor) -> Tensor:
+    """The sum of each row of x (M, D): (M,). Equal rows have equal sums, which products and sums do not promise."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = torch.cat([x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]], 1)
+    return x[:, 0]
+
+
 def retrieval_ranks(
     queries: Tensor,
     candidates: Tensor,
@@ -145,9 +153,9 @@ def retrieval_ranks(
     candidate_ids: Tensor | None,
 ) -> Tensor:
     """See `d2s.kernels.functional.retrieval_ranks`."""
-    s = _wide(queries) @ _wide(candidates).T
     ranks = []
-    for i, row in enumerate(s):
+    for i, query in enumerate(_wide(queries)):
+        row = _even_sums(query * _wide(candidates))
         if positives is not None:
             starts, indices = positives
             own = torch.zeros_like(row, dtype=torch.bool)
