@@ -5,6 +5,7 @@ Peak memory on a CPU is the process' high-water mark, taken in a process of its 
 
 import argparse
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -178,10 +179,25 @@ def _row_maker(
     return row
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:1")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m d2s.kernels.bench", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+        "--device",
+        type=_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:1",
     )
     parser.add_argument(
         "--quick", action="store_true", help="ours and the plain ways, the main cases, few repeats"
@@ -193,9 +209,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=tuple(plan.DTYPES), action="append", help="float32; on CUDA bfloat16, too"
     )
-    parser.add_argument("--n", type=int, action="append", help="these numbers of rows alone")
+    parser.add_argument("--n", type=_positive, action="append", help="these numbers of rows alone")
     parser.add_argument(
-        "--repeat", type=int, help="timed rounds: 3 if quick, else 10, on CUDA 50 or as many as take 10 s"
+        "--repeat",
+        type=_positive,
+        help="timed rounds: 3 if quick, else 10, on CUDA 50 or as many as take 10 s",
     )
     parser.add_argument(
         "--out", type=Path, help="folder of the CSV; tiny sizes are written nowhere by default"
@@ -214,7 +232,10 @@ def _peak(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table and appends its rows to the device's CSV."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.size == "tiny" and arguments.n and not arguments.peak:
+        parser.error("--n: --size tiny has sizes of its own; leave one of them out")
     on_gpu = arguments.device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         print("bench: no CUDA device; use --device cpu", file=sys.stderr)
@@ -227,12 +248,26 @@ def main(argv: list[str] | None = None) -> int:
     # Every variant has run once before its memory is taken; a GPU's clocks want more than that.
     arguments.warm = 5 if on_gpu else 0
     torch.backends.cuda.matmul.allow_tf32 = False
-    _everything(arguments, arguments.out or (record.RESULTS if arguments.size == "full" else None))
-    return 0
+    folder = arguments.out or (record.RESULTS if arguments.size == "full" else None)
+    try:
+        if folder:
+            record.ready(folder, record.device_name(arguments.device))
+        measured = _everything(arguments, folder)
+    except KeyboardInterrupt:
+        print("bench: interrupted; the cases before are measured and written", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    lacking = {"ours", *(arguments.provider or ())}.intersection(plan.providers(arguments)) - measured
+    if lacking:
+        print(f"bench: nothing was measured of {', '.join(sorted(lacking))}", file=sys.stderr)
+    return 1 if lacking else 0
 
 
-def _everything(arguments: argparse.Namespace, folder: Path | None) -> None:
-    """Measures, prints and records; what a run that ends early has measured is in the file."""
+def _everything(arguments: argparse.Namespace, folder: Path | None) -> set[str]:
+    """Measures, prints and records; what a run that ends early has measured is in the file. Gives the variants."""
+    measured: set[str] = set()
     device, version = record.device_name(arguments.device), record.versions()
     print(f"{device}; torch {version['torch']}, triton {version['triton'] or 'none'}, {record.today()}")
     todo = plan.items(arguments)
@@ -252,6 +287,8 @@ def _everything(arguments: argparse.Namespace, folder: Path | None) -> None:
         show(rows)
         if folder:
             record.append(folder, rows)
+        measured.update(row.provider for row in rows)
+    return measured
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import csv
 import datetime
+import errno
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -94,24 +96,39 @@ def file_of(folder: Path, device: str) -> Path:
     return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
 
 
+def ready(folder: Path, device: str) -> bool:
+    """Whether the device's file is still to be made; makes its folder.
+
+    Raises ValueError where the file cannot be added to as it is, OSError where nothing can be written.
+    """
+    path = file_of(folder, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "no right to write here", str(folder))
+        return True
+    with path.open("r+", encoding="utf-8", newline="") as file:
+        try:
+            text = file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is not UTF-8; move it away") from error
+    if next(csv.reader(text.splitlines()), []) != COLUMNS:
+        raise ValueError(f"{path}: has other columns than {','.join(COLUMNS)}; move it away")
+    if not text.endswith("\n"):
+        raise ValueError(f"{path}: the last line is cut off; complete or remove it")
+    return False
+
+
 def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to their device's file. Raises ValueError where that has other columns."""
+    """Adds rows to their device's file. Raises what `ready` raises."""
     for row in rows:
         path = file_of(folder, row.device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not path.exists()
-        if not fresh and _header(path) != COLUMNS:
-            raise ValueError(f"{path}: has other columns than {','.join(COLUMNS)}; move it away")
+        fresh = ready(folder, row.device)
         with path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if fresh:
                 writer.writerow(COLUMNS)
             writer.writerow([_text(value) for value in asdict(row).values()])
-
-
-def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return next(csv.reader(file), [])
 
 
 def _text(value: object) -> str:

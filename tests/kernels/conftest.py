@@ -42,12 +42,20 @@ def _counted(run, name):
 # These are about commands, imports and what numpy does, and compute on the CPU whatever the device is. Single tests
 # of the CPU's own ways are marked `on_cpu`.
 ON_CPU = {
-    "test_bench.py",
-    "test_compile.py",
-    "test_gpo_order.py",
-    "test_gpu_script.py",
-    "test_imports.py",
-    "test_tune.py",
+    f"test_{name}.py"
+    for name in (
+        *(
+            "bench",
+            "bench_usage",
+            "compile",
+            "compile_usage",
+            "gpo_order",
+            "gpu_script",
+            "imports",
+            "results",
+        ),
+        "tune",
+    )
 }
 
 
