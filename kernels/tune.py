@@ -10,6 +10,7 @@ which any fails is left out. Training never times anything: it reads the table.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -170,12 +171,25 @@ def _capability(arch: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
 
 
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time above 0")
+    return value
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m d2s.kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", action="append", help="these kernels alone, and those bound to them")
-    parser.add_argument("--width", type=int, action="append", help=f"these D alone, of {WIDTHS}")
-    parser.add_argument("--minutes", type=float, default=20, help="try nothing more after that")
-    parser.add_argument("--jobs", type=int, default=_processors(), help="processes that build")
+    parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="these D alone")
+    parser.add_argument("--minutes", type=_minutes, default=20, help="try nothing more after that")
+    parser.add_argument("--jobs", type=_jobs, default=_processors(), help="processes that build")
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--dry-run", action="store_true", help="list the first steps from the defaults")
     parser.add_argument("--arch", type=int, help="with --dry-run: of this device, e.g. 90")

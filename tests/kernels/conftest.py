@@ -41,22 +41,8 @@ def _counted(run, name):
 
 # These are about commands, imports and what numpy does, and compute on the CPU whatever the device is. Single tests
 # of the CPU's own ways are marked `on_cpu`.
-ON_CPU = {
-    f"test_{name}.py"
-    for name in (
-        *(
-            "bench",
-            "bench_usage",
-            "compile",
-            "compile_usage",
-            "gpo_order",
-            "gpu_script",
-            "imports",
-            "results",
-        ),
-        "tune",
-    )
-}
+COMMANDS = "bench bench_usage compile compile_usage files gpo_order gpu_script imports results tiles tune"
+ON_CPU = {f"test_{name}.py" for name in COMMANDS.split()}
 
 
 def pytest_configure(config):
