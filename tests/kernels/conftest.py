@@ -39,10 +39,10 @@ def _counted(run, name):
     return launch
 
 
-# These are about commands, imports and what numpy does, and compute on the CPU whatever the device is. Single tests
-# of the CPU's own ways are marked `on_cpu`.
-COMMANDS = "bench bench_usage compile compile_usage files gpo_order gpu_script imports results tiles tune"
-ON_CPU = {f"test_{name}.py" for name in COMMANDS.split()}
+# These are about commands, imports and what is done on a CPU alone, and compute there whatever the device is. Single
+# tests of the CPU's own ways are marked `on_cpu`.
+COMMANDS = "bench bench_usage compile compile_usage files gpu_script imports results tiles tune"
+ON_CPU = {f"test_{name}.py" for name in f"{COMMANDS} devices gpo_order rank_ties".split()}
 
 
 def pytest_configure(config):
@@ -64,6 +64,11 @@ def _on_the_device(request):
         return
     with torch.device(device):
         yield
+
+
+@pytest.fixture
+def files_on_cpu():
+    return ON_CPU
 
 
 @pytest.fixture(scope="session", autouse=True)

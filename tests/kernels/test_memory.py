@@ -1,9 +1,14 @@
 """Doubling the batch less than doubles the memory beyond the gradients: what the system says of a process."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from problems import Numbers, contrastive
+
+from d2s.kernels import functional
 
 SIZES = (4096, 8192)
 LOSSES = ("hinge_max", "hinge_sum", "info_nce", "sigmoid", "relational", "pointwise")
@@ -64,3 +69,34 @@ def test_extra_memory_less_than_doubles_with_the_batch():
         assert large < dense / 4, name
         # A loss without a matrix needs a few MiB, where the system's pages show.
         assert large < 2 * max(small, 4 << 20), name
+
+
+def on_a_device(name, n):
+    """Bytes beyond the gradients at the worst moment of a step: what torch's allocator of the device says."""
+    numbers = Numbers(0)
+    image, text, teacher = (torch.nn.functional.normalize(numbers.randn(n, 64), dim=1) for _ in range(3))
+    image.requires_grad_(), text.requires_grad_()
+    ids = torch.arange(n)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    if name == "relational":
+        loss = functional.relational_distillation(image, teacher, text, teacher, temperature=0.1)
+    elif name == "pointwise":
+        loss = functional.pointwise_distillation(image, teacher)
+    else:
+        loss = contrastive(functional, name, image, text, ids)
+    loss.backward()
+    gradients = sum(x.grad.nbytes for x in (image, text) if x.grad is not None)
+    return torch.cuda.max_memory_allocated() - before - gradients
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(os.environ.get("D2S_TEST_DEVICE", "cpu") != "cuda", reason="no device is tested")
+@pytest.mark.parametrize("name", LOSSES)
+def test_extra_memory_on_a_device_less_than_doubles_with_the_batch(name):
+    # Libraries' own buffers come with the first call. From 16,384 rows on blocks of 64 MiB are full.
+    on_a_device(name, 2048)
+    small, large = on_a_device(name, 16384), on_a_device(name, 32768)
+    print(f"{name}: {small / 2**20:.1f} MiB at 16384, {large / 2**20:.1f} MiB at 32768")
+    assert large < 32768**2 * 4 / 16
+    assert large < 2 * max(small, 4 << 20)
