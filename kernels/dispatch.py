@@ -7,6 +7,7 @@ is asked for. Triton on a CPU works in its interpreter alone (TRITON_INTERPRET=1
 
 import logging
 import os
+import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,12 +27,31 @@ log = logging.getLogger("d2s.kernels")
 def implementation(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> str:
     """The name of the implementation for tensors of dtype on a device; without one, CUDA where there is CUDA.
 
-    Raises ValueError where D2S_KERNELS names none, or one that cannot compute there.
+    The device need not be there: the answer is the one for machines that have it. Raises ValueError for a device
+    or type that torch does not know, and where D2S_KERNELS names none, or one that cannot compute there.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.type if isinstance(device, torch.device) else device.partition(":")[0]
+    kind = device.type if isinstance(device, torch.device) else _kind(device)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: {_short(dtype)} is no type; give one of torch's, e.g. torch.float32")
     return _choose(os.environ.get("D2S_KERNELS") or "", kind, dtype == torch.float64)
+
+
+def _short(x: object) -> str:
+    return repr(x)[:60] if isinstance(x, str | int | float) else f"of type {type(x).__name__}"
+
+
+def _kind(device: str) -> str:
+    """The kind of device that a string names."""
+    try:
+        if isinstance(device, str):
+            return torch.device(device).type
+    except RuntimeError:
+        pass
+    raise ValueError(
+        f"device: {_short(device)} is unknown; give a torch.device or its name, e.g. cpu or cuda:0"
+    )
 
 
 def _choose(name: str, kind: str, wide: bool) -> str:
@@ -65,5 +85,17 @@ def load(name: str) -> ModuleType:
 def backend(x: Tensor) -> ModuleType:
     """The module with the raw functions for tensors like x. The reference has none: its place take the default's."""
     name = os.environ.get("D2S_KERNELS") or ""
-    wide = x.dtype == torch.float64
-    return load(_choose("" if name == "reference" else name, x.device.type, wide))
+    kind = x.device.type
+    name = _choose("" if name == "reference" else name, kind, x.dtype == torch.float64)
+    if name == "triton" and kind != "cuda" and not _interprets():
+        raise ValueError(
+            f"TRITON_INTERPRET: set after triton was imported, which now computes on CUDA and not on {kind};"
+            " set it before anything is imported"
+        )
+    return load(name)
+
+
+def _interprets() -> bool:
+    """Whether triton computes in its interpreter, or will: it looks at TRITON_INTERPRET while it is imported."""
+    triton = sys.modules.get("triton")
+    return triton is None or type(triton.language.cdiv).__name__ == "InterpretedFunction"

@@ -1,5 +1,8 @@
 """The public interface of `d2s.kernels`: argument checks, then the operators, or the reference where it is chosen.
 
+What is refused (`d2s.kernels.checks`) raises ValueError in one line: the argument, what it is, the remedy. Embeddings
+are dense tensors of bf16, fp16, float32 or float64.
+
 Who computes is in `d2s.kernels.dispatch`: `D2S_KERNELS`, the device and the type decide.
 
 Common to all losses here:
@@ -14,12 +17,20 @@ Common to all losses here:
 Sizes: B local batch, N global batch, M candidates, K tokens, D width.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from d2s.kernels import ops
+from d2s.kernels.checks import (
+    check_flag,
+    check_floats,
+    check_like,
+    check_matrix,
+    check_number,
+    check_positives,
+    check_sides,
+    number_tensor,
+)
 from d2s.kernels.dispatch import implementation, load
 
 KINDS = ("cosine", "l1", "l2")
@@ -64,8 +75,9 @@ def hinge_loss(
     exchanged add up to one call with both. A row without negatives costs nothing; the gradient of a violation
     of exactly 0 is 0. Raises ValueError for shapes, types, devices or margins that do not fit.
     """
-    text_ids = _check_sides(image, text, image_ids, text_ids, offset, both)
-    _check_number("margin", margin)
+    text_ids, offset = check_sides(image, text, image_ids, text_ids, offset, both)
+    check_flag("hardest", hardest)
+    margin = check_number("margin", margin, image)
     if _dense(image):
         return load("reference").hinge_loss(
             image, text, image_ids, text_ids, margin=margin, hardest=hardest, offset=offset, both=both
@@ -91,8 +103,8 @@ def info_nce_loss(
     Same-image pairs other than the positive are left out of the denominators. The 0.5 stays with both=False:
     two calls with the sides exchanged add up to one call with both. Raises ValueError as `hinge_loss`.
     """
-    text_ids = _check_sides(image, text, image_ids, text_ids, offset, both)
-    scale = _as_tensor("scale", scale, image)
+    text_ids, offset = check_sides(image, text, image_ids, text_ids, offset, both)
+    scale = number_tensor("scale", scale, image)
     if _dense(image):
         return load("reference").info_nce_loss(
             image, text, image_ids, text_ids, scale=scale, offset=offset, both=both
@@ -116,8 +128,8 @@ def sigmoid_loss(
     pair counts once, so the calls of workers with their own rows add up to one call with the whole batch.
     scale, bias: numbers, or tensors of one entry, which then get gradients. ValueError as `hinge_loss`.
     """
-    text_ids = _check_sides(image, text, image_ids, text_ids, offset, both=False)
-    scale, bias = _as_tensor("scale", scale, image), _as_tensor("bias", bias, image)
+    text_ids, offset = check_sides(image, text, image_ids, text_ids, offset, both=False)
+    scale, bias = number_tensor("scale", scale, image), number_tensor("bias", bias, image)
     if _dense(image):
         return load("reference").sigmoid_loss(
             image, text, image_ids, text_ids, scale=scale, bias=bias, offset=offset
@@ -135,10 +147,12 @@ def pointwise_distillation(
     sides are L2-normalised first, with its Jacobian in the gradient; a row of zeros stays zero and gets no gradient.
     Raises ValueError for an unknown kind and for sides that do not fit.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: {kind!r} is unknown; use one of {', '.join(KINDS)}")
-    _check_matrix("student", student)
-    _check_like("teacher", teacher, student, tuple(student.shape))
+    if not isinstance(kind, str) or kind not in KINDS:
+        what = repr(kind) if isinstance(kind, str) else f"of type {type(kind).__name__}"
+        raise ValueError(f"kind: {what} is unknown; use one of {', '.join(KINDS)}")
+    check_flag("normalize", normalize)
+    check_matrix("student", student)
+    check_like("teacher", teacher, student, tuple(student.shape))
     if _dense(student):
         return load("reference").pointwise_distillation(student, teacher, kind=kind, normalize=normalize)
     return ops.pointwise(student, teacher, kind, normalize, *_needs(student))[0]
@@ -158,19 +172,19 @@ def relational_distillation(
     themselves; L2-normalised by the caller; the widths may differ. A row's similarity with itself takes part.
     Gradients flow to student and student_all. Raises ValueError for sides or temperatures that do not fit.
     """
-    _check_matrix("student", student)
-    _check_matrix("teacher", teacher)
-    _check_like("teacher", teacher, student, (student.shape[0], teacher.shape[1]))
+    check_matrix("student", student)
+    check_matrix("teacher", teacher)
+    check_like("teacher", teacher, student, (student.shape[0], teacher.shape[1]))
     if (student_all is None) != (teacher_all is None):
         raise ValueError("student_all, teacher_all: only one of them is given; give both or neither")
     if student_all is None:
         student_all, teacher_all = student, teacher
-    _check_matrix("student_all", student_all)
-    _check_like("student_all", student_all, student, (student_all.shape[0], student.shape[1]))
-    _check_like("teacher_all", teacher_all, student, (student_all.shape[0], teacher.shape[1]))
-    _check_number("temperature", temperature)
+    check_matrix("student_all", student_all)
+    check_like("student_all", student_all, student, (student_all.shape[0], student.shape[1]))
+    check_like("teacher_all", teacher_all, student, (student_all.shape[0], teacher.shape[1]))
+    temperature = check_number("temperature", temperature, student)
     if temperature <= 0:
-        raise ValueError(f"temperature: {temperature} is not above 0")
+        raise ValueError(f"temperature: {temperature} is not above 0; give a number that is")
     if _dense(student):
         return load("reference").relational_distillation(
             student, teacher, student_all, teacher_all, temperature=temperature
@@ -188,10 +202,9 @@ def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     sample without tokens gives zeros. Gradients flow to features and weights. Raises ValueError for tensors
     that do not fit.
     """
-    if features.dim() != 3 or not features.is_floating_point():
-        raise ValueError(f"features: {_describe(features)} is not a float tensor (B, K, D)")
-    _check_like("weights", weights, features, tuple(features.shape[:2]))
-    _check_like("mask", mask, features, tuple(features.shape[:2]), torch.bool)
+    check_floats("features", features, 3, "(B, K, D)")
+    check_like("weights", weights, features, tuple(features.shape[:2]))
+    check_like("mask", mask, features, tuple(features.shape[:2]), torch.bool)
     if _dense(features):
         return load("reference").gpo_pool(features, weights, mask)
     return ops.gpo(features, weights, mask, *_needs(features, weights))[0]
@@ -210,88 +223,15 @@ def retrieval_ranks(
     The rank is the number of other candidates whose similarity (dot product) is at least that of the best
     positive: ties, and similarities that are not numbers, count against the model. Positives are either
     a pair (starts (n + 1,), indices) of int64 tensors, query i's being indices[starts[i]:starts[i + 1]], or
-    the candidates whose candidate_ids (M,) equal query_ids (n,). A query without any gets rank M. Raises
-    ValueError for tensors that do not fit.
+    the candidates whose candidate_ids (M,) equal query_ids (n,). A query without any gets rank M. Equal
+    candidates tie to the last bit. Raises ValueError for tensors that do not fit, and for starts that do not rise
+    from 0 to the number of indices or indices outside 0..M-1: to see those it waits for the device once.
+    Compiled, it does not look into the lists, and a wrong one is undefined.
     """
-    _check_matrix("queries", queries)
-    _check_matrix("candidates", candidates)
-    _check_like("candidates", candidates, queries, (candidates.shape[0], queries.shape[1]))
-    n, m = queries.shape[0], candidates.shape[0]
-    if positives is not None:
-        if query_ids is not None or candidate_ids is not None:
-            raise ValueError("positives: given beside query_ids or candidate_ids; give one of the two forms")
-        starts, indices = positives
-        _check_like("positives[0]", starts, queries, (n + 1,), torch.int64)
-        _check_like("positives[1]", indices, queries, (indices.numel(),), torch.int64)
-    else:
-        if query_ids is None or candidate_ids is None:
-            raise ValueError("positives: missing; give (starts, indices), or query_ids and candidate_ids")
-        _check_like("query_ids", query_ids, queries, (n,), torch.int64)
-        _check_like("candidate_ids", candidate_ids, queries, (m,), torch.int64)
+    check_matrix("queries", queries)
+    check_matrix("candidates", candidates)
+    check_like("candidates", candidates, queries, (candidates.shape[0], queries.shape[1]))
+    starts, indices = check_positives(queries, candidates, positives, query_ids, candidate_ids)
     if _dense(queries):
         return load("reference").retrieval_ranks(queries, candidates, positives, query_ids, candidate_ids)
-    return ops.retrieval_ranks(queries, candidates, *(positives or (None, None)), query_ids, candidate_ids)
-
-
-def _describe(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
-
-
-def _check_matrix(name: str, x: Tensor) -> None:
-    if x.dim() != 2 or not x.is_floating_point() or 0 in x.shape:
-        raise ValueError(f"{name}: {_describe(x)} is not a float matrix with at least one row and column")
-
-
-def _check_like(
-    name: str, x: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
-) -> None:
-    """x has the shape, lies where `like` does, and is of the type (any float type where none is given)."""
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name}: the shape is {tuple(x.shape)} and should be {shape}")
-    if x.dtype != dtype if dtype is not None else not x.is_floating_point():
-        wanted = "a float type" if dtype is None else str(dtype).removeprefix("torch.")
-        raise ValueError(f"{name}: the type is {str(x.dtype).removeprefix('torch.')} and should be {wanted}")
-    if x.device != like.device:
-        raise ValueError(f"{name}: lies on {x.device}; move it to {like.device}")
-
-
-def _check_sides(
-    image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None, offset: int, both: bool
-) -> Tensor:
-    """Checks the two sides of a contrastive loss; gives text_ids."""
-    _check_matrix("image", image)
-    _check_matrix("text", text)
-    n, m = image.shape[0], text.shape[0]
-    _check_like("text", text, image, (m, image.shape[1]), image.dtype)
-    _check_like("image_ids", image_ids, image, (n,), torch.int64)
-    if text_ids is None:
-        if n != m:
-            raise ValueError(f"text_ids: missing; {n} image rows and {m} text rows cannot share image_ids")
-        text_ids = image_ids
-    _check_like("text_ids", text_ids, image, (m,), torch.int64)
-    if both and (n != m or offset != 0):
-        raise ValueError(
-            f"both: needs as many rows as columns and offset 0, not {n}, {m}, {offset}; set False"
-        )
-    if not 0 <= offset <= m - n:
-        raise ValueError(f"offset: {offset} + {n} rows do not lie in the {m} columns")
-    return text_ids
-
-
-def _check_number(name: str, value: float) -> None:
-    # Comparisons, which the compiler can trace for a number that varies; math.isfinite it cannot.
-    if isinstance(value, Tensor) or not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: {value} is not a finite number")
-
-
-def _as_tensor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """A number or a tensor of one entry as a float tensor on the device of `like`."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(f"{name}: {_describe(value)} is not a float tensor of one entry")
-        if value.device != like.device:
-            raise ValueError(f"{name}: lies on {value.device}; move it to {like.device}")
-        return value
-    _check_number(name, value)
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.full((1,), value, dtype=dtype, device=like.device)
+    return ops.retrieval_ranks(queries, candidates, starts, indices, query_ids, candidate_ids)

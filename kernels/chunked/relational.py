@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from d2s.kernels.chunked.common import Sweep, full_precision, upcast
+from d2s.kernels.chunked.common import Sweep, accumulator, full_precision
 
 
 def _log_softmax(x: Tensor, scratch: Tensor) -> Tensor:
@@ -21,16 +21,18 @@ def relational_forward(
     need_student: bool,
     need_all: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), d_student (B, D), d_all (N, D)), all acc.
+    """(loss (), d_student (B, D), d_all (N, D)), all in the student's accumulator type.
 
-    Arguments as in `d2s.kernels.functional.relational_distillation`.
+    Arguments as in `d2s.kernels.functional.relational_distillation`. Computed in the widest of the students' types.
     """
+    made = accumulator(student.dtype)
+    wide = accumulator(torch.promote_types(student.dtype, student_all.dtype))
     with full_precision(student.device):
-        rows, columns = upcast(student), upcast(student_all)
+        rows, columns = student.to(wide).contiguous(), student_all.to(wide).contiguous()
         loss = rows.new_zeros(())
         d_rows = torch.empty_like(rows) if need_student else rows.new_empty(0)
         d_columns = torch.zeros_like(columns) if need_all else rows.new_empty(0)
-        teacher_sweep = Sweep(upcast(teacher).to(rows.dtype), upcast(teacher_all).to(rows.dtype))
+        teacher_sweep = Sweep(teacher.to(wide).contiguous(), teacher_all.to(wide).contiguous())
         scratch = torch.empty_like(teacher_sweep.buffer)
         for (start, stop, s), (_, _, t) in zip(Sweep(rows, columns), teacher_sweep, strict=True):
             p = scratch[: stop - start]
@@ -44,4 +46,4 @@ def relational_forward(
                 torch.mm(difference, columns, out=d_rows[start:stop])
             if need_all:
                 d_columns.addmm_(difference.t(), rows[start:stop])
-        return loss, d_rows.div_(temperature), d_columns.div_(temperature)
+        return loss.to(made), d_rows.div_(temperature).to(made), d_columns.div_(temperature).to(made)
