@@ -84,10 +84,11 @@ def _moderate(x: Tensor) -> tuple[Tensor, Tensor]:
         return x, lengths
     peak = torch.linalg.vector_norm(x, torch.inf, 1)
     peak = float(torch.where(peak.isfinite(), peak, 0).amax())
-    # In two steps, neither of which is too small a number.
-    down = min(0, math.frexp(limit)[1] - math.frexp(peak)[1])
-    x = x * 2.0 ** (down // 2) * 2.0 ** (down - down // 2)
-    return x, _lengths(x)
+    down = math.frexp(limit)[1] - math.frexp(peak)[1]
+    if down < 0:
+        x = x * 2.0**down
+        lengths = _lengths(x)
+    return x, lengths
 
 
 class Rounding:
@@ -95,6 +96,7 @@ class Rounding:
 
     def __init__(self, lengths: Tensor, longest: Tensor, width: int) -> None:
         self.dtype, self.width, self.lengths = lengths.dtype, width, lengths
+        self.shortened = lengths.dtype == torch.float32 and _shortens(lengths.device)
         # A candidate that is no number has no similarity that rounds.
         self.longest = torch.where(longest.isfinite(), longest, 0).amax()
 
@@ -107,9 +109,20 @@ class Rounding:
         """
         units = (self.width + 8) * torch.finfo(dtype).eps / 2
         factor = units / (1 - 2 * units) + exact_error(self.width, self.dtype)
+        if self.shortened and dtype == torch.float32:
+            # Both sides rounded to bf16, 2^-8 each; tf32 keeps more.
+            factor += 2.0**-6
         lengths = self.lengths[start:stop, None]
         floor = self.width * torch.finfo(self.dtype).tiny * (1 + lengths + self.longest)
         return factor * lengths * self.longest + floor
+
+
+def _shortens(device: torch.device) -> bool:
+    """Whether the user lets products of float32 matrices be taken of shorter numbers, such as tf32."""
+    backends = torch.backends
+    own = backends.cuda if device.type == "cuda" else backends.mkldnn
+    said = [getattr(x, "fp32_precision", "ieee") for x in (own.matmul, own, backends)]
+    return any(x not in ("ieee", "none") for x in said)
 
 
 def _lengths(x: Tensor) -> Tensor:

@@ -159,3 +159,27 @@ def test_candidates_in_another_type():
     ]:
         q, c = queries.to(one), candidates.to(other)
         assert torch.equal(ranks(q, c, *ids), by_definition(q, c, *ids))
+
+
+@pytest.fixture
+def shorter():
+    """Products of float32 matrices may be taken of bf16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_products_of_shortened_numbers_decide_less(shorter, monkeypatch):
+    """A processor that has no such product is given one."""
+    queries, candidates = normalize(drawn(40, 16, seed=0), dim=1), normalize(drawn(90, 16, seed=1), dim=1)
+    ids = torch.arange(40), torch.arange(90) % 45
+    plain = torch.addmm
+
+    def of_bf16(start, a, b, **rest):
+        return plain(start, a.bfloat16().float(), b.bfloat16().float(), **rest)
+
+    monkeypatch.setattr(torch, "addmm", of_bf16)
+    assert torch.equal(ranks(queries, candidates, *ids), by_definition(queries, candidates, *ids))
+    torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(ranks(queries, candidates, *ids), by_definition(queries, candidates, *ids))
