@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from d2s.watch import Watch, start_watch
 
@@ -42,10 +43,11 @@ def start_workers() -> Workers:
 
     D2S_TIMEOUT: minutes for which an exchange waits for a worker that is alive but silent.
 
-    Raises ValueError where a launcher set only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    Raises ValueError where a launcher set only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and, on every
+    worker, where two share a GPU or only some have one.
     """
     global _watch
-    timeout = _timeout()
+    timeout = waiting_time()
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
@@ -64,20 +66,61 @@ def start_workers() -> Workers:
     if cuda:
         os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses its device
         torch.cuda.set_device(device)
-    else:
+        in_full_precision()
+    if not cuda or "D2S_THREADS" in os.environ:
         _share_cores()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        refuse_shared_devices(_everyones_devices(device))
         _watch = start_watch(dist.get_rank(), dist.get_world_size())
     return Workers(rank=dist.get_rank(), world=dist.get_world_size(), local_rank=local_rank, device=device)
 
 
 def cuda_index(local_rank: int) -> int:
     """The number of this worker's device. One that is bound to each task is number 0 to all of them."""
-    return 0 if torch.cuda.device_count() == 1 else local_rank
+    return local_rank % torch.cuda.device_count()
 
 
-def _timeout() -> timedelta:
+def in_full_precision() -> None:
+    """float32 stays float32 on a GPU: torch's default shortens convolutions and recurrent layers to TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def _everyones_devices(device: torch.device) -> list[str]:
+    """What each worker computes on, by rank: "cpu", or its machine and GPU.
+
+    Through the store, before the first collective, which would hang or fail and not say which workers are at fault.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    name = "cpu"
+    if device.type == "cuda":
+        name = f"{socket.gethostname()} GPU {torch.cuda.get_device_properties(device).uuid}"
+    store, keys = _get_default_store(), [f"d2s/device/{k}" for k in range(world)]
+    store.set(keys[rank], name)
+    store.wait(keys)
+    return [value.decode() for value in store.multi_get(keys)]
+
+
+def refuse_shared_devices(devices: list[str]) -> None:
+    """Raises ValueError where two workers have one GPU, or where some have none. devices: by rank, "cpu" for none."""
+    without = [rank for rank, name in enumerate(devices) if name == "cpu"]
+    if without and len(without) < len(devices):
+        raise ValueError(
+            f"rank {without[0]} of {len(devices)} sees no GPU, and others do: mend its machine, or hide the GPUs "
+            "from all workers with CUDA_VISIBLE_DEVICES=''"
+        )
+    first: dict[str, int] = {}
+    for rank, name in enumerate(devices):
+        if name != "cpu" and first.setdefault(name, rank) != rank:
+            raise ValueError(
+                f"ranks {first[name]} and {rank} share {name}: start as many workers as a machine has GPUs, or "
+                "train on CPUs with CUDA_VISIBLE_DEVICES=''"
+            )
+
+
+def waiting_time() -> timedelta:
+    """How long an exchange waits for a worker that is alive but silent; ValueError where D2S_TIMEOUT is no time."""
     text = os.environ.get("D2S_TIMEOUT", "30")
     try:
         minutes = float(text)

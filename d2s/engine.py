@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from d2s.distributed import waiting_time
 from d2s.model.config import IdleSetting
 from d2s.zero_state import ZeroState
 
@@ -172,6 +174,7 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it looked for others in vain
     import deepspeed
     import deepspeed.ops
+    from deepspeed.utils import groups
 
     # Compiling the shared-memory collective takes half a minute, and a killed compile leaves a lock that hangs
     # every later run; gloo does the same work.
@@ -179,6 +182,9 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Its calls of torch's older names would fill the screen under ZeRO 3.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    if groups._WORLD_GROUP is None:
+        # Its own would wait as long as the backend does by default, 10 minutes with NCCL.
+        groups._WORLD_GROUP = dist.new_group(timeout=waiting_time())
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from d2s import capacity, command
 from d2s.data import DataConfig
+from d2s.distributed import in_full_precision
 from d2s.embed import Embeddings, embed_split
 from d2s.metrics import Retrieval, fold_report, normalize, recall_report
 from d2s.model import D2SModel
@@ -316,6 +317,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: no such device here.
     """
+    in_full_precision()
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,6 +9,7 @@ What ends a job is shown last: the worker that failed has said why, and its fell
 was killed, or left without a word, the lowest surviving rank speaks.
 """
 
+import json
 import os
 import secrets
 import selectors
@@ -18,7 +19,7 @@ import threading
 import time
 import warnings
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 _GRACE = 2.0
 """Seconds for which survivors stay, so that a launcher meets the worker that failed before those that follow it."""
@@ -126,9 +127,11 @@ def start_watch(rank: int, world: int) -> Watch | None:
     if world == 1:
         return None
     listener = _listener() if rank == 0 else None
-    offer = [(_addresses(), listener.getsockname()[1], secrets.token_hex(16)) if listener else None]
-    dist.broadcast_object_list(offer, src=0)
-    addresses, port, token = offer[0]
+    # Through the store and not by a collective: the first of NCCL's may wait for a dead worker without end.
+    store = _get_default_store()
+    if listener:
+        store.set("d2s/watch", json.dumps([_addresses(), listener.getsockname()[1], secrets.token_hex(16)]))
+    addresses, port, token = json.loads(store.get("d2s/watch"))
     if listener:
         with listener:
             connections = _accept(listener, world, token)

@@ -2,9 +2,11 @@
 
 import os
 
-# With D2S_TEST_DEVICE=cuda the kernels run on the device instead of in the interpreter.
+# With D2S_TEST_DEVICE=cuda the kernels run on the device instead of in the interpreter. All else is about processes
+# on a CPU: several workers on one GPU would refuse to start.
 if os.environ.get("D2S_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A cluster's or launcher's variables would make single-process tests believe that they are a rank.

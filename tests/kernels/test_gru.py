@@ -31,8 +31,10 @@ def test_no_silent_second_derivative_and_no_gradient_of_the_data():
     gru = nn.GRU(6, 5)
     data = torch.randn(4, 6, requires_grad=True)
     out = position_gru(data, [1, 1, 2, 2], *gru.parameters())
-    with pytest.raises(RuntimeError, match="shared_input_gru: its gradient was to be differentiated"):
-        torch.autograd.grad(out.sum(), list(gru.parameters()), create_graph=True)
+    # cuDNN's refuses by itself, when the second derivative is asked for.
+    if not data.is_cuda:
+        with pytest.raises(RuntimeError, match="shared_input_gru: its gradient was to be differentiated"):
+            torch.autograd.grad(out.sum(), list(gru.parameters()), create_graph=True)
     assert not position_gru(data, [1, 1, 2, 2], *(x.detach() for x in gru.parameters())).requires_grad
 
 
@@ -40,5 +42,5 @@ def test_autocast_leaves_it_alone():
     gru = nn.GRU(6, 5)
     data = torch.randn(4, 6)
     plain = position_gru(data, [1, 1, 2, 2], *gru.parameters())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(data.device.type, dtype=torch.bfloat16):
         assert torch.equal(position_gru(data, [1, 1, 2, 2], *gru.parameters()), plain)
