@@ -63,6 +63,10 @@ def start_workers() -> Workers:
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", cuda_index(local_rank)) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} finds {torch.cuda.device_count()} GPUs: start as many workers as a machine has"
+        )
     if cuda:
         os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses its device
         torch.cuda.set_device(device)
@@ -78,7 +82,7 @@ def start_workers() -> Workers:
 
 def cuda_index(local_rank: int) -> int:
     """The number of this worker's device. One that is bound to each task is number 0 to all of them."""
-    return local_rank % torch.cuda.device_count()
+    return 0 if torch.cuda.device_count() == 1 else local_rank
 
 
 def in_full_precision() -> None:

@@ -182,7 +182,7 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Its calls of torch's older names would fill the screen under ZeRO 3.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
-    if groups._WORLD_GROUP is None:
+    if groups._WORLD_GROUP is None and dist.is_initialized():
         # Its own would wait as long as the backend does by default, 10 minutes with NCCL.
         groups._WORLD_GROUP = dist.new_group(timeout=waiting_time())
     engine, *_ = deepspeed.initialize(
