@@ -25,6 +25,7 @@ from d2s.kernels.builds import (
     read_figures,
     write_figures,
 )
+from d2s.kernels.usage import positive
 
 if TYPE_CHECKING:
     from d2s.kernels.fused.spec import KernelSpec
@@ -59,19 +60,13 @@ def _archs(text: str) -> list[int]:
     return [known[part] for part in text.split(",")]
 
 
-def _processes(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m d2s.kernels.compile", description=__doc__.split("\n")[0])
     default = ",".join(map(str, ARCHITECTURES))
     parser.add_argument("--arch", type=_archs, default=default, help=f"e.g. 80,90; default {default}")
     parser.add_argument("--kernel", action="append", help="these kernels alone")
     parser.add_argument("--width", type=int, action="append", help="these D alone")
-    parser.add_argument("--jobs", type=_processes, default=min(2, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--jobs", type=positive, default=min(2, os.cpu_count() or 1), help="processes")
     parser.add_argument("--write", action="store_true", help=f"replace the figures in {FIGURES.name}")
     return parser
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from d2s.kernels.descent import ROUNDS, State, descend, settle
 from d2s.kernels.files import write_whole
 from d2s.kernels.parts import TOGETHER, TOKENS, Part, groups, guess, text, usable
+from d2s.kernels.usage import positive
 
 if TYPE_CHECKING:
     from d2s.kernels.workers import Workers
@@ -178,18 +179,12 @@ def _minutes(text: str) -> float:
     return value
 
 
-def _jobs(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m d2s.kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", action="append", help="these kernels alone, and those bound to them")
     parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="these D alone")
     parser.add_argument("--minutes", type=_minutes, default=20, help="try nothing more after that")
-    parser.add_argument("--jobs", type=_jobs, default=_processors(), help="processes that build")
+    parser.add_argument("--jobs", type=positive, default=_processors(), help="processes that build")
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--dry-run", action="store_true", help="list the first steps from the defaults")
     parser.add_argument("--arch", type=int, help="with --dry-run: of this device, e.g. 90")

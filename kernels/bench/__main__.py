@@ -18,6 +18,7 @@ from d2s.kernels.bench.cases import CASES, Inputs, Run, Shape
 from d2s.kernels.bench.floor import work
 from d2s.kernels.bench.providers import PROVIDERS, Unavailable, provider
 from d2s.kernels.bench.table import HEADER, show
+from d2s.kernels.usage import positive
 
 # Up to here a GPU is timed by CUDA graphs, too: launches cost more than the work.
 LAUNCH_BOUND = 1024
@@ -179,12 +180,6 @@ def _row_maker(
     return row
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
 def _device(text: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:1")
@@ -209,10 +204,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=tuple(plan.DTYPES), action="append", help="float32; on CUDA bfloat16, too"
     )
-    parser.add_argument("--n", type=_positive, action="append", help="these numbers of rows alone")
+    parser.add_argument("--n", type=positive, action="append", help="these numbers of rows alone")
     parser.add_argument(
         "--repeat",
-        type=_positive,
+        type=positive,
         help="timed rounds: 3 if quick, else 10, on CUDA 50 or as many as take 10 s",
     )
     parser.add_argument(

@@ -135,21 +135,3 @@ def _text(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _value(kind: object, text: str) -> object:
-    if kind in (int, float, str):
-        return kind(text)
-    return float(text) if text else None
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file. Raises ValueError naming the line that does not fit."""
-    rows = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, record in enumerate(csv.DictReader(file), 2):
-            try:
-                rows.append(Row(**{f.name: _value(f.type, record[f.name]) for f in fields(Row)}))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
-    return rows

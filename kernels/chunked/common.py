@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-# What torch can do without; with it a CPU sorts and searches several times as fast.
+# What torch can do without; with it a CPU sorts and searches faster.
 HAS_NUMPY = find_spec("numpy") is not None
 # Entries of one chunk of the similarity matrix: small enough to stay in a CPU's last cache level between the
 # passes over it, large enough for the matrix product to run at its full rate.

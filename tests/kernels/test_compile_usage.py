@@ -63,8 +63,8 @@ def refused(capsys, *options):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        (["--jobs", "0"], "argument --jobs: '0' is no number of processes"),
-        (["--jobs", "-3"], "argument --jobs: '-3' is no number of processes"),
+        (["--jobs", "0"], "argument --jobs: '0' is no whole number above 0"),
+        (["--jobs", "-3"], "argument --jobs: '-3' is no whole number above 0"),
         (["--width", "7"], "argument --width: no kernel of these is built for D = 7; there are [50, 64, "),
         (["--kernel", "gpo_forward", "--width", "512"], "there are [50, 577]"),
         (["--width", "512", "--width", "7"], "D = 7;"),
