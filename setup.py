@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 SHARDS = ["numpy>=2.0", "pillow>=11.0", "pyarrow>=20.0", "rich>=13.9", "webdataset>=1.0"]
 MODEL = ["torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0"]
 TRAIN = [*MODEL, "deepspeed>=0.19", "psutil>=6.0", "tensorboard>=2.18", "tyro>=1.0"]
+
+ROOMS = {"d2s": "d2s", "d2s.kernels": "kernels", "d2s.launchers": "launchers", "d2s.shards": "shards"}
+PACKAGES = [
+    p for name, room in ROOMS.items() for p in [name, *(f"{name}.{sub}" for sub in find_packages(room))]
+]
 
 setup(
     name="d2s",
@@ -16,18 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[
-        "d2s",
-        "d2s.model",
-        "d2s.kernels",
-        "d2s.kernels.bench",
-        "d2s.kernels.chunked",
-        "d2s.kernels.fused",
-        "d2s.launchers",
-        "d2s.shards",
-        "d2s.shards.scenes",
-        "d2s.shards.sources",
-    ],
+    packages=PACKAGES,
     package_dir={
         "d2s.kernels": "kernels",
         "d2s.launchers": "launchers",

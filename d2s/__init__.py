@@ -10,8 +10,8 @@ from pathlib import Path
 _LAZY = {
     "D2SModel": "d2s.model",
     "ModelConfig": "d2s.model",
-    "TrainConfig": "d2s.config",
-    "recall_report": "d2s.metrics",
+    "TrainConfig": "d2s.training.config",
+    "recall_report": "d2s.evaluate.metrics",
 }
 __all__ = list(_LAZY)
 

@@ -12,6 +12,12 @@ _COMMANDS = {
     "plan": "memory, traffic and time that a training will take",
     "drill": "kill a training again and again, and compare it with one left in peace",
 }
+_MODULES = {
+    "evaluate": "d2s.evaluate.evaluation",
+    "report": "d2s.report.command",
+    "plan": "d2s.plan.command",
+    "drill": "d2s.drill.command",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # What a command calls itself in its help texts.
     sys.argv[0] = f"d2s {name}"
-    return import_module(f"d2s.{name}").main(arguments[1:]) or 0
+    return import_module(_MODULES.get(name, f"d2s.{name}")).main(arguments[1:]) or 0
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from d2s.checkpoint import MARKER, newest
-from d2s.shards.files import write_json
-from d2s.shards.order import steps_per_epoch
+from d2s.checkpoint.store import MARKER, newest
+from d2s.common.files import write_json
+from d2s.shards.order.permutation import steps_per_epoch
 
 TRAIN = Path(__file__).with_name("train.py")
 OWN = ("seed", "max_steps", "stage", "recipe", "epochs")
@@ -82,8 +82,8 @@ class Ablation:
 
     def check(self, images: int) -> None:
         """Raises ValueError where the first step of the first run would fail for want of images."""
-        from d2s.config import override
-        from d2s.prepare import find_recipe
+        from d2s.training.config import override
+        from d2s.training.prepare import find_recipe
 
         config = override(find_recipe(f"{self.family}_pretrain"), list(self.overrides))
         steps_per_epoch(images, config.batch_size)
@@ -167,11 +167,11 @@ def train_all(ablation: Ablation) -> None:
 
 def evaluate_all(ablation: Ablation) -> list[dict]:
     """Opens the test split once: every run's best model, one result a row."""
-    from d2s.config import from_dict
-    from d2s.evaluate import evaluate_model
-    from d2s.logs import read_rows
+    from d2s.evaluate.evaluation import evaluate_model
     from d2s.model import D2SModel
-    from d2s.shards.index import ShardIndex
+    from d2s.shards.read.index import ShardIndex
+    from d2s.training.config import from_dict
+    from d2s.training.run_log import read_rows
 
     index = ShardIndex.open(ablation.data)
     results = []
@@ -257,8 +257,8 @@ def parse(arguments: list[str] | None) -> Ablation:
             raise ValueError(
                 f"{name.split('=')[0]} is set by the ablation itself: use --seeds, --steps, --pretrain-steps"
             )
-    from d2s.config import override
-    from d2s.prepare import find_recipe
+    from d2s.training.config import override
+    from d2s.training.prepare import find_recipe
 
     configs = {part: find_recipe(f"{options.family}_{part}") for part in ("pretrain", "align", "finetune")}
     for config in configs.values():
@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         ablation = parse(arguments)
         _scenes_if_missing(ablation.data)
-        from d2s.shards.index import ShardIndex
+        from d2s.shards.read.index import ShardIndex
 
         index = ShardIndex.open(ablation.data)
         for split in ("train", "val", "test"):

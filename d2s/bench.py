@@ -26,16 +26,16 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from d2s.data import DataConfig, TrainBatches
-from d2s.images import CROP_DRAWS, train_image
+from d2s.data.batches import DataConfig, TrainBatches
 from d2s.kernels.bench.cases import CASES, Shape
 from d2s.model.gpo import GPO
-from d2s.shards import draws
-from d2s.shards.index import ShardIndex
-from d2s.shards.index_file import write_index
-from d2s.shards.manifest import schema, write_manifest
-from d2s.shards.reader import ShardReader
-from d2s.text import TextPipeline
+from d2s.preprocess.images import CROP_DRAWS, train_image
+from d2s.preprocess.text import TextPipeline
+from d2s.shards.format.index_file import write_index
+from d2s.shards.format.manifest import schema, write_manifest
+from d2s.shards.order import draws
+from d2s.shards.read.index import ShardIndex
+from d2s.shards.read.reader import ShardReader
 
 SIZE = 224
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)

@@ -17,10 +17,10 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from d2s.preemption import PREEMPTED, Preempted, Preemption, StalledError, forget_start
+from d2s.workers.preemption import PREEMPTED, Preempted, Preemption, StalledError, forget_start
 
 if TYPE_CHECKING:
-    from d2s.trainer import Trainer
+    from d2s.training.trainer import Trainer
 
 _AFTER_WORKER_0 = 5.0
 EPILOG = """\
@@ -33,7 +33,7 @@ Any field of the configuration can be overridden by its dotted name, as in --opt
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Splits the command line into the run's own options and the overrides of the configuration."""
-    from d2s.recipes import RECIPES
+    from d2s.training.recipes import RECIPES
 
     parser = argparse.ArgumentParser(
         prog="train.py",
@@ -82,11 +82,11 @@ def main(arguments: list[str] | None = None, preemption: Preemption | None = Non
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
-        from d2s.prepare import plan
+        from d2s.training.prepare import plan
 
         prepared = plan(options, overrides)
         if options.dry_run:
-            from d2s.dry_run import describe
+            from d2s.plan.dry_run import describe
 
             print(describe(prepared))
             return 0
@@ -152,9 +152,9 @@ def _tell_launcher(error: BaseException) -> None:
 def _hold() -> None:
     """Ends the process where the failure is only what another worker's end brought about."""
     if "torch" in sys.modules:
-        from d2s.distributed import hold
+        from d2s.workers.group import exit_if_another_failed
 
-        hold()
+        exit_if_another_failed()
 
 
 class _LastWords:
@@ -183,9 +183,9 @@ class _LastWords:
 
 def _leave(code: int) -> None:
     if "torch" in sys.modules:
-        from d2s.distributed import leave
+        from d2s.workers.group import leave
 
-        leave(code, together=code in (0, PREEMPTED))
+        leave(code, ordered=code in (0, PREEMPTED))
 
 
 def run() -> NoReturn:

@@ -12,7 +12,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from d2s.kernels.builds import (
+from d2s.common.command import positive
+from d2s.kernels.build.builds import (
     ARCHITECTURES,
     FIGURES,
     SHARED,
@@ -25,7 +26,6 @@ from d2s.kernels.builds import (
     read_figures,
     write_figures,
 )
-from d2s.kernels.usage import positive
 
 if TYPE_CHECKING:
     from d2s.kernels.fused.spec import KernelSpec

@@ -1,9 +1,9 @@
 """The public interface of `d2s.kernels`: argument checks, then the operators, or the reference where it is chosen.
 
-What is refused (`d2s.kernels.checks`) raises ValueError in one line: the argument, what it is, the remedy. Embeddings
-are dense tensors of bf16, fp16, float32 or float64.
+What is refused (`d2s.kernels.operators.checks`) raises ValueError in one line: the argument, what it is, the remedy.
+Embeddings are dense tensors of bf16, fp16, float32 or float64.
 
-Who computes is in `d2s.kernels.dispatch`: `D2S_KERNELS`, the device and the type decide.
+Who computes is in `d2s.kernels.operators.dispatch`: `D2S_KERNELS`, the device and the type decide.
 
 Common to all losses here:
 - They are *sums* over the batch, 0-dim, in float32 (float64 for float64 inputs); bf16 and fp16 inputs are
@@ -20,8 +20,8 @@ Sizes: B local batch, N global batch, M candidates, K tokens, D width.
 import torch
 from torch import Tensor
 
-from d2s.kernels import ops
-from d2s.kernels.checks import (
+from d2s.kernels.operators import ops
+from d2s.kernels.operators.checks import (
     check_flag,
     check_floats,
     check_like,
@@ -31,7 +31,7 @@ from d2s.kernels.checks import (
     check_sides,
     number_tensor,
 )
-from d2s.kernels.dispatch import implementation, load
+from d2s.kernels.operators.dispatch import implementation, load
 
 KINDS = ("cosine", "l1", "l2")
 __all__ = [

@@ -14,11 +14,11 @@ import torch
 
 from d2s.kernels.bench.cases import CASES, Shape
 from d2s.kernels.bench.floor import work
+from d2s.kernels.bench.measured import by_device
+from d2s.kernels.bench.plot import Line, Panel, figure
 from d2s.kernels.bench.providers import PROVIDERS
 from d2s.kernels.bench.record import RESULTS, Row, file_of
 from d2s.kernels.files import write_all
-from d2s.kernels.measured import by_device
-from d2s.kernels.plot import Line, Panel, figure
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results: generated, see above -->", "<!-- end of results -->"

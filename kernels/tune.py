@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2s.kernels.descent import ROUNDS, State, descend, settle
+from d2s.common.command import positive
+from d2s.kernels.build.descent import ROUNDS, State, descend, settle
+from d2s.kernels.build.parts import TOGETHER, TOKENS, Part, groups, guess, text, usable
 from d2s.kernels.files import write_whole
-from d2s.kernels.parts import TOGETHER, TOKENS, Part, groups, guess, text, usable
-from d2s.kernels.usage import positive
 
 if TYPE_CHECKING:
-    from d2s.kernels.workers import Workers
+    from d2s.kernels.build.workers import Workers
 
 TABLE = Path(__file__).parent / "fused" / "tiles.json"
 # The widths that matter most first: a run that ends early has them.
@@ -69,7 +69,7 @@ def search(
     part: Part, table: dict[str, dict[str, int]], workers: "Workers", over: Callable[[], bool]
 ) -> None:
     """Searches a part and enters what it found; says how much faster that is and what was left out."""
-    from d2s.kernels import trials
+    from d2s.kernels.build import trials
 
     at = (part.width, part.half, part.capability)
     defaults = part.start({})
@@ -93,7 +93,7 @@ def search(
 
 def tune(todo: Sequence[Part], arguments: argparse.Namespace) -> int:
     """Searches part by part and writes after each, so that an interrupted run leaves what it found."""
-    from d2s.kernels.trials import Lost
+    from d2s.kernels.build.trials import Lost
 
     finished: list[Part] = []
     try:
@@ -113,8 +113,8 @@ def tune(todo: Sequence[Part], arguments: argparse.Namespace) -> int:
 
 def _every(todo: Sequence[Part], finished: list[Part], arguments: argparse.Namespace) -> None:
     """Searches until the minutes are over; finished grows with what is written."""
+    from d2s.kernels.build.workers import Workers
     from d2s.kernels.fused.tiles import tuned_tiles
-    from d2s.kernels.workers import Workers
 
     table = {key: dict(tile) for key, tile in tuned_tiles().items()}
     guesses = [guess(part, arguments.jobs) for part in todo]
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune: no CUDA device here; --dry-run lists what would be measured", file=sys.stderr)
         return 2
-    from d2s.kernels.dispatch import implementation
+    from d2s.kernels.operators.dispatch import implementation
 
     if implementation("cuda") != "triton":
         print(

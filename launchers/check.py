@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from d2s.command import Parser, run
+from d2s.common.command import Parser, run
 from d2s.launchers.check_rank import MARK, TOKENS, look
 
 CLOCKS_APART = 1.0

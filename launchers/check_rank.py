@@ -61,8 +61,8 @@ def versions() -> Iterator[tuple[str, str]]:
 
 def data_seen(data: Path) -> dict[str, str]:
     """The data set as it looks from here: its fingerprint, or the fault; the ends of each split are read."""
-    from d2s.shards.index import ShardIndex
-    from d2s.shards.reader import ShardReader
+    from d2s.shards.read.index import ShardIndex
+    from d2s.shards.read.reader import ShardReader
 
     try:
         index = ShardIndex.open(data)
@@ -151,7 +151,7 @@ def rendezvous(patience: float) -> None:
     import torch
     import torch.distributed as dist
 
-    from d2s.distributed import cuda_index
+    from d2s.workers.group import cuda_index
 
     world = int(os.environ["WORLD_SIZE"])
     cuda = torch.cuda.is_available()

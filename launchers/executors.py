@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import submitit
 
-from d2s.distributed import leave
 from d2s.launchers import task
 from d2s.launchers.states import LOGS
+from d2s.workers.group import leave
 
 # submitit's local controller starts the tasks again after this exit code, six starts in all.
 LOCAL_REQUEUE = 144
@@ -75,10 +75,10 @@ class Command:
             sys.stdout.flush()
             sys.stderr.flush()
             # Without a result: the job has not come to its end.
-            leave(LOCAL_REQUEUE if local else outcome.code, together=True)
+            leave(LOCAL_REQUEUE if local else outcome.code, ordered=True)
         if "torch" in sys.modules:
             # After submitit has written the result: the way out that gloo's threads cannot turn into an abort.
-            atexit.register(leave, outcome.code, together=outcome.together)
+            atexit.register(leave, outcome.code, ordered=outcome.together)
         if outcome.code:
             raise RuntimeError(f"{self.arguments[0]} ended with code {outcome.code}: see the lines above")
         return 0

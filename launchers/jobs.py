@@ -14,10 +14,10 @@ from pathlib import Path
 
 import submitit
 
+from d2s.common.files import read_json, write_json
 from d2s.launchers.executors import Command, Resources, Step, executor, hand_over, use_site
 from d2s.launchers.states import ENDED, LOGS, UNKNOWN, alive, slurm_states, succeeded
 from d2s.launchers.task import local_request
-from d2s.shards.files import read_json, write_json
 
 JOBS = "jobs.json"
 # Seconds between two signals to a job here, as is common on clusters.

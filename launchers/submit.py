@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from d2s.command import Parser, run
+from d2s.common.command import Parser, run
+from d2s.common.files import read_json, write_json
 from d2s.launchers.executors import Resources, Step, dump
 from d2s.launchers.jobs import Jobs, logs_of
 from d2s.launchers.pipeline import pipeline, source, sweep, sweep_table
-from d2s.shards.files import read_json, write_json
 
 POINTS = "grid.json"
 EXAMPLES = """\

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from d2s.preemption import PREEMPTED, Preemption
+from d2s.workers.preemption import PREEMPTED, Preemption
 
 COMMANDS = {
     "train": "d2s.train",
@@ -102,7 +102,7 @@ class Outcome:
     requeue: bool = False
 
     @property
-    def together(self) -> bool:
+    def run_on_all(self) -> bool:
         """Whether all ranks ended alike."""
         return self.code in (0, PREEMPTED)
 
@@ -161,9 +161,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     if outcome.requeue:
         ask_requeue()
     if "torch" in sys.modules:
-        from d2s.distributed import leave
+        from d2s.workers.group import leave
 
-        leave(outcome.code, together=outcome.together)
+        leave(outcome.code, ordered=outcome.together)
     sys.exit(outcome.code)
 
 

@@ -3,22 +3,14 @@
 import argparse
 import re
 from pathlib import Path
-from typing import NoReturn
 
+from d2s.common.command import positive
 from d2s.shards import sources
-from d2s.shards.dense import KEYS
-from d2s.shards.layout import ShardSize
+from d2s.shards.build.dense import KEYS
+from d2s.shards.build.layout import ShardSize
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _FAULT = argparse.ArgumentTypeError
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a usage error in one line, where argparse would print all options first."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with code 2."""
-        self.exit(2, f"error: {message}; {self.prog} --help explains\n")
 
 
 def shard_size(text: str) -> ShardSize:
@@ -70,13 +62,6 @@ def caption_file(text: str) -> tuple[str | None, Path]:
 def columns(text: str) -> tuple[str, ...]:
     """`a,b`."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def positive(text: str) -> int:
-    """A number of at least 1."""
-    if not text.isdigit() or not int(text):
-        raise _FAULT(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 def add_dense(command: argparse.ArgumentParser) -> None:

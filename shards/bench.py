@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from d2s.shards import index_file, manifest
-from d2s.shards.index import COLUMNS, ShardIndex
-from d2s.shards.order import BlockPermutation, Permutation, batch_positions
+from d2s.shards.format import index_file, manifest
+from d2s.shards.order.permutation import BlockPermutation, Permutation, batch_positions
+from d2s.shards.read.index import COLUMNS, ShardIndex
 
 _SHARD_ROWS = 10_000
 _CHUNK = 1 << 20

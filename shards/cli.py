@@ -4,8 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from d2s.common.command import Parser
+from d2s.common.files import input_sha256
 from d2s.shards import arguments, sources
-from d2s.shards.build import (
+from d2s.shards.build.data_set import (
     INPUT,
     BuildConfig,
     BuildReport,
@@ -15,17 +17,16 @@ from d2s.shards.build import (
     open_output,
     settings_of,
 )
-from d2s.shards.dense import DenseOptions, files_of
-from d2s.shards.files import input_sha256
-from d2s.shards.layout import Layout
-from d2s.shards.sample import Faults, SourceOptions
-from d2s.shards.show import describe, find, save_image
-from d2s.shards.stats import stats, table
-from d2s.shards.verify import verify
+from d2s.shards.build.dense import DenseOptions, files_of
+from d2s.shards.build.layout import Layout
+from d2s.shards.format.sample import Faults, SourceOptions
+from d2s.shards.inspect.show import describe, find, save_image
+from d2s.shards.inspect.stats import stats, table
+from d2s.shards.inspect.verify import verify
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = arguments.Parser(prog="python -m d2s.shard", description="Data sets as tar shards.")
+    parser = Parser(prog="python -m d2s.shard", description="Data sets as tar shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str, example: str) -> argparse.ArgumentParser:

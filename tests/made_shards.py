@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from d2s.shards.index_file import write_index
-from d2s.shards.manifest import schema, write_manifest
+from d2s.shards.format.index_file import write_index
+from d2s.shards.format.manifest import schema, write_manifest
 
 WORDS = [
     "a",

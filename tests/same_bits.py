@@ -168,12 +168,12 @@ def embed(tree: Path, model: Path) -> dict:
     return json.loads(finish(python(tree, ["-c", EMBEDDINGS, str(model)])))
 
 
-def read_by_another(tree: Path, work: Path, before: dict, recipes: list[str]) -> dict:
-    """What `tree` makes of the runs that another commit left in `work`: embeddings, and the steps of a resume."""
+def read_by_another(tree: Path, work: Path, copies: Path, recipes: list[str]) -> dict:
+    """What `tree` makes of the runs that another commit left: embeddings, and the losses of a resumed copy."""
     found = {}
     for recipe in recipes:
         found[f"{recipe}-1 embeddings"] = embed(tree, work / f"{recipe}-1" / "best")
-        old, run = work / f"{recipe}-2", work / f"{recipe}-2-resumed"
+        old, run = work / f"{recipe}-2", copies / f"{recipe}-2"
         shutil.copytree(old, run)
         shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
         shutil.rmtree(run / "last")
@@ -181,7 +181,7 @@ def read_by_another(tree: Path, work: Path, before: dict, recipes: list[str]) ->
         source = start if recipe.endswith("finetune") else ["--data", str(work / "scenes")]
         train(tree, 2, [recipe, "--run", str(run), "--resume", *source, *options(tree)])
         found[old.name] = losses(run)
-    return {name: value for name, value in found.items() if name in before}
+    return found
 
 
 def differences(before: dict, after: dict, prefix: str = "") -> list[str]:
@@ -234,12 +234,13 @@ def main() -> int:
                     ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=True
                 )
         before = json.loads(before_file.read_text())
-        wrong = differences(before, record(ROOT, Path(temporary) / "after", options_.recipes))
-        read = read_by_another(ROOT, keep, before, options_.recipes)
+        after = record(ROOT, Path(temporary) / "after", options_.recipes)
+        wrong = differences({name: before.get(name) for name in after}, after)
+        read = read_by_another(ROOT, keep, Path(temporary) / "copies", options_.recipes)
         wrong += [f"read by this tree: {line}" for line in differences({n: before[n] for n in read}, read)]
     for line in wrong:
         print(line)
-    print(f"{len(before)} records compared, {len(wrong)} differences")
+    print(f"{len(after)} records compared, {len(read)} read again, {len(wrong)} differences")
     return int(bool(wrong))
 
 

@@ -64,9 +64,9 @@ def test_the_four_commands_on_photographs_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_every_training_command_names_a_recipe_and_fields() -> None:
-    from d2s.config import override
-    from d2s.prepare import find_recipe
     from d2s.train import parse
+    from d2s.training.config import override
+    from d2s.training.prepare import find_recipe
 
     commands = [line for block in bash_blocks().values() for line in block if "d2s/train.py" in line]
     assert len(commands) >= 5
@@ -109,7 +109,7 @@ def test_the_tree_names_what_is_there() -> None:
 
 
 def test_recipes_of_the_readme_exist() -> None:
-    from d2s.recipes import RECIPES
+    from d2s.training.recipes import RECIPES
 
     for name in re.findall(r"\b(?:scenes|flickr8k)_small_\w+", README):
         assert name in RECIPES

@@ -1,7 +1,7 @@
 """The model of D2S-VSE: two towers, generalised pooling, and the decoder."""
 
 from d2s.model.config import DecoderConfig, IdleSetting, ModelConfig, TowerConfig
-from d2s.model.model import D2SModel, TextOutput
+from d2s.model.d2s_model import D2SModel, TextOutput
 from d2s.model.teacher import Teacher
 from d2s.model.tokenizer import build_word_tokenizer
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from d2s.model.text import TextEncoder
+from d2s.model.text_encoder import TextEncoder
 
 
 class Teacher(nn.Module):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from d2s.model.batch_norm import across_workers
 from d2s.model.config import TowerConfig
-from d2s.model.norms import across_workers
 
 PACKAGE = "package:"
 _IMPOSSIBLE = (

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from d2s.common.command import positive
 from d2s.kernels.bench import plan, record, timing
 from d2s.kernels.bench.cases import CASES, Inputs, Run, Shape
 from d2s.kernels.bench.floor import work
 from d2s.kernels.bench.providers import PROVIDERS, Unavailable, provider
 from d2s.kernels.bench.table import HEADER, show
-from d2s.kernels.usage import positive
 
 # Up to here a GPU is timed by CUDA graphs, too: launches cost more than the work.
 LAUNCH_BOUND = 1024

@@ -7,7 +7,7 @@ A source module has `NEEDS` (options it cannot do without) and
 from importlib import import_module
 from types import ModuleType
 
-from d2s.shards.sample import SourceOptions
+from d2s.shards.format.sample import SourceOptions
 
 NAMES = ("karpathy", "coco", "flickr", "release", "jsonl", "parquet", "img2dataset", "scenes")
 _MODULES = {"jsonl": "table", "parquet": "table"}

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2s.shards.files import read_json
-from d2s.shards.sample import Entry, Faults, SourceOptions, field_fault, text_field, whole_field
+from d2s.common.files import read_json
+from d2s.shards.format.sample import Entry, Faults, SourceOptions, field_fault, text_field, whole_field
 
 NEEDS = ("captions", "images")
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2s.shards.sample import Entry, Faults, SourceOptions
+from d2s.shards.format.sample import Entry, Faults, SourceOptions
 
 NEEDS = ("captions", "images")
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from d2s.shards.files import parse_json
-from d2s.shards.pictures import IMAGE_SUFFIXES
-from d2s.shards.sample import Entry, Faults, SourceOptions
-from d2s.shards.tar import Member, scan, split_name
-from d2s.shards.workers import map_ordered
+from d2s.common.files import parse_json
+from d2s.common.process_map import map_ordered
+from d2s.shards.format.pictures import IMAGE_SUFFIXES
+from d2s.shards.format.sample import Entry, Faults, SourceOptions
+from d2s.shards.format.tar import Member, scan, split_name
 
 NEEDS = ("images",)
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from d2s.shards.files import read_json
-from d2s.shards.sample import Entry, Faults, SourceOptions, field_fault, text_field
+from d2s.common.files import read_json
+from d2s.shards.format.sample import Entry, Faults, SourceOptions, field_fault, text_field
 
 NEEDS = ("captions", "images")
 # The images of COCO's validation set that the field trains on since 2014.

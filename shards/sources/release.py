@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2s.shards.dense import texts
-from d2s.shards.files import parse_json, read_json
-from d2s.shards.sample import Entry, Faults, SourceOptions, split_rank
+from d2s.common.files import parse_json, read_json
+from d2s.shards.build.dense import texts
+from d2s.shards.format.sample import Entry, Faults, SourceOptions, split_rank
 from d2s.shards.sources.flickr import read_lines
 
 NEEDS = ("captions", "images")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from d2s.shards import scenes
-from d2s.shards.sample import Entry, Faults, SourceOptions
+from d2s.shards.format.sample import Entry, Faults, SourceOptions
 
 NEEDS = ("counts",)
 

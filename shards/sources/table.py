@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from d2s.shards.dense import files_of, read_rows, texts
-from d2s.shards.sample import Entry, Faults, SourceOptions, caption_fault, field_fault, text_field
+from d2s.shards.build.dense import files_of, read_rows, texts
+from d2s.shards.format.sample import Entry, Faults, SourceOptions, caption_fault, field_fault, text_field
 
 NEEDS = ("captions",)
 _FIELDS = ("path", "sparse", "dense", "split", "id")

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from d2s import checkpoint
-from d2s.distributed import start_workers
-from d2s.engine import EngineConfig, engine_settings, start_engine
-from d2s.optim import OptimConfig, build_optimizer
-from d2s.zero_state import ZeroState
+from d2s.checkpoint import store as checkpoint
+from d2s.checkpoint.zero_state import ZeroState
+from d2s.training.engine import EngineConfig, engine_settings, start_engine
+from d2s.training.optimizer import OptimConfig, build_optimizer
+from d2s.workers.group import start_workers
 
 STATE = {"to_validate": False, "best": {}, "damaged": 0, "truncated": 0, "skipped": 0}
 

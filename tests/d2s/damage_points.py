@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from checkpoint_saves import STATE, Saves
 
-from d2s import checkpoint
-from d2s.distributed import leave
+from d2s.checkpoint import store as checkpoint
+from d2s.workers.group import leave
 
 SHARE, MARKER = "worker-00000.safetensors", "complete.json"
 
@@ -139,7 +139,7 @@ def main(folder: Path) -> None:
     saves.run.mkdir()
     (saves.run / "checkpoints").write_text("a file in the way")
     print(f"an unwritable folder: {refused(lambda: saves.save(3))}", flush=True)
-    leave(0, together=True)
+    leave(0, ordered=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ KINDS: dict[str, Callable[[], object]] = {
 
 def plant(fault: dict[str, Any]) -> None:
     """Makes the fault happen in this worker, if it is meant, before its training step of that number."""
-    from d2s.trainer import Trainer
+    from d2s.training.trainer import Trainer
 
     if fault["rank"] not in (None, int(os.environ["RANK"])):
         return
@@ -133,7 +133,7 @@ if __name__ == "__main__":
         import deepspeed  # noqa: F401
         import torch.utils.tensorboard  # noqa: F401
 
-        import d2s.prepare  # noqa: F401
+        import d2s.training.prepare  # noqa: F401
 
         run_all(json.loads(Path(sys.argv[2]).read_text()), at_once=4)
     else:

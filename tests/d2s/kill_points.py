@@ -17,8 +17,8 @@ from pathlib import Path
 
 from checkpoint_saves import Saves
 
-from d2s import folders
-from d2s.distributed import leave
+from d2s.common import folders
+from d2s.workers.group import leave
 
 TRACEME, SYSCALL, SETOPTIONS = 0, 24, 0x4200
 SYSGOOD, EXITKILL = 1, 1 << 20
@@ -141,7 +141,7 @@ def main(folder: Path) -> None:
             f"best model, {way}: {count} points, {found.count('old')} old, {found.count('new')} new",
             flush=True,
         )
-    leave(0, together=True)
+    leave(0, ordered=True)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,15 @@ RANK = int(os.environ["RANK"])
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-import d2s.prepare  # noqa: E402
 import d2s.train  # noqa: E402
-from d2s import checkpoint  # noqa: E402
-from d2s.accumulate import GradientCache  # noqa: E402
-from d2s.distributed import start_workers  # noqa: E402
+import d2s.training.prepare  # noqa: E402
+from d2s.checkpoint import store as checkpoint  # noqa: E402
 from d2s.model import presets  # noqa: E402
-from d2s.preemption import Preemption  # noqa: E402
-from d2s.recipes import RECIPES  # noqa: E402
-from d2s.trainer import Trainer  # noqa: E402
+from d2s.training.gradient_cache import GradientCache  # noqa: E402
+from d2s.training.recipes import RECIPES  # noqa: E402
+from d2s.training.trainer import Trainer  # noqa: E402
+from d2s.workers.group import start_workers  # noqa: E402
+from d2s.workers.preemption import Preemption  # noqa: E402
 
 SMALL = (
     "--batch_size 8 --max_steps 8 --log.every 1 --log.evaluate_epochs 1 --data.loader_workers 0 --model.width 16 "
@@ -148,7 +148,7 @@ def preparation(group: Group) -> None:
     for _ in range(5):
         group.go("done again", "stalled", "--resume")
     teacher = ("--init", str(group.folder / "in peace"), "--max_steps", "2")
-    table = before(d2s.prepare, "teacher_table", kill(signal.SIGUSR2, rank=1))
+    table = before(d2s.training.prepare, "teacher_table", kill(signal.SIGUSR2, rank=1))
     group.go("teacher", "teacher", *teacher, hit=table, recipe="scenes_small_finetune")
     if RANK == 0:
         group.results["teacher"]["table"] = (group.folder / "teacher" / "teacher" / "teacher.json").exists()
@@ -241,7 +241,7 @@ def _meet() -> Any:
 if __name__ == "__main__":
     d2s.train._AFTER_WORKER_0 = 0.0
     start_workers()
-    d2s.prepare.start_workers = _meet
+    d2s.training.prepare.start_workers = _meet
     cases = Group(sys.argv[1], Path(sys.argv[2]))
     for part in sys.argv[3:]:
         {"interruptions": interruptions, "preparation": preparation, "not_finite": not_finite}[part](cases)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from d2s.distributed import Workers
-from d2s.trainer import Trainer
+from d2s.training.trainer import Trainer
+from d2s.workers.group import Workers
 
 
 class Engine:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2s import run_folder
-from d2s.checkpoint import newest
-from d2s.logs import RunLog, read_rows
+from d2s.checkpoint.store import newest
 from d2s.shards.cli import main as shard
-from d2s.shards.manifest import read_manifest
+from d2s.shards.format.manifest import read_manifest
 from d2s.train import main
+from d2s.training import run_folder
+from d2s.training.run_log import RunLog, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

@@ -11,11 +11,11 @@ import torch.multiprocessing as mp
 from model_towers import BERT, VISION, tiny_config
 from torch import Tensor
 
-from d2s.accumulate import GradientCache
-from d2s.loader import Batch
+from d2s.data.loader import Batch
+from d2s.losses.objective import LossConfig, Objective
 from d2s.model import D2SModel, DecoderConfig, TowerConfig, build_word_tokenizer
-from d2s.objective import LossConfig, Objective
-from d2s.training_module import TrainingModule
+from d2s.training.gradient_cache import GradientCache
+from d2s.training.module import TrainingModule
 
 PAIRS, LENGTH, WIDTH = 16, 9, 16
 HINGE, DISTILL = LossConfig(align="hinge"), LossConfig(align="infonce", distill_weight=64.0)
@@ -123,7 +123,7 @@ def losses_and_backward(engine, stage: str, name: str, size: int) -> Tensor:
 
 def start(module: TrainingModule, zero: int, lr: float = 0.0):
     """The engine of ZeRO stage `zero` around a module, with plain SGD, which shows gradients as they are."""
-    from d2s.engine import EngineConfig, engine_settings, start_engine
+    from d2s.training.engine import EngineConfig, engine_settings, start_engine
 
     settings = engine_settings(EngineConfig(precision="fp32", zero_stage=zero), 1, 0.0)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=lr)

@@ -13,11 +13,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from d2s.distributed import barrier, leave, start_workers
-from d2s.optim import lr_factor, set_learning_rate
-from d2s.preemption import Preemption
-from d2s.prepare import plan
-from d2s.trainer import Trainer
+from d2s.training.optimizer import lr_factor, set_learning_rate
+from d2s.training.prepare import plan
+from d2s.training.trainer import Trainer
+from d2s.workers.group import barrier, leave, start_workers
+from d2s.workers.preemption import Preemption
 
 # Without dropout inside of the towers a batch is the same on any number of workers.
 COMMON = (
@@ -95,7 +95,7 @@ def main(cases: Path, out: Path) -> None:
         results[Path(case["run"]).name] = run_case(case, given["data"], workers.is_main)
     if workers.is_main:
         out.write_text(json.dumps(results))
-    leave(0, together=True)
+    leave(0, ordered=True)
 
 
 if __name__ == "__main__":

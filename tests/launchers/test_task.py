@@ -10,7 +10,7 @@ import pytest
 
 from d2s.launchers import task
 from d2s.launchers.task import Outcome, rank_variables, resumed, tasks_per_node, with_seed
-from d2s.preemption import PREEMPTED, SIGNALS, Preemption
+from d2s.workers.preemption import PREEMPTED, SIGNALS, Preemption
 
 TASK = {
     "SLURM_PROCID": "5",

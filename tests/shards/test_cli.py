@@ -11,7 +11,7 @@ import pytest
 
 import d2s.__main__
 from d2s.shards.cli import main
-from d2s.shards.manifest import read_manifest, schema, write_manifest
+from d2s.shards.format.manifest import read_manifest, schema, write_manifest
 
 
 def test_show_prints_the_captions_and_writes_the_image(

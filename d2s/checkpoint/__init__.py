@@ -1,0 +1,1 @@
+"""What a run leaves on the disk: checkpoints that are complete or invisible, and model folders."""

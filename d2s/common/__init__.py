@@ -1,0 +1,1 @@
+"""What all rooms share, without torch: command lines, files and folders, progress, processes."""

@@ -1,0 +1,83 @@
+"""Files that appear whole or not at all: written under another name, flushed to the disk, renamed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_TEXT = (".txt", ".json", ".jsonl", ".parquet")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path` for writing and renames it to `path` if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder survive a power cut; file systems without folder handles do so anyway."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def parse_json(text: str | bytes) -> object:
+    """`json.loads`. Raises ValueError (JSONDecodeError for most) for whatever it refuses, deep nesting included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file, whole or not at all, with sorted keys so that equal values are equal bytes."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> object:
+    """Reads a JSON file. Raises ValueError with file and line where it is missing or is not JSON."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder, not a file") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start}: not UTF-8 text") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+
+
+def input_sha256(paths: list[Path]) -> str:
+    """One sha256 for what lies in these files and folders of text, JSON and parquet: names and bytes, no paths."""
+    digest = hashlib.sha256()
+    for path in paths:
+        inside = sorted(part for part in path.iterdir() if part.suffix in _TEXT) if path.is_dir() else [path]
+        for file in inside:
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,141 @@
+"""Two runs beside each other: every loss, and the final weights, bit by bit or within a tolerance."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2s.training.run_log import read_rows
+
+COMPARED = ("loss", "align", "distill", "lr", "grad_norm")
+TOLERANCE = 1e-4
+"""Relative, where the number of workers changes: sums of floating-point numbers then have another order.
+
+At the drill's own learning rate that makes about 3e-6 of a loss, and AdamW's first moments lost in one restart
+make 5e-2.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How far two runs are apart."""
+
+    steps: int
+    """Steps that both have."""
+    missing: tuple[int, ...]
+    """Steps that one of them lacks."""
+    loss: float
+    """Largest difference of a loss, relative to the other run's."""
+    loss_step: int
+    """The step where it is."""
+    weights: float
+    """Norm of the difference of all weights, relative to the norm of the other run's."""
+    unlike: tuple[str, ...]
+    """What is not the same to the bit: "step 3 loss", a tensor's name."""
+
+    @property
+    def bit_equal(self) -> bool:
+        return not self.unlike and not self.missing
+
+    def within(self, tolerance: float) -> bool:
+        """Whether no step is missing and neither a loss nor the weights differ by more than `tolerance`."""
+        return not self.missing and self.loss <= tolerance and self.weights <= tolerance
+
+    def lines(self) -> list[str]:
+        """What there is to say about it, without the verdict."""
+        found = [f"compared            {self.steps} steps, and the weights of last/"]
+        if self.missing:
+            found.append(f"missing             {_some([str(step) for step in self.missing])} of one run")
+        if self.unlike:
+            found.append(f"not bit-equal       {_some(self.unlike)}")
+        return found
+
+
+def compare(run: Path, other: Path) -> Comparison:
+    """Compares two finished runs; of a step's rows in metrics.jsonl the last one counts.
+
+    Raises ValueError where one of them is not finished, or is no run.
+    """
+    ours, theirs = _rows(run), _rows(other)
+    steps = sorted(ours.keys() & theirs.keys())
+    unlike, largest, where = [], 0.0, 0
+    for step in steps:
+        for name in COMPARED:
+            a, b = ours[step].get(name), theirs[step].get(name)
+            if a != b and not (_nan(a) and _nan(b)):
+                unlike.append(f"step {step} {name}")
+        difference = _relative(ours[step]["loss"], theirs[step]["loss"])
+        if difference > largest:
+            largest, where = difference, step
+    far, tensors = _weights(run, other)
+    return Comparison(
+        steps=len(steps),
+        missing=tuple(sorted(ours.keys() ^ theirs.keys())),
+        loss=largest,
+        loss_step=where,
+        weights=far,
+        unlike=(*unlike, *tensors),
+    )
+
+
+def recorded_steps(run: Path) -> set[int]:
+    """Steps of a run's rows of training. Raises ValueError where :func:`compare` would for what the run lacks."""
+    steps = set(_rows(run))
+    _last(run)
+    return steps
+
+
+def _rows(run: Path) -> dict[int, dict[str, Any]]:
+    rows = {row["step"]: row for row in read_rows(run) if row["kind"] == "train"}
+    if not rows:
+        raise ValueError(f"{run} holds no row of training in metrics.jsonl: name the folder of a run")
+    return rows
+
+
+def _nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _relative(a: float, b: float) -> float:
+    if a == b or (_nan(a) and _nan(b)):
+        return 0.0
+    difference = abs(a - b) / max(abs(b), 1e-12)
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _weights(run: Path, other: Path) -> tuple[float, list[str]]:
+    """The relative difference of all weights together, and the names of the tensors that are not bit-equal."""
+    ours, theirs = _load(run), _load(other)
+    if ours.keys() != theirs.keys():
+        return math.inf, sorted(ours.keys() ^ theirs.keys())
+    unlike, difference, norm = [], 0.0, 0.0
+    for name, b in theirs.items():
+        a = ours[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return math.inf, [name]
+        if a.tobytes() != b.tobytes():
+            unlike.append(name)
+            difference += float(np.square(a.astype(np.float64) - b).sum())
+        norm += float(np.square(b.astype(np.float64)).sum())
+    far = math.sqrt(difference) / max(math.sqrt(norm), 1e-12)
+    return far if math.isfinite(far) else math.inf, unlike
+
+
+def _load(run: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(_last(run))
+
+
+def _last(run: Path) -> Path:
+    path = run / "last" / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{run} is not finished (no last/model.safetensors): end it with --resume")
+    return path
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

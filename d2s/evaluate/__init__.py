@@ -1,0 +1,1 @@
+"""Embeds a split and measures it: recall, ranks, capacity."""

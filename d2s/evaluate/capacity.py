@@ -1,0 +1,106 @@
+"""Measures of information capacity: how much of the embedding space a set of embeddings uses.
+
+Pure functions. Sizes: N images, M captions (texts), D width; `owner` as in `d2s.evaluate.metrics`. All but
+`effective_rank` expect rows of length 1. They compare models on the same split; none of them is a quality by
+itself: random embeddings have the highest rank and the best uniformity of all.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1024
+
+
+def effective_rank(embeddings: Tensor) -> float:
+    """exp(-sum p_k log p_k) with p = s / sum(s), s the singular values of the matrix (N, D), not centred.
+
+    Between 1 (all rows on one line) and min(N, D). The singular values come from the D x D Gram matrix in
+    float64: O(N D^2) work, O(D^2) memory.
+
+    Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007); on embeddings: RankMe (ICML 2023).
+    """
+    gram = torch.zeros(
+        embeddings.shape[1], embeddings.shape[1], dtype=torch.float64, device=embeddings.device
+    )
+    for part in embeddings.split(_CHUNK):
+        gram += part.double().T @ part.double()
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    # Eigenvalues carry an error of about eps * the largest; under the root that would pass for a direction.
+    noise = values.max() * torch.finfo(torch.float64).eps * len(values)
+    values = values[values > noise].sqrt()
+    if len(values) == 0:
+        return 0.0
+    share = values / values.sum()
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def alignment(images: Tensor, texts: Tensor, owner: Tensor) -> float:
+    """Mean over captions of |x_owner(j) - y_j|^2 on the unit sphere: 0 perfect, 2 orthogonal, 4 opposite.
+
+    Args:
+        images: (N, D) of length 1; texts: (M, D) of length 1; owner: (M,) int64.
+
+    Source: Wang and Isola, "Understanding contrastive representation learning through alignment and
+    uniformity on the hypersphere" (ICML 2020), alpha = 2, positive pairs = image and caption.
+    """
+    return float((images[owner] - texts).double().square().sum(1).mean())
+
+
+def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
+    """log of the mean over pairs i < j of exp(-2 |x_i - x_j|^2) on the unit sphere.
+
+    0 when all rows are equal, lower the more evenly they spread (-4 in the limit of many dimensions).
+
+    Quadratic in the number of rows, so above `limit` only that many evenly spaced rows are used.
+
+    Args:
+        embeddings: (N, D) of length 1.
+
+    Source: Wang and Isola (ICML 2020), t = 2.
+    """
+    rows = len(embeddings)
+    if rows < 2:
+        return 0.0
+    if rows > limit:
+        embeddings = embeddings[torch.linspace(0, rows - 1, limit, device=embeddings.device).round().long()]
+        rows = limit
+    total = 0.0
+    for part in embeddings.split(_CHUNK):
+        squared = (2 - 2 * part @ embeddings.T).clamp(min=0)
+        total += float(torch.exp(-2 * squared).sum(dtype=torch.float64))
+    own = float(torch.exp(-2 * (2 - 2 * embeddings.square().sum(1)).clamp(min=0)).sum(dtype=torch.float64))
+    return math.log((total - own) / (rows * (rows - 1)))
+
+
+def modality_gap(images: Tensor, texts: Tensor) -> float:
+    """|mean of the image embeddings - mean of the text embeddings|, both on the unit sphere.
+
+    Source: Liang et al., "Mind the gap" (NeurIPS 2022).
+    """
+    return float((images.double().mean(0) - texts.double().mean(0)).norm())
+
+
+def sparse_to_dense(
+    sparse: Tensor, sparse_owner: Tensor, dense: Tensor, dense_owner: Tensor, images: int
+) -> float:
+    """Mean over images of the mean cosine of the image's sparse captions to its dense captions.
+
+    The mean over all pairs of two sets of unit vectors is the product of their means, so one pass suffices.
+    Images without a sparse or without a dense caption are left out; NaN when none is left.
+
+    Args:
+        sparse: (M, D) of length 1; dense: (M', D) of length 1; the owners as above.
+        images: N.
+    """
+
+    def means(rows: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        count = torch.bincount(owner, minlength=images)
+        total = torch.zeros(images, rows.shape[1], dtype=torch.float64, device=rows.device)
+        total.index_add_(0, owner, rows.double())
+        return total / count.clamp(min=1).unsqueeze(1), count > 0
+
+    (a, has_sparse), (b, has_dense) = means(sparse, sparse_owner), means(dense, dense_owner)
+    both = has_sparse & has_dense
+    return float((a * b).sum(1)[both].mean())

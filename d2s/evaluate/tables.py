@@ -1,0 +1,71 @@
+"""Recall tables for the screen, through rich."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from d2s.evaluate.metrics import KS, Recall, Retrieval
+
+CAPACITY = {
+    "effective_rank": ("effective rank", "higher: more directions used"),
+    "alignment": ("alignment", "lower: an image lies nearer to its captions"),
+    "uniformity": ("uniformity", "lower: more evenly spread"),
+    "modality_gap": ("modality gap", "lower: images and captions lie nearer"),
+    "cosine": ("cosine sparse to dense", "higher: sparse captions lie nearer to the dense ones"),
+}
+
+
+def recall_table(rows: Sequence[tuple[str, Retrieval | None]], title: str = "", chance: bool = True) -> Table:
+    """A table with one row per (name, retrieval), None for a line between groups.
+
+    i->t is image -> text, t->i is text -> image.
+
+    Args:
+        chance: print under each row what a random order would reach.
+    """
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    table.add_column("", no_wrap=True)
+    for way in ("i->t", "t->i"):
+        for k in KS:
+            table.add_column(f"{way}\nR@{k}", justify="right", no_wrap=True)
+        table.add_column("median\nrank", justify="right")
+    table.add_column("\nrSum", justify="right", style="bold")
+    for name, retrieval in rows:
+        if retrieval is None:
+            table.add_section()
+            continue
+        table.add_row(name, *_cells(retrieval.i2t), *_cells(retrieval.t2i), f"{retrieval.rsum:.1f}")
+        if chance:
+            cells = [f"{value:.1f}" for value in retrieval.i2t.chance]
+            back = [f"{value:.1f}" for value in retrieval.t2i.chance]
+            table.add_row("  chance", *cells, "", *back, "", f"{retrieval.chance_rsum:.1f}", style="dim")
+    return table
+
+
+def _cells(recall: Recall) -> list[str]:
+    return [*(f"{value:.1f}" for value in recall.hits), f"{recall.median_rank:g}"]
+
+
+def capacity_table(measures: dict[str, float]) -> Table:
+    """A table of the measures of information capacity by name (`d2s.evaluate.evaluation.measure_capacity`)."""
+    table = Table(title="information capacity", title_justify="left", header_style="bold")
+    table.add_column("")
+    for column in ("images", "sparse", "dense"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for key, (name, meaning) in CAPACITY.items():
+        if key == "cosine":
+            values = (
+                ["", f"{measures['cosine_sparse_dense']:.3f}", ""]
+                if "cosine_sparse_dense" in measures
+                else []
+            )
+        else:
+            values = [
+                f"{measures[f'{key}_{kind}']:.3f}" if f"{key}_{kind}" in measures else ""
+                for kind in ("images", "sparse", "dense")
+            ]
+        if any(values):
+            table.add_row(name, *values, Text(meaning, style="dim"))
+    return table

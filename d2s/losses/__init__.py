@@ -1,0 +1,1 @@
+"""The objective: alignment of images with captions, and distillation."""

@@ -1,0 +1,101 @@
+"""From word pieces to a text embedding and the word features that the decoder reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from d2s.model.batch_norm import WordBatchNorm
+from d2s.model.config import ModelConfig
+from d2s.model.gpo import GPO
+from d2s.model.sample_draws import dropout
+from d2s.model.towers import build_tower, tower_width
+
+_GROUP = 32
+
+
+class WordMLP(nn.Module):
+    """hidden -> D/2, norm, ReLU, -> D, over the real words of a batch."""
+
+    def __init__(self, hidden: int, config: ModelConfig) -> None:
+        super().__init__()
+        half = config.width // 2
+        self.inner = nn.Linear(hidden, half)
+        batch = config.text_mlp_norm == "batch"
+        self.norm = WordBatchNorm(half) if batch else nn.LayerNorm(half)
+        self.outer = nn.Linear(half, config.width)
+        self.pads = batch and config.compat_batch_norm
+        if self.pads:
+            self.norm.across_workers = False
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Map hidden (B, L, H) to (B, L, D). mask (B, L) says which words are real."""
+        inner = self.inner(hidden)
+        flat = inner.flatten(0, 1)
+        if self.pads or not (self.training and isinstance(self.norm, WordBatchNorm)):
+            normed = self.norm(flat)
+        else:
+            real = mask.flatten().nonzero().squeeze(1)
+            normed = torch.zeros_like(flat).index_copy(0, real, self.norm(flat[real]).to(flat.dtype))
+        return self.outer(torch.relu(normed).view_as(inner))
+
+
+class TextEncoder(nn.Module):
+    """Tower, dropout, word features, pooling over the real length, LayerNorm."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int | None = None) -> None:
+        super().__init__()
+        self.frozen = config.text_encoder.freeze
+        changes = {} if vocab_size is None else {"vocab_size": vocab_size}
+        self.tower = build_tower(config.text_encoder, "text", **changes)
+        hidden = tower_width(self.tower)
+        self.dropout = nn.Dropout(config.text_dropout)
+        self.linear = nn.Linear(hidden, config.width)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.mlp = WordMLP(hidden, config)
+        self.pool = GPO(config.gpo_width, config.gpo_temperature)
+        self.norm = nn.LayerNorm(config.width) if config.text_norm else nn.Identity()
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Set the mode; a frozen tower stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.tower.eval()
+        return self
+
+    def forward(self, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Text embedding t (B, D), not of unit length, and word features (B, L, D) of ids (B, L).
+
+        draw_seeds (B,) int64 decide what dropout drops in training, each sample by itself; without them the place
+        in the batch does, by torch's generator.
+        """
+        hidden = self._frozen_hidden(ids, mask) if self.frozen else self._hidden(ids, mask)
+        if draw_seeds is None or not self.training:
+            hidden = self.dropout(hidden)
+        else:
+            hidden = dropout(hidden, draw_seeds, self.dropout.p)
+        words = self.linear(hidden) + self.mlp(hidden, mask)
+        return self.norm(self.pool(words, mask)), words
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.tower(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+    @torch.no_grad()
+    def _frozen_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The tower's hidden states (B, L, H), on a CPU in groups of like length.
+
+        Captions differ in length, and padding costs a CPU what words cost. Nothing is kept for a backward pass,
+        so the groups' results go straight to their places; padded places stay 0 and are masked out behind.
+        """
+        if ids.device.type != "cpu" or len(ids) <= _GROUP:
+            return self._hidden(ids, mask)
+        lengths = mask.shape[1] - mask.flip(1).int().argmax(1)  # up to the last real word
+        out: Tensor | None = None
+        for rows in lengths.argsort(stable=True).split(_GROUP):
+            width = int(lengths[rows].max())
+            hidden = self._hidden(ids[rows, :width], mask[rows, :width])
+            if out is None:
+                out = hidden.new_zeros(*ids.shape, hidden.shape[2])
+            out[rows, :width] = hidden
+        return out

@@ -1,0 +1,1 @@
+"""Images and captions to arrays and token ids."""

@@ -1,0 +1,51 @@
+"""Pictures as users have them, to the pixels that the model reads."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Picture = Image.Image | str | PathLike | bytes | np.ndarray
+
+
+def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
+    """uint8 (3, size, size) of a PIL image, a path, the bytes of a file or an array, stretched to the square.
+
+    Every kind takes the path of `d2s.preprocess.images`. Raises ValueError where it cannot be read, naming the
+    file, or `name` where the picture is none.
+    """
+    from d2s.preprocess.images import eval_image
+
+    if isinstance(picture, (str, PathLike)):
+        name = f"image {str(picture)!r}"
+    try:
+        return torch.from_numpy(np.ascontiguousarray(eval_image(_encoded_or_opened(picture), size)))
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('image ')}") from error
+
+
+def _encoded_or_opened(picture: Picture) -> bytes | Image.Image:
+    """What `d2s.preprocess.images.eval_image` reads. Raises OSError, or ValueError on a picture that is none."""
+    if isinstance(picture, (str, PathLike)):
+        return Path(picture).read_bytes()
+    if isinstance(picture, np.ndarray):
+        colours = picture.shape[2:]
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or colours not in ((), (3,)):
+            raise ValueError(f"array {picture.dtype} {picture.shape}: give uint8 (H, W, 3) or (H, W)")
+        if picture.size == 0:
+            raise ValueError(f"array {picture.shape} has no pixel")
+        return Image.fromarray(np.ascontiguousarray(picture))
+    if isinstance(picture, Image.Image):
+        if min(picture.size) == 0:
+            raise ValueError(f"size {picture.size} has no pixel")
+        return picture
+    if isinstance(picture, bytes):
+        return picture
+    raise ValueError(f"is a {type(picture).__name__}: give a PIL image, a path, bytes or an array")

@@ -1,0 +1,182 @@
+"""Captions to token ids, whole batches at a time: a fast tokenizer's Rust core, and numpy for the rest."""
+
+import json
+import os
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from d2s.shards.order import draws
+
+I64 = NDArray[np.int64]
+_MASKED, _REPLACED = 0.5, 0.1
+"""Of the touched words: shares that become [MASK] or random pieces; the rest are deleted."""
+
+
+class TextPipeline:
+    """Tokenises, augments, cuts, adds special tokens and pads. Picklable; the tokenizer given is not changed.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer (PreTrainedTokenizerFast).
+        max_length: positions at most, special tokens included, where a call names no other number.
+    Attributes:
+        truncated: captions that were cut so far, in this process.
+        pad_id: what stands in the padded positions (any id: the mask is what counts).
+    Raises:
+        ValueError: a tokenizer that is not a fast one, or too short a max_length.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int = 64) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ValueError(
+                f"tokenizer is {type(tokenizer).__name__}, which has no fast core: use a PreTrainedTokenizerFast"
+            )
+        # A process of the loader has one core, and threads of a forked Rust core can deadlock.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._core = Tokenizer.from_str(backend.to_str())
+        self._core.no_padding()
+        self._core.no_truncation()
+        self._prefix, self._suffix = _special_tokens(self._core)
+        if max_length <= len(self._prefix) + len(self._suffix):
+            raise ValueError(f"max_length is {max_length}: leave room for words beside the special tokens")
+        self.max_length = max_length
+        self.truncated = 0
+        unk = tokenizer.unk_token_id
+        special = sorted({i for i in tokenizer.all_special_ids if i is not None})
+        fallback = unk if unk is not None else (special[0] if special else 0)
+        self._unk_id = fallback
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else fallback
+        # A tokenizer without a mask token (most byte-level ones) masks with its unknown token.
+        self._mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else fallback
+        self._continues = _continuing_pieces(self._core)
+        self._pieces = np.setdiff1d(np.arange(self._core.get_vocab_size(with_added_tokens=False)), special)
+
+    def encode(
+        self, texts: Sequence[str], max_length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean captions.
+
+        Returns:
+            ids int64 (B, L) and mask bool (B, L), True at real tokens, padded to the longest of the batch.
+        """
+        ids, lengths = _flat(
+            [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+        )
+        return self._pack(ids, lengths, max_length)
+
+    def augment(
+        self,
+        texts: Sequence[str],
+        seed: int,
+        epoch: int,
+        samples: Sequence[int] | I64,
+        *,
+        word_augment: float = 0.2,
+        max_length: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Captions with words masked, replaced and deleted at random.
+
+        Each word is touched with probability `word_augment`: of the touched, half have every piece masked, a
+        tenth have every piece replaced by a random one, and the rest are deleted. A caption that would lose all
+        its words keeps its first one as it is.
+
+        Args:
+            samples: (B,) what draws; a caption's augmentation depends on (seed, epoch, its sample) alone.
+        Returns:
+            As `encode`.
+        """
+        if word_augment == 0:
+            return self.encode(texts, max_length)
+        ids, lengths, begins = self._tokens(texts)
+        if not ids.size:
+            return self._pack(ids, lengths, max_length)
+        samples = np.asarray(samples, np.int64)
+        row = np.repeat(np.arange(len(texts)), lengths)
+        position = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        word = np.cumsum(begins) - 1
+        word_row = row[begins]
+        word_number = np.arange(len(word_row)) - np.searchsorted(word_row, word_row)
+        draw = draws.uniform_at(seed, epoch, samples[word_row], "words", word_number) / word_augment
+        deleted = (draw >= _MASKED + _REPLACED) & (draw < 1)
+        kept = np.bincount(word_row[~deleted], minlength=len(texts))
+        rescued = (word_number == 0) & (kept[word_row] == 0)
+        draw = np.where(rescued, 1.0, draw)[word]
+
+        replaced = np.flatnonzero((draw >= _MASKED) & (draw < _MASKED + _REPLACED))
+        ids = np.where(draw < _MASKED, self._mask_id, ids)
+        pick = draws.bits_at(seed, epoch, samples[row[replaced]], "pieces", position[replaced])
+        ids[replaced] = self._pieces[(pick % np.uint64(len(self._pieces))).astype(np.int64)]
+        keep = (draw < _MASKED + _REPLACED) | (draw >= 1)
+        return self._pack(ids[keep], np.bincount(row[keep], minlength=len(texts)), max_length)
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[I64, I64, NDArray[np.bool_]]:
+        """Ids of all captions one after the other (T,), tokens in each (B,), and where a word begins (T,)."""
+        if self._continues is not None:
+            encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
+            ids, lengths = _flat([encoding.ids for encoding in encodings])
+            return ids, lengths, ~self._continues[ids]
+        # encode_batch_fast would be a quarter faster, but leaves word numbers out.
+        encodings = self._core.encode_batch(list(texts), add_special_tokens=False)
+        ids, lengths = _flat([encoding.ids for encoding in encodings])
+        numbers, _ = _flat([[-2 if w is None else w for w in e.word_ids] for e in encodings])
+        begins = np.diff(numbers, prepend=-1) != 0
+        begins[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+        return ids, lengths, begins
+
+    def _pack(self, ids: I64, lengths: I64, max_length: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cuts, adds special tokens and pads: (T,) tokens, lengths (B,) -> (B, L), (B, L)."""
+        before, after = len(self._prefix), len(self._suffix)
+        room = (max_length or self.max_length) - before - after
+        if before + after == 0 and (lengths == 0).any():  # not even special tokens: a row must not be empty
+            ids = np.insert(ids, (np.cumsum(lengths) - lengths)[lengths == 0], self._unk_id)
+            lengths = np.maximum(lengths, 1)
+        self.truncated += int((lengths > room).sum())
+        position = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        inside = position < room
+        lengths = np.minimum(lengths, room)
+        width = int(lengths.max(initial=0)) + before + after
+        out = np.full((len(lengths), width), self.pad_id, np.int64)
+        out[:, :before] = self._prefix
+        out[row[inside], position[inside] + before] = ids[inside]
+        for number, token in enumerate(self._suffix):
+            out[np.arange(len(lengths)), before + lengths + number] = token
+        mask = np.arange(width) < (lengths + before + after)[:, None]
+        return torch.from_numpy(out), torch.from_numpy(mask)
+
+
+def _flat(lists: list[list[int]]) -> tuple[I64, I64]:
+    """Lists one after the other, and their lengths."""
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    return np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum())), lengths
+
+
+def _continuing_pieces(core: Tokenizer) -> NDArray[np.bool_] | None:
+    """Which ids go on with a word instead of beginning one, where the ids tell: BERT's tokenizer and its like.
+
+    BERT's pre-tokenizer makes a word of each "#", so no word begins with the prefix "##".
+    """
+    description = json.loads(core.to_str())
+    model, splitter = description["model"], description["pre_tokenizer"] or {}
+    if model["type"] != "WordPiece" or splitter.get("type") != "BertPreTokenizer":
+        return None
+    continues = np.zeros(core.get_vocab_size(), bool)
+    for piece, number in core.get_vocab(with_added_tokens=False).items():
+        continues[number] = piece.startswith(model["continuing_subword_prefix"])
+    return continues
+
+
+def _special_tokens(core: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after a text."""
+    bare = core.encode("a", add_special_tokens=False).ids
+    full = core.encode("a", add_special_tokens=True).ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    raise ValueError("tokenizer changes a text when it adds special tokens: use one that puts them around it")

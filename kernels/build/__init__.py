@@ -1,0 +1,1 @@
+"""Builds the Triton kernels without a device, and looks for good tiles on one."""

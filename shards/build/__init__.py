@@ -1,0 +1,1 @@
+"""From a source to tar shards and a manifest."""

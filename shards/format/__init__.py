@@ -1,0 +1,1 @@
+"""What lies on the disk: tars, manifest.parquet, index.arrow."""

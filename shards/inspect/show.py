@@ -1,0 +1,61 @@
+"""One sample by its key: what is known about it, and its picture as a file."""
+
+import difflib
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from d2s.shards.format import manifest
+from d2s.shards.format.pictures import check
+
+# Naming the nearest keys reads them all; beyond this many that would take too long.
+_FEW = 200_000
+
+
+def find(folder: Path, key: str) -> dict:
+    """The manifest row of a sample. Raises ValueError if there is no such key, naming the nearest."""
+    path = folder / manifest.NAME
+    manifest.open_manifest(folder).close()
+    rows = pq.read_table(path, filters=[("key", "==", key)]).to_pylist()
+    if rows:
+        return rows[0]
+    hint = ""
+    if pq.ParquetFile(path).metadata.num_rows <= _FEW:
+        near = difflib.get_close_matches(key, pq.read_table(path, columns=["key"]).column(0).to_pylist(), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{folder}: no sample with key {key!r}{hint}")
+
+
+def save_image(folder: Path, row: dict, out: Path | None) -> Path:
+    """Writes the image of a row: to `out` (a file, or a folder that exists), else to <key>.<suffix> here.
+
+    Raises ValueError if the bytes in the tar are not an image, or the file exists with other content.
+    """
+    with open(folder / row["shard"], "rb") as file:
+        file.seek(row["image_offset"])
+        data = file.read(row["image_size"])
+    try:
+        suffix = check(data).suffix
+    except ValueError as error:
+        raise ValueError(f"{row['shard']}: {row['key']}: {error}; run `python -m d2s.shard verify`") from None
+    name = f"{row['key']}.{suffix}"
+    path = Path(name) if out is None else out / name if out.is_dir() else out
+    if path.exists() and path.read_bytes() != data:
+        raise ValueError(f"{path}: exists with other content; give another --out")
+    path.write_bytes(data)
+    return path
+
+
+def describe(row: dict) -> str:
+    """The row as text: where it lies, then its captions."""
+    lines = [
+        f"key        {row['key']}",
+        f"source     {row['source_id']} (image id {row['image_id']})",
+        f"split      {row['split']}",
+        f"stored in  {row['shard']} at byte {row['image_offset']:,}, {row['image_size']:,} bytes",
+        f"pixels     {row['width']} x {row['height']}",
+        f"sha256     {row['sha256']}",
+    ]
+    lines += [f"sparse {number}   {caption}" for number, caption in enumerate(row["sparse"])]
+    lines += [f"dense {number}    {caption}" for number, caption in enumerate(row["dense"])]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The order of samples and the random draws, as pure functions."""

@@ -1,0 +1,140 @@
+"""The order of samples as a pure function of (n, seed, epoch): nothing is stored, nothing depends on workers.
+
+A keyed bijection of 0..n-1 takes the place of a shuffled list, so an order over hundreds of millions of items
+costs no memory and any position of it can be asked for alone. It is a Feistel network on a grid of a x b cells
+(a, b near the square root of n), whose rounds add a keyed hash of one coordinate to the other, with cycle
+walking for the fewer than a cells beyond n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+"""
+
+from collections.abc import Sequence
+from math import isqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2s.shards.order import draws
+
+I64 = NDArray[np.int64]
+_ROUNDS = 8
+
+
+class Permutation:
+    """A bijection of 0..n-1 drawn by (seed, epoch, part).
+
+    Args:
+        n: number of items, at least 1.
+        seed, epoch: the run's seed and the epoch, counted from 0.
+        part: tells apart several permutations of one epoch.
+    Raises:
+        ValueError: n is less than 1.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int, part: int = 0) -> None:
+        if n < 1:
+            raise ValueError(f"n is {n}: an order needs at least one item")
+        self.n = n
+        wide = isqrt(n - 1) + 1
+        self._a = np.uint64(wide)
+        self._b = np.uint64(-(-n // wide))
+        self._keys = draws.bits(seed, epoch, [part], "order", _ROUNDS)[0]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __call__(self, positions: I64) -> I64:
+        """Items at the given positions: int64 (k,) in 0..n-1 from int64 (k,) in 0..n-1."""
+        items = np.array(positions, np.uint64, ndmin=1)
+        assert items.size == 0 or items.max() < self.n, "position beyond the order"
+        items = self._encipher(items)
+        # Walk on from a cell beyond n until the cycle comes back into 0..n-1: still a bijection.
+        while (outside := np.flatnonzero(items >= self.n)).size:
+            items[outside] = self._encipher(items[outside])
+        return items.astype(np.int64)
+
+    def _encipher(self, cells: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = cells // self._b, cells % self._b
+        for number, key in enumerate(self._keys):
+            if number % 2 == 0:
+                left = (left + draws.mix(right + key) % self._a) % self._a
+            else:
+                right = (right + draws.mix(left + key) % self._b) % self._b
+        return left * self._b + right
+
+
+class BlockPermutation:
+    """An order for storage where random reads are slow: shards are shuffled, `block` of them are mixed at a time.
+
+    Position p lies in one block of `block` shards, so a reader that goes through the epoch has at most the
+    shards of two neighbouring blocks open. Memory: O(number of shards).
+
+    Args:
+        shard_sizes: items in each shard, in the order in which items are numbered (zeros allowed).
+        block: shards in a block, at least 1.
+    Raises:
+        ValueError: no items, or block is less than 1.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, epoch: int, block: int) -> None:
+        if block < 1:
+            raise ValueError(f"block_shards is {block}: use at least 1")
+        sizes = np.asarray(shard_sizes, np.int64)
+        self.n = int(sizes.sum())
+        if self.n < 1:
+            raise ValueError("shard_sizes holds no item: an order needs at least one")
+        self._seed, self._epoch = seed, epoch
+        shuffled = Permutation(len(sizes), seed, epoch, part=-1)(np.arange(len(sizes)))
+        self._first = (np.cumsum(sizes) - sizes)[shuffled]  # number of each shuffled shard's first item
+        self._ends = np.cumsum(sizes[shuffled])  # positions at which the shuffled shards end
+        self._block_ends = np.append(self._ends[block - 1 :: block], self.n)
+        if len(sizes) % block == 0:
+            self._block_ends = self._block_ends[:-1]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __call__(self, positions: I64) -> I64:
+        """Items at the given positions: int64 (k,) in 0..n-1 from int64 (k,) in 0..n-1."""
+        positions = np.array(positions, np.int64, ndmin=1)
+        assert positions.size == 0 or positions.max() < self.n, "position beyond the order"
+        mixed = np.empty_like(positions)
+        blocks = np.searchsorted(self._block_ends, positions, side="right")
+        for block in np.unique(blocks):
+            here = blocks == block
+            start = int(self._block_ends[block - 1]) if block else 0
+            inside = Permutation(int(self._block_ends[block]) - start, self._seed, self._epoch, int(block))
+            mixed[here] = start + inside(positions[here] - start)
+        shard = np.searchsorted(self._ends, mixed, side="right")
+        begins = np.where(shard > 0, self._ends[shard - 1], 0)
+        return self._first[shard] + mixed - begins
+
+
+def batch_positions(step: int, global_batch: int, rank: int = 0, world: int = 1) -> range:
+    """Positions in the order that worker `rank` of `world` takes at global batch `step` of an epoch.
+
+    Worker r takes rows r*B .. (r+1)*B of the N = global_batch rows, B = N / world.
+
+    Raises:
+        ValueError: the global batch cannot be cut into equal parts.
+    """
+    if global_batch % world:
+        raise ValueError(
+            f"batch_size is {global_batch}, which {world} workers cannot share equally: use a multiple of {world}"
+        )
+    local = global_batch // world
+    start = step * global_batch + rank * local
+    return range(start, start + local)
+
+
+def steps_per_epoch(n: int, global_batch: int) -> int:
+    """Whole global batches in n items; the rest of the epoch's order (less than one batch) is left out.
+
+    Raises:
+        ValueError: there is not one whole batch.
+    """
+    if global_batch < 1:
+        raise ValueError(f"batch_size is {global_batch}: use at least 1")
+    if n < global_batch:
+        raise ValueError(
+            f"batch_size is {global_batch} but the split has {n} items: use a batch of at most {n}"
+        )
+    return n // global_batch

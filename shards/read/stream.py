@@ -1,0 +1,161 @@
+"""Samples from tars behind a URL pattern, through webdataset's pipeline: nothing is indexed, nothing is stored.
+
+For shards too large or too far to index. What this mode gives up: epochs are a number of samples that the user
+names, not the data set once; a sample may come twice while another has not come yet; the order depends on the
+number of workers and loader processes; and a resumed epoch starts on fresh shards, not where it stopped. What
+stays: every worker makes the same number of steps, and shards, shuffling and draws follow from the seed.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import webdataset as wds
+
+from d2s.common.files import parse_json
+from d2s.shards.order import draws
+from d2s.shards.order.permutation import Permutation
+from d2s.shards.read.reader import Record
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+SPARSE_COLUMNS = ("sparse", "caption", "txt")
+DENSE_COLUMNS = ("dense",)
+_EMPTY_PASSES = 8
+
+
+def is_pattern(data: str) -> bool:
+    """Whether --data names tars to stream (a URL, braces, a .tar) rather than the folder of a data set."""
+    return "://" in data or "{" in data or data.startswith("pipe:") or data.endswith(".tar")
+
+
+def expand(pattern: str) -> list[str]:
+    """The tars of a pattern such as `https://host/{00000..00099}.tar`; several patterns are joined by `::`.
+
+    Raises:
+        ValueError: braces that do not close.
+    """
+    try:
+        return list(wds.shardlists.expand_urls(pattern))
+    except ValueError as error:  # braceexpand's UnbalancedBracesError is one
+        raise ValueError(f"data is {pattern!r}, which is no pattern of tars: {error}") from None
+
+
+class Stream:
+    """An endless sequence of samples for one of several readers.
+
+    Args:
+        urls: the tars, at least one.
+        seed: of the order of tars and of the shuffle buffer.
+        reader, readers: this reader among all of them (workers times loader processes). With fewer tars than
+            readers each reads every tar and keeps its part of the samples.
+        buffer: samples in the shuffle buffer.
+        budget: lines in `notes` at most.
+        sparse_columns, dense_columns: where captions are looked for: fields of the JSON member (a string or a
+            list of strings) or, by their suffix, text members ("txt"). All that are there are taken, each once.
+    Attributes:
+        notes: a line for each sample or tar that could not be used; the caller takes them away.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        seed: int,
+        reader: int = 0,
+        readers: int = 1,
+        buffer: int = 1000,
+        budget: int = 100,
+        sparse_columns: Sequence[str] = SPARSE_COLUMNS,
+        dense_columns: Sequence[str] = DENSE_COLUMNS,
+    ) -> None:
+        assert urls, "no tars"
+        self.urls, self.seed, self.buffer = list(urls), seed, buffer
+        self.reader, self.readers, self.budget = reader, readers, budget
+        self.columns = (tuple(sparse_columns), tuple(dense_columns))
+        self.notes: list[str] = []
+
+    def samples(self, epoch: int, usable: Callable[[Record], str | None]) -> Iterator[tuple[int, Record]]:
+        """Yields (number, sample): the number is what draws; a record's row is -1.
+
+        Args:
+            usable: says why a record is of no use, or None.
+        Raises:
+            ValueError: several passes over the tars gave no usable sample, or the budget is spent.
+        """
+        empty = 0
+        for turn in range(1 << 62):
+            found = 0
+            for sample in self._turn(epoch, turn):
+                where = f"{sample['__url__']}: key {sample['__key__']}"
+                record = self._record(sample, where)
+                reason = usable(record) if record else None
+                if reason:
+                    self.note(f"{where}: {reason}")
+                elif record:
+                    found += 1
+                    yield draws.name(f"{turn}/{where}") >> 1, record
+            # One empty pass may have met the bad tars among many: the next pass hands out others.
+            empty = 0 if found else empty + 1
+            if empty == _EMPTY_PASSES:
+                last = f", the last: {self.notes[-1]}" if self.notes else ""
+                raise ValueError(f"data has no usable sample in {len(self.urls)} tars{last}")
+
+    def note(self, line: str) -> None:
+        """Keeps a line about something that could not be used.
+
+        Raises:
+            ValueError: more lines than the budget, and still no batch that could carry them away.
+        """
+        if line not in self.notes:
+            self.notes.append(line)
+        if len(self.notes) > self.budget:
+            raise ValueError(f"damage_budget is {self.budget} but more is damaged, the last: {line}")
+
+    def _turn(self, epoch: int, turn: int) -> Iterator[dict]:
+        """One pass over this reader's tars."""
+        order = Permutation(len(self.urls), self.seed, epoch, part=turn)(np.arange(len(self.urls)))
+        apart = len(order) >= self.readers
+        mine = [self.urls[i] for i in (order[self.reader :: self.readers] if apart else order)]
+        number = int(draws.bits(self.seed, epoch, [turn * self.readers + self.reader], "buffer")[0, 0])
+        samples = wds.tariterators.tarfile_samples(({"url": url} for url in mine), handler=self._note)
+        if not apart:
+            samples = (s for i, s in enumerate(samples) if i % self.readers == self.reader)
+        shuffle = wds.shuffle(self.buffer, initial=self.buffer, rng=random.Random(number))
+        return iter(shuffle(samples))
+
+    def _note(self, error: Exception) -> bool:
+        """webdataset's handler: says what went wrong, and goes on with what can still be read."""
+        # webdataset appends stream and address to the error's arguments.
+        url = next((part for part in reversed(error.args[1:]) if isinstance(part, str)), "a tar")
+        first = error.args[0] if error.args and not isinstance(error, OSError) else error
+        self.note(f"{url}: {type(error).__name__}: {first}".replace("\n", " "))
+        return True
+
+    def _record(self, sample: dict, where: str) -> Record | None:
+        image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+        try:
+            fields = parse_json(sample.get("json", b"{}"))
+            sparse, dense = (_captions(sample, fields, columns) for columns in self.columns)
+        except (ValueError, TypeError, AttributeError) as error:
+            self.note(f"{where}: its captions cannot be used: {error}")
+            return None
+        if image is None:
+            self.note(f"{where}: has no image ({', '.join(IMAGE_SUFFIXES)})")
+            return None
+        number = fields.get("image_id")
+        if type(number) is not int or abs(number) >= 1 << 63:
+            number = draws.name(where) >> 1
+        return Record(row=-1, key=sample["__key__"], image=image, sparse=sparse, dense=dense, image_id=number)
+
+
+def _captions(sample: dict, fields: dict, columns: tuple[str, ...]) -> tuple[str, ...]:
+    found: list[str] = []
+    for column in columns:
+        value = fields.get(column)
+        if value is None and column in sample and column != "json":
+            value = sample[column].decode()
+        texts = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"column {column!r} is no text")
+        found += [text.strip() for text in texts if text.strip()]
+    return tuple(dict.fromkeys(found))

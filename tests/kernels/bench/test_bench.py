@@ -1,0 +1,324 @@
+"""The benchmark runs, counts and records; the README's tables and plots follow from what it recorded."""
+
+import os
+import subprocess
+import sys
+import weakref
+from argparse import Namespace
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+
+import pytest
+import torch
+from rows import ROW
+
+from d2s.kernels import results
+from d2s.kernels.bench import measured, plan, plot, record, table, timing
+from d2s.kernels.bench.cases import CASES, Shape
+from d2s.kernels.bench.floor import work
+from d2s.kernels.bench.providers import Unavailable, provider
+
+SMALL = {"gpo": Shape(n=3, tokens=5, width=8)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ours_and_eager_compute_the_same(case):
+    """A benchmark of two things that differ would say nothing."""
+    inputs = CASES[case].make(SMALL.get(case, Shape(n=33, width=16)), torch.float32, "cpu", 3)
+    values = [run(inputs) for run in (CASES[case].ours, CASES[case].plain)]
+    torch.testing.assert_close(values[0], values[1], rtol=2e-4, atol=2e-4)
+    if inputs.leaves:
+        ours, plain = (torch.autograd.grad(v, inputs.leaves, inputs.upstream) for v in values)
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+
+
+def test_command_prints_and_appends_a_row_a_variant(tmp_path):
+    command = [sys.executable, "-m", "d2s.kernels.bench", "--device", "cpu", "--size", "tiny", "--quick"]
+    command += ["--only", "hinge_max", "--only", "gpo", "--repeat", "2", "--out", str(tmp_path)]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    # After its rows each case says in words how they compare.
+    lines = [line.split() for line in done.stdout.splitlines()[3:]]
+    assert [line[:4:3] for line in lines if "wall" in line] == [
+        ["hinge_max", "ours"],
+        ["hinge_max", "eager"],
+        ["gpo", "ours"],
+        ["gpo", "eager"],
+        ["gpo", "released"],
+    ]
+    assert sum(line[1:4] == ["full:", "ours", "is"] for line in lines) == 2
+    (path,) = tmp_path.iterdir()
+    rows = measured.read(path)
+    assert len(rows) == 10
+    assert all(0 < r.p20_ms <= r.median_ms <= r.p80_ms and r.extra_mib is not None for r in rows)
+    assert {(r.n, r.tokens, r.width) for r in rows} == {(64, 0, 16), (4, 9, 16)}
+
+
+def test_modes_time_what_they_say():
+    done = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            done.append("forward")
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            done.append("backward")
+            return 2 * grad
+
+    inputs = CASES["hinge_max"].make(Shape(n=2, width=4), torch.float32, "cpu", 0)
+
+    def run(some):
+        return sum(Double.apply(leaf).sum() for leaf in some.leaves[:1]) + 0 * some.leaves[1].sum()
+
+    timed, prepare = timing.step(run, inputs, "backward")
+    prepare()
+    assert done == ["forward"]
+    timed()
+    assert done == ["forward", "backward"]
+    timing.step(run, inputs, "forward")[0]()
+    assert done[2:] == ["forward"]
+    timing.step(run, inputs, "full")[0]()
+    assert done[3:] == ["forward", "backward"]
+
+
+def test_variants_take_turns_with_inputs_that_change():
+    seen = []
+    sets = [CASES["ranks"].make(Shape(n=2, width=4), torch.float32, "cpu", seed) for seed in range(2)]
+
+    def named(name):
+        return lambda inputs: seen.append((name, sets.index(inputs)))
+
+    spent = timing.in_turn({"a": named("a"), "b": named("b")}, sets, "full", repeats=2, warm=1, device="cpu")
+    assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 0), ("b", 0)]
+    assert {name: len(times) for name, times in spent.items()} == {"a": 2, "b": 2}
+
+
+def test_a_variant_that_fails_leaves_and_one_that_is_slow_is_repeated_less(monkeypatch):
+    spent = {"quick": 100.0, "slow": 4000.0}
+    monkeypatch.setattr(timing, "_once", lambda run, inputs, mode, device: run(inputs))
+
+    def broken(inputs):
+        raise RuntimeError("out of memory\nand more")
+
+    runs = {name: lambda inputs, ms=ms: ms for name, ms in spent.items()} | {"broken": broken}
+    refused = {}
+    times = timing.in_turn(runs, [None], "full", 50, 5, "cpu", longest=10.0, refused=refused)
+    assert refused == {"broken": "RuntimeError: out of memory"}
+    assert {name: len(found) for name, found in times.items()} == {"quick": 50, "slow": timing.FEWEST}
+    with pytest.raises(RuntimeError, match="and more"):
+        timing.in_turn(runs, [None], "full", 50, 5, "cpu")
+
+
+def test_a_failed_step_is_freed_before_its_memory_is_given_back(monkeypatch):
+    main = import_module("d2s.kernels.bench.__main__")
+    held, dead = [], []
+
+    def run(inputs):
+        tensor = torch.ones(1000)
+        held.append(weakref.ref(tensor))
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(main, "provider", lambda *_: run)
+    monkeypatch.setattr(timing, "release", lambda device: dead.append(held[-1]() is None))
+    arguments = Namespace(provider=["ours", "eager"], device="cpu", quick=False)
+    assert main._runs("hinge_max", Shape(n=4, width=4), torch.float32, arguments) == {}
+    assert dead == [True, True]
+
+
+def test_compiled_is_compiled_for_every_size(monkeypatch):
+    """Past its limit of recompilations dynamo runs the plain function, which would then be timed in its name."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for number, case in enumerate(("hinge_max", "hinge_sum") * 6, 2):
+        inputs = CASES[case].make(Shape(n=number, width=4), torch.float32, "cpu", 0)
+        provider("compiled", case, "cpu", 4)(inputs)
+    assert len(compiled) == 12
+
+
+def test_what_dynamo_cannot_compile_whole_is_an_error():
+    inputs = CASES["gpo"].make(SMALL["gpo"], torch.float32, "cpu", 0)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        provider("compiled", "gpo", "cpu", 8)(inputs)
+
+
+def test_chunked_is_chunked_forward_and_backward(monkeypatch):
+    monkeypatch.setenv("D2S_KERNELS", "reference")
+    seen = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(os.environ["D2S_KERNELS"])
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(os.environ["D2S_KERNELS"])
+            return grad.expand(2, 4)
+
+    monkeypatch.setitem(
+        CASES, "hinge_max", replace(CASES["hinge_max"], ours=lambda some: Noted.apply(some.leaves[0]))
+    )
+    inputs = CASES["hinge_max"].make(Shape(n=2, width=4), torch.float32, "cpu", 0)
+    inputs.leaves.pop()
+    run = provider("chunked", "hinge_max", "cuda", 4)
+    timing.step(run, inputs, "full")[0]()
+    timed, prepare = timing.step(run, inputs, "backward")
+    prepare()
+    timed()
+    assert seen == ["chunked"] * 4
+    assert os.environ["D2S_KERNELS"] == "reference"
+
+
+def arguments_of(**changed):
+    """What the command line gives, on a GPU."""
+    given = {"size": "full", "device": "cuda", "quick": False, "n": None, "dtype": None, "only": None}
+    rest = {"provider": None, "mode": None, "repeat": 50, "warm": 5, "longest": 10.0}
+    return Namespace(**{**given, **rest, **changed})
+
+
+def test_float32_on_a_gpu_stops_at_32768_unless_asked():
+    def sizes(**changed):
+        return {(item.dtype, item.shape.n) for item in plan.items(arguments_of(only=["info_nce"], **changed))}
+
+    assert max(n for dtype, n in sizes() if dtype == "float32") == 32768
+    assert ("bfloat16", 131072) in sizes()
+    assert ("float32", 131072) in sizes(n=[131072])
+
+
+def test_progress_guesses_before_and_corrects_itself(monkeypatch, capsys):
+    arguments = arguments_of(only=["info_nce"], dtype=["bfloat16"], provider=["ours"])
+    guesses = {item: plan.guess(item, (500.0, 2000.0), arguments) for item in plan.items(arguments)}
+    assert list(guesses.values()) == sorted(guesses.values())
+    assert sum(guesses.values()) < 300
+    clock = iter((0.0, 0.0, 120.0))
+    monkeypatch.setattr(plan.time, "monotonic", lambda: next(clock))
+    items = [*guesses][:2]
+    progress = plan.Progress(dict.fromkeys(items, 60.0))
+    for item in items:
+        progress.next(item)
+    assert capsys.readouterr().err.splitlines() == [
+        "bench: 2 cases and sizes, about 2.0 min",
+        "bench: 1 of 2, info_nce 128x512 bfloat16; 0.0 min gone, about 2.0 min to go",
+        "bench: 2 of 2, info_nce 1024x512 bfloat16; 2.0 min gone, about 2.0 min to go",
+    ]
+
+
+def test_quantiles_lie_between_the_sorted_values():
+    values = [5.0, 1.0, 3.0, 2.0, 4.0]
+    assert timing.quantile(values, 0.5) == 3
+    assert timing.quantile(values, 0.2) == pytest.approx(1.8)
+    assert timing.quantile([7.0], 0.8) == 7
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_peak_memory_is_that_of_the_step_without_its_gradients():
+    shape = Shape(n=1024, width=64)
+    inputs, small = (
+        CASES["hinge_sum"].make(s, torch.float32, "cpu", 0) for s in (shape, Shape(n=8, width=64))
+    )
+
+    def run(some):
+        held = torch.ones((16 << 20) if some is inputs else 1)
+        return held.sum() + sum(leaf.sum() for leaf in some.leaves)
+
+    extra = timing.extra_bytes(run, inputs, small, "cpu")
+    assert 60 << 20 < extra < 72 << 20
+
+
+@pytest.mark.parametrize(
+    "case, mode, floor",
+    [
+        ("info_nce", "forward", 1.39),
+        ("info_nce", "full", 5.57),
+        ("hinge_max", "full", 1.39),
+        ("hinge_sum", "full", 4.17),
+    ],
+)
+def test_floors_at_the_ceilings_of_an_h200(case, mode, floor):
+    shape = Shape(n=32768, width=512)
+    assert work(case, shape, torch.bfloat16, mode).floor_ms(*results.H200) == pytest.approx(floor, abs=0.01)
+
+
+def test_floors_of_what_moves_bytes():
+    shape = Shape(n=128, tokens=577, width=512)
+    least = work("gpo", shape, torch.float32, "full")
+    assert least.flops == 0
+    assert least.traffic == 2 * 128 * 577 * 512 * 4
+    assert least.floor_ms(1.0, 100.0) == pytest.approx(least.traffic / 100e9 * 1e3)
+
+
+def test_peers_that_are_not_there_say_so():
+    with pytest.raises(Unavailable, match="CUDA only"):
+        provider("memeff", "info_nce", "cpu", 512)
+    with pytest.raises(Unavailable, match="InfoNCE only"):
+        provider("liger", "hinge_max", "cuda", 512)
+    with pytest.raises(Unavailable, match="256 divides"):
+        provider("inf_cl", "info_nce", "cuda", 384)
+
+
+def test_rows_are_read_as_they_were_written_and_never_mixed_with_others(tmp_path):
+    rows = [ROW, replace(ROW, extra_mib=None, provider="eager")]
+    record.append(tmp_path, rows)
+    record.append(tmp_path, [ROW])
+    path = record.file_of(tmp_path, ROW.device)
+    assert path.name == "cpu-some-2-threads.csv"
+    assert measured.read(path) == [*rows, ROW]
+    path.write_text("date,device\n1,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has other columns"):
+        record.append(tmp_path, rows)
+    with pytest.raises(ValueError, match="columns are not those"):
+        measured.read(path)
+
+
+def test_table_compares_with_eager(capsys):
+    table.show([ROW, replace(ROW, provider="eager", median_ms=3000.0, extra_mib=800.0)])
+    ours = capsys.readouterr().out.splitlines()[0].split()
+    assert ours[-2:] == ["3.0x", "40.0x"]
+
+
+def test_readme_follows_from_the_files_and_check_notices(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{results.BEGIN}\nstale\n{results.END}\n\nafter\n", encoding="utf-8")
+    old = replace(ROW, median_ms=5555.0)
+    record.append(tmp_path, [old, ROW, replace(ROW, provider="eager", median_ms=3000.0, extra_mib=800.0)])
+    options = ["--folder", str(tmp_path), "--readme", str(readme)]
+    assert results.main([*options, "--check"]) == 1
+    assert "stale" in readme.read_text(encoding="utf-8")
+    assert results.main(options) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| info_nce | 8192x512 | float32 | 900 | 1,000 | 1.1 | 3,000 | 3.0 | 20 | 800 |" in text
+    assert "5,555" not in text
+    assert "not measured" in text
+    assert (tmp_path / "cpu-some-2-threads-time.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert results.main([*options, "--check"]) == 0
+    readme.write_text("no markers", encoding="utf-8")
+    assert results.main(options) == 2
+    assert "lacks the line" in capsys.readouterr().err
+
+
+def test_the_committed_readme_is_that_of_the_committed_files():
+    assert results.main(["--check"]) == 0
+
+
+def test_plots_are_well_formed_and_hold_every_point():
+    line = plot.Line(name="a < b", points=[(128, 0.5), (8192, 700.0)])
+    text = plot.figure("t & u", [plot.Panel(title=str(i), lines=[line]) for i in range(4)])
+    root = import_module("xml.etree.ElementTree").fromstring(text)
+    circles = [e for e in root.iter() if e.tag.endswith("circle")]
+    assert len(circles) == 8
+    width, height = float(root.get("width")), float(root.get("height"))
+    assert all(0 < float(c.get("cx")) < width and 0 < float(c.get("cy")) < height for c in circles)
