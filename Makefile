@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format bench gpu gpu-tests gpu-tune gpu-compile gpu-retest gpu-bench clean setup
+.PHONY: demo test test-fast lint format bench gpu gpu-tests gpu-tune gpu-compile gpu-retest gpu-bench clean setup
 
 setup: $(STAMP)
 
@@ -52,12 +52,18 @@ gpu:
 $(GPU_ALONE): gpu-%:
 	GPU_PYTHON="$(GPU_PYTHON)" kernels/gpu.sh $*
 
+# The tests that take a moment each: for the time between two edits.
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not dist"
+
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	rm -rf build/lint && mkdir -p build/lint && cp -r d2s build/lint/d2s && cp -r kernels shards launchers build/lint/d2s
+	cd build/lint && PYTHONPATH=. $(abspath $(VENV))/bin/lint-imports --no-cache --no-logo ../../pyproject.toml
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
