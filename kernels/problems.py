@@ -62,6 +62,11 @@ class Problem:
     ours: Run
 
 
+def one_line(error: Exception) -> str:
+    """An exception in one line, for a variant or a tile that fails."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 class GpoWeights(nn.Module):
     """GPO's weights (n, K) from position codes (n, K, 32) by the paper's bidirectional GRU."""
 

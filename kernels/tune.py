@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from d2s import kernels
-from d2s.common.command import Parser, run
+from d2s.common.command import Parser, positive, run
 from d2s.common.files import write_json
 from d2s.kernels.fused.tiles import LARGE, TABLE, Tile, default_tile, entry, tuned_tiles
-from d2s.kernels.problems import PROBLEMS, Shape
+from d2s.kernels.problems import PROBLEMS, Shape, one_line
 
 if TYPE_CHECKING:
     from d2s.kernels.fused.spec import KernelSpec
@@ -184,7 +184,7 @@ def tune(task: Task) -> None:
                 times[tile] = spent
         # A launch can fail in any way; then the tile is no candidate.
         except Exception as error:  # noqa: BLE001
-            failure = first_words(error)
+            failure = one_line(error)
         if failure:
             print(f"  {task}: {tile} is left out: {failure}", flush=True)
             # Here and not in the handler, which keeps the tensors. Raises if the device does not answer any more.
@@ -195,11 +195,6 @@ def tune(task: Task) -> None:
     if best != task.default:
         table[task.entry] = best
     print(f"{task}: {' -> '.join(f'{tile} {ms:.3f} ms' for tile, ms in times.items())}", flush=True)
-
-
-def first_words(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def tune_all(todo: list[Task], minutes: float, out: Path) -> None:
@@ -236,13 +231,6 @@ def _tune(arguments: argparse.Namespace) -> None:
     tune_all(tasks(arguments, torch.cuda.get_device_capability()), arguments.minutes, arguments.out)
 
 
-def _minutes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0")
-    return value
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 if the device broke down, 2 without a device or for a wrong command, 130 if interrupted."""
     parser = Parser(prog="python -m d2s.kernels.tune", description=__doc__.split("\n")[0])
@@ -250,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--width", type=int, choices=WIDTHS, action="append", help="only this D; may be repeated"
     )
-    parser.add_argument("--minutes", type=_minutes, default=20, help="start no kernel after this time (20)")
+    parser.add_argument("--minutes", type=positive, default=20, help="start no kernel after this time (20)")
     parser.add_argument("--out", type=Path, default=TABLE, help="the table to write")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates, measure nothing")
     parser.add_argument("--arch", type=int, help="with --dry-run: for this architecture, e.g. 90")
@@ -258,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(lambda: _tune(arguments))
     except RuntimeError as error:
-        print(f"tune: {first_words(error)}; use --kernel or --width to skip what failed", file=sys.stderr)
+        print(f"tune: {one_line(error)}; use --kernel or --width to skip what failed", file=sys.stderr)
         return 1
 
 

@@ -10,7 +10,7 @@ import torch
 from d2s.kernels.bench import plan, record, timing
 from d2s.kernels.bench.cases import CASES, work
 from d2s.kernels.bench.providers import Unavailable, provider
-from d2s.kernels.problems import Run
+from d2s.kernels.problems import Run, one_line
 
 # Up to this n a GPU is timed by CUDA graphs too, because launches cost more than the work.
 LAUNCH_BOUND = 1024
@@ -45,7 +45,7 @@ def extra_mib(name: str, item: plan.Item, device: str, run: Run) -> float | None
             return process.submit(peak_bytes, name, item, device).result() / 2**20
     # A peer may refuse the small inputs, a process may be killed; the times count all the same.
     except Exception as error:  # noqa: BLE001
-        print(f"  {name}: peak memory: {timing.reason(error)}")
+        print(f"  {name}: peak memory: {one_line(error)}")
     timing.release(device)
     return None
 
@@ -74,7 +74,7 @@ def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Nam
                 rows.append(new_row(item, mode, name, "graph", spent, rates, device))
             # Providers that wait for the host or allocate memory on their own cannot be captured.
             except Exception as error:  # noqa: BLE001
-                print(f"  {name}: no CUDA graph: {timing.reason(error)}")
+                print(f"  {name}: no CUDA graph: {one_line(error)}")
     return rows
 
 

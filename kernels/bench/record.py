@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -72,11 +73,7 @@ def device_name(device: str) -> str:
 
 def versions() -> dict[str, str]:
     """The installed torch and triton; triton is empty if there is none."""
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = ""
-    return {"torch": torch.__version__, "triton": triton}
+    return {"torch": torch.__version__, "triton": metadata.version("triton") if find_spec("triton") else ""}
 
 
 def today() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2s.kernels.problems import Inputs, Run
+from d2s.kernels.problems import Inputs, Run, one_line
 
 MODES = ("full", "forward", "backward")
 # Assumed size of the last cache level where the device does not tell, in bytes.
@@ -68,7 +68,7 @@ def in_turn(
                 spent = _once(run, inputs[number % len(inputs)], mode, device)
             # Out of memory, or a bug of another package: the other variants are measured all the same.
             except Exception as error:  # noqa: BLE001
-                failed[name] = reason(error)
+                failed[name] = one_line(error)
             if name in failed:
                 # Here and not in the handler, where the exception still holds the tensors of the failed step.
                 release(device)
@@ -87,11 +87,6 @@ def _once(run: Run, inputs: Inputs, mode: str, device: str) -> float:
     if prepare:
         prepare()
     return milliseconds(timed, device)
-
-
-def reason(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def milliseconds(timed: Callable[[], object], device: str) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
@@ -64,36 +65,24 @@ def all_specs() -> dict[str, "KernelSpec"]:
 def all_jobs(
     specs: Sequence["KernelSpec"], architectures: Iterable[int], tuned: dict[str, "Tile"]
 ) -> list[Job]:
-    """One job for each distinct build. tuned: the tile table."""
-    by_build: dict[tuple, Job] = {}
-    for spec in specs:
-        for arch in architectures:
-            for dtype in spec.dtypes:
-                for job in _jobs(spec, arch, dtype, tuned):
-                    by_build.setdefault(_identity(spec, job), job)
-    return list(by_build.values())
-
-
-def _jobs(spec: "KernelSpec", arch: int, dtype: str, tuned: dict[str, "Tile"]) -> list[Job]:
-    """All widths with the default tile, then all widths that have a tuned one."""
+    """Every kernel with its default tiles and those in the table `tuned`; once, if several build the same code."""
     from d2s.kernels.fused.tiles import default_tile, entry
 
-    half, capability, row = dtype in HALF, divmod(arch, 10), spec.tile_name
-    defaults = [(width, default_tile(row, width, half, capability), False) for width in spec.widths]
-    table = [(width, tuned.get(entry(row, capability, width, half)), True) for width in spec.widths]
-    return [
-        Job(kernel=spec.name, tile=tile, width=width, dtype=dtype, arch=arch, tuned=is_tuned)
-        for width, tile, is_tuned in defaults + table
-        if tile
-    ]
-
-
-def _identity(spec: "KernelSpec", job: Job) -> tuple:
-    """Equal for two jobs that would build the same code."""
-    arguments = job.tile, job.width, job.half
-    typed = job.dtype if "*x" in spec.pointers.values() else None
-    options, constants = spec.launch_options(*arguments), spec.constants(*arguments)
-    return spec.name, job.arch, typed, tuple(options.items()), tuple(constants.items())
+    by_build: dict[tuple, Job] = {}
+    for spec, arch in product(specs, architectures):
+        for dtype, width in product(spec.dtypes, spec.widths):
+            half, capability = dtype in HALF, divmod(arch, 10)
+            default = default_tile(spec.tile_name, width, half, capability)
+            for tile in (default, tuned.get(entry(spec.tile_name, capability, width, half), default)):
+                job = Job(
+                    kernel=spec.name, tile=tile, width=width, dtype=dtype, arch=arch, tuned=tile != default
+                )
+                constants = spec.constants(tile, width, half)
+                options = spec.launch_options(tile, width, half)
+                typed = dtype if "*x" in spec.pointers.values() else None
+                build = spec.name, arch, typed, *options.items(), *constants.items()
+                by_build.setdefault(build, job)
+    return list(by_build.values())
 
 
 def source(spec: "KernelSpec", job: Job) -> object:

@@ -43,7 +43,7 @@ def refused(place, capsys, *options):
     "spoil, expected",
     [
         (lambda text: text.replace(",8192,", ",many,"), "line 2: ValueError: invalid literal"),
-        (lambda text: text.replace(",20.0,", ",,,"), "line 2: ValueError: could not convert"),
+        (lambda text: text.replace(",900\n", ",fast\n"), "line 2: ValueError: could not convert"),
         (lambda text: text.rpartition(",")[0] + "\n", "line 2: TypeError: float() argument"),
         (lambda text: text.replace(",floor_ms", ""), "line 2: KeyError: 'floor_ms'"),
     ],
