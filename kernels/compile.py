@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from d2s.common.command import Parser, positive, run
-from d2s.kernels.build.figures import PATH, SHARED, Committed, faults, read_figures, write_figures
+from d2s.kernels.build.figures import PATH, SHARED_KIB, Committed, faults, read_figures, write_figures
 from d2s.kernels.build.jobs import ARCHITECTURES, Built, Job, all_jobs, all_specs, build_all
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def line(built: Built) -> str:
 
 def _architectures(text: str) -> list[int]:
     """80,90 as numbers."""
-    known = {str(arch): arch for arch in SHARED}
+    known = {str(arch): arch for arch in SHARED_KIB}
     if unknown := [part for part in text.split(",") if part not in known]:
         names = ", ".join(repr(part) for part in unknown)
         raise argparse.ArgumentTypeError(f"{names} unknown; known are {', '.join(known)}, e.g. 80,90")

@@ -8,12 +8,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 from d2s.common.command import Parser, run
 from d2s.common.files import write_text
 from d2s.kernels.bench.cases import CASES
-from d2s.kernels.bench.plot import Line, Panel, figure
+from d2s.kernels.bench.plot import Lines, figure
 from d2s.kernels.bench.providers import PROVIDERS
 from d2s.kernels.bench.record import RESULTS, Row, by_device, file_of
 from d2s.kernels.problems import Shape
@@ -77,22 +78,24 @@ def plot_name(device: str, what: str) -> str:
     return f"{file_of(Path(), device).stem}-{what}.svg"
 
 
-def panels(rows: Sequence[Row], what: str) -> list[Panel]:
+def panels(rows: Sequence[Row], what: str) -> dict[str, Lines]:
     """One panel per op and type: time or memory over N, a line per variant; for time also the floor."""
-    found = []
-    for case in SWEEPS:
-        for dtype in dict.fromkeys(row.dtype for row in rows):
-            some = [
-                r for r in rows if (r.case, r.dtype, r.mode) == (case, dtype, "full") and r.timing != "graph"
-            ]
-            values = [(r.provider, r.n, r.median_ms if what == "time" else r.extra_mib) for r in some]
-            if what == "time":
-                values += [("floor", r.n, r.floor_ms) for r in some if r.provider == "ours"]
-            lines = []
-            for name in (*PROVIDERS, "floor"):
-                points = sorted((n, max(y, 1e-3)) for p, n, y in values if p == name and y is not None)
-                lines += [Line(name=name, points=points, dashed=name == "floor")] if points else []
-            found += [Panel(title=f"{case}, {dtype}", lines=lines)] if lines else []
+    found = {}
+    for case, dtype in product(SWEEPS, dict.fromkeys(row.dtype for row in rows)):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in sorted(rows, key=lambda row: (PROVIDERS.index(row.provider), row.n)):
+            value = row.median_ms if what == "time" else row.extra_mib
+            if (
+                (row.case, row.dtype, row.mode) != (case, dtype, "full")
+                or row.timing == "graph"
+                or value is None
+            ):
+                continue
+            lines.setdefault(row.provider, []).append((row.n, max(value, 1e-3)))
+            if what == "time" and row.provider == "ours":
+                lines.setdefault("floor", []).append((row.n, row.floor_ms))
+        if lines:
+            found[f"{case}, {dtype}"] = lines
     return found
 
 

@@ -75,6 +75,7 @@ def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Nam
             # Providers that wait for the host or allocate memory on their own cannot be captured.
             except Exception as error:  # noqa: BLE001
                 print(f"  {name}: no CUDA graph: {one_line(error)}")
+                torch.cuda.synchronize(device)
     return rows
 
 

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from importlib import import_module
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -56,25 +56,13 @@ class Chunked:
         self.ours = ours
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        with _chunked():
+        with patch.dict(os.environ, D2S_KERNELS="chunked"):
             return self.ours(inputs)
 
     def gradients(self, value: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
         """The gradients of the leaves."""
-        with _chunked():
+        with patch.dict(os.environ, D2S_KERNELS="chunked"):
             return inputs.gradients(value)
-
-
-@contextmanager
-def _chunked():
-    before = os.environ.get("D2S_KERNELS")
-    os.environ["D2S_KERNELS"] = "chunked"
-    try:
-        yield
-    finally:
-        del os.environ["D2S_KERNELS"]
-        if before is not None:
-            os.environ["D2S_KERNELS"] = before
 
 
 def _both(direction: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:

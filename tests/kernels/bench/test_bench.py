@@ -302,8 +302,7 @@ def test_table_compares_with_eager(capsys):
 
 def test_plots_hold_every_point_and_equal_data_give_equal_bytes():
     pytest.importorskip("matplotlib")
-    line = plot.Line(name="a < b", points=[(128, 0.5), (8192, 700.0)])
-    panels = [plot.Panel(title=str(i), lines=[line]) for i in range(4)]
+    panels = {str(i): {"a < b": [(128, 0.5), (8192, 700.0)]} for i in range(4)}
     text = plot.figure("t & u", panels)
     uses = [e for e in ElementTree.fromstring(text).iter() if e.tag.endswith("use")]
     # A marker has one colour and two places in each panel, and one place in the legend.
