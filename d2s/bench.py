@@ -27,7 +27,8 @@ import torch
 from PIL import Image
 
 from d2s.data.batches import DataConfig, TrainBatches
-from d2s.kernels.bench.cases import CASES, Shape
+from d2s.kernels.bench.cases import CASES
+from d2s.kernels.problems import Shape
 from d2s.model.gpo import GPO
 from d2s.preprocess.images import CROP_DRAWS, train_image
 from d2s.preprocess.text import TextPipeline

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What `make gpu` runs on a machine with a CUDA device: the steps that are named, in their order, each whatever became
-# of those before it. Nothing is installed. GPU_PYTHON: a Python with torch, triton, numpy and, for the tests, pytest.
-# GPU_MINUTES: after how long tuning starts nothing new. What a step prints goes to results/gpu-<step>.txt, too.
+# Run by `make gpu` on a machine with a CUDA device: the steps that are named, in their order. A step that fails does
+# not stop the others. Installs nothing. GPU_PYTHON: a Python with torch, triton, numpy and, for the tests, pytest.
+# GPU_MINUTES: time after which tuning starts no further kernel. The output of a step also goes to
+# results/gpu-<step>.txt.
 #
-# Minutes that a step takes at most, as far as can be told before anyone has run it; a machine lent for half an hour
-# has time for one or two:
-#   tests    15  all kernel tests, uninterpreted: most of it is compiling, and kept for the next time
-#   tune     25  tiles, into fused/tiles.json after every operator; what it does not come to keeps the defaults
-#   compile  10  every kernel ahead of time with these tiles, and the figures that the tests compare with
-#   retest   15  the tests again, with the tiles that were found
-#   bench    30  benchmarks, into results/<device>.csv after every case, and from them the tables and plots
+# Estimated minutes per step (nobody has run it yet); a machine lent for half an hour has time for one or two:
+#   tests    15  all kernel tests on the device: most of it is compiling, which is cached for the next time
+#   tune     25  tiles, written to fused/tiles.json after each kernel; kernels that are not reached keep their tiles
+#   compile  10  builds every kernel ahead of time with these tiles, and the figures that the tests compare with
+#   retest   15  the tests again, with the new tiles
+#   bench    30  benchmarks, written to results/<device>.csv after each case; then the README's tables and plots
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -46,7 +46,7 @@ run() {
     tests | retest) pytest ;;
     tune)
       "${python[@]}" -m d2s.kernels.tune --minutes "${GPU_MINUTES:-20}" || status=$?
-      # An interrupted run has written what it found until then.
+      # A run that was interrupted has still written a table.
       cp kernels/fused/tiles.json "$results/gpu-tiles.json" || status=1
       return $status
       ;;
@@ -67,7 +67,7 @@ for step in "$@"; do
 done
 check || exit 2
 mkdir -p "$results"
-# Without pytest everything else can be done; the last line says that nothing was tested.
+# Without pytest the other steps still run; the last line says that nothing was tested.
 "${python[@]}" -c "import pytest" 2>/dev/null && tested=yes || tested=
 taken="" failed="" left=""
 for step in "$@"; do

@@ -1,29 +1,27 @@
-"""`python -m d2s.kernels.results`: the tables and plots of the kernels' README, from the CSV files in `results/`.
+"""`python -m d2s.kernels.results`: the tables and plots of `kernels/README.md`, from the CSV files in `results/`.
 
-Of measurements of the same thing the last row counts. `--check` writes nothing and fails where README or plots say
-something else than the files. Where anything is wrong with a file, nothing is written.
+Of repeated measurements the last one counts. `--check` writes nothing and fails if README or plots are out of date.
+Without matplotlib it leaves the plots alone.
 """
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
-import torch
-
-from d2s.kernels.bench.cases import CASES, Shape
-from d2s.kernels.bench.floor import work
-from d2s.kernels.bench.measured import by_device
-from d2s.kernels.bench.plot import Line, Panel, figure
+from d2s.common.command import Parser, run
+from d2s.common.files import write_text
+from d2s.kernels.bench.cases import CASES
+from d2s.kernels.bench.plot import Lines, figure
 from d2s.kernels.bench.providers import PROVIDERS
-from d2s.kernels.bench.record import RESULTS, Row, file_of
-from d2s.kernels.files import write_all
+from d2s.kernels.bench.record import RESULTS, Row, by_device, file_of
+from d2s.kernels.problems import Shape
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results: generated, see above -->", "<!-- end of results -->"
-# The ceilings that the floors of a GPU nobody has measured are worked out with: TFLOP/s in bf16, GB/s.
-H200 = (790.0, 4300.0)
+# The cases that are measured over N.
 SWEEPS = tuple(name for name, case in CASES.items() if case.flops[0])
 
 
@@ -34,7 +32,7 @@ def _number(value: float | None) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Forward and backward of every op, type and size that was measured with eager: a line each."""
+    """A line for every op, type and size: forward and backward, ours against the other variants."""
     groups: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row.mode == "full":
@@ -57,134 +55,97 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def unmeasured() -> list[str]:
-    """The floors of a GPU at hand for nobody yet, by arithmetic."""
-    lines = [
-        "### GPU: not measured, no GPU was at hand",
-        "",
-        f"Floors at {H200[0]:,.0f} TFLOP/s in bf16 and {H200[1] / 1e3} TB/s (an H200's ceilings as reported",
-        "elsewhere), forward + backward, by arithmetic alone:",
-        "",
-        "| op | size | floor ms | measured |",
-        "|---|---|---|---|",
-    ]
-    for case in CASES:
-        n = 32768
-        shape = Shape(n=128, tokens=577, width=512) if case == "gpo" else Shape(n=n, width=512)
-        floor = work(case, shape, torch.bfloat16, "full").floor_ms(*H200)
-        lines.append(f"| {case} | {shape} | {floor:.3g} | not measured |")
-    return lines
-
-
 def section(devices: dict[str, list[Row]]) -> str:
-    """What stands between the two markers."""
+    """The README's text between the two markers."""
     parts: list[str] = []
     for device, rows in devices.items():
         last = rows[-1]
+        rates = {row.dtype: f"{row.matmul_tflops:.3g} TFLOP/s ({row.dtype})" for row in rows}
         parts += [f"### {device}", ""]
         parts.append(f"torch {last.torch}, triton {last.triton or 'none'}, {last.date}; matrix product")
-        parts.append(f"{_ceilings(rows)}. Forward + backward.")
-        parts += ["", *table(rows), ""]
+        parts.append(
+            f"{', '.join(rates.values())}, copy {last.copy_gbs:.3g} GB/s, both measured in the same run."
+        )
+        parts += ["Forward + backward.", "", *table(rows), ""]
         for what in ("time", "memory"):
-            name = file_of(Path(), device).stem
-            if any(_panels(rows, what)):
-                parts += [f"![{what} by N](results/{name}-{what}.svg)", ""]
-    if not any(device.startswith("NVIDIA") for device in devices):
-        parts += unmeasured()
+            if panels(rows, what):
+                parts += [f"![{what} by N](results/{plot_name(device, what)})", ""]
     return "\n".join(parts).strip()
 
 
-def _ceilings(rows: Sequence[Row]) -> str:
-    last = {row.dtype: row for row in rows}
-    products = ", ".join(f"{row.matmul_tflops:.3g} TFLOP/s ({dtype})" for dtype, row in last.items())
-    return f"{products}, copy {rows[-1].copy_gbs:.3g} GB/s, both measured in the same run"
+def plot_name(device: str, what: str) -> str:
+    """The file name of a plot; what: time or memory."""
+    return f"{file_of(Path(), device).stem}-{what}.svg"
 
 
-def _panels(rows: Sequence[Row], what: str) -> list[Panel]:
-    """One panel an op and type: a line a provider over N, and the floor."""
-    panels = []
-    for case in SWEEPS:
-        for dtype in dict.fromkeys(row.dtype for row in rows):
-            some = [
-                r for r in rows if (r.case, r.dtype, r.mode) == (case, dtype, "full") and r.timing != "graph"
-            ]
-            lines = []
-            for name in PROVIDERS:
-                mine = [r for r in some if r.provider == name]
-                points = [(r.n, r.median_ms if what == "time" else r.extra_mib) for r in mine]
-                points = sorted((n, max(y, 1e-3)) for n, y in points if y is not None)
-                lines += [Line(name=name, points=points)] if points else []
-            if what == "time" and lines:
-                floors = sorted({(r.n, r.floor_ms) for r in some if r.provider == "ours"})
-                lines += [Line(name="floor", points=floors, dashed=True)] if floors else []
-            if lines:
-                panels.append(Panel(title=f"{case}, {dtype}", lines=lines))
-    return panels
+def panels(rows: Sequence[Row], what: str) -> dict[str, Lines]:
+    """One panel per op and type: time or memory over N, a line per variant; for time also the floor."""
+    found = {}
+    for case, dtype in product(SWEEPS, dict.fromkeys(row.dtype for row in rows)):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in sorted(rows, key=lambda row: (PROVIDERS.index(row.provider), row.n)):
+            value = row.median_ms if what == "time" else row.extra_mib
+            if (
+                (row.case, row.dtype, row.mode) != (case, dtype, "full")
+                or row.timing == "graph"
+                or value is None
+            ):
+                continue
+            lines.setdefault(row.provider, []).append((row.n, max(value, 1e-3)))
+            if what == "time" and row.provider == "ours":
+                lines.setdefault("floor", []).append((row.n, row.floor_ms))
+        if lines:
+            found[f"{case}, {dtype}"] = lines
+    return found
 
 
 def plots(devices: dict[str, list[Row]]) -> dict[str, str]:
     """SVG text by file name."""
-    made = {}
-    for device, rows in devices.items():
-        for what, unit in (("time", "ms"), ("memory", "MiB")):
-            panels = _panels(rows, what)
-            if panels:
-                title = f"{device}: {what} of forward + backward in {unit}, by N"
-                made[f"{file_of(Path(), device).stem}-{what}.svg"] = figure(title, panels)
-    return made
-
-
-def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
-    """The README with what the files say between its markers. Raises ValueError where it lacks them."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}") from error
-    for marker in (BEGIN, END):
-        if marker not in text:
-            raise ValueError(f"{path}: lacks the line {marker}")
-        # Of two pairs nobody knows which is the generated part.
-        if text.count(marker) > 1:
-            raise ValueError(f"{path}: has the line {marker} more than once")
-    head, _, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not end:
-        raise ValueError(f"{path}, line {head.count(chr(10)) + 1}: {BEGIN} must come before {END}")
-    return f"{head}{BEGIN}\n\n{section(devices)}\n\n{END}{tail}"
-
-
-def _stale(files: dict[Path, str]) -> dict[Path, str]:
-    """Those that are missing or say something else. Raises OSError where one cannot be read."""
-    # Whatever is no text in what lies there is a difference, not an error.
     return {
-        path: text
-        for path, text in files.items()
-        if not path.exists() or path.read_text(encoding="utf-8", errors="surrogateescape") != text
+        plot_name(device, what): figure(f"{device}: {what} of forward + backward in {unit}, by N", found)
+        for device, rows in devices.items()
+        for what, unit in (("time", "ms"), ("memory", "MiB"))
+        if (found := panels(rows, what))
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Writes README and plots, or compares them; 1 where they differ, 2 where a file cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m d2s.kernels.results", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 where something would change")
-    parser.add_argument(
-        "--folder", type=Path, default=RESULTS, help="where the CSV files lie and the plots go"
-    )
-    parser.add_argument("--readme", type=Path, default=README)
-    arguments = parser.parse_args(argv)
-    try:
-        devices = by_device(arguments.folder)
-        files = {arguments.readme: new_readme(arguments.readme, devices)}
-        files |= {arguments.folder / name: svg for name, svg in plots(devices).items()}
-        stale = _stale(files)
-        if not arguments.check:
-            write_all(stale)
-    except (OSError, ValueError) as error:
-        print(f"results: {error}", file=sys.stderr)
-        return 2
+def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
+    """The README with new text between its markers. Raises ValueError unless it has each marker once, in order."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path}: must have the line {BEGIN} once and below it the line {END} once")
+    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
+    return f"{head}{BEGIN}\n\n{section(devices)}\n\n{END}{tail}"
+
+
+def update(folder: Path, readme: Path, check: bool) -> list[Path]:
+    """Writes the README and the plots that are out of date, or with check only returns their paths."""
+    devices = by_device(folder)
+    files = {readme: new_readme(readme, devices)}
+    if find_spec("matplotlib"):
+        files |= {folder / name: svg for name, svg in plots(devices).items()}
+    else:
+        print(
+            "results: matplotlib is not installed (extra `bench`): the plots stay as they are",
+            file=sys.stderr,
+        )
+    stale = [path for path, text in files.items() if not path.exists() or path.read_bytes() != text.encode()]
     for path in stale:
-        print(f"{'differs' if arguments.check else 'written'}: {path}")
-    return 1 if arguments.check and stale else 0
+        if not check:
+            write_text(path, files[path])
+        print(f"{'differs' if check else 'written'}: {path}")
+    return stale
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, 1 with --check if something is out of date, 2 if a file cannot be used."""
+    parser = Parser(prog="python -m d2s.kernels.results", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the CSV files and plots are")
+    parser.add_argument("--readme", type=Path, default=README)
+    arguments, stale = parser.parse_args(argv), []
+    code = run(lambda: stale.extend(update(arguments.folder, arguments.readme, arguments.check)))
+    return code or int(arguments.check and bool(stale))
 
 
 if __name__ == "__main__":

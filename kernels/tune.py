@@ -1,227 +1,253 @@
-"""`python -m d2s.kernels.tune`: measures tiles on the device at hand and writes the table to commit.
+"""`python -m d2s.kernels.tune`: times candidate tiles on this machine's GPU and writes the table `fused/tiles.json`.
 
-Kernels whose ops share one are tuned together, for each bucket of D and size of type. It starts from what is in use
-and takes one step at a time: half or double of one kernel's rows, columns, depth or warps, one stage more or less,
-or another device's default. A step is measured if what it builds neither spills nor exceeds the shared memory, and
-taken if the ops that use it are faster by more than NOISE. Then every op is run with what was found, and a tile with
-which any fails is left out. Training never times anything: it reads the table.
+It tunes one kernel at a time, for each bucket of D and type size. Candidates are the default tiles of all
+architectures, and this one's default with one field halved, doubled or, for stages, changed by one. A candidate is
+taken if the ops that launch the kernel get more than NOISE faster with it and give the same results as with the
+default tiles. The table is written after each kernel, so a run that is stopped keeps what it found.
 """
 
 import argparse
-import dataclasses
-import json
 import math
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2s.common.command import positive
-from d2s.kernels.build.descent import ROUNDS, State, descend, settle
-from d2s.kernels.build.parts import TOGETHER, TOKENS, Part, groups, guess, text, usable
-from d2s.kernels.files import write_whole
+import torch
+from torch import Tensor
+
+from d2s import kernels
+from d2s.common.command import Parser, positive, run
+from d2s.common.files import write_json
+from d2s.kernels.fused.tiles import LARGE, TABLE, Tile, default_tile, entry, tuned_tiles
+from d2s.kernels.problems import PROBLEMS, Shape, one_line
 
 if TYPE_CHECKING:
-    from d2s.kernels.build.workers import Workers
+    from d2s.kernels.fused.spec import KernelSpec
 
-TABLE = Path(__file__).parent / "fused" / "tiles.json"
-# The widths that matter most first: a run that ends early has them.
+# The ops that launch each kernel. hinge_few is left out: it serves small batches only.
+OPS = {
+    "hinge_max_sweep": ("hinge_max",),
+    "hinge_gather": ("hinge_max",),
+    "hinge_sum_pairs": ("hinge_sum",),
+    "info_nce_sweep": ("info_nce",),
+    "info_nce_pairs": ("info_nce",),
+    "sigmoid_pairs": ("sigmoid",),
+    "positives": ("hinge_sum", "info_nce"),
+    "products": ("hinge_sum", "info_nce", "sigmoid"),
+    "relational_statistics": ("relational",),
+    "gpo_forward": ("gpo",),
+    "ranks_count": ("ranks",),
+}
+# One of these computes the positives and the others the negatives; both must round alike, because a negative equal
+# to its positive violates a margin of 0 by exactly 0. So they keep their depth, rows and warps: the depth sets the
+# order of sums, and with the other two Triton chooses the matrix unit.
+SAME_SUMS = ("positives", "info_nce_pairs", "hinge_sum_pairs")
+# The most important widths come first, as a run may end early.
 WIDTHS = (512, 256, 1152, 128, 64)
+# GPO's table goes by tokens instead of D: the numbers of tokens in use.
+TOKENS = {64: 50, 1152: 577}
+BOUNDS = {"rows": (16, 1024), "columns": (16, 256), "depth": (16, 512), "warps": (1, 16), "stages": (1, 5)}
+NOISE = 0.02
+# Rows for timing embeddings of 16 bits and float32: they keep the device busy and not the host.
+ROWS = {True: 32768, False: 8192}
+# Rows for comparing results: not a multiple of any tile.
+CHECKED_ROWS = 1100
+# Largest relative difference (in norm) to the results with default tiles: finds broken kernels, allows rounding.
+TOLERANCE = 0.1
 
 
-def parts(arguments: argparse.Namespace, capability: tuple[int, int]) -> list[Part]:
-    """What is searched, in this order."""
-    return [
-        Part(
-            group=group,
-            width=TOKENS.get(width, width) if "gpo" in group.ops else width,
-            half=half,
-            capability=capability,
-        )
-        for width in arguments.width or WIDTHS
-        for half in (True, False)
-        for group in groups(arguments.kernel)
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One kernel to tune, for a width D (GPO: tokens) and embeddings of 16 or 32 bits."""
+
+    spec: "KernelSpec"
+    width: int
+    half: bool
+    capability: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.spec.name} D={self.width} {'half' if self.half else 'float'}"
+
+    @property
+    def entry(self) -> str:
+        """The key in the tile table."""
+        return entry(self.spec.name, self.capability, self.width, self.half)
+
+    @property
+    def default(self) -> Tile:
+        """The tile that is used without an entry in the table."""
+        return default_tile(self.spec.name, self.width, self.half, self.capability)
+
+    def candidates(self) -> list[Tile]:
+        """The default tile and the others to try; only one of several tiles that build the same code."""
+        name, first = self.spec.name, self.default
+        found = [first]
+        if name not in SAME_SUMS:
+            found += [default_tile(name, self.width, self.half, other) for other in LARGE]
+        for field, (least, most) in BOUNDS.items():
+            if name in SAME_SUMS and field not in ("columns", "stages"):
+                continue
+            value = getattr(first, field)
+            steps = (value - 1, value + 1) if field == "stages" else (value // 2, value * 2)
+            found += [replace(first, **{field: step}) for step in steps if least <= step <= most]
+        by_build: dict[tuple, Tile] = {}
+        for tile in found:
+            constants = self.spec.constants(tile, self.width, self.half)
+            options = self.spec.launch_options(tile, self.width, self.half)
+            by_build.setdefault((*constants.items(), *options.items()), tile)
+        return list(by_build.values())
 
 
-def write(table: Mapping[str, Mapping[str, int]], path: Path) -> None:
-    """The table, one entry a line, replaced at once."""
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(dict(table[key]))}" for key in sorted(table))
-    write_whole(path, f"{{\n{lines}\n}}\n" if lines else "{}\n")
+def tasks(arguments: argparse.Namespace, capability: tuple[int, int]) -> list[Task]:
+    """Everything to tune, in order. Raises ValueError for a kernel without a tile of its own."""
+    from d2s.kernels.fused import ALL_SPECS
+
+    specs = {spec.name: spec for spec in ALL_SPECS if spec.name in OPS}
+    if unknown := [name for name in arguments.kernel or () if name not in specs]:
+        raise ValueError(f"no tile of {', '.join(unknown)}; there are {', '.join(specs)}")
+    found = []
+    for width in arguments.width or WIDTHS:
+        for half in (True, False):
+            for name in arguments.kernel or specs:
+                size = TOKENS.get(width, width) if name == "gpo_forward" else width
+                found.append(Task(spec=specs[name], width=size, half=half, capability=capability))
+    return found
 
 
-def enter(table: dict[str, dict[str, int]], best: State, part: Part) -> None:
-    """Replaces a part's entries; what the device takes by default needs none."""
-    from d2s.kernels.fused.tiles import entry
+def make_step(op: str, width: int, dtype: torch.dtype, device: str, rows: int) -> Callable[[], list[Tensor]]:
+    """A function that runs forward and backward of an op and returns its value and gradients.
 
-    defaults = part.start({})
-    for name, tile in best.items():
-        key = entry(name, part.capability, part.width, part.half)
-        table.pop(key, None)
-        if tile != defaults[name]:
-            table[key] = dataclasses.asdict(tile)
-
-
-def search(
-    part: Part, table: dict[str, dict[str, int]], workers: "Workers", over: Callable[[], bool]
-) -> None:
-    """Searches a part and enters what it found; says how much faster that is and what was left out."""
-    from d2s.kernels.build import trials
-
-    at = (part.width, part.half, part.capability)
-    defaults = part.start({})
-    best, times, first = descend(
-        part.start(table),
-        part.around,
-        lambda states, state: usable(states, state, part, workers),
-        trials.stopwatch(part.group.ops, *at),
-        part.group.uses,
-        over,
-    )
-    kept, left = settle(defaults, best, trials.judge(part.group.ops, *at, defaults), TOGETHER)
-    gained = ", ".join(f"{op} {first[op]:.3f} -> {times[op]:.3f} ms" for op in times)
-    print(f"{part}: {gained}: {text(kept)}", flush=True)
-    for names, wrong in left.items():
-        print(f"tune: {part}: {names}: left out: {'; '.join(wrong)}", file=sys.stderr, flush=True)
-    enter(table, kept, part)
-    # What follows is measured with what is written, not with the last trial.
-    trials.use(kept, part.capability, part.width, part.half)
+    GPO's weights are inputs here, because the GRU that makes them takes longer than the kernels.
+    """
+    if op != "gpo":
+        inputs = PROBLEMS[op].make(Shape(n=rows, width=width), dtype, device, 0)
+        return lambda: [value := PROBLEMS[op].ours(inputs), *inputs.gradients(value)]
+    inputs = PROBLEMS[op].make(Shape(n=max(rows // 512, 3), tokens=width, width=512), dtype, device, 0)
+    features, mask = inputs.tensors["features"], inputs.tensors["mask"]
+    weights = torch.full(mask.shape, 1 / width, dtype=dtype, device=device, requires_grad=True)
+    inputs.leaves = [features, weights]
+    return lambda: [value := kernels.gpo_pool(features, weights, mask), *inputs.gradients(value)]
 
 
-def tune(todo: Sequence[Part], arguments: argparse.Namespace) -> int:
-    """Searches part by part and writes after each, so that an interrupted run leaves what it found."""
-    from d2s.kernels.build.trials import Lost
+class Trial:
+    """Times and checks the ops that launch one kernel, with the tiles that the table holds at that moment."""
 
-    finished: list[Part] = []
+    def __init__(self, task: Task, device: str = "cuda") -> None:
+        ops, dtypes = OPS[task.spec.name], (torch.bfloat16, torch.float16) if task.half else (torch.float32,)
+        self.timed = [make_step(op, task.width, dtypes[0], device, ROWS[task.half]) for op in ops]
+        self.checked = [
+            make_step(op, task.width, dtype, device, CHECKED_ROWS) for op in ops for dtype in dtypes
+        ]
+        table = dict(tuned_tiles())
+        tuned_tiles().clear()
+        try:
+            self.expected = self.results()
+        finally:
+            tuned_tiles().update(table)
+
+    def results(self) -> list[Tensor]:
+        """Values and gradients of the small problems, in float64 on the CPU."""
+        return [x.detach().double().cpu() for step in self.checked for x in step()]
+
+    def check_results(self) -> None:
+        """Raises ValueError if the results are not within TOLERANCE of those with default tiles."""
+        for ours, expected in zip(self.results(), self.expected, strict=True):
+            # False for NaN.
+            if not (ours - expected).norm() <= TOLERANCE * expected.norm():
+                raise ValueError("its results differ from those with the default tiles")
+
+    def milliseconds(self) -> float:
+        """The sum of the ops' median times, forward and backward."""
+        from triton.testing import do_bench
+
+        return sum(do_bench(step, return_mode="median") for step in self.timed)
+
+
+def tune(task: Task) -> None:
+    """Puts the fastest tile of one kernel into the table; the default tile needs no entry."""
+    table = tuned_tiles()
+    start = table.get(task.entry, task.default)
+    times: dict[Tile, float] = {}
+    trial = None
+    for tile in dict.fromkeys([start, *task.candidates()]):
+        table[task.entry] = tile
+        failure = ""
+        try:
+            trial = trial or Trial(task)
+            spent = trial.milliseconds()
+            if spent < (1 - NOISE) * min(times.values(), default=math.inf):
+                trial.check_results()
+                times[tile] = spent
+        # A launch can fail in any way; then the tile is no candidate.
+        except Exception as error:  # noqa: BLE001
+            failure = one_line(error)
+        if failure:
+            print(f"  {task}: {tile} is left out: {failure}", flush=True)
+            # Here and not in the handler, which keeps the tensors. Raises if the device does not answer any more.
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    best = min(times, key=times.get, default=start)
+    table.pop(task.entry)
+    if best != task.default:
+        table[task.entry] = best
+    print(f"{task}: {' -> '.join(f'{tile} {ms:.3f} ms' for tile, ms in times.items())}", flush=True)
+
+
+def tune_all(todo: list[Task], minutes: float, out: Path) -> None:
+    """Tunes kernel after kernel until the minutes are over. Writes the table after each."""
+    begun, written = time.monotonic(), 0
     try:
-        _every(todo, finished, arguments)
-        code, why = 0, "" if len(finished) == len(todo) else f"{arguments.minutes:g} minutes are over"
-    except KeyboardInterrupt:
-        code, why = 130, "interrupted"
-    except Lost as error:
-        code, why = 1, f"{error}; start again, with --kernel or --width to pass this by"
-    if why:
-        print(
-            f"tune: {why}; the last {len(todo) - len(finished)} searches keep what they had", file=sys.stderr
-        )
-    print(f"written: {len(finished)} of {len(todo)} searches, {arguments.out}")
-    return code
+        for task in todo:
+            passed = (time.monotonic() - begun) / 60
+            print(f"tune: {written} of {len(todo)} after {passed:.1f} min", file=sys.stderr, flush=True)
+            if passed > minutes:
+                break
+            tune(task)
+            write_json(out, {key: asdict(tile) for key, tile in tuned_tiles().items()})
+            written += 1
+    finally:
+        print(f"written: {written} of {len(todo)} kernels and widths, {out}; the others keep their tiles")
 
 
-def _every(todo: Sequence[Part], finished: list[Part], arguments: argparse.Namespace) -> None:
-    """Searches until the minutes are over; finished grows with what is written."""
-    from d2s.kernels.build.workers import Workers
-    from d2s.kernels.fused.tiles import tuned_tiles
-
-    table = {key: dict(tile) for key, tile in tuned_tiles().items()}
-    guesses = [guess(part, arguments.jobs) for part in todo]
-    announce(todo, guesses, arguments.minutes)
-    begun = time.monotonic()
-
-    def passed() -> float:
-        return (time.monotonic() - begun) / 60
-
-    with Workers(arguments.jobs) as workers:
-        for number, part in enumerate(todo, 1):
-            if passed() > arguments.minutes:
-                return
-            search(part, table, workers, lambda: passed() > arguments.minutes)
-            write(table, arguments.out)
-            finished.append(part)
-            before, after = (
-                sum(seconds for _, seconds in some) for some in (guesses[:number], guesses[number:])
-            )
-            left = passed() * after / before if before else 0
-            said = f"{number} of {len(todo)} searches written after {passed():.1f} min, about {left:.0f} more to go"
-            print(f"tune: {said}", file=sys.stderr, flush=True)
-
-
-def announce(todo: Sequence[Part], guesses: Sequence[tuple[int, float]], minutes: float) -> None:
-    """Says before anything is measured how much there is."""
-    count, least = sum(n for n, _ in guesses), sum(seconds for _, seconds in guesses) / 60
-    print(
-        f"tune: {len(todo)} searches, {count} candidates, about {least:.0f} min, and up to {ROUNDS} times that where"
-        f" they gain; the limit is {minutes:g} min, the rest keeps what it has",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def _dry_run(todo: Sequence[Part], processes: int) -> int:
-    count, seconds = 0, 0.0
-    for part in todo:
-        start = part.start({})
-        print(f"{part}: from {text(start)}")
-        for state in part.around(start):
-            print(f"  {text({name: tile for name, tile in state.items() if tile != start[name]})}")
-        number, spent = guess(part, processes)
-        count, seconds = count + number, seconds + spent
-    print(f"{count} first steps, about {seconds / 60:.0f} min with {processes} processes")
-    return 0
-
-
-def _capability(arch: int | None) -> tuple[int, int]:
-    """That of the option, else of the device, else what the defaults take."""
-    import torch
-
-    if arch is not None:
-        return divmod(arch, 10)
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
-
-
-def _minutes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time above 0")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m d2s.kernels.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--kernel", action="append", help="these kernels alone, and those bound to them")
-    parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="these D alone")
-    parser.add_argument("--minutes", type=_minutes, default=20, help="try nothing more after that")
-    parser.add_argument("--jobs", type=positive, default=_processors(), help="processes that build")
-    parser.add_argument("--out", type=Path, default=TABLE)
-    parser.add_argument("--dry-run", action="store_true", help="list the first steps from the defaults")
-    parser.add_argument("--arch", type=int, help="with --dry-run: of this device, e.g. 90")
-    return parser
-
-
-def _processors() -> int:
-    """Those that this process may use, but each building process takes some hundred MiB."""
-    return min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def _tune(arguments: argparse.Namespace) -> None:
+    on_gpu = torch.cuda.is_available()
+    if arguments.dry_run:
+        here = torch.cuda.get_device_capability() if on_gpu else (8, 0)
+        todo = tasks(arguments, divmod(arguments.arch, 10) if arguments.arch else here)
+        for task in todo:
+            print(f"{task}: {', '.join(map(str, task.candidates()))}")
+        print(f"{sum(len(task.candidates()) for task in todo)} candidates")
+        return
+    if not on_gpu:
+        raise ValueError("no CUDA device here; --dry-run lists what would be measured")
+    if (used := kernels.implementation("cuda")) != "triton":
+        raise ValueError(f"D2S_KERNELS={used} launches no kernel that has tiles")
+    # A process that is terminated keeps as much as one that is interrupted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    tune_all(tasks(arguments, torch.cuda.get_device_capability()), arguments.minutes, arguments.out)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where the device broke down, 2 where there is none or the command is wrong, 130 if interrupted."""
-    arguments = _parser().parse_args(argv)
+    """Returns 0, 1 if the device broke down, 2 without a device or for a wrong command, 130 if interrupted."""
+    parser = Parser(prog="python -m d2s.kernels.tune", description=__doc__.split("\n")[0])
+    parser.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
+    parser.add_argument(
+        "--width", type=int, choices=WIDTHS, action="append", help="only this D; may be repeated"
+    )
+    parser.add_argument("--minutes", type=positive, default=20, help="start no kernel after this time (20)")
+    parser.add_argument("--out", type=Path, default=TABLE, help="the table to write")
+    parser.add_argument("--dry-run", action="store_true", help="list the candidates, measure nothing")
+    parser.add_argument("--arch", type=int, help="with --dry-run: for this architecture, e.g. 90")
+    arguments = parser.parse_args(argv)
     try:
-        import torch
-        import triton  # noqa: F401
-
-        todo = parts(arguments, _capability(arguments.arch if arguments.dry_run else None))
-    except (ImportError, ValueError) as error:
-        print(f"tune: {error}", file=sys.stderr)
-        return 2
-    if arguments.dry_run:
-        return _dry_run(todo, arguments.jobs)
-    if not torch.cuda.is_available():
-        print("tune: no CUDA device here; --dry-run lists what would be measured", file=sys.stderr)
-        return 2
-    from d2s.kernels.operators.dispatch import implementation
-
-    if implementation("cuda") != "triton":
-        print(
-            f"tune: D2S_KERNELS={implementation('cuda')} launches no kernel that has tiles", file=sys.stderr
-        )
-        return 2
-    # Who ends the process politely gets what an interruption gets.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return tune(todo, arguments)
+        return run(lambda: _tune(arguments))
+    except RuntimeError as error:
+        print(f"tune: {one_line(error)}; use --kernel or --width to skip what failed", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""The results: one row a measurement, appended to a CSV a device, never overwritten."""
+"""The measurements: one row each, appended to one CSV file per device, never overwritten."""
 
 import csv
 import datetime
 import errno
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,9 +21,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 class Row:
     """One variant of one op at one size in one mode.
 
-    timing: the host's clock, events, or replays of a CUDA graph. extra_mib: peak memory of forward and backward
-    beyond the inputs and the gradients. tflops: by the useful count, 0 where the op multiplies no matrices.
-    matmul_tflops, copy_gbs: this run's ceilings. floor_ms: the larger of useful work and least traffic over them.
+    timing: "wall" for the host's clock, "events", or "graph" for replays of a CUDA graph. extra_mib: peak memory of
+    forward and backward beyond the inputs and the gradients, None if not measured. tflops: by the least work, 0 if
+    the op multiplies no matrices. matmul_tflops, copy_gbs: the device's rates in this run. floor_ms: the time for
+    the least work and traffic at these rates.
     """
 
     date: str
@@ -49,25 +52,16 @@ class Row:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What a later row of the same measurement shares with it."""
-        return (
-            self.device,
-            self.case,
-            self.mode,
-            self.provider,
-            self.dtype,
-            self.n,
-            self.tokens,
-            self.width,
-            self.timing,
-        )
+        """Equal for repetitions of the same measurement."""
+        size = self.n, self.tokens, self.width
+        return self.device, self.case, self.mode, self.provider, self.dtype, size, self.timing
 
 
 COLUMNS = [field.name for field in fields(Row)]
 
 
 def device_name(device: str) -> str:
-    """What the rows call the device: the GPU's name, or the processor's with the threads in use."""
+    """The GPU's name, or the processor's with the number of threads in use."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -78,12 +72,8 @@ def device_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The installed torch and triton; triton is empty where there is none."""
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = ""
-    return {"torch": torch.__version__, "triton": triton}
+    """The installed torch and triton; triton is empty if there is none."""
+    return {"torch": torch.__version__, "triton": metadata.version("triton") if find_spec("triton") else ""}
 
 
 def today() -> str:
@@ -92,46 +82,56 @@ def today() -> str:
 
 
 def file_of(folder: Path, device: str) -> Path:
-    """The CSV of a device."""
+    """The CSV file of a device."""
     return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
 
 
-def ready(folder: Path, device: str) -> bool:
-    """Whether the device's file is still to be made; makes its folder.
-
-    Raises ValueError where the file cannot be added to as it is, OSError where nothing can be written.
-    """
+def check_writable(folder: Path, device: str) -> None:
+    """Makes the folder. Raises OSError or ValueError if rows cannot be appended to the device's file."""
     path = file_of(folder, device)
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "no right to write here", str(folder))
-        return True
-    with path.open("r+", encoding="utf-8", newline="") as file:
-        try:
-            text = file.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: is not UTF-8; move it away") from error
-    if next(csv.reader(text.splitlines()), []) != COLUMNS:
-        raise ValueError(f"{path}: has other columns than {','.join(COLUMNS)}; move it away")
-    if not text.endswith("\n"):
-        raise ValueError(f"{path}: the last line is cut off; complete or remove it")
-    return False
+    if path.exists():
+        with path.open("r+", encoding="utf-8", errors="replace") as file:
+            if file.readline().rstrip("\n") != ",".join(COLUMNS):
+                raise ValueError(f"{path}: has other columns than {','.join(COLUMNS)}; move it away")
+    elif not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "no right to write here", str(folder))
 
 
 def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to their device's file. Raises what `ready` raises."""
+    """Adds rows to their device's file."""
     for row in rows:
         path = file_of(folder, row.device)
-        fresh = ready(folder, row.device)
+        is_new = not path.exists()
         with path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            if fresh:
+            if is_new:
                 writer.writerow(COLUMNS)
-            writer.writerow([_text(value) for value in asdict(row).values()])
+            writer.writerow([f"{x:.6g}" if isinstance(x, float) else x for x in asdict(row).values()])
 
 
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def read(path: Path) -> list[Row]:
+    """The rows of a file. Raises ValueError naming the file and line if it is damaged."""
+    rows = []
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for cells in reader:
+                # extra_mib is the only column with another type: a float or empty.
+                values = {f.name: f.type(cells[f.name]) for f in fields(Row) if isinstance(f.type, type)}
+                extra = float(cells["extra_mib"]) if cells["extra_mib"] else None
+                rows.append(Row(**values, extra_mib=extra))
+        except (csv.Error, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {type(error).__name__}: {error}") from error
+    return rows
+
+
+def by_device(folder: Path) -> dict[str, list[Row]]:
+    """The rows of all files, by device; of repeated measurements the last. Raises ValueError if there are none."""
+    latest = {row.key: row for path in sorted(folder.glob("*.csv")) for row in read(path)}
+    if not latest:
+        raise ValueError(f"{folder}: holds no measurement (no CSV file with rows)")
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in latest.values():
+        found[row.device].append(row)
+    return dict(sorted(found.items()))

@@ -1,7 +1,7 @@
 """The printed table of a run."""
 
-from d2s.kernels.bench.cases import Shape
 from d2s.kernels.bench.record import Row
+from d2s.kernels.problems import Shape
 
 HEADER = (
     f"{'case':10} {'mode':8} {'size':>11} {'provider':9} {'timing':6} {'median ms':>10} {'20 %':>9} {'80 %':>9}"
@@ -10,13 +10,13 @@ HEADER = (
 
 
 def show(rows: list[Row]) -> None:
-    """The table's lines; `vs eager` and `memory` are eager's time and memory over this row's."""
+    """Prints the rows; `vs eager` and `memory` are eager's time and memory divided by the row's."""
     eager = {(r.mode, r.timing): r for r in rows if r.provider == "eager"}
     for r in rows:
         base = eager.get((r.mode, r.timing))
         faster = f"{base.median_ms / r.median_ms:7.1f}x" if base else ""
         both = base and base.extra_mib is not None and r.extra_mib is not None
-        # Below a mebibyte the process' own noise is all there is.
+        # Less than a mebibyte is noise of the process.
         less = f"{base.extra_mib / max(r.extra_mib, 1):7.1f}x" if both else ""
         memory = "" if r.extra_mib is None else f"{r.extra_mib:.1f}"
         size = Shape(n=r.n, tokens=r.tokens, width=r.width)

@@ -1,1 +1,1 @@
-"""Builds the Triton kernels without a device, and looks for good tiles on one."""
+"""Compiles the Triton kernels without a device and reports registers, spills, shared memory and instructions."""

@@ -1,10 +1,11 @@
-"""What the compiler and the assembler say of one Triton kernel, without a device. Not with TRITON_INTERPRET set."""
+"""Compiles one Triton kernel to machine code without a device. Does not work with TRITON_INTERPRET set."""
 
 import contextlib
 import io
 import re
 import subprocess
 import tempfile
+from dataclasses import dataclass
 
 import triton
 from triton import knobs
@@ -14,17 +15,27 @@ from triton.backends.compiler import GPUTarget
 TENSOR_CORE = re.compile(r"^\s*(?:@%?!?\w+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 REGISTERS = re.compile(r"Used (\d+) registers")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-# An instruction of a disassembly: its address, its text, a semicolon.
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+[^/\s][^;]*;", re.MULTILINE)
-NOP = re.compile(r"\*/\s+NOP\b")
+# An instruction in a disassembly: its address, its text, a semicolon. NOPs pad the code behind the last one.
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP\b)[^/\s][^;]*;", re.MULTILINE)
 
 
-def compile_and_weigh(
-    source: object, arch: int, options: dict[str, int]
-) -> tuple[int, int, int, int, int, int]:
-    """(registers, bytes of spill stores, of spill loads, shared memory, tensor-core and all instructions).
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Registers per thread, bytes of spill stores, of spill loads and of shared memory; instruction counts."""
 
-    source: triton's ASTSource. The cache is not asked, because the assembler's report is not kept in it.
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    tensor_core: int
+    instructions: int
+
+
+def compile_kernel(source: object, arch: int, options: dict[str, int]) -> Figures:
+    """Compiles triton's ASTSource for an architecture, e.g. 90.
+
+    Bypasses triton's cache, which does not keep the assembler's report. Raises what the compiler raises, and
+    ValueError if the report lacks registers or spills.
     """
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
@@ -35,13 +46,13 @@ def compile_and_weigh(
     registers, spills = REGISTERS.search(report), SPILLS.search(report)
     if registers is None or spills is None:
         raise ValueError(f"the assembler reported neither registers nor spills: {report[:200]!r}")
-    return (
-        int(registers[1]),
-        int(spills[1]),
-        int(spills[2]),
-        int(compiled.metadata.shared),
-        len(TENSOR_CORE.findall(compiled.asm["ptx"])),
-        count_instructions(disassemble(compiled.asm["cubin"])),
+    return Figures(
+        registers=int(registers[1]),
+        spill_stores=int(spills[1]),
+        spill_loads=int(spills[2]),
+        shared=int(compiled.metadata.shared),
+        tensor_core=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
+        instructions=len(INSTRUCTION.findall(disassemble(compiled.asm["cubin"]))),
     )
 
 
@@ -50,10 +61,4 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def count_instructions(text: str) -> int:
-    """Instructions of a disassembly, without the padding behind the last one."""
-    return sum(not NOP.search(found) for found in INSTRUCTION.findall(text))
+        return subprocess.check_output([knobs.nvidia.cuobjdump.path, "-sass", file.name], text=True)

@@ -1,4 +1,4 @@
-"""What ahead-of-time compilation needs to know of a Triton kernel: its arguments, its constants, its tiles."""
+"""What ahead-of-time compilation and the tuner need to know about a Triton kernel."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,15 +8,15 @@ from d2s.kernels.fused.tiles import Tile
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSpec:
-    """One kernel as `d2s.kernels.compile` builds it without a device.
+    """One kernel, as `d2s.kernels.compile` builds it without a device.
 
-    name: its row in the tile table, too. kernel: the `@triton.jit` function. pointers: argument name to Triton
-    type ("*fp32", "*i64", "*i1"; "*x" stands for the type of the embeddings). scalars: argument name to type
-    ("i32", "fp32"). constants: the constexpr arguments for a tile, a width D and whether the embeddings are in
-    16 bits. unaligned: pointers and scalars that must not be taken to be divisible by 16. dots: whether
-    16-bit variants are expected to use tensor cores. widths: the D to compile for. dtypes: the types "*x" takes.
-    row: the row of the tile table, where it is another kernel's whose sums this one must repeat. options: the
-    launch options ("num_warps") that do not follow from the tile alone.
+    name: the kernel's name, also in the tile table. kernel: the `@triton.jit` function. pointers: argument name to
+    Triton type ("*fp32", "*i64", "*i1"; "*x" stands for the embeddings' type). scalars: argument name to type
+    ("i32", "fp32"). constants: the constexpr arguments, given a tile, a width D and whether the embeddings have 16
+    bits. unaligned: pointers and scalars that may not be divisible by 16. dots: whether 16-bit variants have to use
+    tensor cores. widths: the D to compile for. dtypes: the types that "*x" stands for. row: the name of another
+    kernel whose tile this one uses, because it has to repeat that kernel's sums. options: launch options, such as
+    "num_warps", that differ from the tile's.
     """
 
     name: str
@@ -30,3 +30,13 @@ class KernelSpec:
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     row: str = ""
     options: Callable[[Tile, int, bool], dict[str, int]] | None = None
+
+    @property
+    def tile_name(self) -> str:
+        """The kernel's name in the tile table."""
+        return self.row or self.name
+
+    def launch_options(self, tile: Tile, width: int, half: bool) -> dict[str, int]:
+        """The options that the kernel is launched with."""
+        own = self.options(tile, width, half) if self.options else {}
+        return {"num_warps": tile.warps, "num_stages": tile.stages, **own}

@@ -41,7 +41,7 @@ def _counted(run, name):
 
 # These are about commands, imports and what is done on a CPU alone, and compute there whatever the device is. Single
 # tests of the CPU's own ways are marked `on_cpu`.
-COMMANDS = "bench bench_usage compile compile_usage files gpu_script imports results tiles tune"
+COMMANDS = "bench bench_usage compile compile_usage gpu_script imports results tiles tune tune_usage"
 ON_CPU = {f"test_{name}.py" for name in f"{COMMANDS} devices gpo_order rank_ties".split()}
 
 

@@ -1,14 +1,13 @@
-"""The table of tuned tiles: what is damaged is named, and what nobody asks for does not pass silently."""
+"""The table of tuned tiles: an entry is used, a damaged table is named."""
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
-from d2s.kernels.fused import tiles
+from d2s.kernels.fused import ALL_SPECS, tiles
 
 TILE = {"rows": 64, "columns": 32, "depth": 16, "warps": 4, "stages": 3}
 KEY = "hinge_max_sweep/sm_90/512/half"
@@ -16,7 +15,7 @@ KEY = "hinge_max_sweep/sm_90/512/half"
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """Where the table lies for now."""
+    """Where the table is for now."""
     monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
     tiles.tuned_tiles.cache_clear()
     yield tiles.TABLE
@@ -33,23 +32,15 @@ def x(monkeypatch):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("{", "Expecting property name"),
-        ("", "Expecting value"),
-        ("\udcff", "can't decode byte 0xff"),
-        ("[" * 10**5, "recursion"),
-        ("[]", "holds no table of tiles"),
-        ("null", "holds no table of tiles"),
-        ({KEY: None}, f"{KEY}: must hold rows, columns, depth, warps, stages and nothing else"),
-        ({KEY: {}}, f"{KEY}: must hold rows, columns, depth, warps, stages and nothing else"),
-        ({KEY: TILE | {"row": 1}}, f"{KEY}: must hold rows, columns, depth, warps, stages and nothing else"),
-        ({KEY: TILE | {"rows": "64"}}, f"{KEY}: rows: '64': must be a whole number above 0"),
-        ({KEY: TILE | {"rows": 64.0}}, f"{KEY}: rows: 64.0: must be a whole number above 0"),
-        ({KEY: TILE | {"warps": True}}, f"{KEY}: warps: True: must be a whole number above 0"),
-        ({KEY: TILE | {"stages": 0}}, f"{KEY}: stages: 0: must be a whole number above 0"),
-        ({KEY: TILE | {"columns": 48}}, f"{KEY}: columns: 48: must be a power of two"),
+        ("{", "line 1: not JSON"),
+        ("\udcff", "not UTF-8"),
+        ("[]", "no attribute 'items'"),
+        ({KEY: None}, "must be a mapping"),
+        ({KEY: TILE | {"row": 1}}, "unexpected keyword argument 'row'"),
+        ({KEY: {"rows": 64}}, "missing 4 required"),
     ],
 )
-def test_a_damaged_table_is_named_with_the_entry_and_the_remedy(table, x, text, expected):
+def test_a_damaged_table_is_named_with_the_remedy(table, x, text, expected):
     text = text if isinstance(text, str) else json.dumps(text)
     table.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match="restore it with git, or delete it and run") as caught:
@@ -63,28 +54,14 @@ def test_without_a_table_every_kernel_takes_its_default(table, x):
     assert tiles.tile_for("hinge_max_sweep", x) == tiles.default_tile("hinge_max_sweep", 512, True, (9, 0))
 
 
-@pytest.mark.filterwarnings("error")
-def test_an_entry_is_taken_and_no_reason_to_warn(table, x):
-    table.write_text(json.dumps({KEY: TILE, "ranks_count/sm_120/1152/float": TILE}), encoding="utf-8")
+def test_an_entry_is_taken(table, x):
+    table.write_text(json.dumps({KEY: TILE}), encoding="utf-8")
     assert tiles.tile_for("hinge_max_sweep", x) == tiles.Tile(**TILE)
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "nonsense/sm_90/512/half",
-        "hinge_max_sweep/sm_90/500/half",
-        "hinge_max_sweep/90/512/half",
-        "hinge_max_sweep/sm_90/512/bf16",
-        "hinge_max_sweep",
-        "",
-    ],
-)
-def test_an_entry_that_no_kernel_asks_for_is_warned_of(table, key):
-    table.write_text(json.dumps({KEY: TILE, key: TILE}), encoding="utf-8")
-    with pytest.warns(UserWarning, match=re.escape(f"{table}: no kernel asks for {key!r}") + "$"):
-        assert tiles.tuned_tiles()[KEY] == TILE
-
-
-def test_the_committed_table_is_whole():
-    tiles.read_tiles(tiles.TABLE)
+def test_every_entry_of_the_committed_table_is_asked_for():
+    tiles.tuned_tiles.cache_clear()
+    for key in tiles.tuned_tiles():
+        kernel, _, width, _ = key.split("/")
+        assert kernel in {spec.tile_name for spec in ALL_SPECS}
+        assert int(width) in tiles.BUCKETS

@@ -1,0 +1,115 @@
+"""Measures all variants of one case at one size: times in every mode, and extra memory."""
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+
+import torch
+
+from d2s.kernels.bench import plan, record, timing
+from d2s.kernels.bench.cases import CASES, work
+from d2s.kernels.bench.providers import Unavailable, provider
+from d2s.kernels.problems import Run, one_line
+
+# Up to this n a GPU is timed by CUDA graphs too, because launches cost more than the work.
+LAUNCH_BOUND = 1024
+
+
+def variants(item: plan.Item, arguments: argparse.Namespace) -> dict[str, Run]:
+    """The variants that have this case, by name. Prints why one that was asked for does not."""
+    found = {}
+    for name in plan.providers(arguments):
+        try:
+            found[name] = provider(name, item.case, arguments.device, item.shape.width)
+        except Unavailable as error:
+            if arguments.provider:
+                print(f"  {error}", flush=True)
+    return found
+
+
+def peak_bytes(name: str, item: plan.Item, device: str, run: Run | None = None) -> int:
+    """The extra memory of a variant."""
+    make, dtype = CASES[item.case].make, plan.DTYPES[item.dtype]
+    run = run or provider(name, item.case, device, item.shape.width)
+    small = make(replace(item.shape, n=min(item.shape.n, 64)), dtype, device, 0)
+    return timing.extra_bytes(run, make(item.shape, dtype, device, 0), small, device)
+
+
+def extra_mib(name: str, item: plan.Item, device: str, run: Run) -> float | None:
+    """The extra memory of a variant in MiB, on a CPU in a process of its own. Prints why if there is none."""
+    try:
+        if device.startswith("cuda"):
+            return peak_bytes(name, item, device, run) / 2**20
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            return process.submit(peak_bytes, name, item, device).result() / 2**20
+    # A peer may refuse the small inputs, a process may be killed; the times count all the same.
+    except Exception as error:  # noqa: BLE001
+        print(f"  {name}: peak memory: {one_line(error)}")
+    timing.release(device)
+    return None
+
+
+def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Namespace) -> list[record.Row]:
+    """All variants and modes of a case at one size."""
+    make, dtype, device = CASES[item.case].make, plan.DTYPES[item.dtype], arguments.device
+    first, on_gpu = make(item.shape, dtype, device, 0), device.startswith("cuda")
+    count = timing.sets_needed(first.nbytes(), device)
+    inputs = [first, *(make(item.shape, dtype, device, seed) for seed in range(1, count))]
+    runs, rows = variants(item, arguments), []
+    for mode in plan.modes(item.case, arguments):
+        limits = arguments.repeat, arguments.warm, device, arguments.longest
+        times, failed = timing.in_turn(runs, inputs, mode, *limits)
+        for name, why in failed.items():
+            print(f"  {name}: {mode}: {why}", flush=True)
+            del runs[name]
+        for name, spent in times.items():
+            extra = extra_mib(name, item, device, runs[name]) if mode == "full" else None
+            rows.append(
+                new_row(item, mode, name, "events" if on_gpu else "wall", spent, rates, device, extra)
+            )
+        for name in times if on_gpu and item.shape.n <= LAUNCH_BOUND and mode != "backward" else ():
+            try:
+                spent = timing.by_graph(runs[name], inputs, mode)
+                rows.append(new_row(item, mode, name, "graph", spent, rates, device))
+            # Providers that wait for the host or allocate memory on their own cannot be captured.
+            except Exception as error:  # noqa: BLE001
+                print(f"  {name}: no CUDA graph: {one_line(error)}")
+                torch.cuda.synchronize(device)
+    return rows
+
+
+def new_row(
+    item: plan.Item,
+    mode: str,
+    name: str,
+    clock: str,
+    spent: list[float],
+    rates: tuple[float, float],
+    device: str,
+    extra: float | None = None,
+) -> record.Row:
+    """The row of one variant. spent: milliseconds of all repeats. extra: MiB."""
+    least = work(item.case, item.shape, plan.DTYPES[item.dtype], mode)
+    p20, median, p80 = (timing.quantile(spent, q) for q in (0.2, 0.5, 0.8))
+    return record.Row(
+        date=record.today(),
+        device=record.device_name(device),
+        **record.versions(),
+        threads=torch.get_num_threads(),
+        case=item.case,
+        mode=mode,
+        provider=name,
+        dtype=item.dtype,
+        **asdict(item.shape),
+        timing=clock,
+        repeats=len(spent),
+        median_ms=median,
+        p20_ms=p20,
+        p80_ms=p80,
+        extra_mib=extra,
+        tflops=least.flops / median / 1e9,
+        matmul_tflops=rates[0],
+        copy_gbs=rates[1],
+        floor_ms=least.floor_ms(*rates),
+    )
