@@ -1,6 +1,6 @@
 """The public interface of `d2s.kernels`: argument checks, then the operators, or the reference where it is chosen.
 
-What is refused (`d2s.kernels.operators.checks`) raises ValueError in one line: the argument, what it is, the remedy.
+What is refused (`d2s.kernels.operators.arguments`) raises ValueError in one line: the argument, what it is, the remedy.
 Embeddings are dense tensors of bf16, fp16, float32 or float64.
 
 Who computes is in `d2s.kernels.operators.dispatch`: `D2S_KERNELS`, the device and the type decide.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from d2s.kernels.operators import ops
-from d2s.kernels.operators.checks import (
+from d2s.kernels.operators.arguments import (
     check_flag,
     check_floats,
     check_like,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d2s.kernels.chunked.common import full_precision
-from d2s.kernels.operators.library import refuse_second_derivative
+from d2s.kernels.operators.define import refuse_second_derivative
 
 
 def position_gru(

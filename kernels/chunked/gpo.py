@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from d2s.kernels.chunked.common import HAS_NUMPY, upcast
-from d2s.kernels.operators.library import place_type
+from d2s.kernels.operators.define import place_type
 
 if HAS_NUMPY:
     import numpy as np

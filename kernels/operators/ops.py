@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from d2s.kernels.operators.dispatch import backend
-from d2s.kernels.operators.library import (
+from d2s.kernels.operators.define import (
     Gradients,
     define,
     differentiable,
