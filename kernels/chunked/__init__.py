@@ -1,8 +1,7 @@
-"""Any device, any float type: a few rows of the similarity matrix at a time, forwards and backwards by hand.
+"""Losses on any device and for any float type: a few rows of the similarity matrix at a time, gradients by hand.
 
 Raw functions: tensors in, fresh tensors out, no automatic differentiation; `d2s.kernels.operators.ops` makes
-operators of them. acc stands for float32, and for float64 where the inputs are float64.
-What is not needed comes back empty.
+operators of them. Gradients that are not needed come back empty.
 """
 
 from d2s.kernels.chunked.gpo import gpo_backward, gpo_forward, gpo_keeps_values
