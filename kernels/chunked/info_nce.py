@@ -32,7 +32,7 @@ def _mask(z: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Ten
     return positive
 
 
-def _reference(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> float | None:
+def common_shift(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> float | None:
     """The number m for the whole matrix, the nearest to 0; None if there is none, or off the CPU."""
     if rows.device.type != "cpu":
         return None
@@ -57,7 +57,7 @@ def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
         n, m = rows.shape[0], columns.shape[0]
         factor = scale.to(rows.dtype).reshape(())
         same = SamePairs(image_ids, text_ids)
-        shift = _reference(rows, columns, factor, offset)
+        shift = common_shift(rows, columns, factor, offset)
         if shift is not None:
             return _forward_at_once(rows, columns, same, float(factor), shift, offset, both)
         positive, row_lse = rows.new_empty(n), rows.new_empty(n)
@@ -121,7 +121,7 @@ def _probabilities(
 
     With the forward's arithmetic, entry by entry.
     """
-    shift = _reference(rows, columns, factor, offset)
+    shift = common_shift(rows, columns, factor, offset)
     sweep = Sweep(rows, columns, 1.0 if shift is None else float(factor))
     buffer = torch.empty_like(sweep.buffer)
     if shift is not None:

@@ -1,8 +1,9 @@
-"""The kernel behind `products.py`: a block's share of d_image = dS @ text and d_text = dS^T @ image in one launch."""
+"""The kernel of `products.py`: a block's part of d_image = dS @ text and d_text = dS^T @ image in one launch."""
 
 import triton
 import triton.language as tl
 
+from d2s.kernels.fused.launch import tile_constants
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile
 
@@ -32,9 +33,9 @@ def _sum(
     SKIP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Entries (at, d) of dS @ y, or of dS^T @ y: (ROWS, COLUMNS) float32, over `steps` chunks of DEPTH.
+    """Entries (at, d) of dS @ y, or with TRANSPOSED of dS^T @ y: (ROWS, COLUMNS) float32, in `steps` chunks of DEPTH.
 
-    SKIP: `tiles` lists which spans of SPAN entries hold anything at all, and only those are read.
+    ds (block rows, stride), y (any, WIDTH). SKIP: only the spans of SPAN entries that `tiles` lists are read.
     """
     value = tl.zeros((ROWS, COLUMNS), tl.float32)
     k = tl.arange(0, DEPTH)
@@ -83,10 +84,11 @@ def _finish(
     PULL: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Adds value (ROWS, COLUMNS) to what earlier blocks left in sums; the last block's result goes to out.
+    """Adds value (ROWS, COLUMNS) to the sums of earlier blocks; after the last block the result goes to out.
 
-    Its rows are `at`, .. of size in sums and out; their partners are partner, .. of others in other, and have
-    pull[row], ..: all of them scalars, so that offsets within the tile fit into 32 bits.
+    sums, out (size, WIDTH): value belongs to the rows from `at` on. other (others, WIDTH), pull: their positives
+    are the rows from `partner` on, with weights from pull[row] on. All scalars, so that offsets in the tile fit
+    into 32 bits.
     """
     lane = tl.arange(0, ROWS)
     here = lane[:, None] * WIDTH + d[None, :]
@@ -112,19 +114,19 @@ def _finish(
 
 @triton.jit(do_not_specialize=SIZES[1:])
 def products_kernel(
-    ds,
-    image,
-    text,
-    pull,
-    factor,
-    image_sum,
-    text_sum,
-    d_image,
-    d_text,
-    row_tiles,
-    row_count,
-    column_tiles,
-    column_count,
+    ds,  # (block rows, stride)
+    image,  # (B, D)
+    text,  # (N, D)
+    pull,  # (B,)
+    factor,  # (1,)
+    image_sum,  # (block rows, D)
+    text_sum,  # (block columns, D)
+    d_image,  # (block rows, D)
+    d_text,  # (block columns, D)
+    row_tiles,  # (row tiles, list_length)
+    row_count,  # (row tiles,)
+    column_tiles,  # (column tiles, list_length)
+    column_count,  # (column tiles,)
     stride,
     row_start,
     rows,
@@ -151,7 +153,7 @@ def products_kernel(
     SKIP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One block's share: the first row_programs own rows of d_image, the others rows of d_text; COLUMNS channels."""
+    """ROWS rows and COLUMNS channels of a gradient: d_image in the first row_programs programs, else d_text."""
     program = tl.program_id(0)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if program < row_programs:
@@ -195,15 +197,14 @@ def _spec(skip: bool) -> KernelSpec:
     pointers = {
         **dict.fromkeys(("ds", "image", "text"), "*x"),
         **dict.fromkeys(("pull", "factor", "image_sum", "text_sum"), "*fp32"),
-        # The hinge wants its gradients in float32.
+        # The hinge has its gradients in float32.
         **dict.fromkeys(("d_image", "d_text"), "*fp32" if skip else "*x"),
         **dict.fromkeys(("row_tiles", "row_count", "column_tiles", "column_count"), "*i32"),
     }
 
     def constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-        sizes = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-        flags = {"PULL": not skip, "FACTOR": not skip, "SKIP": skip, "UPCAST": False, "UNSCALE": 1.0}
-        return {**sizes, **flags, "ROW_SPAN": tile.rows, "COLUMN_SPAN": tile.rows}
+        flags = {"PULL": not skip, "FACTOR": not skip, "SKIP": skip, "UNSCALE": 1.0}
+        return {**tile_constants(tile, width), **flags, "ROW_SPAN": tile.rows, "COLUMN_SPAN": tile.rows}
 
     return KernelSpec(
         name="products_listed" if skip else "products",
