@@ -38,16 +38,10 @@ def _forward(
     pooled,  # (B, D)
     order,  # (B, D, K), the token of each rank
     value,  # (B, D, K), the value of each rank
-    tokens,
-    width,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BITS: tl.constexpr,
-    AXES: tl.constexpr,
-    HALF: tl.constexpr,
-    ORDER: tl.constexpr,
-    VALUE: tl.constexpr,
-):
+    tokens, width,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, AXES: tl.constexpr, HALF: tl.constexpr,
+    ORDER: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
     """BLOCK_D channels of one sample; BLOCK_K = 2^BITS, BLOCK_K * BLOCK_D = 2^AXES."""
     blocks = tl.cdiv(width, BLOCK_D)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -83,14 +77,10 @@ def _backward(
     value,  # (B, D, K)
     d_features,  # (B, K, D)
     d_weights,  # (B, K)
-    tokens,
-    width,
-    BLOCK_K: tl.constexpr,
-    RANKS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    FEATURES: tl.constexpr,
+    tokens, width,
+    BLOCK_K: tl.constexpr, RANKS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
     WEIGHTS: tl.constexpr,
-):
+):  # fmt: skip
     """RANKS ranks of one sample, over all channels in ascending order."""
     blocks = tl.cdiv(tokens, RANKS)
     b = (tl.program_id(0) // blocks).to(tl.int64)

@@ -38,15 +38,9 @@ def _gather(
     starts,  # (size + 1,)
     order,  # (others,)
     out,  # (size, D)
-    size,
-    others,
-    shift,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    OWN: tl.constexpr,
-    BUCKET: tl.constexpr,
-):
+    size, others, shift,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, OWN: tl.constexpr, BUCKET: tl.constexpr,
+):  # fmt: skip
     """Row `program 0` of out, COLUMNS channels of it; its partner is the row `row + shift` of other."""
     row = tl.program_id(0)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -83,17 +77,10 @@ def _few(
     bucket_at,  # (others,)
     bucket_active,  # (others,)
     out,  # (size, D)
-    size,
-    others,
-    shift,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    OWN: tl.constexpr,
-    BUCKET: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, others, shift,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, OWN: tl.constexpr,
+    BUCKET: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """ROWS rows of out, COLUMNS channels of them: the sum of dS * other, LINES rows of other at a time."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -50,19 +50,9 @@ def _lists(
     column_count,  # (column tiles,)
     row_total,  # (B,)
     column_total,  # (N,)
-    row_start,
-    column_start,
-    n,
-    m,
-    row_tiles,
-    column_tiles,
-    height,
-    width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TILES: tl.constexpr,
-    BOTH: tl.constexpr,
-):
+    row_start, column_start, n, m, row_tiles, column_tiles, height, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
     """Each of the first row_tiles programs lists and counts a row of tiles, each of the others a column of tiles."""
     program = tl.program_id(0)
     if program < row_tiles:
@@ -89,15 +79,10 @@ def _pull(
     column_total,  # (N,)
     d_image,  # (B, D)
     d_text,  # (N, D)
-    n,
-    offset,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BOTH: tl.constexpr,
-    IMAGE: tl.constexpr,
+    n, offset,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOTH: tl.constexpr, IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
-):
+):  # fmt: skip
     """Subtracts count times the partner from both gradients, for ROWS positives and COLUMNS channels."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -44,19 +44,10 @@ def _sweep(
     row_at,  # (splits, strip)
     column_best,  # (blocks, N)
     column_at,  # (blocks, N)
-    n,
-    m,
-    offset,
-    start,
-    tiles,
-    strip,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BOTH: tl.constexpr,
+    n, m, offset, start, tiles, strip,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """The tile of rows `program 0` of the strip from `start` on, against the `tiles` tiles of range `program 1`."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
@@ -122,18 +113,9 @@ def _merge(
     column_at,  # (N,)
     column_active,  # (N,)
     loss,  # (strips * merging,)
-    margin,
-    n,
-    m,
-    start,
-    stop,
-    strip,
-    splits,
-    blocks,
-    first_loss,
-    BOTH: tl.constexpr,
-    MERGED: tl.constexpr,
-):
+    margin, n, m, start, stop, strip, splits, blocks, first_loss,
+    BOTH: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
     """MERGED rows of the strip start..stop and as many columns, whose winners are final after the last strip."""
     program = tl.program_id(0)
     lane = program * MERGED + tl.arange(0, MERGED)

@@ -55,24 +55,10 @@ def _pairs(
     column_counts,  # (row tiles, block columns)
     active,  # (row tiles, column tiles), whether a tile has violations
     loss,  # (tiles of all blocks,)
-    margin,
-    n,
-    m,
-    offset,
-    row_start,
-    column_start,
-    first_loss,
-    stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BOTH: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    SKIP: tl.constexpr,
-    SINGLE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    margin, n, m, offset, row_start, column_start, first_loss, stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
+    GRADIENT: tl.constexpr, SKIP: tl.constexpr, SINGLE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Tile (program 0, program 1) of the block that begins at (row_start, column_start).
 
     SINGLE: the tile is the whole matrix and contains its positives. SKIP: tiles without violations are not read.

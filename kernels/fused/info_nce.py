@@ -59,19 +59,10 @@ def _sweep(
     row_sum,  # (splits, strip)
     column_top,  # (blocks, N)
     column_sum,  # (blocks, N)
-    n,
-    m,
-    offset,
-    start,
-    tiles,
-    strip,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BOTH: tl.constexpr,
+    n, m, offset, start, tiles, strip,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """The tile of rows `program 0` of the strip from `start` on, against the `tiles` tiles of range `program 1`."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
@@ -142,18 +133,9 @@ def _merge(
     state_top,  # (N,), the columns' largest so far
     column_odds,  # (N,), sums until the last strip
     loss,  # (strips * merging,)
-    n,
-    m,
-    start,
-    stop,
-    strip,
-    splits,
-    blocks,
-    first_loss,
-    BOTH: tl.constexpr,
-    MERGED: tl.constexpr,
-    LN2: tl.constexpr,
-):
+    n, m, start, stop, strip, splits, blocks, first_loss,
+    BOTH: tl.constexpr, MERGED: tl.constexpr, LN2: tl.constexpr,
+):  # fmt: skip
     """MERGED rows of the strip start..stop and as many columns, whose odds are final after the last strip."""
     program = tl.program_id(0)
     _, factor = exponent_of(scale)

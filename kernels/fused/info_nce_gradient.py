@@ -50,24 +50,11 @@ def _pairs(
     pull,  # (B,), 1 - P of each positive, by row and by column
     chain,  # (1,), 0.5 * grad * scale
     scale_sum,  # (tiles of all blocks,), partial d_scale
-    n,
-    m,
-    offset,
-    row_start,
-    column_start,
-    first_sum,
-    stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DS_SCALE: tl.constexpr,
-    BOTH: tl.constexpr,
-    STORE: tl.constexpr,
-    SCALE: tl.constexpr,
-    SINGLE: tl.constexpr,
+    n, m, offset, row_start, column_start, first_sum, stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    DS_SCALE: tl.constexpr, BOTH: tl.constexpr, STORE: tl.constexpr, SCALE: tl.constexpr, SINGLE: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """Tile (program 0, program 1) of a block. SINGLE: the tile is the whole matrix and contains its positives."""
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)

@@ -36,18 +36,10 @@ def _pointwise(
     teacher,  # (B, D), with strides
     loss,  # (programs,)
     d_student,  # (B, D)
-    n,
-    student_row,
-    student_step,
-    teacher_row,
-    teacher_step,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KIND: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    n, student_row, student_step, teacher_row, teacher_step,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr,
     GRADIENT: tl.constexpr,
-):
+):  # fmt: skip
     """ROWS rows; KIND as in KINDS. Rows beyond the last are zero on both sides."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     k = tl.arange(0, BLOCK)[None, :]

@@ -18,13 +18,9 @@ def _positives(
     image,  # (B, D)
     text,  # (N, D)
     positive,  # (B,)
-    n,
-    offset,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    n, offset,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """positive[i] = image[i] . text[offset + i] for ROWS rows."""
     lane = tl.arange(0, ROWS)
     row = tl.program_id(0) * ROWS + lane

@@ -15,24 +15,10 @@ SIZES = (
 
 @triton.jit
 def _sum(
-    ds,
-    stride,
-    at,
-    y_ptr,
-    y_first,
-    y_last,
-    d,
-    steps,
-    tiles,
-    SPAN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SKIP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    ds, stride, at, y_ptr, y_first, y_last, d, steps, tiles,
+    SPAN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SKIP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Entries (at, d) of dS @ y, or with TRANSPOSED of dS^T @ y: (ROWS, COLUMNS) float32, in `steps` chunks of DEPTH.
 
     ds (block rows, stride), y (any, WIDTH). SKIP: only the spans of SPAN entries that `tiles` lists are read.
@@ -64,26 +50,9 @@ def _sum(
 
 @triton.jit
 def _finish(
-    value,
-    sums,
-    out,
-    at,
-    size,
-    d,
-    other,
-    partner,
-    others,
-    pull,
-    row,
-    factor,
-    first,
-    last,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNSCALE: tl.constexpr,
-    PULL: tl.constexpr,
-    FACTOR: tl.constexpr,
-):
+    value, sums, out, at, size, d, other, partner, others, pull, row, factor, first, last,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, UNSCALE: tl.constexpr, PULL: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
     """Adds value (ROWS, COLUMNS) to the sums of earlier blocks; after the last block the result goes to out.
 
     sums, out (size, WIDTH): value belongs to the rows from `at` on. other (others, WIDTH), pull: their positives
@@ -127,32 +96,12 @@ def products_kernel(
     row_count,  # (row tiles,)
     column_tiles,  # (column tiles, list_length)
     column_count,  # (column tiles,)
-    stride,
-    row_start,
-    rows,
-    column_start,
-    columns,
-    n,
-    m,
-    offset,
-    row_programs,
-    list_length,
-    first_column,
-    last_column,
-    first_row,
-    last_row,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROW_SPAN: tl.constexpr,
-    COLUMN_SPAN: tl.constexpr,
-    UNSCALE: tl.constexpr,
-    PULL: tl.constexpr,
-    FACTOR: tl.constexpr,
-    SKIP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    stride, row_start, rows, column_start, columns, n, m, offset, row_programs, list_length, first_column,
+    last_column, first_row, last_row,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROW_SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, UNSCALE: tl.constexpr, PULL: tl.constexpr,
+    FACTOR: tl.constexpr, SKIP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """ROWS rows and COLUMNS channels of a gradient: d_image in the first row_programs programs, else d_text."""
     program = tl.program_id(0)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

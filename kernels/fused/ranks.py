@@ -36,12 +36,8 @@ def _best_listed(
     indices,  # (positives of all queries,)
     best,  # (B,), -inf without positives
     n,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """best[i] = the largest similarity of query i with the candidates indices[starts[i] : starts[i + 1]]."""
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
@@ -68,15 +64,9 @@ def _best_by_id(
     query_ids,  # (B,)
     candidate_ids,  # (N,)
     best,  # (splits, B), -inf without positives
-    n,
-    m,
-    tiles,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    n, m, tiles,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """best[k, i] = the largest similarity of query i with the candidates of its id in range k of columns."""
     split = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -109,16 +99,10 @@ def _count(
     starts,  # (B + 1,)
     indices,  # (positives of all queries,)
     counts,  # (splits, B)
-    n,
-    m,
-    tiles,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LISTED: tl.constexpr,
+    n, m, tiles,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, LISTED: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """counts[k, i] = the candidates in range k of columns that are not positives of query i and not below best[i]."""
     split = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

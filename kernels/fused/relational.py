@@ -39,17 +39,10 @@ def _statistics(
     teacher_all,  # (N, E)
     parts,  # (splits, 5, B): maximum and sum of the student, of the teacher, and the cross term
     scale,  # log2(e) / temperature
-    n,
-    m,
-    tiles,
-    WIDTH: tl.constexpr,
-    TEACHER_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
-    TEACHER_UPCAST: tl.constexpr,
-):
+    n, m, tiles,
+    WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, UPCAST: tl.constexpr, TEACHER_UPCAST: tl.constexpr,
+):  # fmt: skip
     """The tile of rows `program 0` against the `tiles` tiles of range `program 1`."""
     block, split = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
@@ -94,11 +87,9 @@ def _finish(
     parts,  # (splits, 5, B)
     rows,  # (4, B): maximum and sum of the student and of the teacher
     loss,  # (programs,)
-    scale,
-    n,
-    splits,
+    scale, n, splits,
     MERGED: tl.constexpr,
-):
+):  # fmt: skip
     """Merges the ranges of MERGED rows and adds up their loss."""
     row = tl.program_id(0) * MERGED + tl.arange(0, MERGED)
     inside = row < n

@@ -38,20 +38,10 @@ def _difference(
     rows,  # (4, B): maximum and sum of the student and of the teacher
     block,  # (stop - start, last - first), gain * (q - p)
     scale,  # log2(e) / temperature
-    gain,
-    n,
-    start,
-    stop,
-    first,
-    last,
-    WIDTH: tl.constexpr,
-    TEACHER_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
-    TEACHER_UPCAST: tl.constexpr,
-):
+    gain, n, start, stop, first, last,
+    WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, UPCAST: tl.constexpr, TEACHER_UPCAST: tl.constexpr,
+):  # fmt: skip
     """Tile (program 1, program 0) of the block of rows start..stop and columns first..last."""
     row = start + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = first + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

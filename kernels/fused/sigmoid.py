@@ -44,23 +44,10 @@ def _pairs(
     ds,  # (block rows, stride)
     pull,  # (B,), -dz of the positives
     sums,  # (3, tiles of all blocks): loss, d_scale, d_bias; without SCALARS the first alone
-    n,
-    m,
-    offset,
-    row_start,
-    column_start,
-    first_sum,
-    all_tiles,
-    stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DS_SCALE: tl.constexpr,
-    STORE: tl.constexpr,
-    SCALARS: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    n, m, offset, row_start, column_start, first_sum, all_tiles, stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    DS_SCALE: tl.constexpr, STORE: tl.constexpr, SCALARS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Tile (program 0, program 1) of the block that begins at (row_start, column_start)."""
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)

@@ -151,14 +151,11 @@ def check_lists(starts: Tensor, indices: Tensor, n: int) -> None:
     ends = indices.aminmax() if indices.numel() else (starts[0], starts[0])
     found = torch.stack([starts[0], starts[-1], falls.any().to(starts.dtype), *ends])
     first, last, falling, lowest, highest = found.tolist()
-    if first != 0:
-        raise ValueError(f"positives[0]: begins with {first}; the first start is 0")
-    if falling:
-        i = int(falls.nonzero()[0])
-        a, b = starts[i : i + 2].tolist()
-        raise ValueError(f"positives[0]: falls from {a} at {i} to {b}; order the lists by their query")
-    if (count := indices.numel()) != last:
-        raise ValueError(f"positives[0]: ends with {last}; the last start is the number of indices, {count}")
+    if (count := indices.numel()) != last or first != 0 or falling:
+        where = f", falling at {int(falls.nonzero()[0])}" if falling else ""
+        raise ValueError(
+            f"positives[0]: goes from {first} to {last}{where}; starts rise from 0 to the number of indices, {count}"
+        )
     if count and not 0 <= lowest <= highest < n:
         wrong = lowest if lowest < 0 else highest
         raise ValueError(
