@@ -24,13 +24,13 @@ def position_gru(
     """
     assert len(counts) == len(data), "a count for every step"
     assert counts == sorted(counts), "a row takes part from its first step to the end"
-    run = packed_gru if data.is_cuda else shared_input_gru
+    run = packed_gru if data.is_cuda else SharedInputGRU.apply
     with full_precision(data.device):
         return run(data.detach(), counts, w_ih, w_hh, b_ih, b_hh)
 
 
-class _SharedInputGRU(torch.autograd.Function):
-    """All rows in one product a step; torch's packed GRU on a CPU goes through the sequences one by one."""
+class SharedInputGRU(torch.autograd.Function):
+    """`position_gru` step by step, all rows in one product; torch's packed GRU on a CPU takes them one by one."""
 
     @staticmethod
     def forward(ctx, data, counts, w_ih, w_hh, b_ih, b_hh):
@@ -78,13 +78,6 @@ class _SharedInputGRU(torch.autograd.Function):
         recurrent = recurrent.view(-1, 3 * width)
         before = states[:-1].reshape(-1, width)
         return None, None, given.t() @ data, recurrent.t() @ before, given.sum(0), recurrent.sum(0)
-
-
-def shared_input_gru(
-    data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
-) -> Tensor:
-    """`position_gru` step by step, all rows at once; the input's part of the gates is computed beforehand."""
-    return _SharedInputGRU.apply(data, counts, w_ih, w_hh, b_ih, b_hh)
 
 
 def packed_gru(

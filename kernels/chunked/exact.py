@@ -34,10 +34,10 @@ def _cut(x: Tensor, count: int, bits: int) -> tuple[list[Tensor], Tensor]:
     peak = x.abs().amax(1, keepdim=True)
     # Entries become at most 2. A number over its mantissa is exactly a power of two; exp2 might round.
     power = torch.where(peak > 0, peak / (2 * torch.frexp(peak).mantissa), 1)
-    rest, slices = x / power, []
+    remainder, slices = x / power, []
     for _ in range(count):
-        slices.append(rest.mul_(2.0**bits).round())
-        rest.sub_(slices[-1])
+        slices.append(remainder.mul_(2.0**bits).round())
+        remainder.sub_(slices[-1])
     return slices, power
 
 

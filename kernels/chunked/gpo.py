@@ -43,7 +43,7 @@ def gpo_forward(
     return forward(features, weights, mask, need)
 
 
-def gpo_keeps_values(features: Tensor) -> bool:
+def gpo_saves_values(features: Tensor) -> bool:
     """Whether the forward saves the sorted values for the weights' gradient; else the features are read again."""
     return not _by_numpy(features, *features.shape[1:])
 
@@ -124,8 +124,8 @@ def _forward_by_numpy(
     # A sample of L tokens uses its first D * L entries of the order: for each channel its own tokens' positions, the
     # largest value first. Allocated by torch, because numpy asks for huge pages, and those can take longer
     # than the sort.
-    keep = any(need)
-    order = torch.empty(batch, tokens * width if keep else 0, dtype=position_dtype(tokens)).numpy()
+    save = any(need)
+    order = torch.empty(batch, tokens * width if save else 0, dtype=position_dtype(tokens)).numpy()
     pooled = np.zeros((batch, width), np.float32)
     real = mask.numpy()
 
@@ -137,7 +137,7 @@ def _forward_by_numpy(
         turned = _turn(x[b] if length == tokens else x[b, torch.from_numpy(place)], scratch)
         for first, last in _blocks(width, length):
             values = turned[first:last]
-            if keep:
+            if save:
                 ordered = scratch.ordered[: values.size].reshape(values.shape)
                 source = sort_with_source(values, ordered, scratch)
                 order[b, first * length : last * length] = source.reshape(-1)
@@ -148,7 +148,7 @@ def _forward_by_numpy(
     _each(sample, batch, tokens, width)
     return (
         torch.from_numpy(pooled).to(features.dtype),
-        torch.from_numpy(order if keep else order.reshape(-1)),
+        torch.from_numpy(order if save else order.reshape(-1)),
         torch.empty(0, dtype=torch.float32),
     )
 

@@ -93,10 +93,10 @@ def _sort_narrow(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> n
     keys.sort(axis=1)
     np.bitwise_and(keys, low, out=keys)
     take(values, scratch.places(keys), ordered)
-    return keys if _mend(ordered, keys) else None
+    return keys if _repair(ordered, keys) else None
 
 
-def _mend(ordered: np.ndarray, source: np.ndarray) -> bool:
+def _repair(ordered: np.ndarray, source: np.ndarray) -> bool:
     """Swaps neighbours within rows of ordered, and of source, until all rows descend; False if too many."""
     length = ordered.shape[1]
     wrong = np.flatnonzero(ordered[:, 1:] > ordered[:, :-1])

@@ -14,7 +14,7 @@ from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positiv
 from d2s.kernels.sides import Sides
 
 # softplus(x) = x from here on: exact in float64 too. torch's default of 20 has an error of 2e-9.
-EXACT = 60.0
+LINEAR_FROM = 60.0
 
 
 def sigmoid_forward(
@@ -33,7 +33,7 @@ def sigmoid_forward(
         same = SamePairs(image_ids, text_ids)
         matched = columns[offset : offset + n]
         positive = factor * row_dots(rows, matched) + shift
-        loss = softplus(-positive, threshold=EXACT).sum()
+        loss = softplus(-positive, threshold=LINEAR_FROM).sum()
         pull = torch.sigmoid(-positive)
         need_rows = need_image or need_scale
         d_rows = torch.empty_like(rows) if need_rows else rows.new_empty(0)
@@ -43,7 +43,7 @@ def sigmoid_forward(
             s.mul_(factor).add_(shift)
             positive_entries(s, start, offset).fill_(-torch.inf)
             same.fill(s, start, stop, -torch.inf)
-            loss += softplus(s, threshold=EXACT).sum()
+            loss += softplus(s, threshold=LINEAR_FROM).sum()
             if need_rows or need_text or need_bias:
                 p = s.sigmoid_()
                 d_bias += p.sum()

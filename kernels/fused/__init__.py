@@ -20,7 +20,7 @@ from d2s.kernels.fused import (
     relational_gradient,
     sigmoid,
 )
-from d2s.kernels.fused.gpo import gpo_backward, gpo_forward, gpo_keeps_values
+from d2s.kernels.fused.gpo import gpo_backward, gpo_forward, gpo_saves_values
 from d2s.kernels.fused.hinge_gather import hinge_max_backward
 from d2s.kernels.fused.hinge_max import hinge_max_forward
 from d2s.kernels.fused.hinge_sum import hinge_sum_forward
@@ -39,7 +39,7 @@ __all__ = [
     "ALL_SPECS",
     "gpo_backward",
     "gpo_forward",
-    "gpo_keeps_values",
+    "gpo_saves_values",
     "hinge_max_backward",
     "hinge_max_forward",
     "hinge_sum_forward",

@@ -138,12 +138,12 @@ def gpo_forward(
     return pooled.to(features.dtype), order, value
 
 
-def gpo_keeps_values(features: Tensor) -> bool:
+def gpo_saves_values(features: Tensor) -> bool:
     """Whether the forward saves the sorted values for the weights' gradient; else the features are read again."""
     if features.shape[1] > TOKENS:
         from d2s.kernels import chunked
 
-        return chunked.gpo_keeps_values(features)
+        return chunked.gpo_saves_values(features)
     return True
 
 

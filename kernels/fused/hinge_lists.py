@@ -20,8 +20,7 @@ PULL_SIZES = ("n", "offset")
 
 @triton.jit
 def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
-    """Writes to list_at the indices of those of `tiles` entries of active, stride apart, that are 1; to count their
-    number."""
+    """Lists which of `tiles` entries of active, `stride` apart, are 1: indices to list_at, their number to count."""
     lane = tl.arange(0, TILES)
     some = tl.load(active + lane * stride, mask=lane < tiles, other=0)
     tl.store(list_at + tl.cumsum(some, 0) - 1, lane, mask=some > 0)
@@ -30,7 +29,7 @@ def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
 
 @triton.jit
 def _counted(counts, parts, at, size, out, first, inside):
-    """Adds the columns `at` of counts (parts, size) to out, or sets out if `first` is 0."""
+    """Adds the sums over rows of counts (parts, size), columns `at`, to out; with `first` out is overwritten."""
     value = tl.load(out + at, mask=inside & (first == 0), other=0.0)
     pointers = counts + at
     for _ in range(parts):
@@ -143,7 +142,7 @@ class Counts:
         return self.lists if self.products.skippable else None
 
     def pull(self) -> None:
-        """Adds the positives' part to the gradients. Call it with the tensors' device as current."""
+        """Subtracts the positives' part from the gradients. Call it with the tensors' device as current."""
         products, (n, width) = self.products, self.products.image.shape
         d_image, d_text = products.d_image, products.d_text
         _pull[cdiv(n, _PULL["ROWS"]), cdiv(width, _PULL["COLUMNS"])](

@@ -25,7 +25,7 @@ from d2s.kernels.fused.launch import (
     untiled,
 )
 from d2s.kernels.fused.spec import KernelSpec
-from d2s.kernels.fused.sweep import kept_rows, negatives, positive_column
+from d2s.kernels.fused.sweep import negatives, positive_column, resident_rows
 from d2s.kernels.fused.tiles import tile_for
 from d2s.kernels.sides import Sides
 
@@ -55,13 +55,13 @@ def _sweep(
     inner_row = tl.minimum(row, n - 1)
     target = positive_column(row, n, offset)
     row_id = tl.load(image_ids + inner_row)
-    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     at = tl.zeros((ROWS,), tl.int32)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
         column, s = negatives(
-            kept, image, text, text_ids, positive, 1.0, row, inner_row, row_id, target, first_row, tile * COLUMNS,
-            n, m, offset, WIDTH, ROWS, COLUMNS, DEPTH, UPCAST,
+            resident, image, text, text_ids, positive, 1.0, row, inner_row, row_id, target, first_row,
+            tile * COLUMNS, n, m, offset, WIDTH, ROWS, COLUMNS, DEPTH, UPCAST,
         )  # fmt: skip
         top = tl.max(s, 1)
         lowest = tl.min(tl.where(s == top[:, None], column[None, :], 2147483647), 1)

@@ -25,9 +25,9 @@ from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import (
     crosses,
     different,
-    kept_rows,
     own_similarities,
     positive_column,
+    resident_rows,
     similarities,
 )
 from d2s.kernels.fused.tiles import tile_for
@@ -68,8 +68,8 @@ def _pairs(
     row, column = row_start + at_row, column_start + at_column
     first_row, first = row_start + block * ROWS, column_start + tile * COLUMNS
     inner_row, inner_column = tl.minimum(row, n - 1), tl.minimum(column, m - 1)
-    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
-    s = similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    s = similarities(resident, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
     target = positive_column(row, n, offset)
     is_positive = target[:, None] == column[None, :]
     row_positive, column_positive = own_similarities(

@@ -33,10 +33,10 @@ from d2s.kernels.fused.launch import (
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import (
     exponent_of,
-    kept_rows,
     negatives,
     positive_column,
     reference_of,
+    resident_rows,
     softplus_and_sigmoid_2,
 )
 from d2s.kernels.fused.tiles import tile_for
@@ -71,13 +71,13 @@ def _sweep(
     target = positive_column(row, n, offset)
     row_id = tl.load(image_ids + inner_row)
     sign, factor = exponent_of(scale)
-    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     sums = tl.zeros((ROWS,), tl.float32)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
         column, s = negatives(
-            kept, image, text, text_ids, positive, sign, row, inner_row, row_id, target, first_row, tile * COLUMNS,
-            n, m, offset, WIDTH, ROWS, COLUMNS, DEPTH, UPCAST,
+            resident, image, text, text_ids, positive, sign, row, inner_row, row_id, target, first_row,
+            tile * COLUMNS, n, m, offset, WIDTH, ROWS, COLUMNS, DEPTH, UPCAST,
         )  # fmt: skip
         top = tl.maximum(best, tl.max(s, 1))
         reference = reference_of(top, factor)
@@ -97,7 +97,7 @@ def _sweep(
 
 
 @triton.jit
-def _added(best, sums, tops, parts, inside, count, stride, factor):
+def _merged(best, sums, tops, parts, inside, count, stride, factor):
     """(largest, sum of exponentials) merged with `count` more such pairs, one every `stride` entries."""
     for _ in range(count):
         other = tl.load(tops, mask=inside, other=float("-inf"))
@@ -143,7 +143,7 @@ def _merge(
     row = start + lane
     inside = row < stop
     best, sums = tl.full((MERGED,), float("-inf"), tl.float32), tl.zeros((MERGED,), tl.float32)
-    best, sums = _added(best, sums, row_top + lane, row_sum + lane, inside, splits, strip, factor)
+    best, sums = _merged(best, sums, row_top + lane, row_sum + lane, inside, splits, strip, factor)
     own = tl.load(positive + row, mask=inside, other=0.0)
     odds, cost = _finished(best, sums, own, factor, inside, LN2)
     tl.store(row_odds + row, odds, mask=inside)
@@ -153,7 +153,7 @@ def _merge(
         seen = inside & (start > 0)
         best = tl.load(state_top + lane, mask=seen, other=float("-inf"))
         sums = tl.load(column_odds + lane, mask=seen, other=0.0)
-        best, sums = _added(best, sums, column_top + lane, column_sum + lane, inside, blocks, m, factor)
+        best, sums = _merged(best, sums, column_top + lane, column_sum + lane, inside, blocks, m, factor)
         if stop == n:
             own = tl.load(positive + lane, mask=inside, other=0.0)
             sums, cost = _finished(best, sums, own, factor, inside, LN2)

@@ -22,9 +22,9 @@ from d2s.kernels.fused.sweep import (
     crosses,
     different,
     exponent_of,
-    kept_rows,
     own_similarities,
     positive_column,
+    resident_rows,
     similarities,
     softplus_and_sigmoid_2,
     within,
@@ -63,8 +63,8 @@ def _pairs(
     inner_row, inner_column = tl.minimum(row, n - 1), tl.minimum(column, m - 1)
     target = positive_column(row, n, offset)
     sign, factor = exponent_of(scale)
-    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
-    s = sign * similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    s = sign * similarities(resident, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
     is_positive = target[:, None] == column[None, :]
     own, column_own = own_similarities(positive, s, is_positive, inner_row, inner_column, SINGLE, BOTH)
     if not SINGLE:

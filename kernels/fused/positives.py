@@ -7,7 +7,7 @@ from torch import Tensor
 
 from d2s.kernels.fused.launch import INTERPRETED, cdiv, on_device_of, options
 from d2s.kernels.fused.spec import KernelSpec
-from d2s.kernels.fused.sweep import kept_rows, picked, similarities
+from d2s.kernels.fused.sweep import resident_rows, selected, similarities
 from d2s.kernels.fused.tiles import Tile, tile_for
 
 SIZES = ("n", "offset")
@@ -25,9 +25,9 @@ def _positives(
     lane = tl.arange(0, ROWS)
     row = tl.program_id(0) * ROWS + lane
     inner = tl.minimum(row, n - 1)
-    kept = kept_rows(image, inner, WIDTH, DEPTH, UPCAST)
-    s = similarities(kept, image, inner, text, inner + offset, WIDTH, DEPTH, UPCAST)
-    tl.store(positive + row, picked(s, lane[:, None] == lane[None, :]), mask=row < n)
+    resident = resident_rows(image, inner, WIDTH, DEPTH, UPCAST)
+    s = similarities(resident, image, inner, text, inner + offset, WIDTH, DEPTH, UPCAST)
+    tl.store(positive + row, selected(s, lane[:, None] == lane[None, :]), mask=row < n)
 
 
 def positives(image: Tensor, text: Tensor, offset: int) -> Tensor:

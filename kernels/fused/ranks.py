@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2s.kernels.fused.launch import INTERPRETED, PROGRAMS, cdiv, on_device_of, options, tile_constants
 from d2s.kernels.fused.spec import KernelSpec
-from d2s.kernels.fused.sweep import kept_rows, similarities
+from d2s.kernels.fused.sweep import resident_rows, similarities
 from d2s.kernels.fused.tiles import tile_for
 
 SIZES = ("n", "m", "tiles")
@@ -43,7 +43,7 @@ def _best_listed(
     row = block * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
     first, last = tl.load(starts + inner_row), tl.load(starts + inner_row + 1)
-    kept = kept_rows(queries, inner_row, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(queries, inner_row, WIDTH, DEPTH, UPCAST)
     value = tl.full((ROWS,), float("-inf"), tl.float32)
     broken = tl.zeros((ROWS,), tl.int32) > 0
     # The lists of neighbouring queries follow each other.
@@ -51,7 +51,7 @@ def _best_listed(
     for start in range(tl.load(starts + block * ROWS), stop, COLUMNS):
         entry = start + tl.arange(0, COLUMNS)
         column = tl.load(indices + tl.minimum(entry, stop - 1))
-        s = similarities(kept, queries, inner_row, candidates, column, WIDTH, DEPTH, UPCAST)
+        s = similarities(resident, queries, inner_row, candidates, column, WIDTH, DEPTH, UPCAST)
         own = (first[:, None] <= entry[None, :]) & (entry[None, :] < last[:, None])
         value, broken = _better(value, broken, s, own)
     tl.store(best + row, tl.where(broken, float("nan"), value), mask=row < n)
@@ -72,7 +72,7 @@ def _best_by_id(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
     row_id = tl.load(query_ids + inner_row)
-    kept = kept_rows(queries, inner_row, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(queries, inner_row, WIDTH, DEPTH, UPCAST)
     value = tl.full((ROWS,), float("-inf"), tl.float32)
     broken = tl.zeros((ROWS,), tl.int32) > 0
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
@@ -81,7 +81,7 @@ def _best_by_id(
         own = row_id[:, None] == tl.load(candidate_ids + inner)[None, :]
         if tl.max(tl.max(own.to(tl.int32), 1), 0) > 0:
             # A column beyond the last repeats it, which changes no maximum.
-            s = similarities(kept, queries, inner_row, candidates, inner, WIDTH, DEPTH, UPCAST)
+            s = similarities(resident, queries, inner_row, candidates, inner, WIDTH, DEPTH, UPCAST)
             # Compared again, because keeping the mask would take more registers.
             own = row_id[:, None] == tl.load(candidate_ids + inner)[None, :]
             value, broken = _better(value, broken, s, own)
@@ -108,7 +108,7 @@ def _count(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
     threshold = tl.load(best + inner_row)
-    kept = kept_rows(queries, inner_row, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(queries, inner_row, WIDTH, DEPTH, UPCAST)
     if LISTED:
         first = tl.load(starts + inner_row)
         listed = (tl.load(starts + inner_row + 1) - first).to(tl.int32)
@@ -119,7 +119,7 @@ def _count(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         inner = tl.minimum(column, m - 1)
-        s = similarities(kept, queries, inner_row, candidates, inner, WIDTH, DEPTH, UPCAST)
+        s = similarities(resident, queries, inner_row, candidates, inner, WIDTH, DEPTH, UPCAST)
         other = (column < m)[None, :] & ~(s < threshold[:, None])
         if LISTED:
             for i in range(0, most):

@@ -23,7 +23,7 @@ from torch import Tensor
 from d2s.kernels.fused.launch import PROGRAMS, cdiv, not_needed, on_device_of, options, total
 from d2s.kernels.fused.relational_gradient import gradients, pair_constants, spec_constants
 from d2s.kernels.fused.spec import KernelSpec
-from d2s.kernels.fused.sweep import kept_rows, similarities
+from d2s.kernels.fused.sweep import resident_rows, similarities
 from d2s.kernels.fused.tiles import tile_for
 
 # Rows that a program of `_finish` merges.
@@ -47,8 +47,8 @@ def _statistics(
     block, split = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
-    student_kept = kept_rows(student, inner_row, WIDTH, DEPTH, UPCAST)
-    teacher_kept = kept_rows(teacher, inner_row, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST)
+    student_resident = resident_rows(student, inner_row, WIDTH, DEPTH, UPCAST)
+    teacher_resident = resident_rows(teacher, inner_row, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST)
     s_top = tl.full((ROWS,), float("-inf"), tl.float32)
     t_top = tl.full((ROWS,), float("-inf"), tl.float32)
     s_sum = tl.zeros((ROWS,), tl.float32)
@@ -57,9 +57,9 @@ def _statistics(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         inner = tl.minimum(column, m - 1)
-        s = similarities(student_kept, student, inner_row, student_all, inner, WIDTH, DEPTH, UPCAST)
+        s = similarities(student_resident, student, inner_row, student_all, inner, WIDTH, DEPTH, UPCAST)
         t = similarities(
-            teacher_kept, teacher, inner_row, teacher_all, inner, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST
+            teacher_resident, teacher, inner_row, teacher_all, inner, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST
         )
         inside = (column < m)[None, :]
         difference = t - s

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2s.kernels.fused.launch import INTERPRETED, cdiv, not_needed, options, tile_constants
 from d2s.kernels.fused.spec import KernelSpec
-from d2s.kernels.fused.sweep import kept_rows, similarities
+from d2s.kernels.fused.sweep import resident_rows, similarities
 from d2s.kernels.fused.tiles import Tile
 
 # Memory for a block of differences, and the most rows of one.
@@ -46,11 +46,11 @@ def _difference(
     row = start + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = first + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner_row, inner = tl.minimum(row, stop - 1), tl.minimum(column, last - 1)
-    student_kept = kept_rows(student, inner_row, WIDTH, DEPTH, UPCAST)
-    s = similarities(student_kept, student, inner_row, student_all, inner, WIDTH, DEPTH, UPCAST)
-    teacher_kept = kept_rows(teacher, inner_row, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST)
+    student_resident = resident_rows(student, inner_row, WIDTH, DEPTH, UPCAST)
+    s = similarities(student_resident, student, inner_row, student_all, inner, WIDTH, DEPTH, UPCAST)
+    teacher_resident = resident_rows(teacher, inner_row, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST)
     t = similarities(
-        teacher_kept, teacher, inner_row, teacher_all, inner, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST
+        teacher_resident, teacher, inner_row, teacher_all, inner, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST
     )
     at = rows + inner_row
     q = tl.exp2((s - tl.load(at)[:, None]) * scale)

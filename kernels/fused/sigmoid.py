@@ -20,9 +20,9 @@ from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import (
     crosses,
     different,
-    kept_rows,
-    picked,
     positive_column,
+    resident_rows,
+    selected,
     similarities,
     softplus_and_sigmoid,
     within,
@@ -55,12 +55,12 @@ def _pairs(
     first_row, first = row_start + block * ROWS, column_start + tile * COLUMNS
     inner_row, inner_column = tl.minimum(row, n - 1), tl.minimum(column, m - 1)
     target = positive_column(row, n, offset)
-    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
-    s = similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    s = similarities(resident, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
     factor, shift = tl.load(scale), tl.load(bias)
     is_positive = target[:, None] == column[None, :]
     if crosses(first_row, first, offset, ROWS, COLUMNS):
-        _, towards = softplus_and_sigmoid(-tl.fma(picked(s, is_positive), factor, shift))
+        _, towards = softplus_and_sigmoid(-tl.fma(selected(s, is_positive), factor, shift))
         tl.store(pull + row, towards, mask=within(target, first, COLUMNS))
     row_id, column_id = tl.load(image_ids + inner_row), tl.load(text_ids + inner_column)
     other = different(row_id, column_id, row, column, n, m) & ~is_positive

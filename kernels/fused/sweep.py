@@ -25,23 +25,23 @@ def load_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.co
 
 
 @triton.jit
-def kept_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
+def resident_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
     """The rows that a sweep loads once, if one chunk holds all of D; else a placeholder."""
     if WIDTH <= DEPTH:
-        kept = load_rows(x_ptr, at, WIDTH, DEPTH, UPCAST)
+        resident = load_rows(x_ptr, at, WIDTH, DEPTH, UPCAST)
     else:
-        kept = at
-    return kept
+        resident = at
+    return resident
 
 
 @triton.jit
 def similarities(
-    kept, x_ptr, x_at, y_ptr, y_at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr
+    resident, x_ptr, x_at, y_ptr, y_at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """The tile x[x_at] @ y[y_at]^T, (r, c) float32; x_at (r,), y_at (c,) inside the matrices; kept: `kept_rows`."""
+    """The tile x[x_at] @ y[y_at]^T, (r, c) float32; x_at (r,), y_at (c,) are inside the matrices."""
     if WIDTH <= DEPTH:
         y = load_rows(y_ptr, y_at, WIDTH, DEPTH, UPCAST)
-        s = tl.dot(kept, tl.trans(y), input_precision="ieee")
+        s = tl.dot(resident, tl.trans(y), input_precision="ieee")
     else:
         s = tl.zeros((x_at.shape[0], y_at.shape[0]), tl.float32)
         k = tl.arange(0, DEPTH)
@@ -87,14 +87,14 @@ def different(row_ids, column_ids, row, column, n, m):
 
 
 @triton.jit
-def picked(tile, positive):
+def selected(tile, positive):
     """(r,): each row's entry of tile (r, c) at which positive (r, c) is true; 0 without one."""
     return tl.sum(tl.where(positive, tile, 0.0), 1)
 
 
 @triton.jit
 def negatives(
-    kept, image, text, text_ids, positive, sign, row, inner_row, row_id, target, first_row, first, n, m, offset,
+    resident, image, text, text_ids, positive, sign, row, inner_row, row_id, target, first_row, first, n, m, offset,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(column (c,), sign * S (r, c) with -inf for all but negatives) of the tile at (first_row, first).
@@ -103,10 +103,10 @@ def negatives(
     """
     column = first + tl.arange(0, COLUMNS)
     inner_column = tl.minimum(column, m - 1)
-    s = sign * similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
+    s = sign * similarities(resident, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
     if crosses(first_row, first, offset, ROWS, COLUMNS):
         is_positive = target[:, None] == column[None, :]
-        tl.store(positive + row, picked(s, is_positive), mask=within(target, first, COLUMNS))
+        tl.store(positive + row, selected(s, is_positive), mask=within(target, first, COLUMNS))
         s = tl.where(is_positive, float("-inf"), s)
     column_id = tl.load(text_ids + inner_column)
     return column, tl.where(different(row_id, column_id, row, column, n, m), s, float("-inf"))
@@ -121,7 +121,7 @@ def own_similarities(
     Read from positive (n,), or with SINGLE from the tile s itself, which is then the only one.
     """
     if SINGLE:
-        of_row, of_column = picked(s, is_positive), tl.sum(tl.where(is_positive, s, 0.0), 0)
+        of_row, of_column = selected(s, is_positive), tl.sum(tl.where(is_positive, s, 0.0), 0)
     else:
         of_row = tl.load(positive + inner_row)
         of_column = of_row

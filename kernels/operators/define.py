@@ -96,7 +96,7 @@ def refuse_second_derivative(name: str) -> None:
         raise RuntimeError(_NO_SECOND.format(name))
 
 
-def made_in_forward(operator: Callable, places: tuple[int, ...]) -> None:
+def gradient_in_forward(operator: Callable, places: tuple[int, ...]) -> None:
     """Registers the gradient of an operator that returns (loss, gradient of argument places[0], ...)."""
 
     def save(ctx: FunctionCtx, arguments: tuple, outputs: tuple) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from d2s.kernels.dtypes import accumulator, position_dtype
-from d2s.kernels.operators.define import Gradients, define, differentiable, made_in_forward, no_gradient
+from d2s.kernels.operators.define import Gradients, define, differentiable, gradient_in_forward, no_gradient
 from d2s.kernels.operators.dispatch import backend
 from d2s.kernels.sides import Sides, Winners
 
@@ -93,7 +93,7 @@ hinge_sum = define(
     lambda image, text, *rest: (_new(image), _like(image, rest[-2]), _like(text, rest[-1])),
     _run("hinge_sum_forward", sides=True, need=2),
 )
-made_in_forward(hinge_sum, (0, 1))
+gradient_in_forward(hinge_sum, (0, 1))
 
 
 def _sigmoid_shapes(image, text, image_ids, text_ids, offset, both, scale, bias, *need):
@@ -107,7 +107,7 @@ sigmoid = define(
     _sigmoid_shapes,
     _run("sigmoid_forward", sides=True, need=4),
 )
-made_in_forward(sigmoid, (0, 1, _OWN, _OWN + 1))
+gradient_in_forward(sigmoid, (0, 1, _OWN, _OWN + 1))
 
 relational = define(
     "relational(Tensor student, Tensor teacher, Tensor student_all, Tensor teacher_all, float temperature,"
@@ -119,14 +119,14 @@ relational = define(
     ),
     _run("relational_forward", sides=False, need=2),
 )
-made_in_forward(relational, (0, 2))
+gradient_in_forward(relational, (0, 2))
 
 pointwise = define(
     "pointwise(Tensor student, Tensor teacher, str kind, bool normalize, bool need_student) -> (Tensor, Tensor)",
     lambda student, teacher, kind, normalize, need: (_new(student), _like(student, need)),
     _run("pointwise_forward", sides=False, need=0),
 )
-made_in_forward(pointwise, (0,))
+gradient_in_forward(pointwise, (0,))
 
 # ---- InfoNCE ----------------------------------------------------------------------------------------------------
 
@@ -172,7 +172,7 @@ no_gradient(info_nce_backward)
 def _gpo_shapes(features, weights, mask, need_features, need_weights):
     batch, tokens, width = features.shape
     sorted_shape = (batch, width * tokens)
-    need_value = need_weights and backend(features).gpo_keeps_values(features)
+    need_value = need_weights and backend(features).gpo_saves_values(features)
     need_order = need_features or (need_weights and not need_value)
     return (
         _new(features, batch, width, dtype=features.dtype),
