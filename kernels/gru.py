@@ -1,8 +1,8 @@
-"""A GRU over one shared input, read by several rows that start at different steps: GPO's weights come from it.
+"""A GRU over one shared input, read by several rows that start at different steps: it makes GPO's weights.
 
-The pooling operator's backward direction runs over the same position code for every length; a longer sequence
-just starts earlier. So the input's share of the gates is computed once for all rows. Equations: Cho et al.,
-EMNLP 2014, in the form of `torch.nn.GRU`, whose weights this takes.
+GPO's backward direction runs over the same position code for every length; a longer sequence just starts
+earlier. So the input's part of the gates is computed once for all rows. Equations: Cho et al., EMNLP 2014, in the
+form of `torch.nn.GRU`, whose weights this takes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d2s.kernels.chunked.common import full_precision
-from d2s.kernels.operators.library import refuse_second_derivative
+from d2s.kernels.operators.define import refuse_second_derivative
 
 
 def position_gru(
@@ -19,18 +19,18 @@ def position_gru(
 ) -> Tensor:
     """States (T, n, H) of n rows that all read data (T, C); at step s the first counts[s] rows take part.
 
-    counts must not fall, and its last value is n. A row starts from zero at its first step, and its states
-    before that are zero. The gradient goes to the weights (shapes of `torch.nn.GRU`), not to the data.
+    counts must not decrease, and its last value is n. A row's states are zero before its first step. The
+    gradient goes to the weights (shapes of `torch.nn.GRU`), not to the data.
     """
     assert len(counts) == len(data), "a count for every step"
-    assert counts == sorted(counts), "a row that has started takes part to the end"
-    run = packed_gru if data.is_cuda else shared_input_gru
+    assert counts == sorted(counts), "a row takes part from its first step to the end"
+    run = packed_gru if data.is_cuda else SharedInputGRU.apply
     with full_precision(data.device):
         return run(data.detach(), counts, w_ih, w_hh, b_ih, b_hh)
 
 
-class _SharedInputGRU(torch.autograd.Function):
-    """A row costs a row of a small product here; torch's packed GRU goes through all sequences one by one."""
+class SharedInputGRU(torch.autograd.Function):
+    """`position_gru` step by step, all rows in one product; torch's packed GRU on a CPU takes them one by one."""
 
     @staticmethod
     def forward(ctx, data, counts, w_ih, w_hh, b_ih, b_hh):
@@ -57,7 +57,7 @@ class _SharedInputGRU(torch.autograd.Function):
         refuse_second_derivative("shared_input_gru")
         data, w_hh, states, gates = ctx.saved_tensors
         reset, update, new, inner = gates.chunk(4, dim=2)
-        # Everything that does not depend on the gradient is worked out for all steps at once.
+        # Whatever does not depend on the gradient is computed for all steps at once.
         to_new = (1 - update) * (1 - new * new)
         to_inner = to_new * reset
         slopes = torch.stack(
@@ -80,31 +80,24 @@ class _SharedInputGRU(torch.autograd.Function):
         return None, None, given.t() @ data, recurrent.t() @ before, given.sum(0), recurrent.sum(0)
 
 
-def shared_input_gru(
-    data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
-) -> Tensor:
-    """`position_gru` step by step, all rows at once; the input's share of the gates is worked out once."""
-    return _SharedInputGRU.apply(data, counts, w_ih, w_hh, b_ih, b_hh)
-
-
 def packed_gru(
     data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> Tensor:
-    """`position_gru` by torch's GRU, which on a GPU is one call of cuDNN instead of a loop over small kernels."""
+    """`position_gru` by torch's GRU: on a GPU one call of cuDNN instead of a loop over small kernels."""
     steps, rows = len(counts), counts[-1]
     start = data.new_zeros(1, rows, w_hh.shape[1])
-    # cuDNN keeps what its backward needs only in training, which without dropout changes nothing else.
-    weights, rest = [w_ih, w_hh, b_ih, b_hh], (True, 1, 0.0, torch.is_grad_enabled(), False)
+    # cuDNN saves for its backward only in training mode, which without dropout changes nothing else.
+    weights, options = [w_ih, w_hh, b_ih, b_hh], (True, 1, 0.0, torch.is_grad_enabled(), False)
     if counts[0] == rows:
-        return torch.gru(data[:, None].expand(-1, rows, -1), start, weights, *rest, False)[0]
-    # torch wants the lengths in the host's memory, whatever the default device is.
+        return torch.gru(data[:, None].expand(-1, rows, -1), start, weights, *options, False)[0]
+    # torch needs the lengths in the host's memory, whatever the default device is.
     host = torch.device("cpu")
     starts = torch.searchsorted(torch.tensor(counts, device=host), torch.arange(1, rows + 1, device=host))
-    # torch packs rows by their first step and lets them end early: here a row starts late, so it is moved to the
-    # front and back again.
+    # torch packs rows that start together and end early. Here rows start late, so they are moved to the front
+    # and back again.
     step = torch.arange(steps, device=host)[:, None]
     inside = step < steps - starts
     source = (step + starts)[inside].to(data.device)
     row = torch.arange(rows, device=host).expand(steps, -1)[inside].to(data.device)
-    packed = torch.gru(data[source], inside.sum(1), start, weights, *rest)[0]
+    packed = torch.gru(data[source], inside.sum(1), start, weights, *options)[0]
     return data.new_zeros(steps, rows, w_hh.shape[1]).index_put((source, row), packed)

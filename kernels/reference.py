@@ -1,28 +1,30 @@
-"""Dense float64 oracles: the definitions, written out, with automatic differentiation.
+"""Dense float64 reference: the definitions written out, with automatic differentiation.
 
-They share no code with the other implementations, make every N x M matrix they mention, and are there to be
-compared with. Arguments as in `d2s.kernels.functional`; a loss is computed in float64 and then cast to the
-float32 that the other implementations give (float64 inputs keep float64).
+Tests and benchmarks compare the other implementations with it, so it shares no code with them. It makes whole B x N
+matrices. Arguments as in `d2s.kernels.functional`. A loss is computed in float64 and then cast to the float32
+that the other implementations return (float64 inputs keep float64).
 """
 
 import torch
 from torch import Tensor
 
+from d2s.kernels.sides import Sides
 
-def _wide(x: Tensor) -> Tensor:
+
+def _double(x: Tensor) -> Tensor:
     return x.to(torch.float64)
 
 
-def _narrow(loss: Tensor, like: Tensor) -> Tensor:
+def _cast_loss(loss: Tensor, like: Tensor) -> Tensor:
     return loss if like.dtype == torch.float64 else loss.to(torch.float32)
 
 
-def _masks(image_ids: Tensor, text_ids: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """(positive, negative), (n, M) bool each."""
-    column = torch.arange(text_ids.shape[0], device=text_ids.device)
-    row = torch.arange(image_ids.shape[0], device=image_ids.device)
-    positive = column[None, :] == row[:, None] + offset
-    return positive, (image_ids[:, None] != text_ids[None, :]) & ~positive
+def _masks(sides: Sides) -> tuple[Tensor, Tensor]:
+    """(positive, negative), (B, N) bool each."""
+    row = torch.arange(sides.image.shape[0], device=sides.image.device)
+    column = torch.arange(sides.text.shape[0], device=sides.text.device)
+    positive = column[None, :] == row[:, None] + sides.offset
+    return positive, (sides.image_ids[:, None] != sides.text_ids[None, :]) & ~positive
 
 
 def _hardest_of(cost: Tensor, negative: Tensor, dim: int) -> Tensor:
@@ -32,70 +34,41 @@ def _hardest_of(cost: Tensor, negative: Tensor, dim: int) -> Tensor:
     return torch.where(negative, cost, 0).gather(dim, index)
 
 
-def hinge_loss(
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    *,
-    margin: float,
-    hardest: bool,
-    offset: int,
-    both: bool,
-) -> Tensor:
+def hinge_loss(sides: Sides, margin: float, hardest: bool) -> Tensor:
     """See `d2s.kernels.functional.hinge_loss`."""
-    s = _wide(image) @ _wide(text).T
-    positive, negative = _masks(image_ids, text_ids, offset)
+    s = _double(sides.image) @ _double(sides.text).T
+    positive, negative = _masks(sides)
     own = s[positive]
     loss = s.new_zeros(())
-    for dim, matched in ((1, own[:, None]), (0, own[None, :]))[: 1 + both]:
-        cost = torch.where(negative, torch.relu(margin + s - matched), 0)
+    for dim, matched in ((1, own[:, None]), (0, own[None, :]))[: 1 + sides.both]:
         if hardest:
-            # The hardest is chosen by similarity, so that a tie of costs of 0 cannot matter.
+            # Chosen by similarity and not by cost: costs of 0 tie.
             picked = _hardest_of(margin + s - matched, negative, dim)
             some = negative.any(dim, keepdim=True)
             loss = loss + torch.where(some, torch.relu(picked), 0).sum()
         else:
-            loss = loss + cost.sum()
-    return _narrow(loss, image)
+            loss = loss + torch.where(negative, torch.relu(margin + s - matched), 0).sum()
+    return _cast_loss(loss, sides.image)
 
 
-def info_nce_loss(
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    *,
-    scale: Tensor,
-    offset: int,
-    both: bool,
-) -> Tensor:
+def info_nce_loss(sides: Sides, scale: Tensor) -> Tensor:
     """See `d2s.kernels.functional.info_nce_loss`."""
-    z = _wide(scale) * (_wide(image) @ _wide(text).T)
-    positive, negative = _masks(image_ids, text_ids, offset)
+    z = _double(scale) * (_double(sides.image) @ _double(sides.text).T)
+    positive, negative = _masks(sides)
     z_used = z.masked_fill(~(positive | negative), -torch.inf)
     loss = -torch.log_softmax(z_used, 1)[positive].sum() / 2
-    if both:
+    if sides.both:
         loss = loss - torch.log_softmax(z_used, 0)[positive].sum() / 2
-    return _narrow(loss, image)
+    return _cast_loss(loss, sides.image)
 
 
-def sigmoid_loss(
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    *,
-    scale: Tensor,
-    bias: Tensor,
-    offset: int,
-) -> Tensor:
+def sigmoid_loss(sides: Sides, scale: Tensor, bias: Tensor) -> Tensor:
     """See `d2s.kernels.functional.sigmoid_loss`."""
-    z = _wide(scale) * (_wide(image) @ _wide(text).T) + _wide(bias)
-    positive, negative = _masks(image_ids, text_ids, offset)
+    z = _double(scale) * (_double(sides.image) @ _double(sides.text).T) + _double(bias)
+    positive, negative = _masks(sides)
     sign = positive.to(z.dtype) - negative.to(z.dtype)
     cost = -torch.nn.functional.logsigmoid(sign * z)
-    return _narrow(torch.where(sign != 0, cost, 0).sum(), image)
+    return _cast_loss(torch.where(sign != 0, cost, 0).sum(), sides.image)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -103,9 +76,9 @@ def _unit(x: Tensor) -> Tensor:
     return torch.where(zero, 0, x / torch.where(zero, 1, x).norm(dim=1, keepdim=True))
 
 
-def pointwise_distillation(student: Tensor, teacher: Tensor, *, kind: str, normalize: bool) -> Tensor:
+def pointwise_distillation(student: Tensor, teacher: Tensor, kind: str, normalize: bool) -> Tensor:
     """See `d2s.kernels.functional.pointwise_distillation`."""
-    s, t = _wide(student), _wide(teacher.detach())
+    s, t = _double(student), _double(teacher.detach())
     if normalize:
         s, t = _unit(s), _unit(t)
     cost = {
@@ -113,32 +86,32 @@ def pointwise_distillation(student: Tensor, teacher: Tensor, *, kind: str, norma
         "l1": lambda: (s - t).abs().sum(1),
         "l2": lambda: ((s - t) ** 2).sum(1),
     }[kind]()
-    return _narrow(cost.sum(), student)
+    return _cast_loss(cost.sum(), student)
 
 
 def relational_distillation(
-    student: Tensor, teacher: Tensor, student_all: Tensor, teacher_all: Tensor, *, temperature: float
+    student: Tensor, teacher: Tensor, student_all: Tensor, teacher_all: Tensor, temperature: float
 ) -> Tensor:
     """See `d2s.kernels.functional.relational_distillation`."""
-    s = _wide(student) @ _wide(student_all).T / temperature
-    t = (_wide(teacher) @ _wide(teacher_all).T / temperature).detach()
+    s = _double(student) @ _double(student_all).T / temperature
+    t = (_double(teacher) @ _double(teacher_all).T / temperature).detach()
     p, q = torch.softmax(t, 1), torch.log_softmax(s, 1)
-    return _narrow((torch.xlogy(p, p) - p * q).sum(), student)
+    return _cast_loss((torch.xlogy(p, p) - p * q).sum(), student)
 
 
 def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     """See `d2s.kernels.functional.gpo_pool`."""
     pooled = []
-    for x, w, m in zip(_wide(features), _wide(weights), mask, strict=True):
+    for x, w, m in zip(_double(features), _double(weights), mask, strict=True):
         tokens = x[m]
         ordered = torch.sort(tokens, dim=0, descending=True, stable=True).values
         pooled.append((w[: tokens.shape[0], None] * ordered).sum(0))
-    out = torch.stack(pooled) if pooled else _wide(features).sum(1)
+    out = torch.stack(pooled) if pooled else _double(features).sum(1)
     return out.to(features.dtype)
 
 
 def _even_sums(x: Tensor) -> Tensor:
-    """The sum of each row of x (M, D): (M,). Equal rows have equal sums, which products and sums do not promise."""
+    """The sum of each row of x (N, D): (N,). Equal rows get equal sums, which torch's sums do not promise."""
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         x = torch.cat([x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]], 1)
@@ -154,8 +127,8 @@ def retrieval_ranks(
 ) -> Tensor:
     """See `d2s.kernels.functional.retrieval_ranks`."""
     ranks = []
-    for i, query in enumerate(_wide(queries)):
-        row = _even_sums(query * _wide(candidates))
+    for i, query in enumerate(_double(queries)):
+        row = _even_sums(query * _double(candidates))
         if positives is not None:
             starts, indices = positives
             own = torch.zeros_like(row, dtype=torch.bool)

@@ -1,11 +1,10 @@
-"""Any device, any float type: a few rows of the similarity matrix at a time, forwards and backwards by hand.
+"""Losses on any device and for any float type: a few rows of the similarity matrix at a time, gradients by hand.
 
 Raw functions: tensors in, fresh tensors out, no automatic differentiation; `d2s.kernels.operators.ops` makes
-operators of them. acc stands for float32, and for float64 where the inputs are float64.
-What is not needed comes back empty.
+operators of them. Gradients that are not needed come back empty.
 """
 
-from d2s.kernels.chunked.gpo import gpo_backward, gpo_forward, gpo_keeps_values
+from d2s.kernels.chunked.gpo import gpo_backward, gpo_forward, gpo_saves_values
 from d2s.kernels.chunked.hinge import hinge_max_backward, hinge_max_forward, hinge_sum_forward
 from d2s.kernels.chunked.info_nce import info_nce_backward, info_nce_forward
 from d2s.kernels.chunked.pointwise import pointwise_forward
@@ -16,7 +15,7 @@ from d2s.kernels.chunked.sigmoid import sigmoid_forward
 __all__ = [
     "gpo_backward",
     "gpo_forward",
-    "gpo_keeps_values",
+    "gpo_saves_values",
     "hinge_max_backward",
     "hinge_max_forward",
     "hinge_sum_forward",

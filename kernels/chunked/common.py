@@ -1,4 +1,4 @@
-"""What the sweeps share: precision, chunks of rows, and the pairs that show the same image."""
+"""What the sweeps over the similarity matrix share: precision, chunks of rows, same-image pairs, maxima."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -7,7 +7,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-# What torch can do without; with it a CPU sorts and searches faster.
+from d2s.kernels.dtypes import accumulator
+
+# torch does not need numpy, but with it a CPU sorts and searches faster.
 HAS_NUMPY = find_spec("numpy") is not None
 # Entries of one chunk of the similarity matrix: small enough to stay in a CPU's last cache level between the
 # passes over it, large enough for the matrix product to run at its full rate.
@@ -19,18 +21,13 @@ DOT_ENTRIES = 1 << 17
 BLOCK = 32
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type to compute in: float64 stays, everything else is float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def upcast(x: Tensor) -> Tensor:
-    """x (any shape), contiguous in its accumulator type; no copy where it is so already."""
+    """x (any shape), contiguous in its accumulator type; not copied if it is already."""
     return x.to(accumulator(x.dtype)).contiguous()
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context in which autocast leaves the matrix products alone."""
+    """A context in which autocast does not shorten matrix products."""
     # Making an autocast context takes ten times as long as asking whether one is needed.
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
@@ -39,7 +36,7 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """The product of every row of a with the same row of b, both (n, D): (n,)."""
-    # Of the products all at once, (n, D) more memory, a CPU's allocator would keep holes for the rest of the step.
+    # In parts: (n, D) products at once would leave holes in a CPU allocator's memory for the rest of the step.
     size = max(1, DOT_ENTRIES // max(1, a.shape[1])) if a.device.type == "cpu" else a.shape[0]
     out = a.new_empty(a.shape[0])
     for start in range(0, a.shape[0], size or 1):
@@ -50,20 +47,19 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 class Sweep:
     """Chunks of rows of S = factor * rows @ columns^T, one after the other in one buffer.
 
-    rows: (n, D), columns: (M, D), both as `upcast` gives them; the factor multiplies the finished product. The
-    forward and the backward sweep of a loss make the same chunks by the same arithmetic, so that the probabilities of
-    both agree to the last bit.
+    rows (B, D) and columns (N, D) come from `upcast`; the factor multiplies the finished product. The forward
+    and the backward sweep of a loss use the same chunks, so their probabilities agree to the last bit.
     """
 
     def __init__(self, rows: Tensor, columns: Tensor, factor: float = 1.0) -> None:
         self.rows, self.columns, self.factor = rows, columns, factor
         n, m = rows.shape[0], columns.shape[0]
-        # A multiple of the block that the search for column maxima goes by, where there are that many rows.
+        # With enough rows a multiple of BLOCK, which `column_maxima` needs to be fast.
         self.size = max(1, min(n, max(MIN_ROWS, CHUNK_ENTRIES // m // BLOCK * BLOCK)))
         self.buffer = rows.new_empty(self.size, m)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yields (start, stop, S[start:stop]) with S (stop - start, M); the next step overwrites it."""
+        """Yields (start, stop, S[start:stop]) with S (stop - start, N); the next step overwrites it."""
         for start in range(0, self.rows.shape[0], self.size):
             stop = min(start + self.size, self.rows.shape[0])
             s = self.buffer[: stop - start]
@@ -72,11 +68,10 @@ class Sweep:
 
 
 class SamePairs:
-    """The entries of the matrix whose two sides carry the same image id.
+    """The entries of the similarity matrix whose row and column have the same image id.
 
-    row_ids: (n,) int64, column_ids: (M,) int64. On a CPU the few such entries are listed from the sorted ids
-    instead of being looked for in the whole matrix; elsewhere they are compared, which never waits for the
-    device.
+    row_ids (B,) and column_ids (N,) are int64. On a CPU the few such entries are listed from the sorted ids. On other
+    devices a list would make the host wait, so all pairs of ids are compared.
     """
 
     def __init__(self, row_ids: Tensor, column_ids: Tensor) -> None:
@@ -96,7 +91,7 @@ class SamePairs:
         return rows, self.order[self.low[start:stop][rows] + within]
 
     def fill(self, s: Tensor, start: int, stop: int, value: float) -> None:
-        """Writes value into the same-image entries of the chunk s (stop - start, M) of rows start..stop."""
+        """Writes value into the same-image entries of the chunk s (stop - start, N) of rows start..stop."""
         if self.listed:
             rows, columns = self.entries(start, stop)
             s[rows, columns] = value
@@ -106,12 +101,12 @@ class SamePairs:
 
 
 def positive_entries(s: Tensor, start: int, offset: int) -> Tensor:
-    """A view (rows,) of the chunk's positive pairs: row i stands against column offset + i."""
+    """A view (rows,) of the chunk's positive pairs: row i with column offset + i."""
     return s[:, start + offset :].diagonal()
 
 
 def row_maxima(s: Tensor) -> tuple[Tensor, Tensor]:
-    """(value, index) of the first largest entry of every row of s (r, M), (r,) each."""
+    """(value, index) of the first largest entry of every row of s (r, N), (r,) each."""
     if s.device.type != "cpu" or not HAS_NUMPY:
         return s.max(1)
     # numpy's search is vectorised and torch's is not: 0.4 against 3.6 ms for 512 x 8192 float32.
@@ -120,12 +115,12 @@ def row_maxima(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def column_maxima(s: Tensor) -> tuple[Tensor, Tensor]:
-    """(value, index) of the first largest entry of every column of s (r, M), (M,) each."""
+    """(value, index) of the first largest entry of every column of s (r, N), (N,) each."""
     r, m = s.shape
     if s.device.type != "cpu" or r % BLOCK:
         return s.max(0)
-    # A CPU reduces columns fast but searches them slowly (0.5 against 10 ms for 256 x 8192): so reduce blocks
-    # of rows, search among the blocks, and then in the one block that holds the maximum.
+    # A CPU reduces columns fast but searches them slowly (0.5 against 10 ms for 256 x 8192). So reduce blocks
+    # of rows, find the block with the maximum, and search in that block alone.
     blocks = s.view(r // BLOCK, BLOCK, m)
     best, block = blocks.amax(1).max(0)
     within = blocks[block, :, torch.arange(m)]

@@ -1,8 +1,8 @@
-"""Products of rows that are the same bits whoever adds them up: no order, block or library shows in them.
+"""Products of rows with the same bits on every machine: independent of order, block size and library.
 
-Every row is divided by a power of two and cut into slices of whole numbers, so short that the products of two slices
-add up in float64 without rounding (Ozaki et al. 2012). Sums that do not round do not depend on their order, and the
-few steps that do round are done entry by entry. So equal rows have equal products, wherever they stand.
+Every row is divided by a power of two and cut into slices of integers, short enough that the products of two slices
+add up in float64 without rounding (Ozaki et al. 2012). Sums without rounding do not depend on their order, and the
+few steps that round are done entry by entry. So equal rows have equal products, wherever they are.
 """
 
 import torch
@@ -18,33 +18,33 @@ def _slices(dtype: torch.dtype) -> int:
 
 
 def _bits(width: int, count: int) -> int:
-    """Bits of a slice: count * width products of two whole numbers up to 2^(bits + 1) stay within 2^53."""
+    """Bits of a slice: a sum of count * width products of two integers up to 2^(bits + 1) stays within 2^53."""
     return (51 - (count * width - 1).bit_length()) // 2
 
 
 def exact_error(width: int, dtype: torch.dtype) -> float:
-    """A bound of `exact_products`' error, for rows of length 1 and as many entries as width."""
+    """A bound of the error of `exact_products`, for rows of length 1 with `width` entries."""
     count = _slices(dtype)
-    # What is cut off both rows, the pairs of slices left out, and a rounding for each step between slices.
+    # The bits cut off both rows, the pairs of slices left out, and a rounding for each step between slices.
     return (4 + 2 * count) * width * 2.0 ** (-count * _bits(width, count)) + count * 2.0**-53
 
 
 def _cut(x: Tensor, count: int, bits: int) -> tuple[list[Tensor], Tensor]:
     """(slices of x (r, D), the power of two (r, 1) that its rows were divided by); finite rows in float64."""
     peak = x.abs().amax(1, keepdim=True)
-    # Between 1 and 2 remains; the quotient of a number and its mantissa is exactly the power, as exp2 might not be.
+    # Entries become at most 2. A number over its mantissa is exactly a power of two; exp2 might round.
     power = torch.where(peak > 0, peak / (2 * torch.frexp(peak).mantissa), 1)
-    rest, slices = x / power, []
+    remainder, slices = x / power, []
     for _ in range(count):
-        slices.append(rest.mul_(2.0**bits).round())
-        rest.sub_(slices[-1])
+        slices.append(remainder.mul_(2.0**bits).round())
+        remainder.sub_(slices[-1])
     return slices, power
 
 
 def exact_products(rows: Tensor, columns: Tensor, at: Tensor) -> Tensor:
-    """rows @ columns[at]^T in float64, each row times some power of two: (r, J), for rows (r, D) and at (J,).
+    """rows @ columns[at]^T in float64, each row divided by a power of two: (r, J), for rows (r, D) and at (J,).
 
-    The powers are the rows' own, so that the entries of one row compare with each other.
+    The power is the same within a row, so the entries of one row can be compared with each other.
     """
     width, count = rows.shape[1], _slices(rows.dtype)
     bits, size = _bits(width, count), max(1, CUT_ENTRIES // width)

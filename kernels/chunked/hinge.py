@@ -1,4 +1,6 @@
-"""The hinge of VSE++ over a batch: all violations, or the hardest negative of each row and column."""
+"""The hinge loss of VSE++: all violations, or the hardest negative of each row and column."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,22 +16,12 @@ from d2s.kernels.chunked.common import (
     row_maxima,
     upcast,
 )
+from d2s.kernels.sides import Sides, Winners
 
 
-def hinge_max_forward(
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    margin: float,
-    offset: int,
-    both: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss () acc, row_at (n,) int64, row_active (n,) bool, column_at (M,) int64, column_active (M,) bool).
-
-    row_at: the hardest negative of each row, row_active: whether it violates the margin; likewise the columns',
-    empty without both. Arguments as in `d2s.kernels.functional.hinge_loss`.
-    """
+def hinge_max_forward(sides: Sides, margin: float) -> tuple[Tensor, ...]:
+    """(loss () acc, *Winners). See `d2s.kernels.functional.hinge_loss`."""
+    image, text, image_ids, text_ids, offset, both = sides
     with full_precision(image.device):
         rows, columns = upcast(image), upcast(text)
         n, m = rows.shape[0], columns.shape[0]
@@ -46,20 +38,21 @@ def hinge_max_forward(
             row_best[start:stop], row_at[start:stop] = row_maxima(s)
             if both:
                 best, at = column_maxima(s)
-                # Only a strictly larger value replaces: the lowest index keeps a tie.
+                # Only a strictly larger value replaces, so ties go to the lowest index.
                 better = best > column_best
                 column_best = torch.where(better, best, column_best)
                 column_at = torch.where(better, at + start, column_at)
         row_cost = (margin + row_best - positive).clamp_min(0)
         loss = row_cost.sum()
         if not both:
-            return loss, row_at, row_cost > 0, column_at, column_at.new_empty(0, dtype=torch.bool)
+            nothing = column_at.new_empty(0, dtype=torch.bool)
+            return loss, row_at, row_cost > 0, column_at, nothing
         column_cost = (margin + column_best - positive).clamp_min(0)
         return loss + column_cost.sum(), row_at, row_cost > 0, column_at, column_cost > 0
 
 
 def _sum_rows(index: Tensor, source: Tensor, weight: Tensor, target: Tensor, size: int) -> Tensor:
-    """out[target[k]] += weight[k] * source[index[k]], (size, D); one owner a row, who adds in order."""
+    """out[target[k]] += weight[k] * source[index[k]], (size, D), added in the order of k."""
     order = torch.argsort(target, stable=True)
     starts = torch.searchsorted(target[order], torch.arange(size, device=target.device))
     return embedding_bag(index[order], source, starts, mode="sum", per_sample_weights=weight[order])
@@ -69,37 +62,37 @@ def hinge_max_backward(
     grad: Tensor,
     image: Tensor,
     text: Tensor,
-    row_at: Tensor,
-    row_active: Tensor,
-    column_at: Tensor,
-    column_active: Tensor,
+    winners: Winners,
     offset: int,
-    need_image: bool,
-    need_text: bool,
+    need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(d_image (n, D), d_text (M, D)) in the types of the inputs, from what the forward gave and grad ()."""
+    """(d_image (B, D), d_text (N, D)) in the types of the inputs; need: of which of them.
+
+    grad: (). A violation of row i by column j, with the positive p, adds grad * (T_j - T_p) to d_image[i],
+    grad * I_i to d_text[j] and -grad * I_i to d_text[p]; a violation of a column likewise.
+    """
     rows, columns = upcast(image), upcast(text)
     n, m = rows.shape[0], columns.shape[0]
     here = torch.arange(n, device=rows.device)
-    i, j, active = here, row_at, row_active
-    if column_at.shape[0]:
-        i, j = torch.cat([i, column_at]), torch.cat([j, here])
-        active = torch.cat([active, column_active])
+    i, j, active = here, winners.row_at, winners.row_active
+    if winners.column_at.shape[0]:
+        i, j = torch.cat([i, winners.column_at]), torch.cat([j, here])
+        active = torch.cat([active, winners.column_active])
     weight = active.to(rows.dtype) * grad
-    # Where each violation's positive stands: its row's for the first n, its column's for the others.
+    # The place of each violation's positive: its row's for the first B, its column's for the others.
     here = here.repeat(i.shape[0] // n)
     i_all, j_all = torch.cat([i, here]), torch.cat([j, here + offset])
     weights = torch.cat([weight, -weight])
     return (
-        _sum_rows(j_all, columns, weights, i_all, n).to(image.dtype) if need_image else image.new_empty(0),
-        _sum_rows(i_all, rows, weights, j_all, m).to(text.dtype) if need_text else text.new_empty(0),
+        _sum_rows(j_all, columns, weights, i_all, n).to(image.dtype) if need[0] else image.new_empty(0),
+        _sum_rows(i_all, rows, weights, j_all, m).to(text.dtype) if need[1] else text.new_empty(0),
     )
 
 
 def _add_products(a: Tensor, rows: Tensor, columns: Tensor, d_rows: Tensor, d_columns: Tensor) -> None:
-    """d_rows = a @ columns and d_columns += a^T @ rows for a (r, M), each where it is not empty.
+    """d_rows = a @ columns and d_columns += a^T @ rows for a (r, N), each if it is not empty.
 
-    d_rows is zero. On a CPU the rows of a without any violation, most of them late in training, are left out.
+    d_rows is zero before. On a CPU the rows without any violation, most of them late in training, are left out.
     """
     if a.device.type == "cpu":
         busy = a.sum(1).nonzero().squeeze(1)
@@ -116,18 +109,14 @@ def _add_products(a: Tensor, rows: Tensor, columns: Tensor, d_rows: Tensor, d_co
         d_columns.addmm_(a.t(), rows)
 
 
-def hinge_sum_forward(
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    margin: float,
-    offset: int,
-    both: bool,
-    need_image: bool,
-    need_text: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), d_image (n, D), d_text (M, D)), all acc. Arguments as in `d2s.kernels.functional.hinge_loss`."""
+def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (), d_image (B, D), d_text (N, D)), all acc; need: which of the gradients.
+
+    See `d2s.kernels.functional.hinge_loss`. dS_ij counts the violations of the pair, by its row and by its column;
+    the positive of each gets the opposite sign.
+    """
+    image, text, image_ids, text_ids, offset, both = sides
+    need_image, need_text = need
     with full_precision(image.device):
         rows, columns = upcast(image), upcast(text)
         n = rows.shape[0]
@@ -143,7 +132,7 @@ def hinge_sum_forward(
         for start, stop, s in sweep:
             positive_entries(s, start, offset).fill_(-torch.inf)
             same.fill(s, start, stop, -torch.inf)
-            # The sign of a clamped violation is 1 or 0: what its pair gets as gradient.
+            # The sign of a clamped violation is 1 or 0: its pair's gradient.
             a = torch.sub(s, positive[start:stop, None] - margin, out=active[: stop - start])
             loss += a.relu_().sum()
             pull[start:stop] += a.sign_().sum(1)

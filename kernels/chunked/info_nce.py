@@ -1,26 +1,30 @@
 """Symmetric InfoNCE with a learnable scale: one sweep forward, one recomputing sweep backward.
 
-z = scale * S. On a CPU one exponential an entry serves rows and columns: exp(z - m) with one number m for the whole
-matrix, where no sum can then overflow and none can lose anything by underflow, which bounds on z decide beforehand
-(scale 14 with unit rows always qualifies, and so do scales of 100 while no positive is very far off). Otherwise,
-and on other devices, where asking would make the host wait, rows and columns have their own maxima.
+With z = scale * S the loss is half the sum over rows of lse(z_i) - z_positive, and the same for columns. Its gradient
+by z is half the softmax by rows plus that by columns, less 1 for each at the positive.
+
+On a CPU one exponential an entry serves rows and columns: exp(z - m) with one number m for the whole matrix. Bounds
+on z decide beforehand whether then no sum overflows and none loses digits by underflow (with unit rows, scale 14
+always qualifies, and 100 while no positive is very dissimilar). Otherwise, and on other devices, where reading
+the bounds would make the host wait, rows and columns have their own maxima.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, row_dots, upcast
+from d2s.kernels.sides import Sides
 
-# By type: the largest exponent that may occur, sums included, and how far below m a log-sum-exp may lie, so that
-# terms below the smallest float are nothing beside it (exp(-32) and exp(-60)).
+# By type: the largest exponent that may occur, sums included, and how far below m a log-sum-exp may lie. Terms that
+# underflow are then negligible beside it (exp(-32) and exp(-60)).
 _RANGE = {torch.float32: (80.0, 55.0), torch.float64: (690.0, 640.0)}
 
 
 def _mask(z: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Tensor:
-    """Leaves out the same-image entries of the chunk z, in place; gives its positives (rows,), which stay."""
+    """Masks the same-image entries of the chunk z in place, except the positives (rows,), which it returns."""
     diagonal = positive_entries(z, start, offset)
     positive = diagonal.clone()
     same.fill(z, start, stop, -torch.inf)
@@ -28,8 +32,8 @@ def _mask(z: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Ten
     return positive
 
 
-def _reference(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> float | None:
-    """The number m for the whole matrix, the nearest to 0; None where there is none, or where to ask is slow."""
+def common_shift(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> float | None:
+    """The number m for the whole matrix, the nearest to 0; None if there is none, or off the CPU."""
     if rows.device.type != "cpu":
         return None
     n, m = rows.shape[0], columns.shape[0]
@@ -42,25 +46,18 @@ def _reference(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> fl
     return min(max(0.0, first), last) if first <= last else None
 
 
-def info_nce_forward(
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    scale: Tensor,
-    offset: int,
-    both: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), row_lse (n,), column_lse (M,) or empty without both), all acc: log-sum-exp of scale * S.
+def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (), row_lse (B,), column_lse (N,) or empty without both), all acc: log-sum-exp of scale * S.
 
-    Arguments as in `d2s.kernels.functional.info_nce_loss`.
+    See `d2s.kernels.functional.info_nce_loss`.
     """
+    image, text, image_ids, text_ids, offset, both = sides
     with full_precision(image.device):
         rows, columns = upcast(image), upcast(text)
         n, m = rows.shape[0], columns.shape[0]
         factor = scale.to(rows.dtype).reshape(())
         same = SamePairs(image_ids, text_ids)
-        shift = _reference(rows, columns, factor, offset)
+        shift = common_shift(rows, columns, factor, offset)
         if shift is not None:
             return _forward_at_once(rows, columns, same, float(factor), shift, offset, both)
         positive, row_lse = rows.new_empty(n), rows.new_empty(n)
@@ -75,7 +72,7 @@ def info_nce_forward(
             row_lse[start:stop] = row_top.squeeze(1) + row_total.log_()
             if both:
                 new = torch.maximum(top, s.amax(0))
-                # Nothing seen yet in a column: any finite reference will do for its empty sum.
+                # A column without entries so far: any finite reference does for its empty sum.
                 reference = torch.where(new == -torch.inf, 0, new)
                 total *= torch.exp(top - reference)
                 total += s.sub_(reference).exp_().sum(0)
@@ -120,11 +117,11 @@ def _probabilities(
     column_lse: Tensor | None,
     offset: int,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Chunks (start, stop, p (stop - start, M)) of the softmax by rows, plus that by columns where it is asked for.
+    """Chunks (start, stop, p (stop - start, N)) of the softmax by rows, plus that by columns if column_lse is given.
 
-    By the arithmetic of the forward, entry for entry.
+    With the forward's arithmetic, entry by entry.
     """
-    shift = _reference(rows, columns, factor, offset)
+    shift = common_shift(rows, columns, factor, offset)
     sweep = Sweep(rows, columns, 1.0 if shift is None else float(factor))
     buffer = torch.empty_like(sweep.buffer)
     if shift is not None:
@@ -147,21 +144,14 @@ def _probabilities(
 
 
 def info_nce_backward(
-    grad: Tensor,
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    scale: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    offset: int,
-    both: bool,
-    need_image: bool,
-    need_text: bool,
-    need_scale: bool,
+    sides: Sides, scale: Tensor, row_lse: Tensor, column_lse: Tensor, grad: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_image (n, D), d_text (M, D), d_scale like scale) in the types of the inputs; grad ()."""
+    """(d_image (B, D), d_text (N, D), d_scale like scale) in the types of the inputs; grad: ().
+
+    need: which of the three. row_lse, column_lse: from `info_nce_forward`.
+    """
+    image, text, image_ids, text_ids, offset, both = sides
+    need_image, need_text, need_scale = need
     with full_precision(image.device):
         rows, columns = upcast(image), upcast(text)
         n = rows.shape[0]
@@ -182,7 +172,7 @@ def info_nce_backward(
         if need_image or need_scale:
             d_rows.sub_(columns[offset : offset + n], alpha=pull)
             if need_scale:
-                # The loss depends on scale * S alone, so the sum of dS * S is the product of rows and gradient.
+                # d_scale = sum of dz * S, and that is the product of the rows and their gradient.
                 d_scale = (half * row_dots(d_rows, rows).sum()).reshape(scale.shape).to(scale.dtype)
         if need_text:
             d_columns[offset : offset + n].sub_(rows, alpha=pull)

@@ -1,10 +1,10 @@
-"""Sorting rows of floats in descending order with numpy, whose vectorised sort is several times torch's.
+"""Sorting rows of floats in descending order with numpy, whose vectorised sort is several times as fast as torch's.
 
-It sorts numbers alone and does not say where they came from. A float's bits, negative numbers mirrored, sort like the
-float. So 32 bits take most of the value, and the place in the low ones: one sort orders by value but for its last
-bits, then by place. What those bits had to decide is mended afterwards by swapping neighbours, which are few: of
-577 normal values some five pairs agree in 22 bits. Where they are many (values that hardly differ), 64 bits hold
-value and place whole, at half the speed.
+numpy's fast sort returns values only, not their positions, so the position becomes part of the sorted key. A float's
+bits, with negative numbers mirrored, sort like the float. A key of 32 bits holds the value's upper bits and the
+position in the lower ones; it orders by value except for the last bits. Wrong neighbours are swapped afterwards.
+They are few: of 577 normal values some five pairs agree in 22 bits. With many of them (values that hardly differ),
+keys of 64 bits hold value and position in full, at half the speed.
 """
 
 import sys
@@ -12,13 +12,13 @@ import sys
 import numpy as np
 import torch
 
-# Neighbours out of order after the first sort, as a share of the entries, and rounds of swaps, before the second way.
+# Limits of the repair by swaps, after which keys of 64 bits are used: wrong neighbours per entry, and rounds.
 MOST = 1 / 16
 ROUNDS = 48
 
 
 class Scratch:
-    """What one thread works in, again and again: fresh memory for each sort would cost as much as the sort.
+    """Memory that a thread uses again for each sample: allocating it anew would cost as much as the sort.
 
     entries: of the largest sample, block: of the largest block of its channels.
     """
@@ -48,8 +48,8 @@ def sort_values(values: np.ndarray, scratch: Scratch) -> np.ndarray:
 def sort_with_source(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> np.ndarray:
     """Writes values (D, L) float32, without -0, in descending order of each row to ordered (D, L).
 
-    Gives source (D, L) int32, in the memory of scratch.narrow: where in its row each stood; equal values stay in the
-    order they had.
+    Returns source (D, L) int32, in the memory of scratch.narrow: each value's former position in its row. The sort is
+    stable.
     """
     source = _sort_narrow(values, ordered, scratch)
     if source is None:
@@ -59,7 +59,7 @@ def sort_with_source(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) 
 
 
 def _mirror(bits: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-    """bits, int32, with all but the sign of negative ones flipped; twice is nothing. out may be bits."""
+    """bits, int32, with all bits but the sign of negative ones flipped; its own inverse. out may be bits."""
     np.right_shift(bits, 31, out=scratch)
     np.bitwise_and(scratch, 0x7FFFFFFF, out=scratch)
     return np.bitwise_xor(bits, scratch, out=out)
@@ -73,31 +73,31 @@ def _keys(values: np.ndarray, scratch: Scratch) -> np.ndarray:
 
 def take(values: np.ndarray, places: torch.Tensor, out: np.ndarray) -> None:
     """out[d, k] = values[d, places[d, k]], all (D, L); places: `Scratch.places` of the source."""
-    # By torch: numpy wants places in the flat matrix, and to work those out costs as much as the gathering.
+    # By torch: numpy needs positions in the flat matrix, and computing those costs as much as the gathering.
     torch.gather(torch.from_numpy(values), 1, places, out=torch.from_numpy(out))
 
 
 def put(values: np.ndarray, places: torch.Tensor, out: np.ndarray) -> None:
-    """out[d, places[d, k]] = values[d, k]: `take` turned round."""
+    """out[d, places[d, k]] = values[d, k]: the inverse of `take`."""
     torch.from_numpy(out).scatter_(1, places, torch.from_numpy(values))
 
 
 def _sort_narrow(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> np.ndarray | None:
-    """As `sort_with_source`; None where too many values agree in what fits beside the place."""
+    """As `sort_with_source`; None if too many values agree in the bits that fit beside the position."""
     length = values.shape[1]
     low = (1 << (length - 1).bit_length()) - 1
     keys = _keys(values, scratch)
-    # The descending order is the ascending order of the inverse: invert the value, put in the place as it is.
+    # Descending order is ascending order of the inverted value; the position is put in as it is.
     np.bitwise_or(keys, low, out=keys)
     np.bitwise_xor(keys, ~np.arange(length, dtype=np.int32), out=keys)
     keys.sort(axis=1)
     np.bitwise_and(keys, low, out=keys)
     take(values, scratch.places(keys), ordered)
-    return keys if _mend(ordered, keys) else None
+    return keys if _repair(ordered, keys) else None
 
 
-def _mend(ordered: np.ndarray, source: np.ndarray) -> bool:
-    """Swaps neighbours of rows of ordered, contiguous, with their sources, until none rises; false: gave up."""
+def _repair(ordered: np.ndarray, source: np.ndarray) -> bool:
+    """Swaps neighbours within rows of ordered, and of source, until all rows descend; False if too many."""
     length = ordered.shape[1]
     wrong = np.flatnonzero(ordered[:, 1:] > ordered[:, :-1])
     if wrong.size == 0:
@@ -107,14 +107,14 @@ def _mend(ordered: np.ndarray, source: np.ndarray) -> bool:
     wrong += wrong // (length - 1)
     value, place = ordered.reshape(-1), source.reshape(-1)
     for _ in range(ROUNDS):
-        # The first of each run of neighbours, so that no entry belongs to two swaps.
+        # Only the first of each run of neighbours is swapped, so that no entry belongs to two swaps.
         follows = np.empty(wrong.size, bool)
         follows[:1] = False
         np.equal(wrong[1:], wrong[:-1] + 1, out=follows[1:])
         first = wrong[~follows]
         for x in (value, place):
             x[first], x[first + 1] = x[first + 1], x[first]
-        # Only a swap's neighbours, and what was left out, can be wrong now.
+        # Now only the neighbours of swaps, and those not yet swapped, can be wrong.
         near = np.concatenate([wrong[follows], first - 1, first + 1])
         near = near[(near >= 0) & (near % length != length - 1)]
         wrong = near[value[near + 1] > value[near]]

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-from d2s.kernels.chunked.common import accumulator
+from d2s.kernels.dtypes import accumulator
 
-# Entries of a block of rows: few, so that what lies between input and gradient stays in the cache.
+# Entries of a block of rows: few, so that intermediate results stay in the cache.
 BLOCK_ENTRIES = 1 << 17
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """1 / |row| of x (B, D), (B, 1); 0 for a row of zeros, which stays zero and gets no gradient.
 
-    NaN where the norm is beyond its type, so that the loss shows it.
+    NaN if the norm overflows, so that the loss becomes NaN too.
     """
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return torch.where(norm == 0, 0, torch.where(norm < torch.inf, 1 / norm, torch.nan))
@@ -21,7 +21,7 @@ def _inverse_norm(x: Tensor) -> Tensor:
 def pointwise_forward(
     student: Tensor, teacher: Tensor, kind: str, normalize: bool, need_student: bool
 ) -> tuple[Tensor, Tensor]:
-    """(loss (), d_student (B, D)), both acc. As in `d2s.kernels.functional.pointwise_distillation`."""
+    """(loss (), d_student (B, D)), both acc. See `d2s.kernels.functional.pointwise_distillation`."""
     b, d = student.shape
     acc = accumulator(student.dtype)
     rows = max(1, BLOCK_ENTRIES // d)
@@ -35,13 +35,14 @@ def pointwise_forward(
         losses[block], g = _block(s, t, kind, need_student)
         if need_student:
             if normalize:
+                # The Jacobian of s / |s|: what changes the length alone is taken out.
                 g = (g - s * (s * g).sum(1, keepdim=True)) * inverse
             d_student[start : start + rows] = g
     return losses.sum(), d_student
 
 
 def _block(s: Tensor, t: Tensor, kind: str, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """(loss (), its gradient to s) of some rows s and t (r, D)."""
+    """(loss (), its gradient by s (r, D)) of some rows s and t (r, D)."""
     if kind == "cosine":
         return (1 - (s * t).sum(1)).sum(), -t if need_gradient else None
     difference = s - t

@@ -1,8 +1,8 @@
 """The rank of each query's best positive, by counting; ties and NaN count against the model.
 
-Equal candidates get different similarities from a matrix product, which adds up its last columns in another order. So
-the product decides where two similarities lie further apart than its rounding can bring them, and the few others are
-decided by `exact_products`. The ranks are those of the latter, whatever the product's library, blocks and threads.
+A matrix product may give equal candidates different similarities, because it adds up its last columns in another
+order. So it decides only between similarities that differ by more than its rounding error; `exact_products` decides
+the few others. The ranks do not depend on the product's library, blocks and threads.
 """
 
 import math
@@ -11,10 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from d2s.kernels.chunked.common import DOT_ENTRIES, SamePairs, Sweep, accumulator, full_precision
+from d2s.kernels.chunked.common import DOT_ENTRIES, SamePairs, Sweep, full_precision
 from d2s.kernels.chunked.exact import exact_error, exact_products
+from d2s.kernels.dtypes import accumulator
 
-# Pairs are decided one by one where they are no more than one in so many; else by products of whole rows.
+# Up to one pair in so many is decided one by one in float64; more by exact products of whole rows.
 SPARSE = 64
 
 
@@ -37,11 +38,11 @@ def retrieval_ranks(
             own = torch.zeros(s.shape, dtype=torch.bool, device=s.device)
             mark(own, start, stop)
             best = torch.where(own, s, -torch.inf).amax(1, keepdim=True)
-            # What is infinite or no number does not round: it is compared as it is, and nothing is near it.
+            # Infinity and NaN do not round: they are compared as they are, and nothing is near them.
             room = 2 * rounding.of(dtype, start, stop)
             below = s < torch.where(best.isfinite(), best - room, best)
             near = (s <= torch.where(best.isfinite(), best + room, torch.nan)) > below
-            # Everything that is not strictly below the best positive stands before it: ties, and NaN.
+            # Everything that is not strictly below the best positive counts: ties, and NaN.
             ranks[start:stop] = s.shape[1] - (below | own).sum(1, dtype=torch.int32)
             unclear = _rows_with_any(near > own)
             if unclear.numel():
@@ -54,7 +55,7 @@ def retrieval_ranks(
 def _marker(
     positives: tuple[Tensor, Tensor] | None, query_ids: Tensor | None, candidate_ids: Tensor | None
 ) -> Callable[[Tensor, int, int], None]:
-    """What makes the positives of rows start..stop true in a mask (stop - start, M)."""
+    """A function (mask, start, stop) that sets the positives of rows start..stop in mask (stop - start, N)."""
     if positives is None:
         same = SamePairs(query_ids, candidate_ids)
         return lambda mask, start, stop: same.fill(mask, start, stop, True)
@@ -69,14 +70,15 @@ def _marker(
 
 
 def _rows_with_any(x: Tensor) -> Tensor:
-    """The indices of the rows of x (r, M) bool that hold a true entry; as bytes a CPU looks 30 times as fast."""
+    """The indices of the rows of x (r, N) bool with a true entry."""
+    # A CPU searches bytes 30 times as fast as bool.
     return x.view(torch.uint8).amax(1).nonzero().squeeze(1)
 
 
 def _moderate(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x (r, D), its rows' lengths (r,)), divided by a power of two where products might overflow.
+    """(x (r, D), the lengths of its rows (r,)), divided by a power of two if products might overflow.
 
-    Ranks do not depend on it, as it is the same for all rows.
+    The power is the same for all rows, so it changes no rank.
     """
     limit = 2.0**400 if x.dtype == torch.float64 else 2.0**40
     lengths = _lengths(x)
@@ -92,25 +94,25 @@ def _moderate(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rounding:
-    """How far a similarity of a query may lie from `exact_products`, by the lengths of rows (n,) and columns (M,)."""
+    """A bound of |similarity - `exact_products`|, from the lengths of the rows (B,) and columns (N,)."""
 
     def __init__(self, lengths: Tensor, longest: Tensor, width: int) -> None:
         self.dtype, self.width, self.lengths = lengths.dtype, width, lengths
         self.shortened = lengths.dtype == torch.float32 and _shortens(lengths.device)
-        # A candidate that is no number has no similarity that rounds.
+        # A candidate with NaN or infinity has no similarity that rounds.
         self.longest = torch.where(longest.isfinite(), longest, 0).amax()
 
     def of(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        """(stop - start, 1), for products computed in dtype; an infinite or undefined query's is not finite.
+        """(stop - start, 1), for products computed in dtype; not finite for a query that is not finite.
 
-        D terms, added up in whatever order, are off by D u / (1 - D u) |q| |c| (Higham, Accuracy and Stability,
-        3.1), and by a smallest number each where they underflow. Eight terms more and the factor 2 stand for the
-        rounding of what is computed here. D lies below a million.
+        A sum of D products, in any order, has an error of at most D u / (1 - D u) |q| |c| (Higham, Accuracy and
+        Stability, 3.1), plus the smallest number for each that underflows. Eight more terms and the factor 2
+        cover the rounding of this bound itself. Valid for D below a million.
         """
         units = (self.width + 8) * torch.finfo(dtype).eps / 2
         factor = units / (1 - 2 * units) + exact_error(self.width, self.dtype)
         if self.shortened and dtype == torch.float32:
-            # Both sides rounded to bf16, 2^-8 each; tf32 keeps more.
+            # For both sides rounded to bf16, 2^-8 each; tf32 has more bits.
             factor += 2.0**-6
         lengths = self.lengths[start:stop, None]
         floor = self.width * torch.finfo(self.dtype).tiny * (1 + lengths + self.longest)
@@ -118,7 +120,7 @@ class Rounding:
 
 
 def _shortens(device: torch.device) -> bool:
-    """Whether the user lets products of float32 matrices be taken of shorter numbers, such as tf32."""
+    """Whether torch's settings let products of float32 matrices use shorter numbers, such as tf32."""
     backends = torch.backends
     own = backends.cuda if device.type == "cuda" else backends.mkldnn
     said = [getattr(x, "fp32_precision", "ieee") for x in (own.matmul, own, backends)]
@@ -126,7 +128,7 @@ def _shortens(device: torch.device) -> bool:
 
 
 def _lengths(x: Tensor) -> Tensor:
-    """The length of each row of x (r, D), with what its squares may have lost to underflow: (r,)."""
+    """An upper bound of the length of each row of x (r, D), underflow of the squares included: (r,)."""
     tiny = torch.finfo(x.dtype).tiny
     return torch.linalg.vector_norm(x, 2, 1) + math.sqrt(x.shape[1] * tiny)
 
@@ -134,7 +136,7 @@ def _lengths(x: Tensor) -> Tensor:
 def _below(rows: Tensor, columns: Tensor, near: Tensor, own: Tensor, room: Tensor) -> Tensor:
     """How many of the near candidates that are not own lie below the best own one: (r,) int64.
 
-    rows: (r, D), near, own: (r, M), room: (r, 1) for products in float64. Changes near.
+    rows: (r, D); near, own: (r, N); room: (r, 1) for products in float64. Overwrites near.
     """
     count = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
     if rows.dtype != torch.float64 and near.count_nonzero() * SPARSE <= near.numel():

@@ -1,13 +1,20 @@
-"""Relational distillation: the student's similarity rows follow the teacher's."""
+"""Relational distillation: the student's similarity rows follow the teacher's.
+
+With the softmax p of the teacher's and q of the student's row the loss is sum p (log p - log q), and its gradient
+by the student's similarities is (q - p) / temperature.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from d2s.kernels.chunked.common import Sweep, accumulator, full_precision
+from d2s.kernels.chunked.common import Sweep, full_precision
+from d2s.kernels.dtypes import accumulator
 
 
 def _log_softmax(x: Tensor, scratch: Tensor) -> Tensor:
-    """The logarithm of the softmax of each row of x (r, M), in place."""
+    """The logarithm of the softmax of each row of x (r, N), in place."""
     x.sub_(x.amax(1, keepdim=True))
     return x.sub_(torch.exp(x, out=scratch).sum(1, keepdim=True).log_())
 
@@ -18,14 +25,14 @@ def relational_forward(
     student_all: Tensor,
     teacher_all: Tensor,
     temperature: float,
-    need_student: bool,
-    need_all: bool,
+    need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), d_student (B, D), d_all (N, D)), all in the student's accumulator type.
+    """(loss (), d_student (B, D), d_all (N, D)), all in the student's accumulator type; need: which gradients.
 
-    Arguments as in `d2s.kernels.functional.relational_distillation`. Computed in the widest of the students' types.
+    See `d2s.kernels.functional.relational_distillation`. Computed in the wider type of student and student_all.
     """
-    made = accumulator(student.dtype)
+    need_student, need_all = need
+    out = accumulator(student.dtype)
     wide = accumulator(torch.promote_types(student.dtype, student_all.dtype))
     with full_precision(student.device):
         rows, columns = student.to(wide).contiguous(), student_all.to(wide).contiguous()
@@ -46,4 +53,4 @@ def relational_forward(
                 torch.mm(difference, columns, out=d_rows[start:stop])
             if need_all:
                 d_columns.addmm_(difference.t(), rows[start:stop])
-        return loss.to(made), d_rows.div_(temperature).to(made), d_columns.div_(temperature).to(made)
+        return loss.to(out), d_rows.div_(temperature).to(out), d_columns.div_(temperature).to(out)

@@ -1,32 +1,31 @@
-"""The sigmoid loss of SigLIP: no normaliser, so the gradient is made in the forward sweep."""
+"""The sigmoid loss of SigLIP. It has no normaliser, so the gradient is made in the forward sweep.
+
+With z = scale * S + bias a negative costs log(1 + exp(z)) and its gradient by z is sigmoid(z); the positive costs
+log(1 + exp(-z)), and its gradient is -sigmoid(-z).
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, row_dots, upcast
+from d2s.kernels.sides import Sides
 
-# Above it log(1 + exp(x)) is x in float64 too; torch's own threshold of 20 costs 2e-9.
-EXACT = 60.0
+# softplus(x) = x from here on: exact in float64 too. torch's default of 20 has an error of 2e-9.
+LINEAR_FROM = 60.0
 
 
 def sigmoid_forward(
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    offset: int,
-    need_image: bool,
-    need_text: bool,
-    need_scale: bool,
-    need_bias: bool,
+    sides: Sides, scale: Tensor, bias: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), d_image (n, D), d_text (M, D), d_scale like scale, d_bias like bias), all acc.
+    """(loss (), d_image (B, D), d_text (N, D), d_scale like scale, d_bias like bias), all acc.
 
-    Arguments as in `d2s.kernels.functional.sigmoid_loss`.
+    need: which of the four gradients. See `d2s.kernels.functional.sigmoid_loss`.
     """
+    image, text, image_ids, text_ids, offset, _ = sides
+    need_image, need_text, need_scale, need_bias = need
     with full_precision(image.device):
         rows, columns = upcast(image), upcast(text)
         n = rows.shape[0]
@@ -34,7 +33,7 @@ def sigmoid_forward(
         same = SamePairs(image_ids, text_ids)
         matched = columns[offset : offset + n]
         positive = factor * row_dots(rows, matched) + shift
-        loss = softplus(-positive, threshold=EXACT).sum()
+        loss = softplus(-positive, threshold=LINEAR_FROM).sum()
         pull = torch.sigmoid(-positive)
         need_rows = need_image or need_scale
         d_rows = torch.empty_like(rows) if need_rows else rows.new_empty(0)
@@ -44,7 +43,7 @@ def sigmoid_forward(
             s.mul_(factor).add_(shift)
             positive_entries(s, start, offset).fill_(-torch.inf)
             same.fill(s, start, stop, -torch.inf)
-            loss += softplus(s, threshold=EXACT).sum()
+            loss += softplus(s, threshold=LINEAR_FROM).sum()
             if need_rows or need_text or need_bias:
                 p = s.sigmoid_()
                 d_bias += p.sum()

@@ -1,7 +1,7 @@
 """Triton kernels for CUDA devices (and, under TRITON_INTERPRET=1, for small CPU tensors): raw functions.
 
-float32, bfloat16 and float16 embeddings; products in their type with float32 accumulators. Nothing here knows of
-autograd or waits for the device. `ALL_SPECS` is what `d2s.kernels.compile` builds.
+Embeddings are float32, bfloat16 or float16; products are taken in their type with float32 accumulators. No function
+here knows of autograd or waits for the device. `ALL_SPECS` is what `d2s.kernels.compile` builds.
 """
 
 from d2s.kernels.fused import (
@@ -17,9 +17,10 @@ from d2s.kernels.fused import (
     products_kernel,
     ranks,
     relational,
+    relational_gradient,
     sigmoid,
 )
-from d2s.kernels.fused.gpo import gpo_backward, gpo_forward, gpo_keeps_values
+from d2s.kernels.fused.gpo import gpo_backward, gpo_forward, gpo_saves_values
 from d2s.kernels.fused.hinge_gather import hinge_max_backward
 from d2s.kernels.fused.hinge_max import hinge_max_forward
 from d2s.kernels.fused.hinge_sum import hinge_sum_forward
@@ -30,27 +31,15 @@ from d2s.kernels.fused.ranks import retrieval_ranks
 from d2s.kernels.fused.relational import relational_forward
 from d2s.kernels.fused.sigmoid import sigmoid_forward
 
-ALL_SPECS = [
-    *hinge_max.SPECS,
-    *hinge_gather.SPECS,
-    *hinge_sum.SPECS,
-    *hinge_lists.SPECS,
-    *info_nce.SPECS,
-    *info_nce_gradient.SPECS,
-    *sigmoid.SPECS,
-    *positives.SPECS,
-    *products_kernel.SPECS,
-    *relational.SPECS,
-    *pointwise.SPECS,
-    *gpo.SPECS,
-    *ranks.SPECS,
-]
+_CONTRASTIVE = (hinge_max, hinge_gather, hinge_sum, hinge_lists, info_nce, info_nce_gradient, sigmoid)
+_OTHERS = (positives, products_kernel, relational, relational_gradient, pointwise, gpo, ranks)
+ALL_SPECS = [spec for module in (*_CONTRASTIVE, *_OTHERS) for spec in module.SPECS]
 
 __all__ = [
     "ALL_SPECS",
     "gpo_backward",
     "gpo_forward",
-    "gpo_keeps_values",
+    "gpo_saves_values",
     "hinge_max_backward",
     "hinge_max_forward",
     "hinge_sum_forward",

@@ -1,50 +1,47 @@
-"""The backward of the hinge with hardest negatives: sparse, N D work, every row of a gradient with one owner.
+"""The backward of the hinge with hardest negatives: sparse, O(B D) work, one program for each row of a gradient.
 
-A violated row i with winner j gives dI_i += T_j - T_p(i), dT_j += I_i and dT_p(i) -= I_i; a violated column the
-same with the sides exchanged. So an output row has its own winner, its partner (the positive), and a bucket: the
-rows on the other side whose winner it is.
+A violated row i with winner j and positive p gives dI_i += T_j - T_p, dT_j += I_i and dT_p -= I_i; a violated column
+the same with the sides exchanged. So a gradient's row has its own winner, its partner (the positive), and a bucket:
+the rows of the other side whose winner it is.
 
-Many rows: the buckets come from one stable sort of the winners, and `_gather` adds one LINES entries at a time in
-ascending order. The largest possible bucket (all rows agree, as after a collapse) is one owner's work, n / LINES
-steps. Few rows of 16 bits: `_few` makes dS, whose entries are whole numbers from -2 to 2 and exact in any type,
-from the winners and multiplies it with the other side: 2 n M D flops, but one launch and no sort.
+Many rows: the buckets come from one stable sort of the winners, and `_gather` adds up a bucket in ascending order,
+LINES entries at a time. The largest possible bucket (all rows agree, as after a collapse) takes one program B / LINES
+steps. Few rows of 16 bits: `_few` makes dS from the winners, whose entries are integers from -2 to 2 and exact
+in any type, and multiplies it with the other side: 2 B N D flops, but one launch and no sort.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2s.kernels.fused.launch import INTERPRETED, cdiv, nothing, on, options, storage
+from d2s.kernels.fused.launch import INTERPRETED, cdiv, not_needed, on_device_of, options, storage
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile, tile_for
+from d2s.kernels.sides import Winners
 
-# Up to so many rows and columns of 16 bits dS is multiplied instead of gathered. Not of float32: for sm_100 Triton
-# 3.7 rounds this product's operands to TF32, whatever precision it is asked for.
+# Up to so many rows and columns of 16 bits `_few` is used. Not of float32: for sm_100 Triton 3.7 rounds this
+# product's operands to TF32, whatever precision it is asked for.
 FEW = 1024
 SIZES = ("size", "others", "shift")
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _gather(
-    grad,
-    other,
-    own_at,
-    own_active,
-    bucket_active,
-    starts,
-    order,
-    out,
-    size,
-    others,
-    shift,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    OWN: tl.constexpr,
-    BUCKET: tl.constexpr,
-):
-    """Row program 0 of a gradient (size, WIDTH), COLUMNS channels of it; its partner is row + shift of other."""
+    grad,  # ()
+    other,  # (others, D)
+    own_at,  # (size,)
+    own_active,  # (size,)
+    bucket_active,  # (others,)
+    starts,  # (size + 1,)
+    order,  # (others,)
+    out,  # (size, D)
+    size, others, shift,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, OWN: tl.constexpr, BUCKET: tl.constexpr,
+):  # fmt: skip
+    """Row `program 0` of out, COLUMNS channels of it; its partner is the row `row + shift` of other."""
     row = tl.program_id(0)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     line = tl.arange(0, LINES)
@@ -73,25 +70,18 @@ def _gather(
 
 @triton.jit(do_not_specialize=SIZES)
 def _few(
-    grad,
-    other,
-    own_at,
-    own_active,
-    bucket_at,
-    bucket_active,
-    out,
-    size,
-    others,
-    shift,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    OWN: tl.constexpr,
-    BUCKET: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """The same for ROWS rows at once: LINES rows of other at a time, each times its part of dS."""
+    grad,  # ()
+    other,  # (others, D)
+    own_at,  # (size,)
+    own_active,  # (size,)
+    bucket_at,  # (others,)
+    bucket_active,  # (others,)
+    out,  # (size, D)
+    size, others, shift,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, OWN: tl.constexpr,
+    BUCKET: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of out, COLUMNS channels of them: the sum of dS * other, LINES rows of other at a time."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     partner = row + shift
@@ -125,7 +115,7 @@ def _few(
 
 
 def _buckets(at: Tensor, active: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(starts (size + 1,), order (n,)): who chose row r stands in order[starts[r]:starts[r + 1]], ascending."""
+    """(starts (size + 1,), order (others,)): the bucket of row r is order[starts[r]:starts[r + 1]], ascending."""
     keys = torch.where(active, at, size).to(torch.int32)
     keys, order = torch.sort(keys, stable=True)
     rows = torch.arange(size + 1, dtype=torch.int32, device=at.device)
@@ -140,13 +130,13 @@ def _one_side(
     bucket: tuple[Tensor, Tensor] | None,
     shift: int,
 ) -> Tensor:
-    """The gradient (size, D) of the side whose winners are `own` and who was chosen by `bucket` of the other."""
+    """The gradient (size, D) of one side; own, bucket: (winners, active) of this side and of the other."""
     others, width = other.shape
     out = torch.empty(size, width, dtype=storage(other.dtype), device=other.device)
     own_at, own_active = own or (grad, grad)
     bucket_at, bucket_active = bucket or (grad, grad)
     flags = {"WIDTH": width, "OWN": own is not None, "BUCKET": bucket is not None}
-    with on(other):
+    with on_device_of(other):
         if other.element_size() == 2 and max(size, others) <= FEW:
             tile = tile_for("hinge_few", other)
             _few[cdiv(size, tile.rows), cdiv(width, tile.columns)](
@@ -168,26 +158,21 @@ def hinge_max_backward(
     grad: Tensor,
     image: Tensor,
     text: Tensor,
-    row_at: Tensor,
-    row_active: Tensor,
-    column_at: Tensor,
-    column_active: Tensor,
+    winners: Winners,
     offset: int,
-    need_image: bool,
-    need_text: bool,
+    need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(d_image (n, D), d_text (M, D)) in the types of image and text; empty where not needed.
+    """(d_image (B, D), d_text (N, D)) in the types of image and text; grad: ().
 
-    grad: (), the rest as `hinge_max_forward` took and gave it.
+    need: which of the two; the other is empty. winners: from `hinge_max_forward`.
     """
     grad = grad.to(torch.float32)
     image, text = image.contiguous(), text.contiguous()
-    rows = (row_at, row_active)
-    columns = (column_at, column_active) if column_at.numel() else None
-    d_image, d_text = nothing(image), nothing(text)
-    if need_image:
+    rows, columns = winners[:2], winners[2:] if winners.column_at.numel() else None
+    d_image, d_text = not_needed(image), not_needed(text)
+    if need[0]:
         d_image = _one_side(grad, text, image.shape[0], rows, columns, offset)
-    if need_text:
+    if need[1]:
         d_text = _one_side(grad, image, text.shape[0], columns, rows, -offset)
     return d_image, d_text
 

@@ -1,4 +1,8 @@
-"""What the hinge with every violation counts and lists beside its products, and the positives' part of gradients."""
+"""Counts of violations for the hinge with every violation: lists of tiles, and the positives' part of the gradients.
+
+d_image[i] -= count[i] * text[offset + i] and d_text[offset + i] -= count[i] * image[i], count = violations of the row
+i and of the column offset + i.
+"""
 
 import torch
 import triton
@@ -7,17 +11,16 @@ import triton.language as tl
 from d2s.kernels.fused.launch import cdiv, power_of_two, untiled
 from d2s.kernels.fused.products import Block, Lists, Products
 from d2s.kernels.fused.spec import KernelSpec
-from d2s.kernels.fused.tiles import Tile
 
 # Rows and channels that a program of `_pull` owns.
-PULLED = (16, 128)
+_PULL = {"ROWS": 16, "COLUMNS": 128}
 LISTS_SIZES = ("row_start", "column_start", "n", "m", "row_tiles", "column_tiles", "height", "width")
 PULL_SIZES = ("n", "offset")
 
 
 @triton.jit
 def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
-    """Lists at list_at which of `tiles` entries of active, every stride-th, are 1, and how many these are."""
+    """Lists which of `tiles` entries of active, `stride` apart, are 1: indices to list_at, their number to count."""
     lane = tl.arange(0, TILES)
     some = tl.load(active + lane * stride, mask=lane < tiles, other=0)
     tl.store(list_at + tl.cumsum(some, 0) - 1, lane, mask=some > 0)
@@ -26,7 +29,7 @@ def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
 
 @triton.jit
 def _counted(counts, parts, at, size, out, first, inside):
-    """Adds the counts (parts, size) of entries `at` to out; first: there is nothing there yet."""
+    """Adds the sums over rows of counts (parts, size), columns `at`, to out; with `first` out is overwritten."""
     value = tl.load(out + at, mask=inside & (first == 0), other=0.0)
     pointers = counts + at
     for _ in range(parts):
@@ -37,29 +40,19 @@ def _counted(counts, parts, at, size, out, first, inside):
 
 @triton.jit(do_not_specialize=LISTS_SIZES)
 def _lists(
-    active,
-    row_counts,
-    column_counts,
-    row_list,
-    row_count,
-    column_list,
-    column_count,
-    row_total,
-    column_total,
-    row_start,
-    column_start,
-    n,
-    m,
-    row_tiles,
-    column_tiles,
-    height,
-    width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TILES: tl.constexpr,
-    BOTH: tl.constexpr,
-):
-    """The first row_tiles programs see to a row of tiles, the others to a column of them; lists of TILES entries."""
+    active,  # (row tiles, column tiles)
+    row_counts,  # (column tiles, block rows)
+    column_counts,  # (row tiles, block columns)
+    row_list,  # (row tiles, TILES)
+    row_count,  # (row tiles,)
+    column_list,  # (column tiles, TILES)
+    column_count,  # (column tiles,)
+    row_total,  # (B,)
+    column_total,  # (N,)
+    row_start, column_start, n, m, row_tiles, column_tiles, height, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """Each of the first row_tiles programs lists and counts a row of tiles, each of the others a column of tiles."""
     program = tl.program_id(0)
     if program < row_tiles:
         start = active + program * column_tiles
@@ -79,22 +72,17 @@ def _lists(
 
 @triton.jit(do_not_specialize=PULL_SIZES)
 def _pull(
-    image,
-    text,
-    row_total,
-    column_total,
-    d_image,
-    d_text,
-    n,
-    offset,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BOTH: tl.constexpr,
-    IMAGE: tl.constexpr,
+    image,  # (B, D)
+    text,  # (N, D)
+    row_total,  # (B,)
+    column_total,  # (N,)
+    d_image,  # (B, D)
+    d_text,  # (N, D)
+    n, offset,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOTH: tl.constexpr, IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
-):
-    """Subtracts each positive's count times the partner; ROWS rows and COLUMNS channels."""
+):  # fmt: skip
+    """Subtracts count times the partner from both gradients, for ROWS positives and COLUMNS channels."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < n)[:, None] & (k < WIDTH)[None, :]
@@ -112,14 +100,14 @@ def _pull(
 
 
 class Counts:
-    """What is counted for the positives and listed for the products, and where.
+    """The violations of each row and column, and the lists of tiles that have any.
 
-    block: the largest. both: columns are counted, too. whole: one tile is the whole matrix; its counts are the
-    totals then, and there is nothing to list. rows, columns, active, lists: what a block's tiles write, see
-    `_lists`.
+    rows, columns, active: written by the tiles of a block, as `row_counts`, `column_counts`, `active` of `_lists`.
+    block: the largest. single: one tile is the whole matrix; then its counts are the totals and no list is needed.
     """
 
-    def __init__(self, products: Products, block: Block, both: bool, whole: bool) -> None:
+    def __init__(self, products: Products, block: Block, single: bool) -> None:
+        both = products.sides.both
         self.products, self.both, tile = products, both, products.pairs
         n, m = products.image.shape[0], products.text.shape[0] if both else 0
         floats, ints = ({"dtype": t, "device": products.image.device} for t in (torch.float32, torch.int32))
@@ -127,12 +115,12 @@ class Counts:
         tiles = row_tiles * column_tiles
         self.rows = torch.empty(tiles * tile.rows, **floats)
         self.columns = torch.empty(tiles * tile.columns if both else 0, **floats)
-        self.row_total = self.rows if whole else torch.empty(n, **floats)
-        self.column_total = self.columns if whole else torch.empty(m, **floats)
-        self.active = torch.empty(0 if whole else tiles, **ints)
+        self.row_total = self.rows if single else torch.empty(n, **floats)
+        self.column_total = self.columns if single else torch.empty(m, **floats)
+        self.active = torch.empty(0 if single else tiles, **ints)
         self.length = power_of_two(max(row_tiles, column_tiles))
         self.lists = None
-        if not whole:
+        if not single:
             self.lists = Lists(
                 row_tiles=torch.empty(row_tiles, self.length, **ints),
                 row_count=torch.empty(row_tiles, **ints),
@@ -141,7 +129,7 @@ class Counts:
             )
 
     def add(self, block: Block) -> Lists | None:
-        """Adds a block's counts to the totals and lists its tiles; under the tensors' device."""
+        """Adds a block's counts to the totals and lists its tiles. Call it with the tensors' device as current."""
         if self.lists is None:
             return None
         tile, (row_tiles, column_tiles) = self.products.pairs, self.products.grid(block)
@@ -154,23 +142,14 @@ class Counts:
         return self.lists if self.products.skippable else None
 
     def pull(self) -> None:
-        """Gives the gradients what the positives' counts ask for; under the tensors' device."""
+        """Subtracts the positives' part from the gradients. Call it with the tensors' device as current."""
         products, (n, width) = self.products, self.products.image.shape
         d_image, d_text = products.d_image, products.d_text
-        _pull[cdiv(n, PULLED[0]), cdiv(width, PULLED[1])](
+        _pull[cdiv(n, _PULL["ROWS"]), cdiv(width, _PULL["COLUMNS"])](
             products.image, products.text, self.row_total, self.column_total, d_image, d_text, n,
-            products.offset, WIDTH=width, ROWS=PULLED[0], COLUMNS=PULLED[1], BOTH=self.both,
+            products.sides.offset, WIDTH=width, BOTH=self.both, **_PULL,
             IMAGE=d_image.numel() > 0, TEXT=d_text.numel() > 0,
         )  # fmt: skip
-
-
-def _lists_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    return {"ROWS": 128, "COLUMNS": 128, "TILES": 64, "BOTH": True}
-
-
-def _pull_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    sizes = {"WIDTH": width, "ROWS": PULLED[0], "COLUMNS": PULLED[1]}
-    return {**sizes, "BOTH": True, "IMAGE": True, "TEXT": True}
 
 
 SPECS = [
@@ -182,7 +161,7 @@ SPECS = [
             **dict.fromkeys(("row_counts", "column_counts", "row_total", "column_total"), "*fp32"),
         },
         scalars=dict.fromkeys(LISTS_SIZES, "i32"),
-        constants=_lists_constants,
+        constants=lambda tile, width, half: {"ROWS": 128, "COLUMNS": 128, "TILES": 64, "BOTH": True},
         options=untiled,
         unaligned=frozenset(LISTS_SIZES),
         dots=False,
@@ -197,9 +176,11 @@ SPECS = [
             **dict.fromkeys(("row_total", "column_total", "d_image", "d_text"), "*fp32"),
         },
         scalars=dict.fromkeys(PULL_SIZES, "i32"),
-        constants=_pull_constants,
+        constants=lambda tile, width, half: {
+            **_PULL, "WIDTH": width, "BOTH": True, "IMAGE": True, "TEXT": True
+        },
         options=untiled,
         unaligned=frozenset(PULL_SIZES),
         dots=False,
     ),
-]
+]  # fmt: skip

@@ -1,10 +1,12 @@
 """The hinge with the hardest negative of each row and column: one sweep, and the choice of the winners.
 
-`_sweep` makes every tile of S once (2 n M D flops). A program owns a block of rows and a range of columns; it
-keeps each row's largest negative and its place in registers and writes, per tile, each column's. `_merge` takes
-the first largest of these parts in ascending order: of the ranges for rows, of the row blocks for columns. A
-strip of STRIP rows at a time, so that the parts take 8 * STRIP / rows bytes a column and not N / rows of them.
-The backward is in `hinge_gather.py`. Only a larger value replaces another, so ties go to the lowest index.
+loss = sum over rows of [margin + max over negatives S_ij - S_positive]+, and the same over columns.
+
+`_sweep` makes every tile of S once (2 B N D flops). A program has a tile of rows and a range of columns; it keeps
+each row's largest negative and its column in registers, and writes, per tile, each column's. `_merge` takes the
+first largest of these partial results in ascending order. Only a larger value replaces another, so ties go to the
+lowest index. A strip of STRIP rows at a time: so the partial results take 8 * STRIP / ROWS bytes a column,
+independent of B. The backward is in `hinge_gather.py`.
 """
 
 import torch
@@ -12,18 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2s.kernels.fused.launch import INTERPRETED, MERGED, Strips, on, options, total, untiled
-from d2s.kernels.fused.spec import KernelSpec
-from d2s.kernels.fused.sweep import (
-    crosses,
-    different,
-    kept_rows,
-    picked,
-    positive_column,
-    similarities,
-    within,
+from d2s.kernels.fused.launch import (
+    INTERPRETED,
+    MERGED,
+    Strips,
+    on_device_of,
+    options,
+    tile_constants,
+    total,
+    untiled,
 )
-from d2s.kernels.fused.tiles import Tile, tile_for
+from d2s.kernels.fused.spec import KernelSpec
+from d2s.kernels.fused.sweep import negatives, positive_column, resident_rows
+from d2s.kernels.fused.tiles import tile_for
+from d2s.kernels.sides import Sides
 
 SIZES = ("n", "m", "offset", "start", "tiles", "strip")
 MERGE_SIZES = ("n", "m", "start", "stop", "strip", "splits", "blocks", "first_loss")
@@ -31,49 +35,34 @@ MERGE_SIZES = ("n", "m", "start", "stop", "strip", "splits", "blocks", "first_lo
 
 @triton.jit(do_not_specialize=SIZES)
 def _sweep(
-    image,
-    text,
-    image_ids,
-    text_ids,
-    positive,
-    row_best,
-    row_at,
-    column_best,
-    column_at,
-    n,
-    m,
-    offset,
-    start,
-    tiles,
-    strip,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BOTH: tl.constexpr,
+    image,  # (B, D)
+    text,  # (N, D)
+    image_ids,  # (B,)
+    text_ids,  # (N,)
+    positive,  # (B,), similarity of each row's positive
+    row_best,  # (splits, strip)
+    row_at,  # (splits, strip)
+    column_best,  # (blocks, N)
+    column_at,  # (blocks, N)
+    n, m, offset, start, tiles, strip,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
-):
-    """Rows start + ROWS * program 0, against `tiles` tiles of columns from program 1 times as many on."""
+):  # fmt: skip
+    """The tile of rows `program 0` of the strip from `start` on, against the `tiles` tiles of range `program 1`."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
     target = positive_column(row, n, offset)
     row_id = tl.load(image_ids + inner_row)
-    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     at = tl.zeros((ROWS,), tl.int32)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
-        first = tile * COLUMNS
-        column = first + tl.arange(0, COLUMNS)
-        inner_column = tl.minimum(column, m - 1)
-        s = similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
-        if crosses(first_row, first, offset, ROWS, COLUMNS):
-            is_positive = target[:, None] == column[None, :]
-            tl.store(positive + row, picked(s, is_positive), mask=within(target, first, COLUMNS))
-            s = tl.where(is_positive, float("-inf"), s)
-        column_id = tl.load(text_ids + inner_column)
-        s = tl.where(different(row_id, column_id, row, column, n, m), s, float("-inf"))
+        column, s = negatives(
+            resident, image, text, text_ids, positive, 1.0, row, inner_row, row_id, target, first_row,
+            tile * COLUMNS, n, m, offset, WIDTH, ROWS, COLUMNS, DEPTH, UPCAST,
+        )  # fmt: skip
         top = tl.max(s, 1)
         lowest = tl.min(tl.where(s == top[:, None], column[None, :], 2147483647), 1)
         at = tl.where(top > best, lowest, at)
@@ -91,7 +80,7 @@ def _sweep(
 
 @triton.jit
 def _first_largest(best, at, values, places, inside, parts, stride):
-    """(best, at) after `parts` parts, one every `stride` entries of values and places."""
+    """(best, at) merged with `parts` partial results, one every `stride` entries of values and places."""
     for _ in range(parts):
         value = tl.load(values, mask=inside, other=float("-inf"))
         place = tl.load(places, mask=inside, other=0)
@@ -104,39 +93,30 @@ def _first_largest(best, at, values, places, inside, parts, stride):
 
 @triton.jit
 def _cost(margin, best, positive, inside):
-    """The violation; none without a negative, and one that is no number stays so, for the loss to show it."""
+    """The violation, 0 without a negative; NaN stays NaN, so that the loss shows it."""
     cost = margin + best - positive
-    # A device's maximum leaves out what is no number: a row of such shows by its positive.
+    # A device's maximum drops NaN, so a row of NaN is recognised by its positive.
     shown = (best != float("-inf")) | (positive != positive)
     return tl.where(inside & shown & ~(cost <= 0), cost, 0.0)
 
 
 @triton.jit(do_not_specialize=MERGE_SIZES)
 def _merge(
-    positive,
-    row_best,
-    row_parts,
-    column_best,
-    column_parts,
-    row_at,
-    row_active,
-    state_best,
-    column_at,
-    column_active,
-    loss,
-    margin,
-    n,
-    m,
-    start,
-    stop,
-    strip,
-    splits,
-    blocks,
-    first_loss,
-    BOTH: tl.constexpr,
-    MERGED: tl.constexpr,
-):
-    """MERGED rows of the strip start..stop and as many columns; the last strip decides the columns' winners."""
+    positive,  # (B,)
+    row_best,  # (splits, strip)
+    row_parts,  # (splits, strip)
+    column_best,  # (blocks, N)
+    column_parts,  # (blocks, N)
+    row_at,  # (B,)
+    row_active,  # (B,)
+    state_best,  # (N,), the columns' largest so far
+    column_at,  # (N,)
+    column_active,  # (N,)
+    loss,  # (strips * merging,)
+    margin, n, m, start, stop, strip, splits, blocks, first_loss,
+    BOTH: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """MERGED rows of the strip start..stop and as many columns, whose winners are final after the last strip."""
     program = tl.program_id(0)
     lane = program * MERGED + tl.arange(0, MERGED)
     row = start + lane
@@ -163,22 +143,9 @@ def _merge(
     tl.store(loss + first_loss + program, value)
 
 
-def hinge_max_forward(
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    margin: float,
-    offset: int,
-    both: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), row_at (n,) int64, row_active (n,) bool, column_at (M,), column_active (M,)).
-
-    image (n, D), text (M, D), ids (n,) and (M,) int64. An entry is active where its hardest negative, at row_at
-    or column_at, violates the margin. Without `both` the two of the columns are empty.
-    """
-    image, text = image.contiguous(), text.contiguous()
-    image_ids, text_ids = image_ids.contiguous(), text_ids.contiguous()
+def hinge_max_forward(sides: Sides, margin: float) -> tuple[Tensor, ...]:
+    """(loss (), *Winners), float32. See `d2s.kernels.functional.hinge_loss`."""
+    image, text, image_ids, text_ids, offset, both = sides.contiguous()
     (n, width), m = image.shape, text.shape[0]
     tile = tile_for("hinge_max_sweep", image)
     strips, merged_columns = Strips(n, m, tile, both), m if both else 0
@@ -189,23 +156,17 @@ def hinge_max_forward(
     losses = torch.empty(strips.losses, **floats)
     row_at, column_at = image_ids.new_empty(n), image_ids.new_empty(merged_columns)
     row_active, column_active = (torch.empty_like(x, dtype=torch.bool) for x in (row_at, column_at))
-    with on(image):
+    with on_device_of(image):
         for start, stop, blocks, first_loss in strips:
             _sweep[blocks, strips.splits](
                 image, text, image_ids, text_ids, positive, *rows, *columns, n, m, offset, start, strips.tiles,
-                strips.rows, WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, BOTH=both,
-                UPCAST=INTERPRETED, **options(tile),
+                strips.rows, BOTH=both, **tile_constants(tile, width, INTERPRETED), **options(tile),
             )  # fmt: skip
             _merge[(strips.merging,)](
                 positive, *rows, *columns, row_at, row_active, state, column_at, column_active, losses, margin,
                 n, m, start, stop, strips.rows, strips.splits, blocks, first_loss, BOTH=both, MERGED=MERGED,
             )  # fmt: skip
     return total(losses), row_at, row_active, column_at, column_active
-
-
-def _sweep_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    sizes = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    return {**sizes, "BOTH": True, "UPCAST": False}
 
 
 SPECS = [
@@ -219,7 +180,7 @@ SPECS = [
             **dict.fromkeys(("row_at", "column_at"), "*i32"),
         },
         scalars=dict.fromkeys(SIZES, "i32"),
-        constants=_sweep_constants,
+        constants=lambda tile, width, half: {**tile_constants(tile, width), "BOTH": True},
         unaligned=frozenset(SIZES),
     ),
     KernelSpec(

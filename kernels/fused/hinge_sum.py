@@ -1,11 +1,16 @@
-"""The hinge with every violation: loss and gradient from one sweep, 6 n M D flops and nothing recomputed.
+"""The hinge with every violation: loss and gradient from one sweep, 6 B N D flops and nothing recomputed.
 
-A pair's gradient dS is known as soon as its two positives are: 0, 1 or 2, exact in any type. `positives.py` makes
-them first, by the sweep's own arithmetic, so that a negative equal to its positive violates a margin of 0 by
-exactly nothing. `_pairs` then makes one block of dS (see `products.py`), parts of the loss, and per tile how many
-pairs violate of every row and column. `hinge_lists.py` adds these counts up and lists the tiles in which anything
-violates; the products read no others. Last the positives get their part, minus count times the partner.
+loss = sum over negatives of [margin + S_ij - S_ii]+ + [margin + S_ij - S_jj]+, the second term with `both` only;
+dS_ij = number of positive terms, and a positive gets minus the number of its row's and column's violations.
+
+A pair's dS is 0, 1 or 2, exact in any type, and depends only on its own and its two positives' similarities.
+`positives.py` computes those first, by the sweep's own arithmetic, so that a negative equal to its positive violates
+a margin of 0 by exactly 0. `_pairs` then writes one block of dS (see `products.py`), partial losses, and per tile
+the number of violations of every row and column. `hinge_lists.py` adds these counts up and lists the tiles with
+violations; the products read no others. Last the positives get their part, minus count times the partner.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,75 +18,62 @@ import triton.language as tl
 from torch import Tensor
 
 from d2s.kernels.fused.hinge_lists import Counts
-from d2s.kernels.fused.launch import INTERPRETED, on, options, total
+from d2s.kernels.fused.launch import INTERPRETED, on_device_of, options, tile_constants, total
 from d2s.kernels.fused.positives import positives
 from d2s.kernels.fused.products import Products
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import (
     crosses,
     different,
-    kept_rows,
     own_similarities,
     positive_column,
+    resident_rows,
     similarities,
 )
-from d2s.kernels.fused.tiles import Tile, tile_for
+from d2s.kernels.fused.tiles import tile_for
+from d2s.kernels.sides import Sides
 
 PAIRS_SIZES = ("n", "m", "offset", "row_start", "column_start", "first_loss")
 
 
 @triton.jit
 def _violation(s, threshold):
-    """[s - threshold]+, keeping what is no number."""
+    """[s - threshold]+; NaN stays NaN."""
     v = s - threshold
     return tl.where(v <= 0, 0.0, v)
 
 
 @triton.jit(do_not_specialize=PAIRS_SIZES)
 def _pairs(
-    image,
-    text,
-    image_ids,
-    text_ids,
-    positive,
-    ds,
-    row_counts,
-    column_counts,
-    active,
-    loss,
-    margin,
-    n,
-    m,
-    offset,
-    row_start,
-    column_start,
-    first_loss,
-    stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BOTH: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    SKIP: tl.constexpr,
-    WHOLE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    image,  # (B, D)
+    text,  # (N, D)
+    image_ids,  # (B,)
+    text_ids,  # (N,)
+    positive,  # (B,)
+    ds,  # (block rows, stride)
+    row_counts,  # (column tiles, block rows), violations in each tile
+    column_counts,  # (row tiles, block columns)
+    active,  # (row tiles, column tiles), whether a tile has violations
+    loss,  # (tiles of all blocks,)
+    margin, n, m, offset, row_start, column_start, first_loss, stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
+    GRADIENT: tl.constexpr, SKIP: tl.constexpr, SINGLE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Tile (program 0, program 1) of the block that begins at (row_start, column_start).
 
-    WHOLE: the tile is the whole matrix and finds the positives in itself.
+    SINGLE: the tile is the whole matrix and contains its positives. SKIP: tiles without violations are not read.
     """
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     row, column = row_start + at_row, column_start + at_column
     first_row, first = row_start + block * ROWS, column_start + tile * COLUMNS
     inner_row, inner_column = tl.minimum(row, n - 1), tl.minimum(column, m - 1)
-    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
-    s = similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    s = similarities(resident, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
     target = positive_column(row, n, offset)
     is_positive = target[:, None] == column[None, :]
     row_positive, column_positive = own_similarities(
-        positive, s, is_positive, inner_row, inner_column, WHOLE, BOTH
+        positive, s, is_positive, inner_row, inner_column, SINGLE, BOTH
     )
     if crosses(first_row, first, offset, ROWS, COLUMNS):
         s = tl.where(is_positive, float("-inf"), s)
@@ -104,56 +96,38 @@ def _pairs(
             count = tl.sum(by_column, 0)
             anything = tl.maximum(anything, tl.max(count, 0))
             tl.store(column_counts + block * tl.num_programs(1) * COLUMNS + at_column, count)
-        if not WHOLE:
+        if not SINGLE:
             tl.store(active + part, (anything > 0).to(tl.int32))
         if (not SKIP) | (anything > 0):
             pointers = ds + at_row.to(tl.int64)[:, None] * stride + at_column[None, :]
             tl.store(pointers, gradient.to(ds.dtype.element_ty))
 
 
-def hinge_sum_forward(
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    margin: float,
-    offset: int,
-    both: bool,
-    need_image: bool,
-    need_text: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), d_image (n, D), d_text (M, D)), float32; the gradients of the loss, empty where not needed.
-
-    image (n, D), text (M, D), ids (n,) and (M,) int64.
-    """
-    image, text = image.contiguous(), text.contiguous()
-    image_ids, text_ids = image_ids.contiguous(), text_ids.contiguous()
+def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (), d_image (B, D), d_text (N, D)), float32; need: which gradients. The others are empty."""
+    sides = sides.contiguous()
+    image, text, image_ids, text_ids, offset, both = sides
     (n, width), m = image.shape, text.shape[0]
-    tile, gradient = tile_for("hinge_sum_pairs", image), need_image or need_text
-    products = Products(image, text, tile, offset, need_image, need_text, torch.float32, scaled=False)
-    whole = n <= tile.rows and m <= tile.columns
-    counts = Counts(products, next(products.blocks()), both, whole)
+    tile, gradient = tile_for("hinge_sum_pairs", image), any(need)
+    products = Products(sides, tile, need, torch.float32, scaled=False)
+    single = n <= tile.rows and m <= tile.columns
+    counts = Counts(products, next(products.blocks()), single)
     losses = torch.empty(products.tiles, dtype=torch.float32, device=image.device)
-    positive = losses if whole else positives(image, text, offset)
-    with on(image):
+    positive = losses if single else positives(image, text, offset)
+    with on_device_of(image):
         for block in products.blocks():
             _pairs[products.grid(block)](
                 image, text, image_ids, text_ids, positive, products.ds, counts.rows, counts.columns,
                 counts.active, losses, margin, n, m, offset, block.row_start, block.column_start,
-                block.first_tile, products.stride, WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns,
-                DEPTH=tile.depth, BOTH=both, GRADIENT=gradient, SKIP=products.skippable and not whole,
-                WHOLE=whole, UPCAST=INTERPRETED, **options(tile),
+                block.first_tile, products.stride, BOTH=both, GRADIENT=gradient,
+                SKIP=products.skippable and not single, SINGLE=single,
+                **tile_constants(tile, width, INTERPRETED), **options(tile),
             )  # fmt: skip
             if gradient:
                 products.multiply(block, None, None, counts.add(block))
         if gradient:
             counts.pull()
     return total(losses), products.d_image, products.d_text
-
-
-def _constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    sizes = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "UPCAST": False}
-    return {**sizes, "BOTH": True, "GRADIENT": True, "SKIP": True, "WHOLE": False}
 
 
 SPECS = [
@@ -167,7 +141,9 @@ SPECS = [
             "active": "*i32",
         },
         scalars={"margin": "fp32", "stride": "i32", **dict.fromkeys(PAIRS_SIZES, "i32")},
-        constants=_constants,
+        constants=lambda tile, width, half: {
+            **tile_constants(tile, width), "BOTH": True, "GRADIENT": True, "SKIP": True, "SINGLE": False
+        },
         unaligned=frozenset(PAIRS_SIZES),
     ),
-]
+]  # fmt: skip

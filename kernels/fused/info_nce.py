@@ -1,15 +1,18 @@
-"""Symmetric InfoNCE with a learnable scale: 8 n M D flops, no matrix kept.
+"""Symmetric InfoNCE with a learnable scale: 8 B N D flops, and the similarity matrix is never stored.
 
-Forward (2 n M D): `_sweep` makes every tile of S once. A program owns a block of rows and a range of columns, with
-the rows' (largest, sum of exponentials) online in registers; per tile it writes each column's. `_merge` adds these
-up in ascending order. Strips of STRIP rows keep the columns' parts at 8 * STRIP / rows bytes a column.
-The backward (6 n M D) is in `info_nce_gradient.py`.
+loss = 0.5 * sum over rows of log(1 + sum over negatives exp(scale * (S_ij - S_positive))), and the same over columns.
 
-Exponents are taken to base 2 as one fused multiply-add, factor * S - reference, which rounds once: the largest
-similarity, not the largest exponent, is what is kept. Positives stay out of all sums. What is handed to the backward
-of each row and column are the log2-odds of the others against its positive: the loss is their softplus, 1 - P of the
-positive their sigmoid, and both keep all their digits where a model is sure of itself, which 1 - P would not. For
-the same reason exponents and d_scale go by differences to the positive's similarity, which `positives.py` repeats.
+Forward (2 B N D): `_sweep` makes every tile of S once. A program has a tile of rows and a range of columns, with the
+rows' (largest, sum of exponentials) in registers; per tile it writes each column's. `_merge` adds these up in
+ascending order. Strips of STRIP rows keep the columns' partial results at 8 * STRIP / ROWS bytes a column.
+The backward (6 B N D) is in `info_nce_gradient.py`.
+
+Exponents are in base 2 and one fused multiply-add, factor * S - reference, which rounds once; therefore the largest
+similarity is stored and not the largest exponent. Positives stay out of all sums. The backward gets the odds of each
+row and column: log2 of (sum over the negatives / exponential of the positive). The cost is their softplus and
+1 - P(positive) their sigmoid. Both keep all their digits when a model is certain; 1 - P computed from P would not.
+For the same reason exponents and d_scale are computed from differences to the positive's similarity, which
+`positives.py` makes again for the backward.
 """
 
 import torch
@@ -17,21 +20,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2s.kernels.fused.launch import INTERPRETED, MERGED, Strips, on, options, total, untiled
+from d2s.kernels.fused.launch import (
+    INTERPRETED,
+    MERGED,
+    Strips,
+    on_device_of,
+    options,
+    tile_constants,
+    total,
+    untiled,
+)
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import (
-    crosses,
-    different,
     exponent_of,
-    kept_rows,
-    picked,
+    negatives,
     positive_column,
     reference_of,
-    similarities,
+    resident_rows,
     softplus_and_sigmoid_2,
-    within,
 )
-from d2s.kernels.fused.tiles import Tile, tile_for
+from d2s.kernels.fused.tiles import tile_for
+from d2s.kernels.sides import Sides
 
 LN2 = 0.6931471805599453
 SWEEP_SIZES = ("n", "m", "offset", "start", "tiles", "strip")
@@ -40,30 +49,21 @@ MERGE_SIZES = ("n", "m", "start", "stop", "strip", "splits", "blocks", "first_lo
 
 @triton.jit(do_not_specialize=SWEEP_SIZES)
 def _sweep(
-    image,
-    text,
-    image_ids,
-    text_ids,
-    scale,
-    positive,
-    row_top,
-    row_sum,
-    column_top,
-    column_sum,
-    n,
-    m,
-    offset,
-    start,
-    tiles,
-    strip,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BOTH: tl.constexpr,
+    image,  # (B, D)
+    text,  # (N, D)
+    image_ids,  # (B,)
+    text_ids,  # (N,)
+    scale,  # (1,)
+    positive,  # (B,), sign * similarity of each row's positive
+    row_top,  # (splits, strip)
+    row_sum,  # (splits, strip)
+    column_top,  # (blocks, N)
+    column_sum,  # (blocks, N)
+    n, m, offset, start, tiles, strip,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
-):
-    """Rows start + ROWS * program 0, against `tiles` tiles of columns from program 1 times as many on."""
+):  # fmt: skip
+    """The tile of rows `program 0` of the strip from `start` on, against the `tiles` tiles of range `program 1`."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -71,20 +71,14 @@ def _sweep(
     target = positive_column(row, n, offset)
     row_id = tl.load(image_ids + inner_row)
     sign, factor = exponent_of(scale)
-    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     sums = tl.zeros((ROWS,), tl.float32)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
-        first = tile * COLUMNS
-        column = first + tl.arange(0, COLUMNS)
-        inner_column = tl.minimum(column, m - 1)
-        s = sign * similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
-        if crosses(first_row, first, offset, ROWS, COLUMNS):
-            is_positive = target[:, None] == column[None, :]
-            tl.store(positive + row, picked(s, is_positive), mask=within(target, first, COLUMNS))
-            s = tl.where(is_positive, float("-inf"), s)
-        column_id = tl.load(text_ids + inner_column)
-        s = tl.where(different(row_id, column_id, row, column, n, m), s, float("-inf"))
+        column, s = negatives(
+            resident, image, text, text_ids, positive, sign, row, inner_row, row_id, target, first_row,
+            tile * COLUMNS, n, m, offset, WIDTH, ROWS, COLUMNS, DEPTH, UPCAST,
+        )  # fmt: skip
         top = tl.maximum(best, tl.max(s, 1))
         reference = reference_of(top, factor)
         sums *= tl.exp2(tl.fma(best, factor, -reference))
@@ -103,8 +97,8 @@ def _sweep(
 
 
 @triton.jit
-def _added(best, sums, tops, parts, inside, count, stride, factor):
-    """(largest, sum of exponentials) after `count` more such parts, one every `stride` entries."""
+def _merged(best, sums, tops, parts, inside, count, stride, factor):
+    """(largest, sum of exponentials) merged with `count` more such pairs, one every `stride` entries."""
     for _ in range(count):
         other = tl.load(tops, mask=inside, other=float("-inf"))
         top = tl.maximum(best, other)
@@ -119,7 +113,7 @@ def _added(best, sums, tops, parts, inside, count, stride, factor):
 
 @triton.jit
 def _finished(best, sums, own, factor, inside, LN2: tl.constexpr):
-    """(log2 of the others' sum over the positive's exponential, cost); -inf where there are no others."""
+    """(odds, cost) of rows with the largest negative `best`, sum of exponentials `sums` and the positive `own`."""
     reference = reference_of(best, factor)
     logarithm = tl.where(sums == 0, float("-inf"), tl.log2(tl.where(sums == 0, 1.0, sums)))
     odds = logarithm - tl.fma(own, factor, -reference)
@@ -129,36 +123,27 @@ def _finished(best, sums, own, factor, inside, LN2: tl.constexpr):
 
 @triton.jit(do_not_specialize=MERGE_SIZES)
 def _merge(
-    scale,
-    positive,
-    row_top,
-    row_sum,
-    column_top,
-    column_sum,
-    row_odds,
-    state_top,
-    column_odds,
-    loss,
-    n,
-    m,
-    start,
-    stop,
-    strip,
-    splits,
-    blocks,
-    first_loss,
-    BOTH: tl.constexpr,
-    MERGED: tl.constexpr,
-    LN2: tl.constexpr,
-):
-    """MERGED rows of the strip start..stop and as many columns; column_odds holds sums until the last strip."""
+    scale,  # (1,)
+    positive,  # (B,)
+    row_top,  # (splits, strip)
+    row_sum,  # (splits, strip)
+    column_top,  # (blocks, N)
+    column_sum,  # (blocks, N)
+    row_odds,  # (B,)
+    state_top,  # (N,), the columns' largest so far
+    column_odds,  # (N,), sums until the last strip
+    loss,  # (strips * merging,)
+    n, m, start, stop, strip, splits, blocks, first_loss,
+    BOTH: tl.constexpr, MERGED: tl.constexpr, LN2: tl.constexpr,
+):  # fmt: skip
+    """MERGED rows of the strip start..stop and as many columns, whose odds are final after the last strip."""
     program = tl.program_id(0)
     _, factor = exponent_of(scale)
     lane = program * MERGED + tl.arange(0, MERGED)
     row = start + lane
     inside = row < stop
     best, sums = tl.full((MERGED,), float("-inf"), tl.float32), tl.zeros((MERGED,), tl.float32)
-    best, sums = _added(best, sums, row_top + lane, row_sum + lane, inside, splits, strip, factor)
+    best, sums = _merged(best, sums, row_top + lane, row_sum + lane, inside, splits, strip, factor)
     own = tl.load(positive + row, mask=inside, other=0.0)
     odds, cost = _finished(best, sums, own, factor, inside, LN2)
     tl.store(row_odds + row, odds, mask=inside)
@@ -168,7 +153,7 @@ def _merge(
         seen = inside & (start > 0)
         best = tl.load(state_top + lane, mask=seen, other=float("-inf"))
         sums = tl.load(column_odds + lane, mask=seen, other=0.0)
-        best, sums = _added(best, sums, column_top + lane, column_sum + lane, inside, blocks, m, factor)
+        best, sums = _merged(best, sums, column_top + lane, column_sum + lane, inside, blocks, m, factor)
         if stop == n:
             own = tl.load(positive + lane, mask=inside, other=0.0)
             sums, cost = _finished(best, sums, own, factor, inside, LN2)
@@ -178,48 +163,37 @@ def _merge(
     tl.store(loss + first_loss + program, value)
 
 
-def info_nce_forward(
-    image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor, scale: Tensor, offset: int, both: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), row_lse (n,), column_lse (M,)), float32; of the latter column_lse is empty without `both`.
+def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (), row_odds (B,), column_odds (N,) or empty without both), float32.
 
-    image (n, D), text (M, D), ids (n,) and (M,) int64, scale one entry. What the names call lse is counted from
-    the positive's logit: log2 of (sum over the others) / (exponential of the positive), -inf without others.
+    scale: one entry. Odds: log2 of (sum over the negatives / exponential of the positive), -inf without negatives.
     """
-    image, text = image.contiguous(), text.contiguous()
-    image_ids, text_ids = image_ids.contiguous(), text_ids.contiguous()
+    image, text, image_ids, text_ids, offset, both = sides.contiguous()
     scale = scale.to(torch.float32)
     (n, width), m = image.shape, text.shape[0]
     tile = tile_for("info_nce_sweep", image)
     strips, merged_columns = Strips(n, m, tile, both), m if both else 0
     floats = {"dtype": torch.float32, "device": image.device}
-    positive, state, row_lse, column_lse, losses = (
+    positive, state, row_odds, column_odds, losses = (
         torch.empty(k, **floats) for k in (n, merged_columns, n, merged_columns, strips.losses)
     )
-    # Each by itself: halves of one would be aligned with some sizes and not with others, a build for each.
+    # Separate tensors: halves of one would be aligned for some sizes only, and Triton would compile both variants.
     rows, columns = (
         (torch.empty(k, **floats), torch.empty(k, **floats)) for k in (strips.row_parts, strips.column_parts)
     )
-    with on(image):
+    with on_device_of(image):
         for start, stop, blocks, first_loss in strips:
             _sweep[blocks, strips.splits](
                 image, text, image_ids, text_ids, scale, positive, *rows, *columns, n, m, offset, start,
-                strips.tiles, strips.rows, WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-                BOTH=both, UPCAST=INTERPRETED, **options(tile),
+                strips.tiles, strips.rows, BOTH=both, **tile_constants(tile, width, INTERPRETED), **options(tile),
             )  # fmt: skip
             _merge[(strips.merging,)](
-                scale, positive, *rows, *columns, row_lse, state, column_lse, losses, n, m, start, stop,
+                scale, positive, *rows, *columns, row_odds, state, column_odds, losses, n, m, start, stop,
                 strips.rows, strips.splits, blocks, first_loss, BOTH=both, MERGED=MERGED, LN2=LN2,
             )  # fmt: skip
-    return total(losses), row_lse, column_lse
+    return total(losses), row_odds, column_odds
 
 
-def _sweep_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    sizes = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    return {**sizes, "BOTH": True, "UPCAST": False}
-
-
-_INPUTS = {**dict.fromkeys(("image", "text"), "*x"), **dict.fromkeys(("image_ids", "text_ids"), "*i64")}
 _SWEPT = ("scale", "positive", "row_top", "row_sum", "column_top", "column_sum")
 _MERGED = ("row_odds", "state_top", "column_odds", "loss")
 SPECS = [
@@ -227,11 +201,12 @@ SPECS = [
         name="info_nce_sweep",
         kernel=_sweep,
         pointers={
-            **_INPUTS,
-            **dict.fromkeys(("scale", "positive", "row_top", "row_sum", "column_top", "column_sum"), "*fp32"),
+            **dict.fromkeys(("image", "text"), "*x"),
+            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
+            **dict.fromkeys(_SWEPT, "*fp32"),
         },
         scalars=dict.fromkeys(SWEEP_SIZES, "i32"),
-        constants=_sweep_constants,
+        constants=lambda tile, width, half: {**tile_constants(tile, width), "BOTH": True},
         unaligned=frozenset({"scale", *SWEEP_SIZES}),
     ),
     KernelSpec(

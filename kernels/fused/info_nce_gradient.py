@@ -1,16 +1,20 @@
-"""The backward of InfoNCE: S again by the forward's arithmetic, a block of P at a time, 6 n M D flops.
+"""The backward of InfoNCE: S again by the forward's arithmetic, a block of P at a time, 6 B N D flops.
 
-`_pairs` makes P = softmax by rows + softmax by columns as a block of dS, without the positives, and sums what the
-scale gets on the way; `products.py` makes the gradients of it. The positives' weights, 1 - P of the row and of the
-column, are applied in float32. The forward's log-odds give both: see `info_nce.py`.
+P = softmax by rows + softmax by columns; for a negative d loss / d S_ij = 0.5 * scale * P_ij, for a positive
+-0.5 * scale * (1 - P_row + 1 - P_column), and d_scale = 0.5 * sum over negatives of P_ij * (S_ij - S_positive).
+
+`_pairs` writes P without the positives as a block of dS and sums d_scale on the way; `products.py` turns dS into
+gradients. The positives' weights are applied in float32. The forward's odds give both, see `info_nce.py`.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2s.kernels.fused.launch import INTERPRETED, nothing, on, options, total
+from d2s.kernels.fused.launch import INTERPRETED, not_needed, on_device_of, options, tile_constants, total
 from d2s.kernels.fused.positives import positives
 from d2s.kernels.fused.products import Products
 from d2s.kernels.fused.spec import KernelSpec
@@ -18,52 +22,40 @@ from d2s.kernels.fused.sweep import (
     crosses,
     different,
     exponent_of,
-    kept_rows,
     own_similarities,
     positive_column,
+    resident_rows,
     similarities,
     softplus_and_sigmoid_2,
     within,
 )
-from d2s.kernels.fused.tiles import Tile, tile_for
+from d2s.kernels.fused.tiles import tile_for
+from d2s.kernels.sides import Sides
 
 PAIRS_SIZES = ("n", "m", "offset", "row_start", "column_start", "first_sum")
 
 
 @triton.jit(do_not_specialize=PAIRS_SIZES)
 def _pairs(
-    image,
-    text,
-    image_ids,
-    text_ids,
-    scale,
-    grad,
-    positive,
-    row_odds,
-    column_odds,
-    ds,
-    pull,
-    chain,
-    scale_sum,
-    n,
-    m,
-    offset,
-    row_start,
-    column_start,
-    first_sum,
-    stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DS_SCALE: tl.constexpr,
-    BOTH: tl.constexpr,
-    STORE: tl.constexpr,
-    SCALE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    image,  # (B, D)
+    text,  # (N, D)
+    image_ids,  # (B,)
+    text_ids,  # (N,)
+    scale,  # (1,)
+    grad,  # ()
+    positive,  # (B,)
+    row_odds,  # (B,)
+    column_odds,  # (N,)
+    ds,  # (block rows, stride)
+    pull,  # (B,), 1 - P of each positive, by row and by column
+    chain,  # (1,), 0.5 * grad * scale
+    scale_sum,  # (tiles of all blocks,), partial d_scale
+    n, m, offset, row_start, column_start, first_sum, stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    DS_SCALE: tl.constexpr, BOTH: tl.constexpr, STORE: tl.constexpr, SCALE: tl.constexpr, SINGLE: tl.constexpr,
     UPCAST: tl.constexpr,
-):
-    """Tile (program 0, program 1) of a block: P without positives to ds, theirs to pull, the scale's to scale_sum."""
+):  # fmt: skip
+    """Tile (program 0, program 1) of a block. SINGLE: the tile is the whole matrix and contains its positives."""
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     row, column = row_start + at_row, column_start + at_column
@@ -71,11 +63,11 @@ def _pairs(
     inner_row, inner_column = tl.minimum(row, n - 1), tl.minimum(column, m - 1)
     target = positive_column(row, n, offset)
     sign, factor = exponent_of(scale)
-    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
-    s = sign * similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    s = sign * similarities(resident, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
     is_positive = target[:, None] == column[None, :]
-    own, column_own = own_similarities(positive, s, is_positive, inner_row, inner_column, WHOLE, BOTH)
-    if not WHOLE:
+    own, column_own = own_similarities(positive, s, is_positive, inner_row, inner_column, SINGLE, BOTH)
+    if not SINGLE:
         own *= sign
         column_own *= sign
     row_cost, missing = softplus_and_sigmoid_2(tl.load(row_odds + inner_row))
@@ -108,53 +100,37 @@ def _pairs(
 
 
 def info_nce_backward(
-    grad: Tensor,
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    scale: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    offset: int,
-    both: bool,
-    need_image: bool,
-    need_text: bool,
-    need_scale: bool,
+    sides: Sides, scale: Tensor, row_odds: Tensor, column_odds: Tensor, grad: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_image (n, D), d_text (M, D), d_scale) in the types of the inputs; empty where not needed.
+    """(d_image (B, D), d_text (N, D), d_scale like scale) in the types of the inputs; grad: ().
 
-    grad: (), the rest as `info_nce_forward` took and gave it.
+    need: which of the three, the others are empty. row_odds, column_odds: from `info_nce_forward`.
     """
-    image, text = image.contiguous(), text.contiguous()
-    image_ids, text_ids = image_ids.contiguous(), text_ids.contiguous()
+    sides = sides.contiguous()
+    image, text, image_ids, text_ids, offset, both = sides
+    need_scale = need[2]
     factor, grad = scale.to(torch.float32), grad.to(torch.float32)
     (n, width), m = image.shape, text.shape[0]
     tile = tile_for("info_nce_pairs", image)
-    products = Products(image, text, tile, offset, need_image, need_text, image.dtype)
-    whole = n <= tile.rows and m <= tile.columns
-    positive = row_lse if whole else positives(image, text, offset)
+    products = Products(sides, tile, need[:2], image.dtype)
+    single = n <= tile.rows and m <= tile.columns
+    positive = row_odds if single else positives(image, text, offset)
     parts = products.tiles if need_scale else 0
     pull, chain, scale_sum = (torch.empty(k, dtype=torch.float32, device=image.device) for k in (n, 1, parts))
-    with on(image):
+    with on_device_of(image):
         for block in products.blocks():
             _pairs[products.grid(block)](
-                image, text, image_ids, text_ids, factor, grad, positive, row_lse, column_lse, products.ds, pull,
+                image, text, image_ids, text_ids, factor, grad, positive, row_odds, column_odds, products.ds, pull,
                 chain, scale_sum, n, m, offset, block.row_start, block.column_start, block.first_tile,
-                products.stride, WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-                DS_SCALE=products.scale, BOTH=both, STORE=need_image or need_text, SCALE=need_scale, WHOLE=whole,
-                UPCAST=INTERPRETED, **options(tile),
+                products.stride, DS_SCALE=products.scale, BOTH=both, STORE=any(need[:2]), SCALE=need_scale,
+                SINGLE=single, **tile_constants(tile, width, INTERPRETED), **options(tile),
             )  # fmt: skip
             products.multiply(block, pull, chain)
-    d_scale = total(scale_sum).to(scale.dtype).reshape(scale.shape) if need_scale else nothing(scale)
+    d_scale = total(scale_sum).to(scale.dtype).reshape(scale.shape) if need_scale else not_needed(scale)
     return products.d_image.to(image.dtype), products.d_text.to(text.dtype), d_scale
 
 
-def _constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    sizes = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "UPCAST": False}
-    return {**sizes, "DS_SCALE": 1.0, "BOTH": True, "STORE": True, "SCALE": True, "WHOLE": False}
-
-
+_FLAGS = {"BOTH": True, "STORE": True, "SCALE": True, "SINGLE": False}
 _FLOATS = ("scale", "grad", "positive", "row_odds", "column_odds", "pull", "chain", "scale_sum")
 SPECS = [
     KernelSpec(
@@ -166,7 +142,7 @@ SPECS = [
             **dict.fromkeys(_FLOATS, "*fp32"),
         },
         scalars={"stride": "i32", **dict.fromkeys(PAIRS_SIZES, "i32")},
-        constants=_constants,
+        constants=lambda tile, width, half: {**tile_constants(tile, width), **_FLAGS, "DS_SCALE": 1.0},
         unaligned=frozenset({"scale", "grad", *PAIRS_SIZES}),
     )
 ]

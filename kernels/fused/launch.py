@@ -1,4 +1,4 @@
-"""What every launch needs: the tensor's device, the options of a tile, and the interpreter's exceptions."""
+"""What every launch needs: the tensor's device, a tile's options and constants, how a sweep is divided."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -9,18 +9,19 @@ from torch import Tensor
 
 from d2s.kernels.fused.tiles import Tile
 
-# Decided when triton is first imported. Its products of 16-bit floats are wrong and its bf16 stores cut bits off.
+# Decided when triton is imported. The interpreter's products of 16-bit floats are wrong, and its bf16 stores
+# truncate.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# Rows swept before the columns' parts are merged, and entries that a merging program owns.
+# Rows swept before the columns' partial results are merged, and entries that a merging program owns.
 STRIP = 4096
 MERGED = 256
-# How many programs a sweep is divided into where there are enough columns. A constant and no property of the
-# device, because the order in which sums are merged follows from it.
+# Programs that a sweep is divided into if there are enough columns. The same on every device, because the order in
+# which partial sums are merged depends on it.
 PROGRAMS = 256
 
 
-def on(x: Tensor) -> AbstractContextManager:
-    """The device of x as the current one, where the launch goes to."""
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """A context with the device of x as the current one, to which launches go."""
     return torch.cuda.device_of(x) if x.device.type == "cuda" else nullcontext()
 
 
@@ -30,8 +31,14 @@ def options(tile: Tile) -> dict[str, int]:
 
 
 def untiled(tile: Tile, width: int, half: bool) -> dict[str, int]:
-    """The options with which Triton launches a kernel that is given none; for a spec."""
+    """Triton's default launch options, for the spec of a kernel that is launched without any."""
     return {"num_warps": 4, "num_stages": 3}
+
+
+def tile_constants(tile: Tile, width: int, upcast: bool = False) -> dict[str, object]:
+    """The constants of a kernel that makes tiles of similarities, see `sweep.py`."""
+    sizes = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    return {**sizes, "UPCAST": upcast}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -39,42 +46,43 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def whole(size: int, span: int) -> int:
-    """size, rounded up to a multiple of span."""
+def round_up(size: int, span: int) -> int:
+    """The smallest multiple of span that is at least size."""
     return cdiv(size, span) * span
 
 
 def power_of_two(a: int) -> int:
-    """The smallest power of two that is no less than a."""
+    """The smallest power of two that is at least a."""
     return 1 << (a - 1).bit_length()
 
 
 def storage(dtype: torch.dtype) -> torch.dtype:
-    """The type in which a kernel stores what is wanted in `dtype`."""
+    """The type in which a kernel stores a result of type `dtype`."""
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
 def total(partials: Tensor) -> Tensor:
-    """The sum of (P,), 0-dim; without a launch where there is one."""
+    """The sum of partials (P,), 0-dim; without a launch for P = 1."""
     return partials.reshape(()) if partials.numel() == 1 else partials.sum()
 
 
-def nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What stands for a result that nobody asked for: no entries."""
+def not_needed(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor without entries, in place of a result that is not needed."""
     return like.new_empty(0, dtype=dtype or like.dtype)
 
 
 class Strips:
-    """How a forward sweep is divided: strips of rows one after the other; in each, blocks x splits programs.
+    """How a forward sweep over n rows and m columns is divided.
 
-    n rows, m columns. rows: of a strip, whole tiles where another follows. splits ranges of `tiles` tiles of
-    columns. `merging` programs follow each strip; columns says whether they have columns to merge, too.
+    Strips of `rows` rows follow one another. Each is swept by `blocks` x `splits` programs, a program taking one
+    tile of rows and `tiles` tiles of columns, and then merged by `merging` programs. columns: whether those merge
+    columns too.
     """
 
     def __init__(self, n: int, m: int, tile: Tile, columns: bool) -> None:
         self.n, self.tile = n, tile
-        # A tile that reached beyond its strip would write over the next range's parts.
-        self.rows = min(n, whole(STRIP, tile.rows))
+        # A multiple of the tile: a tile beyond its strip would overwrite partial results of the next range.
+        self.rows = min(n, round_up(STRIP, tile.rows))
         self.blocks = cdiv(self.rows, tile.rows)
         column_tiles = cdiv(m, tile.columns)
         self.tiles = cdiv(column_tiles, min(column_tiles, cdiv(PROGRAMS, self.blocks)))
@@ -84,7 +92,7 @@ class Strips:
         self.losses = cdiv(n, self.rows) * self.merging
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
-        """Yields (start, stop, blocks, where the strip's losses begin)."""
+        """Yields (start, stop, blocks, index of the strip's first partial loss)."""
         for k, start in enumerate(range(0, self.n, self.rows)):
             stop = min(start + self.rows, self.n)
             yield start, stop, cdiv(stop - start, self.tile.rows), k * self.merging

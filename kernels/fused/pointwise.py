@@ -1,7 +1,10 @@
 """Pointwise distillation: loss and gradient of a row in one pass over student and teacher.
 
-A program holds whole rows: 8 bytes an entry read in float32, 4 written, and no sum that crosses programs but the
-last one, of a number each.
+With s and t normalised if asked: cosine costs 1 - s.t and has the gradient g = -t; l1 costs sum |s - t|, g = sign(s
+- t); l2 costs sum (s - t)^2, g = 2 (s - t). Normalisation turns g into (g - s (s.g)) / |row|.
+
+A program holds full rows: 8 bytes an entry are read in float32 and 4 written. Only the partial losses, one number a
+program, are added up across programs.
 """
 
 import torch
@@ -9,13 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2s.kernels.fused.launch import cdiv, nothing, on, power_of_two, total
+from d2s.kernels.fused.launch import cdiv, not_needed, on_device_of, power_of_two, total
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile
 
-COSINE, L1, L2 = 0, 1, 2
-KINDS = {"cosine": COSINE, "l1": L1, "l2": L2}
-# About the entries that a program holds of each side.
+KINDS = {"cosine": 0, "l1": 1, "l2": 2}
+# Entries of each side that a program holds, about.
 ENTRIES = 2048
 SIZES = ("n", "student_row", "teacher_row")
 
@@ -30,23 +32,15 @@ def _inverse_norm(x):
 
 @triton.jit(do_not_specialize=("n",))
 def _pointwise(
-    student,
-    teacher,
-    loss,
-    d_student,
-    n,
-    student_row,
-    student_step,
-    teacher_row,
-    teacher_step,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KIND: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    student,  # (B, D), with strides
+    teacher,  # (B, D), with strides
+    loss,  # (programs,)
+    d_student,  # (B, D)
+    n, student_row, student_step, teacher_row, teacher_step,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr,
     GRADIENT: tl.constexpr,
-):
-    """loss: one entry a program; KIND: 0 cosine, 1 l1, 2 l2. Rows behind the last are zeros of both sides."""
+):  # fmt: skip
+    """ROWS rows; KIND as in KINDS. Rows beyond the last are zero on both sides."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     k = tl.arange(0, BLOCK)[None, :]
     inside = (row < n) & (k < WIDTH)
@@ -54,7 +48,7 @@ def _pointwise(
     t = tl.load(teacher + row * teacher_row + k * teacher_step, mask=inside, other=0.0).to(tl.float32)
     if NORMALIZE:
         inverse = _inverse_norm(s)
-        # No products, which would be contracted with the difference: equal rows are to differ by exactly 0.
+        # A plain product would be fused with the difference below, and equal rows would not differ by exactly 0.
         s = tl.fma(s, inverse, 0.0)
         t = tl.fma(t, _inverse_norm(t), 0.0)
     difference = s - t
@@ -83,10 +77,10 @@ def pointwise_forward(
     rows = max(1, ENTRIES // block)
     programs = cdiv(n, rows)
     loss = student.new_empty(programs, dtype=torch.float32)
-    d_student = nothing(loss)
+    d_student = not_needed(loss)
     if need_student:
         d_student = student.new_empty(n, width, dtype=torch.float32)
-    with on(student):
+    with on_device_of(student):
         _pointwise[(programs,)](
             student, teacher, loss, d_student, n, *student.stride(), *teacher.stride(),
             WIDTH=width, ROWS=rows, BLOCK=block, KIND=KINDS[kind], NORMALIZE=normalize, GRADIENT=need_student,
@@ -96,7 +90,7 @@ def pointwise_forward(
 
 
 def _warps(block: int) -> int:
-    """Of a program whose rows are padded to block entries."""
+    """The warps of a program whose rows are padded to `block` entries."""
     return min(16, max(4, block // 1024))
 
 

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2s.kernels.fused.launch import INTERPRETED, cdiv, on, options
+from d2s.kernels.fused.launch import INTERPRETED, cdiv, on_device_of, options
 from d2s.kernels.fused.spec import KernelSpec
-from d2s.kernels.fused.sweep import kept_rows, picked, similarities
+from d2s.kernels.fused.sweep import resident_rows, selected, similarities
 from d2s.kernels.fused.tiles import Tile, tile_for
 
 SIZES = ("n", "offset")
@@ -15,30 +15,27 @@ SIZES = ("n", "offset")
 
 @triton.jit(do_not_specialize=SIZES)
 def _positives(
-    image,
-    text,
-    positive,
-    n,
-    offset,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    image,  # (B, D)
+    text,  # (N, D)
+    positive,  # (B,)
+    n, offset,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """positive[i] = image[i] . text[offset + i] for ROWS rows."""
     lane = tl.arange(0, ROWS)
     row = tl.program_id(0) * ROWS + lane
     inner = tl.minimum(row, n - 1)
-    kept = kept_rows(image, inner, WIDTH, DEPTH, UPCAST)
-    s = similarities(kept, image, inner, text, inner + offset, WIDTH, DEPTH, UPCAST)
-    tl.store(positive + row, picked(s, lane[:, None] == lane[None, :]), mask=row < n)
+    resident = resident_rows(image, inner, WIDTH, DEPTH, UPCAST)
+    s = similarities(resident, image, inner, text, inner + offset, WIDTH, DEPTH, UPCAST)
+    tl.store(positive + row, selected(s, lane[:, None] == lane[None, :]), mask=row < n)
 
 
 def positives(image: Tensor, text: Tensor, offset: int) -> Tensor:
-    """image[i] . text[offset + i] for image (n, D) and text (M, D), contiguous: (n,) float32."""
+    """image[i] . text[offset + i] for image (B, D) and text (N, D), contiguous: (B,) float32."""
     n, width = image.shape
     out = torch.empty(n, dtype=torch.float32, device=image.device)
     tile = tile_for("positives", image)
-    with on(image):
+    with on_device_of(image):
         _positives[(cdiv(n, tile.rows),)](
             image, text, out, n, offset, WIDTH=width, ROWS=tile.rows, DEPTH=tile.depth, UPCAST=INTERPRETED,
             **options(tile),

@@ -1,8 +1,9 @@
-"""The kernel behind `products.py`: a block's share of d_image = dS @ text and d_text = dS^T @ image in one launch."""
+"""The kernel of `products.py`: a block's part of d_image = dS @ text and d_text = dS^T @ image in one launch."""
 
 import triton
 import triton.language as tl
 
+from d2s.kernels.fused.launch import tile_constants
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile
 
@@ -14,27 +15,13 @@ SIZES = (
 
 @triton.jit
 def _sum(
-    ds,
-    stride,
-    at,
-    y_ptr,
-    y_first,
-    y_last,
-    d,
-    steps,
-    tiles,
-    SPAN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SKIP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Entries (at, d) of dS @ y, or of dS^T @ y: (ROWS, COLUMNS) float32, over `steps` chunks of DEPTH.
+    ds, stride, at, y_ptr, y_first, y_last, d, steps, tiles,
+    SPAN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SKIP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Entries (at, d) of dS @ y, or with TRANSPOSED of dS^T @ y: (ROWS, COLUMNS) float32, in `steps` chunks of DEPTH.
 
-    SKIP: `tiles` lists which spans of SPAN entries hold anything at all, and only those are read.
+    ds (block rows, stride), y (any, WIDTH). SKIP: only the spans of SPAN entries that `tiles` lists are read.
     """
     value = tl.zeros((ROWS, COLUMNS), tl.float32)
     k = tl.arange(0, DEPTH)
@@ -63,30 +50,14 @@ def _sum(
 
 @triton.jit
 def _finish(
-    value,
-    sums,
-    out,
-    at,
-    size,
-    d,
-    other,
-    partner,
-    others,
-    pull,
-    row,
-    factor,
-    first,
-    last,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNSCALE: tl.constexpr,
-    PULL: tl.constexpr,
-    FACTOR: tl.constexpr,
-):
-    """Adds value (ROWS, COLUMNS) to what earlier blocks left in sums; the last block's result goes to out.
+    value, sums, out, at, size, d, other, partner, others, pull, row, factor, first, last,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, UNSCALE: tl.constexpr, PULL: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Adds value (ROWS, COLUMNS) to the sums of earlier blocks; after the last block the result goes to out.
 
-    Its rows are `at`, .. of size in sums and out; their partners are partner, .. of others in other, and have
-    pull[row], ..: all of them scalars, so that offsets within the tile fit into 32 bits.
+    sums, out (size, WIDTH): value belongs to the rows from `at` on. other (others, WIDTH), pull: their positives
+    are the rows from `partner` on, with weights from pull[row] on. All scalars, so that offsets in the tile fit
+    into 32 bits.
     """
     lane = tl.arange(0, ROWS)
     here = lane[:, None] * WIDTH + d[None, :]
@@ -112,46 +83,26 @@ def _finish(
 
 @triton.jit(do_not_specialize=SIZES[1:])
 def products_kernel(
-    ds,
-    image,
-    text,
-    pull,
-    factor,
-    image_sum,
-    text_sum,
-    d_image,
-    d_text,
-    row_tiles,
-    row_count,
-    column_tiles,
-    column_count,
-    stride,
-    row_start,
-    rows,
-    column_start,
-    columns,
-    n,
-    m,
-    offset,
-    row_programs,
-    list_length,
-    first_column,
-    last_column,
-    first_row,
-    last_row,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROW_SPAN: tl.constexpr,
-    COLUMN_SPAN: tl.constexpr,
-    UNSCALE: tl.constexpr,
-    PULL: tl.constexpr,
-    FACTOR: tl.constexpr,
-    SKIP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """One block's share: the first row_programs own rows of d_image, the others rows of d_text; COLUMNS channels."""
+    ds,  # (block rows, stride)
+    image,  # (B, D)
+    text,  # (N, D)
+    pull,  # (B,)
+    factor,  # (1,)
+    image_sum,  # (block rows, D)
+    text_sum,  # (block columns, D)
+    d_image,  # (block rows, D)
+    d_text,  # (block columns, D)
+    row_tiles,  # (row tiles, list_length)
+    row_count,  # (row tiles,)
+    column_tiles,  # (column tiles, list_length)
+    column_count,  # (column tiles,)
+    stride, row_start, rows, column_start, columns, n, m, offset, row_programs, list_length, first_column,
+    last_column, first_row, last_row,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROW_SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, UNSCALE: tl.constexpr, PULL: tl.constexpr,
+    FACTOR: tl.constexpr, SKIP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows and COLUMNS channels of a gradient: d_image in the first row_programs programs, else d_text."""
     program = tl.program_id(0)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if program < row_programs:
@@ -195,15 +146,14 @@ def _spec(skip: bool) -> KernelSpec:
     pointers = {
         **dict.fromkeys(("ds", "image", "text"), "*x"),
         **dict.fromkeys(("pull", "factor", "image_sum", "text_sum"), "*fp32"),
-        # The hinge wants its gradients in float32.
+        # The hinge has its gradients in float32.
         **dict.fromkeys(("d_image", "d_text"), "*fp32" if skip else "*x"),
         **dict.fromkeys(("row_tiles", "row_count", "column_tiles", "column_count"), "*i32"),
     }
 
     def constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-        sizes = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-        flags = {"PULL": not skip, "FACTOR": not skip, "SKIP": skip, "UPCAST": False, "UNSCALE": 1.0}
-        return {**sizes, **flags, "ROW_SPAN": tile.rows, "COLUMN_SPAN": tile.rows}
+        flags = {"PULL": not skip, "FACTOR": not skip, "SKIP": skip, "UNSCALE": 1.0}
+        return {**tile_constants(tile, width), **flags, "ROW_SPAN": tile.rows, "COLUMN_SPAN": tile.rows}
 
     return KernelSpec(
         name="products_listed" if skip else "products",

@@ -1,65 +1,54 @@
 """Relational distillation: one sweep for the loss, another in blocks for the gradients.
 
-`_statistics` holds the student's and the teacher's tile of the same pairs (2 n M (D + E) flops): per row the
-maximum and the sum of both softmaxes, and the cross term sum e^t (t - s), all online. A program owns a block of
-rows and a range of columns; `_finish` merges the ranges in ascending order. `_difference` makes both tiles once
-more by the same arithmetic and writes softmax(s) - softmax(t) of at most BLOCK_BYTES at a time, which two matrix
-products turn into both gradients (2 n M (D + E) + 4 n M D flops). The blocks are about square, so that the
-gradients are read and written as rarely as possible: n M / side * 16 D bytes in all.
+With s and t the student's and the teacher's similarities / temperature, p = softmax(t) and q = softmax(s) by rows:
+loss = sum over rows of sum p (log p - log q), and d loss / d s = q - p.
 
-Exponents are in base 2. A row's maximum, in units of the similarities, and its sum are kept apart instead of as
-one logarithm, and the maximum is subtracted before the temperature divides: else a temperature of 0.01 would cost
-every probability several bits.
+`_statistics` makes the student's and the teacher's tile of the same pairs (2 B N (D + E) flops) and keeps, per row,
+the maximum and the sum of both softmaxes and the cross term sum e^t (t - s), all online. A program has a tile of rows
+and a range of columns; `_finish` merges the ranges in ascending order. The gradients are in `relational_gradient.py`.
+
+Exponents are in base 2. A row's maximum, in units of the similarities, and its sum are stored apart and not as one
+logarithm, and the maximum is subtracted before the division by the temperature. Otherwise a temperature of 0.01
+would cost every probability several bits.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2s.kernels.fused.launch import INTERPRETED, PROGRAMS, cdiv, nothing, on, options, total
+from d2s.kernels.fused.launch import PROGRAMS, cdiv, not_needed, on_device_of, options, total
+from d2s.kernels.fused.relational_gradient import gradients, pair_constants, spec_constants
 from d2s.kernels.fused.spec import KernelSpec
-from d2s.kernels.fused.sweep import kept_rows, similarities
-from d2s.kernels.fused.tiles import Tile, tile_for
+from d2s.kernels.fused.sweep import resident_rows, similarities
+from d2s.kernels.fused.tiles import tile_for
 
-# Of the differences that exist at a time, and the most rows they belong to.
-BLOCK_BYTES = 64 << 20
-BLOCK_ROWS = 4096
-# Rows that a program of `_finish` owns.
+# Rows that a program of `_finish` merges.
 MERGED = 256
-# Differences are multiplied by this where they are kept in float16, whose small numbers are few.
-FLOAT16_GAIN = 2.0**15
-
 SIZES = ("n", "m", "tiles")
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _statistics(
-    student,
-    teacher,
-    student_all,
-    teacher_all,
-    parts,
-    scale,
-    n,
-    m,
-    tiles,
-    WIDTH: tl.constexpr,
-    TEACHER_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
-    TEACHER_UPCAST: tl.constexpr,
-):
-    """parts: (splits, 5, n) of maximum and sum of the student, of the teacher, and the cross term; scale > 0."""
+    student,  # (B, D)
+    teacher,  # (B, E)
+    student_all,  # (N, D)
+    teacher_all,  # (N, E)
+    parts,  # (splits, 5, B): maximum and sum of the student, of the teacher, and the cross term
+    scale,  # log2(e) / temperature
+    n, m, tiles,
+    WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, UPCAST: tl.constexpr, TEACHER_UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The tile of rows `program 0` against the `tiles` tiles of range `program 1`."""
     block, split = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
-    student_kept = kept_rows(student, inner_row, WIDTH, DEPTH, UPCAST)
-    teacher_kept = kept_rows(teacher, inner_row, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST)
+    student_resident = resident_rows(student, inner_row, WIDTH, DEPTH, UPCAST)
+    teacher_resident = resident_rows(teacher, inner_row, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST)
     s_top = tl.full((ROWS,), float("-inf"), tl.float32)
     t_top = tl.full((ROWS,), float("-inf"), tl.float32)
     s_sum = tl.zeros((ROWS,), tl.float32)
@@ -68,9 +57,9 @@ def _statistics(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(m, COLUMNS))):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         inner = tl.minimum(column, m - 1)
-        s = similarities(student_kept, student, inner_row, student_all, inner, WIDTH, DEPTH, UPCAST)
+        s = similarities(student_resident, student, inner_row, student_all, inner, WIDTH, DEPTH, UPCAST)
         t = similarities(
-            teacher_kept, teacher, inner_row, teacher_all, inner, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST
+            teacher_resident, teacher, inner_row, teacher_all, inner, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST
         )
         inside = (column < m)[None, :]
         difference = t - s
@@ -94,8 +83,14 @@ def _statistics(
 
 
 @triton.jit(do_not_specialize=("n", "splits"))
-def _finish(parts, rows, loss, scale, n, splits, MERGED: tl.constexpr):
-    """rows: (4, n) of the maxima and sums over all ranges; loss: the sum over this program's rows."""
+def _finish(
+    parts,  # (splits, 5, B)
+    rows,  # (4, B): maximum and sum of the student and of the teacher
+    loss,  # (programs,)
+    scale, n, splits,
+    MERGED: tl.constexpr,
+):  # fmt: skip
+    """Merges the ranges of MERGED rows and adds up their loss."""
     row = tl.program_id(0) * MERGED + tl.arange(0, MERGED)
     inside = row < n
     at = parts + tl.minimum(row, n - 1)
@@ -121,53 +116,9 @@ def _finish(parts, rows, loss, scale, n, splits, MERGED: tl.constexpr):
     tl.store(rows + n + row, s_sum, mask=inside)
     tl.store(rows + 2 * n + row, t_top, mask=inside)
     tl.store(rows + 3 * n + row, t_sum, mask=inside)
-    # Maxima against maxima and sums against sums: the difference of two large logarithms would keep less.
+    # Maxima against maxima and sums against sums: the difference of two large logarithms would lose digits.
     value = (cross / t_sum + (s_top - t_top)) * scale + tl.log2(s_sum / t_sum)
     tl.store(loss + tl.program_id(0), tl.sum(tl.where(inside, value, 0.0), 0) * 0.6931471805599453)
-
-
-@triton.jit(do_not_specialize=("n", "start", "stop", "first", "last"))
-def _difference(
-    student,
-    teacher,
-    student_all,
-    teacher_all,
-    rows,
-    block,
-    scale,
-    gain,
-    n,
-    start,
-    stop,
-    first,
-    last,
-    WIDTH: tl.constexpr,
-    TEACHER_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
-    TEACHER_UPCAST: tl.constexpr,
-):
-    """block (stop - start, last - first): gain * (softmax(s) - softmax(t)) of those rows and columns."""
-    row = start + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = first + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inner_row, inner = tl.minimum(row, stop - 1), tl.minimum(column, last - 1)
-    student_kept = kept_rows(student, inner_row, WIDTH, DEPTH, UPCAST)
-    s = similarities(student_kept, student, inner_row, student_all, inner, WIDTH, DEPTH, UPCAST)
-    teacher_kept = kept_rows(teacher, inner_row, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST)
-    t = similarities(
-        teacher_kept, teacher, inner_row, teacher_all, inner, TEACHER_WIDTH, DEPTH, TEACHER_UPCAST
-    )
-    at = rows + inner_row
-    q = tl.exp2((s - tl.load(at)[:, None]) * scale)
-    p = tl.exp2((t - tl.load(at + 2 * n)[:, None]) * scale)
-    # As products they would be contracted with the difference, and equal ones would not give 0 but p's rounding.
-    q = tl.fma(q, (gain / tl.load(at + n))[:, None], 0.0)
-    p = tl.fma(p, (gain / tl.load(at + 3 * n))[:, None], 0.0)
-    to = block + (row - start).to(tl.int64)[:, None] * (last - first) + (column - first)[None, :]
-    inside = (row < stop)[:, None] & (column < last)[None, :]
-    tl.store(to, (q - p).to(block.dtype.element_ty), mask=inside)
 
 
 def relational_forward(
@@ -176,32 +127,32 @@ def relational_forward(
     student_all: Tensor,
     teacher_all: Tensor,
     temperature: float,
-    need_student: bool,
-    need_all: bool,
+    need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), d_student (n, D), d_all (M, D)) in float32; see `d2s.kernels.functional.relational_distillation`.
+    """(loss (), d_student (B, D), d_all (N, D)), float32; need: which gradients, the others are empty.
 
-    What is not needed comes back without entries.
+    See `d2s.kernels.functional.relational_distillation`.
     """
-    sides = *_alike(student, student_all), *_alike(teacher, teacher_all)
-    student, student_all, teacher, teacher_all = sides
+    (student, student_all), (teacher, teacher_all) = (
+        _alike(student, student_all),
+        _alike(teacher, teacher_all),
+    )
+    sides = student, teacher, student_all, teacher_all
     n, m = student.shape[0], student_all.shape[0]
     scale = math.log2(math.e) / temperature
-    with on(student):
+    with on_device_of(student):
         tile = tile_for("relational_statistics", student)
+        constants = pair_constants(tile, student, teacher)
         blocks, columns = cdiv(n, tile.rows), cdiv(m, tile.columns)
         tiles = cdiv(columns, min(columns, max(1, PROGRAMS // blocks)))
         splits = cdiv(columns, tiles)
         parts = student.new_empty(splits, 5, n, dtype=torch.float32)
-        _statistics[blocks, splits](
-            student, teacher, student_all, teacher_all, parts, scale, n, m, tiles,
-            **_constants(tile, student, teacher), **options(tile),
-        )  # fmt: skip
+        _statistics[blocks, splits](*sides, parts, scale, n, m, tiles, **constants, **options(tile))
         rows, loss = parts.new_empty(4, n), parts.new_empty(cdiv(n, MERGED))
         _finish[(loss.shape[0],)](parts, rows, loss, scale, n, splits, MERGED=MERGED, num_warps=4)
-        d_student, d_all = nothing(parts), nothing(parts)
-        if need_student or need_all:
-            d_student, d_all = _gradients(sides, tile, rows, temperature, need_student, need_all)
+        d_student, d_all = not_needed(parts), not_needed(parts)
+        if any(need):
+            d_student, d_all = gradients(sides, tile, rows, temperature, need)
     return total(loss), d_student, d_all
 
 
@@ -212,86 +163,16 @@ def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype).contiguous(), y.to(dtype).contiguous()
 
 
-def _constants(tile: Tile, student: Tensor, teacher: Tensor) -> dict[str, object]:
-    return {
-        "WIDTH": student.shape[1],
-        "TEACHER_WIDTH": teacher.shape[1],
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "DEPTH": tile.depth,
-        "UPCAST": INTERPRETED and student.element_size() == 2,
-        "TEACHER_UPCAST": INTERPRETED and teacher.element_size() == 2,
-    }
-
-
-def _gradients(
-    sides: tuple[Tensor, ...],
-    tile: Tile,
-    rows: Tensor,
-    temperature: float,
-    need_student: bool,
-    need_all: bool,
-) -> tuple[Tensor, Tensor]:
-    """(d_student, d_all), float32: difference / temperature @ student_all, and its transpose @ student."""
-    student, student_all, teacher, teacher_all = sides
-    n, m = student.shape[0], student_all.shape[0]
-    # The interpreter has no product of 16-bit matrices into float32.
-    dtype = student.dtype if student.device.type == "cuda" else torch.float32
-    x, y = student.to(dtype), student_all.to(dtype)
-    gain = FLOAT16_GAIN if dtype == torch.float16 else 1.0
-    high = min(n, BLOCK_ROWS)
-    wide = min(m, max(1, BLOCK_BYTES // (high * x.element_size())))
-    memory = x.new_empty(high * wide)
-    d_student = torch.zeros_like(x, dtype=torch.float32) if need_student else nothing(rows)
-    d_all = torch.zeros_like(y, dtype=torch.float32) if need_all else nothing(rows)
-    scale, factor = math.log2(math.e) / temperature, 1 / (temperature * gain)
-    constants = _constants(tile, student, teacher) | options(tile)
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        for start in range(0, n, high):
-            stop = min(start + high, n)
-            for first in range(0, m, wide):
-                last = min(first + wide, m)
-                block = memory[: (stop - start) * (last - first)].view(stop - start, last - first)
-                grid = cdiv(last - first, tile.columns), cdiv(stop - start, tile.rows)
-                _difference[grid](
-                    student, teacher, student_all, teacher_all, rows, block, scale, gain,
-                    n, start, stop, first, last, **constants,
-                )  # fmt: skip
-                if need_student:
-                    _add_product(d_student[start:stop], block, y[first:last], factor)
-                if need_all:
-                    _add_product(d_all[first:last], block.t(), x[start:stop], factor)
-    return d_student, d_all
-
-
-def _add_product(to: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """to += factor * a @ b, in float32 throughout."""
-    if a.dtype == to.dtype:
-        to.addmm_(a, b, alpha=factor)
-    else:
-        torch.addmm(to, a, b, out_dtype=to.dtype, alpha=factor, out=to)
-
-
-def _spec_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    return {
-        "WIDTH": width,
-        "TEACHER_WIDTH": width,
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "DEPTH": tile.depth,
-        "UPCAST": False,
-        "TEACHER_UPCAST": False,
-    }
-
-
-_SIDES = dict.fromkeys(("student", "teacher", "student_all", "teacher_all"), "*x")
 SPECS = [
     KernelSpec(
         name="relational_statistics",
         kernel=_statistics,
-        pointers={**_SIDES, "parts": "*fp32"},
+        pointers={
+            **dict.fromkeys(("student", "teacher", "student_all", "teacher_all"), "*x"),
+            "parts": "*fp32",
+        },
         scalars={"scale": "fp32", **dict.fromkeys(SIZES, "i32")},
-        constants=_spec_constants,
+        constants=spec_constants,
         unaligned=frozenset(SIZES),
     ),
     KernelSpec(
@@ -306,15 +187,4 @@ SPECS = [
         dtypes=("fp32",),
         options=lambda tile, width, half: {"num_warps": 4},
     ),
-    KernelSpec(
-        name="relational_difference",
-        kernel=_difference,
-        pointers={**_SIDES, "rows": "*fp32", "block": "*x"},
-        scalars={
-            "scale": "fp32", "gain": "fp32", **dict.fromkeys(("n", "start", "stop", "first", "last"), "i32")
-        },
-        constants=_spec_constants,
-        unaligned=frozenset({"n", "start", "stop", "first", "last"}),
-        row="relational_statistics",
-    ),
-]  # fmt: skip
+]

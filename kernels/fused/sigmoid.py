@@ -1,74 +1,66 @@
-"""The sigmoid loss of SigLIP: no normaliser, so loss and gradients come from one sweep, 6 n M D flops.
+"""The sigmoid loss of SigLIP: no normaliser, so loss and gradients come from one sweep, 6 B N D flops.
 
-With z = y * -(scale * S + bias), y = 1 for the positive pair and -1 for the others, a pair costs log(1 + exp(z)) and
-its gradient by z is sigmoid(z). `_pairs` makes a block of that (see `products.py`) and, per tile, its share of the
-loss, of d_scale = sum of dz S and of d_bias = sum of dz. Positives stay out of dS and are applied in float32.
+With z = scale * S + bias a negative costs log(1 + exp(z)) and its gradient dz is sigmoid(z); the positive costs
+log(1 + exp(-z)) and dz is -sigmoid(-z). dS = scale * dz, d_scale = sum of dz * S, d_bias = sum of dz.
+
+`_pairs` writes a block of dz (see `products.py`) and, per tile, partial sums of the loss, d_scale and d_bias.
+Positives stay out of dS and are applied in float32.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2s.kernels.fused.launch import INTERPRETED, nothing, on, options
+from d2s.kernels.fused.launch import INTERPRETED, not_needed, on_device_of, options, tile_constants
 from d2s.kernels.fused.products import Products
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import (
     crosses,
     different,
-    kept_rows,
-    picked,
     positive_column,
+    resident_rows,
+    selected,
     similarities,
     softplus_and_sigmoid,
     within,
 )
-from d2s.kernels.fused.tiles import Tile, tile_for
+from d2s.kernels.fused.tiles import tile_for
+from d2s.kernels.sides import Sides
 
 PAIRS_SIZES = ("n", "m", "offset", "row_start", "column_start", "first_sum", "all_tiles")
 
 
 @triton.jit(do_not_specialize=PAIRS_SIZES)
 def _pairs(
-    image,
-    text,
-    image_ids,
-    text_ids,
-    scale,
-    bias,
-    ds,
-    pull,
-    sums,
-    n,
-    m,
-    offset,
-    row_start,
-    column_start,
-    first_sum,
-    all_tiles,
-    stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DS_SCALE: tl.constexpr,
-    STORE: tl.constexpr,
-    SCALARS: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Tile (program 0, program 1) of a block: dS without positives to ds, theirs to pull, and three sums."""
+    image,  # (B, D)
+    text,  # (N, D)
+    image_ids,  # (B,)
+    text_ids,  # (N,)
+    scale,  # (1,)
+    bias,  # (1,)
+    ds,  # (block rows, stride)
+    pull,  # (B,), -dz of the positives
+    sums,  # (3, tiles of all blocks): loss, d_scale, d_bias; without SCALARS the first alone
+    n, m, offset, row_start, column_start, first_sum, all_tiles, stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    DS_SCALE: tl.constexpr, STORE: tl.constexpr, SCALARS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Tile (program 0, program 1) of the block that begins at (row_start, column_start)."""
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     row, column = row_start + at_row, column_start + at_column
     first_row, first = row_start + block * ROWS, column_start + tile * COLUMNS
     inner_row, inner_column = tl.minimum(row, n - 1), tl.minimum(column, m - 1)
     target = positive_column(row, n, offset)
-    kept = kept_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
-    s = similarities(kept, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
+    resident = resident_rows(image, inner_row, WIDTH, DEPTH, UPCAST)
+    s = similarities(resident, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
     factor, shift = tl.load(scale), tl.load(bias)
     is_positive = target[:, None] == column[None, :]
     if crosses(first_row, first, offset, ROWS, COLUMNS):
-        _, towards = softplus_and_sigmoid(-tl.fma(picked(s, is_positive), factor, shift))
+        _, towards = softplus_and_sigmoid(-tl.fma(selected(s, is_positive), factor, shift))
         tl.store(pull + row, towards, mask=within(target, first, COLUMNS))
     row_id, column_id = tl.load(image_ids + inner_row), tl.load(text_ids + inner_column)
     other = different(row_id, column_id, row, column, n, m) & ~is_positive
@@ -88,50 +80,34 @@ def _pairs(
 
 
 def sigmoid_forward(
-    image: Tensor,
-    text: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    offset: int,
-    need_image: bool,
-    need_text: bool,
-    need_scale: bool,
-    need_bias: bool,
+    sides: Sides, scale: Tensor, bias: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), d_image (n, D), d_text (M, D), d_scale, d_bias), float32, the last two shaped as their inputs.
+    """(loss (), d_image (B, D), d_text (N, D), d_scale like scale, d_bias like bias), float32.
 
-    image (n, D), text (M, D), ids (n,) and (M,) int64, scale and bias one entry each. The gradients of the loss;
-    empty where not needed.
+    scale, bias: one entry each. need: which of the four gradients; the others are empty.
     """
-    image, text = image.contiguous(), text.contiguous()
-    image_ids, text_ids = image_ids.contiguous(), text_ids.contiguous()
+    sides = sides.contiguous()
+    image, text, image_ids, text_ids, offset, _ = sides
     factor, shift = scale.to(torch.float32), bias.to(torch.float32)
     (n, width), m = image.shape, text.shape[0]
-    tile, scalars = tile_for("sigmoid_pairs", image), need_scale or need_bias
-    products = Products(image, text, tile, offset, need_image, need_text, torch.float32)
+    tile, scalars = tile_for("sigmoid_pairs", image), any(need[2:])
+    products = Products(sides, tile, need[:2], torch.float32)
     tiles = products.tiles
     pull = torch.empty(n, dtype=torch.float32, device=image.device)
     sums = pull.new_empty(3 if scalars else 1, tiles)
-    with on(image):
+    with on_device_of(image):
         for block in products.blocks():
             _pairs[products.grid(block)](
                 image, text, image_ids, text_ids, factor, shift, products.ds, pull, sums, n, m, offset,
-                block.row_start, block.column_start, block.first_tile, tiles, products.stride, WIDTH=width,
-                ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, DS_SCALE=products.scale,
-                STORE=need_image or need_text, SCALARS=scalars, UPCAST=INTERPRETED, **options(tile),
+                block.row_start, block.column_start, block.first_tile, tiles, products.stride,
+                DS_SCALE=products.scale, STORE=any(need[:2]), SCALARS=scalars,
+                **tile_constants(tile, width, INTERPRETED), **options(tile),
             )  # fmt: skip
             products.multiply(block, pull, factor)
     sums = sums.sum(1) if tiles > 1 else sums[:, 0].clone()
-    d_scale = sums[1].clone().reshape(scale.shape) if need_scale else nothing(scale, torch.float32)
-    d_bias = sums[2].clone().reshape(bias.shape) if need_bias else nothing(bias, torch.float32)
+    d_scale = sums[1].clone().reshape(scale.shape) if need[2] else not_needed(scale, torch.float32)
+    d_bias = sums[2].clone().reshape(bias.shape) if need[3] else not_needed(bias, torch.float32)
     return sums[0].clone(), products.d_image, products.d_text, d_scale, d_bias
-
-
-def _constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    sizes = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "UPCAST": False}
-    return {**sizes, "DS_SCALE": 1.0, "STORE": True, "SCALARS": True}
 
 
 SPECS = [
@@ -144,7 +120,9 @@ SPECS = [
             **dict.fromkeys(("scale", "bias", "pull", "sums"), "*fp32"),
         },
         scalars={"stride": "i32", **dict.fromkeys(PAIRS_SIZES, "i32")},
-        constants=_constants,
+        constants=lambda tile, width, half: {
+            **tile_constants(tile, width), "DS_SCALE": 1.0, "STORE": True, "SCALARS": True
+        },
         unaligned=frozenset({"scale", "bias", *PAIRS_SIZES}),
     )
-]
+]  # fmt: skip

@@ -1,8 +1,9 @@
-"""What the sweeps over S = image @ text^T share on the device.
+"""Device functions of all sweeps over S = image @ text^T.
 
-One function makes every tile of S, so that all kernels of a loss see the same bits: D is taken in ascending
-chunks of DEPTH into one float32 accumulator, in the type of the embeddings (float32 ones without shortening).
-UPCAST is for the interpreter alone, whose products of 16-bit floats are wrong.
+`similarities` makes every tile of S, so all kernels of a loss see the same bits: it adds ascending chunks of DEPTH
+channels into one float32 accumulator, in the type of the embeddings (float32 without TF32). Tiles are r x c with
+r = ROWS and c = COLUMNS, WIDTH is D. UPCAST is for the interpreter, whose products of 16-bit floats are wrong.
+Indices named inner_... are clamped into the matrix, so that loads need no mask.
 """
 
 import triton
@@ -10,8 +11,8 @@ import triton.language as tl
 
 
 @triton.jit
-def whole_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows `at` (r,) of x (any, WIDTH), contiguous: (r, DEPTH) with zeros behind WIDTH <= DEPTH."""
+def load_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows `at` (r,) of the contiguous x (any, WIDTH): (r, DEPTH), WIDTH <= DEPTH, padded with zeros."""
     k = tl.arange(0, DEPTH)
     pointers = x_ptr + at.to(tl.int64)[:, None] * WIDTH + k[None, :]
     if WIDTH == DEPTH:
@@ -24,23 +25,23 @@ def whole_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.c
 
 
 @triton.jit
-def kept_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
-    """What a sweep loads once: its rows where one chunk holds all of D, else nothing."""
+def resident_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
+    """The rows that a sweep loads once, if one chunk holds all of D; else a placeholder."""
     if WIDTH <= DEPTH:
-        kept = whole_rows(x_ptr, at, WIDTH, DEPTH, UPCAST)
+        resident = load_rows(x_ptr, at, WIDTH, DEPTH, UPCAST)
     else:
-        kept = at
-    return kept
+        resident = at
+    return resident
 
 
 @triton.jit
 def similarities(
-    kept, x_ptr, x_at, y_ptr, y_at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr
+    resident, x_ptr, x_at, y_ptr, y_at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """The tile x[x_at] @ y[y_at]^T, (r, c) float32; indices inside the matrices, kept as `kept_rows` gives it."""
+    """The tile x[x_at] @ y[y_at]^T, (r, c) float32; x_at (r,), y_at (c,) are inside the matrices."""
     if WIDTH <= DEPTH:
-        y = whole_rows(y_ptr, y_at, WIDTH, DEPTH, UPCAST)
-        s = tl.dot(kept, tl.trans(y), input_precision="ieee")
+        y = load_rows(y_ptr, y_at, WIDTH, DEPTH, UPCAST)
+        s = tl.dot(resident, tl.trans(y), input_precision="ieee")
     else:
         s = tl.zeros((x_at.shape[0], y_at.shape[0]), tl.float32)
         k = tl.arange(0, DEPTH)
@@ -63,42 +64,64 @@ def similarities(
 
 @triton.jit
 def positive_column(row, n, offset):
-    """The column of each row's positive; one that no tile has for rows behind the last."""
+    """The column of each row's positive; -1, which no tile has, for rows beyond the last."""
     return tl.where(row < n, row + offset, -1)
 
 
 @triton.jit
 def within(target, first, COLUMNS: tl.constexpr):
-    """Which rows have their positive in the tile of COLUMNS columns from `first` on; (r,) bool."""
+    """(r,) bool: whether a row's positive, in column `target`, lies in the tile that begins at column `first`."""
     return (target >= first) & (target < first + COLUMNS)
 
 
 @triton.jit
 def crosses(first_row, first, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Whether the tile from (first_row, first) on can hold positives; most skip what concerns them."""
+    """Whether the tile at (first_row, first) can hold positives. Most cannot, and skip the code for them."""
     return (first_row + offset < first + COLUMNS) & (first_row + ROWS + offset > first)
 
 
 @triton.jit
 def different(row_ids, column_ids, row, column, n, m):
-    """Which pairs of a tile (r, c) lie inside the matrix and show two images."""
+    """(r, c) bool: whether a pair lies inside the matrix and has different image ids."""
     return (row < n)[:, None] & (column < m)[None, :] & (row_ids[:, None] != column_ids[None, :])
 
 
 @triton.jit
-def picked(tile, positive):
-    """The entry of each row of tile (r, c) where positive (r, c) is true, 0 where it has none."""
+def selected(tile, positive):
+    """(r,): each row's entry of tile (r, c) at which positive (r, c) is true; 0 without one."""
     return tl.sum(tl.where(positive, tile, 0.0), 1)
 
 
 @triton.jit
+def negatives(
+    resident, image, text, text_ids, positive, sign, row, inner_row, row_id, target, first_row, first, n, m, offset,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(column (c,), sign * S (r, c) with -inf for all but negatives) of the tile at (first_row, first).
+
+    Stores sign * S of the positives in the tile to positive (n,). The other arguments: of the program's rows.
+    """
+    column = first + tl.arange(0, COLUMNS)
+    inner_column = tl.minimum(column, m - 1)
+    s = sign * similarities(resident, image, inner_row, text, inner_column, WIDTH, DEPTH, UPCAST)
+    if crosses(first_row, first, offset, ROWS, COLUMNS):
+        is_positive = target[:, None] == column[None, :]
+        tl.store(positive + row, selected(s, is_positive), mask=within(target, first, COLUMNS))
+        s = tl.where(is_positive, float("-inf"), s)
+    column_id = tl.load(text_ids + inner_column)
+    return column, tl.where(different(row_id, column_id, row, column, n, m), s, float("-inf"))
+
+
+@triton.jit
 def own_similarities(
-    positive, s, is_positive, inner_row, inner_column, WHOLE: tl.constexpr, BOTH: tl.constexpr
+    positive, s, is_positive, inner_row, inner_column, SINGLE: tl.constexpr, BOTH: tl.constexpr
 ):
-    """What the positives of a tile's rows and columns have, (r,) and (c,): from positive (n,), or from the tile
-    itself where it is the whole matrix. The second means nothing without BOTH."""
-    if WHOLE:
-        of_row, of_column = picked(s, is_positive), tl.sum(tl.where(is_positive, s, 0.0), 0)
+    """The similarities of the positives of a tile's rows (r,) and, with BOTH, of its columns (c,).
+
+    Read from positive (n,), or with SINGLE from the tile s itself, which is then the only one.
+    """
+    if SINGLE:
+        of_row, of_column = selected(s, is_positive), tl.sum(tl.where(is_positive, s, 0.0), 0)
     else:
         of_row = tl.load(positive + inner_row)
         of_column = of_row
@@ -109,22 +132,22 @@ def own_similarities(
 
 @triton.jit
 def exponent_of(scale_ptr):
-    """(sign, factor): exp(scale * s) = 2^(factor * (sign * s)), with a factor above 0 so that -inf stays -inf."""
+    """(sign, factor) with exp(scale * s) = 2^(factor * (sign * s)) and factor > 0, so that -inf stays -inf."""
     scale = tl.load(scale_ptr).to(tl.float32)
     sign = tl.where(scale < 0, -1.0, 1.0)
-    # A device's maximum leaves out what is no number, and the loss would hide a scale that has become none.
+    # By default a device's maximum drops NaN, and the loss would hide a scale that has become NaN.
     return sign, tl.maximum(tl.abs(scale) * 1.4426950408889634, 1e-30, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def reference_of(top, factor):
-    """What to subtract from exponents whose largest is factor * top; 0 where there are none (top = -inf)."""
+    """What to subtract from exponents whose largest is factor * top; 0 if there are none (top = -inf)."""
     return tl.where(top == float("-inf"), 0.0, top) * factor
 
 
 @triton.jit
 def log1p_of(e):
-    """log(1 + e) for e in 0..1, good to a few ulp however small e is: 2 artanh(e / (2 + e)), as a series."""
+    """log(1 + e) for e in 0..1, exact to a few ulp for every e: 2 artanh(e / (2 + e)) as a series."""
     t = e / (2.0 + e)
     q = t * t
     return (
@@ -134,7 +157,7 @@ def log1p_of(e):
 
 @triton.jit
 def softplus_and_sigmoid(z):
-    """(log(1 + exp(z)), 1 / (1 + exp(-z))), both good to a few ulp however small they are."""
+    """(log(1 + exp(z)), 1 / (1 + exp(-z))), both exact to a few ulp for every z."""
     e = tl.exp(-tl.abs(z))
     weight = 1.0 / (1.0 + e)
     return tl.maximum(z, 0.0) + log1p_of(e), tl.where(z >= 0, weight, e * weight)
@@ -142,7 +165,7 @@ def softplus_and_sigmoid(z):
 
 @triton.jit
 def softplus_and_sigmoid_2(z):
-    """(log2(1 + 2^z), 1 / (1 + 2^-z)), likewise."""
+    """(log2(1 + 2^z), 1 / (1 + 2^-z)), both exact to a few ulp for every z."""
     e = tl.exp2(-tl.abs(z))
     weight = 1.0 / (1.0 + e)
     return tl.maximum(z, 0.0) + 1.4426950408889634 * log1p_of(e), tl.where(z >= 0, weight, e * weight)

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from d2s.kernels import reference
+from d2s.kernels.sides import Sides
+
 CONTRASTIVE = ("hinge_max", "hinge_sum", "info_nce", "sigmoid")
 KINDS = ("random", "clustered", "duplicated", "identical")
 
@@ -76,6 +79,15 @@ def contrastive(
 ) -> Tensor:
     """One of CONTRASTIVE, by its short name."""
     text_ids = ids if text_ids is None else text_ids
+    if module is reference:
+        both = both and name != "sigmoid"
+        sides_ = Sides(image, text, ids, text_ids, offset, both)
+        scale, bias = (torch.as_tensor(x, dtype=torch.float64) for x in (scale, bias))
+        if name.startswith("hinge"):
+            return reference.hinge_loss(sides_, margin, name == "hinge_max")
+        if name == "info_nce":
+            return reference.info_nce_loss(sides_, scale)
+        return reference.sigmoid_loss(sides_, scale, bias)
     if name.startswith("hinge"):
         return module.hinge_loss(
             image, text, ids, text_ids, margin=margin, hardest=name == "hinge_max", offset=offset, both=both

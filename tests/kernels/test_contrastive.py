@@ -202,7 +202,7 @@ def test_info_nce_of_a_collapsed_model_is_log_n():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("chunks")
 def test_one_exponential_for_both_directions_gives_what_two_give(kind, both, dtype, monkeypatch):
-    """Also at the edge: where the reference is not 0, and so far out that there is none."""
+    """Also at the edge: where the common shift is not 0, and so far out that there is none."""
     ids = image_ids(90, 70, 1)
     taken = set()
     for scale in (1.0, 60.0, 100.0, 150.0, 300.0, 3000.0):
@@ -214,9 +214,9 @@ def test_one_exponential_for_both_directions_gives_what_two_give(kind, both, dty
             )
 
         ours = run()
-        taken.add(info_nce._reference(*inputs, 0))
+        taken.add(info_nce.common_shift(*inputs, 0))
         with monkeypatch.context() as patch:
-            patch.setattr(info_nce, "_reference", lambda *_: None)
+            patch.setattr(info_nce, "common_shift", lambda *_: None)
             apart = run()
         # The sums behind a large logit are as uncertain as the logit's last bit.
         limit = 32 * torch.finfo(dtype).eps * max(scale, 10)
@@ -224,7 +224,7 @@ def test_one_exponential_for_both_directions_gives_what_two_give(kind, both, dty
         for a, b in zip(ours, apart, strict=True):
             assert float((a - b).norm()) <= limit * max(float(b.norm()), 1.0)
     assert 0.0 in taken
-    # Positives far below the largest similarity leave no reference; nearly identical pairs always do.
+    # Positives far below the largest similarity leave no common shift; nearly identical pairs always do.
     assert kind != "random" or None in taken
     assert kind != "identical" or any(taken - {0.0, None})
 

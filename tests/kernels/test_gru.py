@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from d2s.kernels.gru import packed_gru, position_gru, shared_input_gru
+from d2s.kernels.gru import SharedInputGRU, packed_gru, position_gru
 
 
-@pytest.mark.parametrize("run", [position_gru, shared_input_gru, packed_gru])
+@pytest.mark.parametrize("run", [position_gru, SharedInputGRU.apply, packed_gru])
 @pytest.mark.parametrize("counts", [[1] * 9, [1, 1, 2, 2, 2, 4, 4, 5, 5], [3], [0, 0, 2]])
 def test_agrees_with_torch_row_by_row(run, counts):
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from problems import image_ids, sides
 from torch import Tensor
 
 from d2s.kernels import fused, reference
+from d2s.kernels.sides import Sides, Winners
 
 ALL = (True, True, True, True)
 GRAD = 0.75
@@ -29,7 +30,7 @@ class Problem:
 
     @property
     def sides(self):
-        return self.image, self.text, self.image_ids, self.text_ids
+        return Sides(self.image, self.text, self.image_ids, self.text_ids, self.offset, self.both)
 
 
 def problem(
@@ -51,16 +52,16 @@ def ours(name: str, p: Problem, need=ALL) -> list[Tensor]:
     """Loss and gradients (image, text; scale; bias) under the upstream gradient GRAD, by the raw functions."""
     grad = torch.tensor(GRAD)
     if name == "hinge_max":
-        loss, *chosen = fused.hinge_max_forward(*p.sides, p.margin, p.offset, p.both)
-        gradients = fused.hinge_max_backward(grad, p.image, p.text, *chosen, p.offset, *need[:2])
+        loss, *winners = fused.hinge_max_forward(p.sides, p.margin)
+        gradients = fused.hinge_max_backward(grad, p.image, p.text, Winners(*winners), p.offset, need[:2])
     elif name == "info_nce":
-        loss, *lse = fused.info_nce_forward(*p.sides, p.scale, p.offset, p.both)
-        gradients = fused.info_nce_backward(grad, *p.sides, p.scale, *lse, p.offset, p.both, *need[:3])
+        loss, *odds = fused.info_nce_forward(p.sides, p.scale)
+        gradients = fused.info_nce_backward(p.sides, p.scale, *odds, grad, need[:3])
     elif name == "hinge_sum":
-        loss, *made = fused.hinge_sum_forward(*p.sides, p.margin, p.offset, p.both, *need[:2])
+        loss, *made = fused.hinge_sum_forward(p.sides, p.margin, need[:2])
         gradients = [(grad * g).to(p.image.dtype) for g in made]
     else:
-        loss, *made = fused.sigmoid_forward(*p.sides, p.scale, p.bias, p.offset, *need)
+        loss, *made = fused.sigmoid_forward(p.sides, p.scale, p.bias, need)
         gradients = [
             (grad * g).to(x.dtype) for g, x in zip(made, (p.image, p.text, p.scale, p.bias), strict=True)
         ]
@@ -82,14 +83,13 @@ def exact(name: str, p: Problem) -> list[Tensor]:
     """The same by the oracle, in float64 throughout."""
     leaves = _leaves(p, torch.float64)
     image, text, scale, bias = leaves
-    sides_ = image, text, p.image_ids, p.text_ids
+    doubles = p.sides._replace(image=image, text=text)
     if name == "info_nce":
-        loss = reference.info_nce_loss(*sides_, scale=scale, offset=p.offset, both=p.both)
+        loss = reference.info_nce_loss(doubles, scale)
     elif name == "sigmoid":
-        loss = reference.sigmoid_loss(*sides_, scale=scale, bias=bias, offset=p.offset)
+        loss = reference.sigmoid_loss(doubles, scale, bias)
     else:
-        hinge = {"margin": p.margin, "hardest": name == "hinge_max", "offset": p.offset, "both": p.both}
-        loss = reference.hinge_loss(*sides_, **hinge)
+        loss = reference.hinge_loss(doubles, p.margin, hardest=name == "hinge_max")
     return _differentiate(loss, leaves)
 
 

@@ -10,6 +10,7 @@ from problems import CONTRASTIVE, Numbers
 
 from d2s.kernels.fused import hinge_gather, launch, products, tiles
 from d2s.kernels.fused.tiles import Tile
+from d2s.kernels.sides import Sides
 
 KINDS = ("random", "clustered", "duplicated", "identical")
 CASES = tuple(zip(KINDS, (1.0, 14.0, 100.0, 200.0), (0.0, 0.2, 0.5, 1.0), strict=True))
@@ -223,6 +224,6 @@ def test_parts_grow_slower_than_the_batch():
 def test_blocks_of_ds_are_bounded(need):
     image = torch.empty(1, 4).expand(40_000, 4)
     tile = Tile(rows=64, columns=64, depth=64, warps=4, stages=1)
-    made = products.Products(image, image, tile, 0, *need[:2], torch.float32)
+    made = products.Products(Sides(image, image, image, image), tile, need[:2], torch.float32)
     assert made.ds.numel() <= products.BLOCK_ENTRIES
     assert sum(b.rows * b.columns for b in made.blocks()) == 40_000**2

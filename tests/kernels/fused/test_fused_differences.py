@@ -11,7 +11,7 @@ BUILD = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
-from d2s.kernels import assembly, builds
+from d2s.kernels.build import assembly, builds
 specs = builds.all_specs()
 spec = specs[sys.argv[1]]
 job = next(job for job in builds.jobs([spec], [90], {}) if (job.dtype, job.width) == (sys.argv[2], 64))

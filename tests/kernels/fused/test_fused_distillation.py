@@ -6,7 +6,7 @@ from judge import DTYPES, assert_as_good, slope, spread, strided
 from torch.nn.functional import normalize
 
 from d2s.kernels import reference
-from d2s.kernels.fused import pointwise, relational
+from d2s.kernels.fused import pointwise, relational, relational_gradient
 
 
 def relational_sides(n, m, width, teacher_width, dtype=torch.float32):
@@ -38,7 +38,7 @@ def dense_relational(sides, temperature):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_relational_is_as_good_as_dense(shape, dtype):
     sides = relational_sides(*shape, dtype)
-    ours = relational.relational_forward(*sides, 0.05, True, True)
+    ours = relational.relational_forward(*sides, 0.05, (True, True))
     assert [x.dtype for x in ours] == [torch.float32] * 3
     for got, dense, exact in zip(
         ours, dense_relational(sides, 0.05), exact_relational(sides, 0.05), strict=True
@@ -49,7 +49,7 @@ def test_relational_is_as_good_as_dense(shape, dtype):
 @pytest.mark.parametrize("temperature", [0.005, 0.01, 1.0, 50.0])
 def test_relational_at_any_temperature(temperature):
     sides = relational_sides(20, 70, 24, 40)
-    ours = relational.relational_forward(*sides, temperature, True, True)
+    ours = relational.relational_forward(*sides, temperature, (True, True))
     everything = zip(
         ours, dense_relational(sides, temperature), exact_relational(sides, temperature), strict=True
     )
@@ -60,11 +60,11 @@ def test_relational_at_any_temperature(temperature):
 def test_relational_in_several_ranges_and_blocks(monkeypatch):
     """Ranges of columns, blocks of differences, and edges of both in the middle of a tile."""
     sides = relational_sides(150, 300, 20, 12)
-    whole = relational.relational_forward(*sides, 0.1, True, True)
+    whole = relational.relational_forward(*sides, 0.1, (True, True))
     monkeypatch.setattr(relational, "PROGRAMS", 1)
-    monkeypatch.setattr(relational, "BLOCK_ROWS", 100)
-    monkeypatch.setattr(relational, "BLOCK_BYTES", 100 * 130 * 4)
-    parts = relational.relational_forward(*sides, 0.1, True, True)
+    monkeypatch.setattr(relational_gradient, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(relational_gradient, "BLOCK_BYTES", 100 * 130 * 4)
+    parts = relational.relational_forward(*sides, 0.1, (True, True))
     for a, b, exact in zip(whole, parts, exact_relational(sides, 0.1), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
         assert torch.allclose(b.double(), exact, rtol=1e-5, atol=2e-6)
@@ -72,40 +72,40 @@ def test_relational_in_several_ranges_and_blocks(monkeypatch):
 
 def test_relational_needs_repeats_and_strides():
     sides = relational_sides(18, 33, 7, 9)
-    loss, d_student, d_all = relational.relational_forward(*sides, 0.2, True, True)
-    again = relational.relational_forward(*map(strided, sides), 0.2, True, True)
+    loss, d_student, d_all = relational.relational_forward(*sides, 0.2, (True, True))
+    again = relational.relational_forward(*map(strided, sides), 0.2, (True, True))
     assert all(torch.equal(a, b) for a, b in zip((loss, d_student, d_all), again, strict=True))
-    only_all = relational.relational_forward(*sides, 0.2, False, True)
+    only_all = relational.relational_forward(*sides, 0.2, (False, True))
     assert only_all[1].numel() == 0
     assert torch.equal(only_all[2], d_all)
-    only_student = relational.relational_forward(*sides, 0.2, True, False)
+    only_student = relational.relational_forward(*sides, 0.2, (True, False))
     assert only_student[2].numel() == 0
     assert torch.equal(only_student[1], d_student)
-    assert [x.numel() for x in relational.relational_forward(*sides, 0.2, False, False)] == [1, 0, 0]
+    assert [x.numel() for x in relational.relational_forward(*sides, 0.2, (False, False))] == [1, 0, 0]
 
 
 def test_relational_teacher_in_another_type_and_floor():
     student, teacher, every, teacher_every = relational_sides(16, 40, 8, 8)
     half = relational.relational_forward(
-        student, teacher.half(), every, teacher_every.half(), 0.3, True, True
+        student, teacher.half(), every, teacher_every.half(), 0.3, (True, True)
     )
     same = relational.relational_forward(
-        student, teacher.half().float(), every, teacher_every.half().float(), 0.3, True, True
+        student, teacher.half().float(), every, teacher_every.half().float(), 0.3, (True, True)
     )
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(half, same, strict=True))
-    floor = relational.relational_forward(student, student, every, every, 0.01, True, True)
+    floor = relational.relational_forward(student, student, every, every, 0.01, (True, True))
     assert abs(float(floor[0])) < 1e-5
     assert float(floor[1].abs().max()) == 0
 
 
 def test_relational_slope():
     sides = relational_sides(12, 30, 10, 6)
-    _, d_student, d_all = relational.relational_forward(*sides, 0.2, True, True)
+    _, d_student, d_all = relational.relational_forward(*sides, 0.2, (True, True))
     for place, gradient in ((0, d_student), (2, d_all)):
 
         def loss(x, place=place):
             mine = [*sides[:place], x, *sides[place + 1 :]]
-            return relational.relational_forward(*mine, 0.2, False, False)[0]
+            return relational.relational_forward(*mine, 0.2, (False, False))[0]
 
         direction = spread(*sides[place].shape, seed=9)
         expected = float((gradient.double() * direction).sum())

@@ -26,9 +26,9 @@ def problem(batch, tokens, width, dtype, kind="holes"):
     return features, weights, mask, grad
 
 
-def fused(features, weights, mask, grad, need_features=True, need_weights=True):
-    pooled, order, value = gpo.gpo_forward(features, weights, mask, need_features, need_weights)
-    gradients = gpo.gpo_backward(grad, features, weights, mask, order, value, need_features, need_weights)
+def fused(features, weights, mask, grad, need=(True, True)):
+    pooled, order, value = gpo.gpo_forward(features, weights, mask, need)
+    gradients = gpo.gpo_backward(grad, features, weights, mask, order, value, need)
     return pooled, *gradients
 
 
@@ -111,7 +111,7 @@ def test_sample_without_tokens_is_zero():
 def test_order_is_a_permutation():
     """So every place of the gradient is written once, whatever the memory held before."""
     features, weights, mask, _ = problem(3, 21, 5, torch.float32)
-    order = gpo.gpo_forward(features, weights, mask, True, False)[1].view(3, 5, 21)
+    order = gpo.gpo_forward(features, weights, mask, (True, False))[1].view(3, 5, 21)
     assert torch.equal(order.sort(2).values, torch.arange(21, dtype=torch.int16).expand(3, 5, 21))
     real = mask[:, None].expand(3, 5, 21).gather(2, order.long())
     assert torch.equal(real, (torch.arange(21) < mask.sum(1, keepdim=True))[:, None].expand(3, 5, 21))
@@ -122,11 +122,11 @@ def test_needs_repeats_and_strides():
     ours = fused(*inputs)
     again = fused(*map(strided, inputs[:2]), strided(inputs[2].int()).bool(), strided(inputs[3]))
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
-    features_only, weights_only = fused(*inputs, True, False), fused(*inputs, False, True)
+    features_only, weights_only = fused(*inputs, (True, False)), fused(*inputs, (False, True))
     assert torch.equal(features_only[1], ours[1])
     assert torch.equal(weights_only[2], ours[2])
     assert features_only[2].numel() == weights_only[1].numel() == 0
-    pooled, order, value = gpo.gpo_forward(*inputs[:3], False, False)
+    pooled, order, value = gpo.gpo_forward(*inputs[:3], (False, False))
     assert torch.equal(pooled, ours[0])
     assert order.numel() == value.numel() == 0
 
@@ -160,7 +160,7 @@ def test_slope():
     _, d_features, d_weights = fused(features, weights, mask, grad)
 
     def pooled(f, w):
-        return (gpo.gpo_forward(f, w, mask, False, False)[0].double() * grad).sum()
+        return (gpo.gpo_forward(f, w, mask, (False, False))[0].double() * grad).sum()
 
     direction = spread(2, 9, 4, seed=3)
     expected = float((d_features.double() * direction).sum())

@@ -71,24 +71,24 @@ def operator_calls(dtype):
     part = (image[2:7].detach().requires_grad_(), text, ids[2:7], ids)
     features, weights = gpo_inputs(dtype)
     plain = [x.detach() for x in (image, text, scale, bias, features, weights)]
-    *_, at, active, column_at, column_active = ops.hinge_max(*plain[:2], ids, ids, 0.2, 0, True)
-    _, row_lse, column_lse = ops.info_nce(*plain[:2], ids, ids, plain[2], 0, True)
+    *_, at, active, column_at, column_active = ops.hinge_max(*plain[:2], ids, ids, 0, True, 0.2)
+    _, *statistics = ops.info_nce(*plain[:2], ids, ids, 0, True, plain[2])
     pooled, order, value = ops.gpo(*plain[4:], mask, True, True)
-    one = torch.ones((), dtype=row_lse.dtype)
+    one = torch.ones((), dtype=statistics[0].dtype)
     winners = (at, active, column_at, column_active)
     return [
-        (ops.hinge_max, (*contrastive, 0.2, 0, True)),
-        (ops.hinge_max, (*part, 0.2, 2, False)),
+        (ops.hinge_max, (*contrastive, 0, True, 0.2)),
+        (ops.hinge_max, (*part, 2, False, 0.2)),
         (ops.hinge_max_backward, (one, *plain[:2], *winners, 0, True, True)),
         (ops.hinge_max_backward, (one, *plain[:2], *winners, 0, False, True)),
-        (ops.hinge_sum, (*contrastive, 0.2, 0, True, True, True)),
-        (ops.hinge_sum, (part[0], text.detach(), *part[2:], 0.2, 2, False, True, False)),
-        (ops.info_nce, (*contrastive, scale, 0, True)),
-        (ops.info_nce, (*part, scale, 2, False)),
+        (ops.hinge_sum, (*contrastive, 0, True, 0.2, True, True)),
+        (ops.hinge_sum, (part[0], text.detach(), *part[2:], 2, False, 0.2, True, False)),
+        (ops.info_nce, (*contrastive, 0, True, scale)),
+        (ops.info_nce, (*part, 2, False, scale)),
         (ops.info_nce_backward,
-         (one, *plain[:2], ids, ids, plain[2], row_lse, column_lse, 0, True, True, False, True)),
-        (ops.sigmoid, (*contrastive, scale, bias, 0, True, True, True, True)),
-        (ops.sigmoid, (image.detach(), text, ids, ids, scale.detach(), bias, 0, False, True, False, True)),
+         (*plain[:2], ids, ids, 0, True, plain[2], *statistics, one, True, False, True)),
+        (ops.sigmoid, (*contrastive, 0, False, scale, bias, True, True, True, True)),
+        (ops.sigmoid, (image.detach(), text, ids, ids, 0, False, scale.detach(), bias, False, True, False, True)),
         (ops.relational, (image, plain[1], text, plain[0], 0.3, True, True)),
         (ops.relational, (image, plain[1], plain[1], plain[0], 0.3, True, False)),
         (ops.pointwise, (image, plain[1], "l2", True, True)),
@@ -181,7 +181,7 @@ def test_second_derivative_is_an_error_and_not_zero(name):
 def test_gradient_of_an_operator_for_a_gradient_is_an_error():
     image, text = float_inputs()[:2]
     ids, *_ = targets()
-    winners = ops.hinge_max(image, text, ids, ids, 0.2, 0, True)[1:]
+    winners = ops.hinge_max(image, text, ids, ids, 0, True, 0.2)[1:]
     made = ops.hinge_max_backward(torch.ones(()), image, text, *winners, 0, True, True)
     with pytest.raises(RuntimeError, match="d2s::hinge_max_backward: its gradient was to be differentiated"):
         made[1].sum().backward()
@@ -225,7 +225,7 @@ def test_each_input_alone_gets_the_same_gradient(name):
 def test_only_what_is_needed_is_made():
     image, text, scale, bias = (x.detach() for x in float_inputs())
     ids, _, mask = targets()
-    made = ops.sigmoid(image, text, ids, ids, scale, bias, 0, False, True, False, False)
+    made = ops.sigmoid(image, text, ids, ids, 0, False, scale, bias, False, True, False, False)
     assert [x.numel() for x in made] == [1, 0, text.numel(), 0, 0]
     # For the weights' gradient Triton and float64 keep the sorted values, a CPU the order to gather them by.
     for dtype in (torch.float64, torch.float32):
@@ -238,7 +238,7 @@ def test_only_what_is_needed_is_made():
 def test_gradient_that_was_not_announced_is_an_error():
     image, text = float_inputs()[:2]
     ids, *_ = targets()
-    loss = ops.hinge_sum(image, text, ids, ids, 0.2, 0, True, True, False)[0]
+    loss = ops.hinge_sum(image, text, ids, ids, 0, True, 0.2, True, False)[0]
     with pytest.raises(RuntimeError, match="d2s::hinge_sum: argument 1 needs a gradient"):
         loss.backward()
 

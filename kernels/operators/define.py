@@ -1,4 +1,4 @@
-"""How the operators are defined: a schema, shapes for the compiler, a run, and a gradient that can be taken once.
+"""How an operator of torch is defined: its schema, shapes for the compiler, computation and gradient.
 
 `torch.library.Library` with an autograd kernel of our own costs some 20 us less a call than `register_autograd` or
 `torch.library.custom_op`: at a batch of 128 that is a good part of the time.
@@ -19,13 +19,11 @@ _NO_SECOND = (
 )
 
 
-def place_type(tokens: int) -> torch.dtype:
-    """The integers in which a place among so many tokens is kept."""
-    return torch.int16 if tokens <= 1 << 15 else torch.int32
-
-
 def define(schema: str, fake: Callable, run: Callable) -> Callable:
-    """Defines d2s::name(...) with its shapes and its computation, on detached tensors; gives the operator."""
+    """Defines the operator d2s::NAME of `schema` and returns it.
+
+    fake: its output shapes, for the compiler. run: its computation; gets detached tensors.
+    """
     name = schema.partition("(")[0]
 
     def detached(*arguments: object) -> object:
@@ -38,9 +36,9 @@ def define(schema: str, fake: Callable, run: Callable) -> Callable:
 
 
 def differentiable(operator: Callable, save: Callable, backward: Callable) -> None:
-    """Registers the gradient: save(ctx, arguments, outputs), then backward(ctx, gradient of the first output).
+    """Registers an operator's gradient: save(ctx, arguments, outputs), then backward(ctx, d_first_output).
 
-    The other outputs carry no gradient. backward is not called where no gradient arrives.
+    Only the first output carries a gradient. backward is not called if none arrives.
     """
 
     def forward(ctx: FunctionCtx, *arguments: object) -> object:
@@ -61,7 +59,7 @@ def differentiable(operator: Callable, save: Callable, backward: Callable) -> No
 
 
 def no_gradient(operator: Callable) -> None:
-    """Registers that the gradient of an operator, itself a gradient or a number, is an error."""
+    """Registers that differentiating this operator, itself a gradient or an integer, is an error."""
 
     def forward(ctx: FunctionCtx, *arguments: object) -> object:
         with _BelowAutograd():
@@ -74,6 +72,7 @@ def no_gradient(operator: Callable) -> None:
 
 
 def _register(operator: Callable, forward: Callable, backward: Callable) -> None:
+    """Registers forward and backward as the operator's autograd kernel; without gradients it runs as it is."""
     name = operator.name().replace("::", "_")
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(name, (torch.autograd.Function,), members)
@@ -88,17 +87,17 @@ def _register(operator: Callable, forward: Callable, backward: Callable) -> None
 
 
 def refuse_second_derivative(name: str) -> None:
-    """For a backward: RuntimeError where it runs under create_graph=True.
+    """Call it in a backward: raises RuntimeError under create_graph=True.
 
-    At once, because an error that waits for the second derivative (torch's `once_differentiable`) hangs on leaves of
-    its own: told what to differentiate by, autograd never reaches it and the second derivative is silently zero.
+    The error must come now. One that waits for the second derivative (torch's `once_differentiable`) is never
+    reached if autograd is told by which leaves to differentiate, and the second derivative is silently zero.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(_NO_SECOND.format(name))
 
 
-def made_in_forward(operator: Callable, places: tuple[int, ...]) -> None:
-    """Registers the gradient of an operator that returns (loss, gradient of the argument at places[0], ...)."""
+def gradient_in_forward(operator: Callable, places: tuple[int, ...]) -> None:
+    """Registers the gradient of an operator that returns (loss, gradient of argument places[0], ...)."""
 
     def save(ctx: FunctionCtx, arguments: tuple, outputs: tuple) -> None:
         ctx.save_for_backward(*outputs[1:])
@@ -106,14 +105,14 @@ def made_in_forward(operator: Callable, places: tuple[int, ...]) -> None:
 
     def backward(ctx: FunctionCtx, grad: Tensor) -> Gradients:
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for k, made, dtype in zip(places, ctx.saved_tensors, ctx.types, strict=True):
+        for k, saved, dtype in zip(places, ctx.saved_tensors, ctx.types, strict=True):
             if not ctx.needs_input_grad[k]:
                 continue
-            if made.numel() == 0:
+            if saved.numel() == 0:
                 raise RuntimeError(
                     f"{operator.name()}: argument {k} needs a gradient, and its need_... was false"
                 )
-            gradients[k] = (grad * made).to(dtype)
+            gradients[k] = (grad * saved).to(dtype)
         return tuple(gradients)
 
     differentiable(operator, save, backward)

@@ -1,0 +1,13 @@
+"""The types in which the implementations compute and save."""
+
+import torch
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def position_dtype(tokens: int) -> torch.dtype:
+    """The integer type in which GPO saves a token's position among that many."""
+    return torch.int16 if tokens <= 1 << 15 else torch.int32
