@@ -1,7 +1,7 @@
-"""The plan of a build: every image of the source, checked, joined with its captions, ordered, cut into shards.
+"""Assigns every image of a source to its place in a shard: lists, checks, joins captions, orders and cuts.
 
-All that can be found out without decoding images is found out here, before a shard is written. The plan lies on
-disk and is memory-mapped by the workers; making it needs about 100 bytes an image.
+Everything that can be known without decoding images is found out here, before the first shard is written. The
+assignment lies on disk and is memory-mapped by the workers; making it needs about 100 bytes for each image.
 """
 
 import hashlib
@@ -13,107 +13,110 @@ from pathlib import Path
 import numpy as np
 
 from d2s.common.files import file_sha256
-from d2s.shards.build import dense as dense_join
-from d2s.shards.build.dense import DenseOptions
+from d2s.shards.build.caption_join import JoinOptions, join_captions
+from d2s.shards.build.image_list import (
+    entry_of,
+    exclude_ambiguous,
+    exclude_duplicates,
+    list_images,
+    split_fault,
+    unique_keys,
+)
 from d2s.shards.build.layout import Layout, Shard, arrange
-from d2s.shards.build.listing import list_images, refuse_duplicates, refuse_shared_joins, rename
-from d2s.shards.build.spool import Spool
-from d2s.shards.format.sample import Entry, Faults
+from d2s.shards.build.row_file import RowFile
+from d2s.shards.sources.entry import Entry
+from d2s.shards.sources.faults import Faults
+
+_FILES = ("entries.arrow", "captions.arrow", "order.npy", "matched.npy", "facts.json")
+_ENTRIES, _CAPTIONS, _ORDER, _MATCHED, _FACTS = _FILES
 
 
-class Plan:
-    """A plan on disk, opened for reading by whichever process writes shards."""
+class Assignment:
+    """An assignment on disk, opened for reading."""
 
     def __init__(self, folder: Path) -> None:
-        self._entries = Spool(folder / "entries.arrow")
-        self._order = np.load(folder / "order.npy", mmap_mode="r")
-        self._matched = np.load(folder / "matched.npy", mmap_mode="r")
-        self._dense = Spool(folder / "dense.arrow") if (folder / "dense.arrow").exists() else None
-        facts = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        self._entries = RowFile(folder / _ENTRIES)
+        self._order = np.load(folder / _ORDER, mmap_mode="r")
+        self._matched = np.load(folder / _MATCHED, mmap_mode="r")
+        self._captions = RowFile(folder / _CAPTIONS) if (folder / _CAPTIONS).exists() else None
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
         self._renamed = {int(row): key for row, key in facts["renamed"].items()}
         self.shards = [Shard(*shard) for shard in facts["shards"]]
         self.counts: dict[str, int] = facts["counts"]
+        """images in each split"""
         self.extra: int = facts["extra"]
+        """rows of separate captions that have no image"""
 
     def entries(self, shard: Shard) -> Iterator[Entry]:
-        """The entries of a shard in their final order, with final key and captions."""
-        for row in self._order[shard.start : shard.stop]:
-            yield self._entry(int(row), shard.split)
-
-    def _entry(self, number: int, split: str) -> Entry:
-        row = self._entries.row(number)
-        join = row.pop("join")
-        del row["given"]
-        row["split"] = split
-        row["key"] = self._renamed.get(number, row["key"])
-        row["sparse"], row["dense"] = tuple(row["sparse"]), tuple(row["dense"])
-        entry = Entry(**row)
-        if self._dense is None or self._matched[number] < 0:
-            return entry
-        found = self._dense.row(int(self._matched[number]))
-        assert found["key"] == join, f"two join keys with one hash: {found['key']!r} and {join!r}"
-        return replace(
-            entry,
-            sparse=tuple(found["sparse"]) or entry.sparse,
-            dense=entry.dense + tuple(found["dense"]),
-        )
+        """The entries of a shard in their final order, with final key, split and captions."""
+        for number in self._order[shard.start : shard.stop].tolist():
+            row = self._entries.row(number)
+            key = self._renamed.get(number, row["key"])
+            entry = replace(entry_of(row), split=shard.split, key=key)
+            if self._captions is not None and self._matched[number] >= 0:
+                found = self._captions.row(int(self._matched[number]))
+                same = found["key"] == row["join"]
+                assert same, f"two join keys with one hash: {found['key']!r} and {row['join']!r}"
+                sparse, dense = tuple(found["sparse"]), tuple(found["dense"])
+                entry = replace(entry, sparse=sparse or entry.sparse, dense=entry.dense + dense)
+            yield entry
 
 
-def make_plan(
+def assign(
     folder: Path,
     entries: Iterable[Entry],
     *,
-    dense: DenseOptions | None,
+    join: JoinOptions | None,
     layout: Layout,
     faults: Faults,
-) -> Plan:
-    """Lists, checks, joins, orders and cuts. Raises ValueError, one line, for what a user has to mend."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = list_images(entries, folder / "entries.arrow", dense, layout.seed, faults)
-    if not len(found.names):
+) -> Assignment:
+    """Makes the assignment in `folder`. Raises ValueError, in one line, for what the user has to correct."""
+    images = list_images(entries, folder / _ENTRIES, join, layout.seed, faults)
+    if not len(images):
         raise ValueError("the source has no images; nothing to build")
-    spool = Spool(folder / "entries.arrow")
-    alive = np.frombuffer(found.alive, np.int8).astype(bool)
-    refuse_duplicates(found, spool, alive, faults)
-    matched, extra = np.full(len(alive), -1, np.int64), 0
-    (folder / "dense.arrow").unlink(missing_ok=True)
-    if dense is not None:
-        refuse_shared_joins(found, spool, alive, dense, faults)
-        hashes = np.frombuffer(found.joins, np.uint64)
-        matched, extra = dense_join.join(
-            dense,
-            hashes,
-            alive,
-            folder / "dense.arrow",
+    usable = images.column("usable").copy()
+    exclude_duplicates(images, usable, faults)
+    matched, extra = np.full(len(images), -1, np.int64), 0
+    (folder / _CAPTIONS).unlink(missing_ok=True)
+    if join is not None:
+        exclude_ambiguous(images, usable, join, faults)
+        matched, extra = join_captions(
+            join,
+            images.column("join_hash"),
+            usable,
+            folder / _CAPTIONS,
             faults,
-            lambda number: spool.row(int(number))["join"],
+            lambda number: images.row(int(number))["join"],
         )
-    captions = np.frombuffer(found.captions, np.int64)
-    for number in np.flatnonzero(alive & (captions == 0) & (matched < 0)):
-        row = spool.row(int(number))
+    for number in np.flatnonzero(usable & (images.column("captions") == 0) & (matched < 0)):
+        row = images.row(int(number))
         faults.add(row["where"], f"image {row['source_id']!r} has no caption", row["source_id"])
-        alive[number] = False
+        usable[number] = False
+    codes, splits = images.codes("split")
     shards, counts, order = arrange(
-        found.groups(alive),
-        np.frombuffer(found.order, np.uint64),
-        np.frombuffer(found.sizes, np.int64),
-        (np.frombuffer(found.tars, np.int32), found.tar_names),
+        {
+            name: np.flatnonzero(usable & (codes == code))
+            for code, name in enumerate(splits)
+            if not split_fault(name)
+        },
+        images.column("order_hash"),
+        images.column("bytes"),
+        images.codes("path") if layout.in_place else (np.empty(0, np.int32), []),
         layout,
     )
-    np.save(folder / "order.npy", order)
-    np.save(folder / "matched.npy", matched)
+    np.save(folder / _ORDER, order)
+    np.save(folder / _MATCHED, matched)
     facts = {
-        "renamed": rename(found, spool),
+        "renamed": unique_keys(images),
         "shards": [astuple(shard) for shard in shards],
         "counts": counts,
         "extra": extra,
     }
-    (folder / "plan.json").write_text(json.dumps(facts), encoding="utf-8")
-    return Plan(folder)
+    (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    return Assignment(folder)
 
 
 def digest(folder: Path) -> str:
-    """A checksum of the whole plan: an interrupted build goes on only if its plan comes out the same."""
-    names = ("entries.arrow", "dense.arrow", "order.npy", "matched.npy", "plan.json")
-    sums = [file_sha256(folder / name) for name in names if (folder / name).exists()]
+    """A checksum of the assignment: an interrupted build continues only if it comes out the same."""
+    sums = [file_sha256(folder / name) for name in _FILES if (folder / name).exists()]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()

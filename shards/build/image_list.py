@@ -1,66 +1,36 @@
-"""Lists the images of a source and checks whatever shows without decoding each of them."""
+"""Lists the images of a source, and checks what can be checked without decoding every image."""
 
 import hashlib
-from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from d2s.shards.build.dense import DenseOptions
-from d2s.shards.build.spool import Spool, SpoolWriter
-from d2s.shards.format.pictures import check, looks_whole
-from d2s.shards.format.sample import Entry, Faults, caption_fault, clean_key, hash64
+from d2s.shards.build.caption_join import JoinOptions
+from d2s.shards.build.row_file import RowFile, RowFileWriter
+from d2s.shards.format.image_file import check_image, has_valid_ends
+from d2s.shards.format.keys import clean_key, hash64
+from d2s.shards.sources.entry import Entry
+from d2s.shards.sources.faults import Faults, caption_fault, is_integer
 
-_STRINGS = ("split", "source_id", "where", "key", "path", "sha256", "filename", "join", "given")
+_ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
+_STRINGS = ("split", "source_id", "where", "key", "path", "sha256", "filename")
+# Columns beside the fields of an entry: `join` is what separate captions are joined by, `given` a key that the source
+# gave and that must be unique, `bytes` the size of the image file, `captions` the number of captions (-1: unknown).
+_MORE_STRINGS = ("join", "given")
+_HASHES = ("source_id_hash", "key_hash", "join_hash", "given_hash", "order_hash")
 _SCHEMA = pa.schema(
-    [(name, pa.string()) for name in _STRINGS]
-    + [(name, pa.int64()) for name in ("image_id", "offset", "size", "number", "seed")]
+    [(name, pa.string()) for name in (*_STRINGS, *_MORE_STRINGS)]
+    + [(name, pa.int64()) for name in ("image_id", "offset", "size", "number", "seed", "bytes", "captions")]
     + [(name, pa.list_(pa.string())) for name in ("sparse", "dense")]
+    + [(name, pa.uint64()) for name in _HASHES]
+    + [("usable", pa.bool_())]
 )
 _CHECKED_AT_ONCE = 4096
-
-
-@dataclass
-class Listing:
-    """What is kept in memory of every entry while planning: numbers only."""
-
-    names: array  # hash of source_id: it must be unique
-    keys: array  # hash of the derived key: made unique if it is not
-    order: array  # the keyed hash that shuffles
-    joins: array  # hash of what captions are joined by
-    given: array  # hash of the key that the source gave and has to keep unique, or of ""
-    ids: array
-    sizes: array
-    splits: array
-    captions: array
-    alive: array
-    tars: array  # number of the tar that an image lies in, -1 for a file of its own
-    split_names: list[str] = field(default_factory=list)
-    tar_names: list[str] = field(default_factory=list)
-
-    def groups(self, alive: np.ndarray) -> dict[str, np.ndarray]:
-        """The numbers of the images of each split that are not left out."""
-        codes = np.frombuffer(self.splits, np.int16)
-        named = ((code, name) for code, name in enumerate(self.split_names) if not _split_fault(name))
-        return {name: np.flatnonzero(alive & (codes == code)) for code, name in named}
-
-
-def _join_value(entry: Entry, key: str, dense: DenseOptions | None, image_id: int, readable: bool) -> str:
-    """What the row of captions has to hold. Bad images have it too: their row is known, though of no use."""
-    if dense is None:
-        return ""
-    if dense.key == "sha256":
-        if not entry.sha256 and entry.path and readable:
-            return hashlib.sha256(read_bytes(entry)).hexdigest()
-        return entry.sha256.lower()
-    if dense.key == "image_id":
-        return str(image_id)
-    return entry.key or key if dense.key == "key" else entry.filename or entry.source_id
 
 
 def read_bytes(entry: Entry) -> bytes:
@@ -72,94 +42,92 @@ def read_bytes(entry: Entry) -> bytes:
         return file.read(entry.size)
 
 
+def entry_of(row: dict) -> Entry:
+    """The entry in a row of the list."""
+    values = {name: row[name] for name in _ENTRY_FIELDS}
+    return Entry(**values | {"sparse": tuple(row["sparse"]), "dense": tuple(row["dense"])})
+
+
 def list_images(
-    entries: Iterable[Entry], spool: Path, dense: DenseOptions | None, seed: int, faults: Faults
-) -> Listing:
-    found = Listing(*(array(kind) for kind in "QQQQQqqhqbi"))
+    entries: Iterable[Entry], path: Path, join: JoinOptions | None, seed: int, faults: Faults
+) -> RowFile:
+    """Writes a row for each entry to `path`; entries that cannot be used are marked, and go to `faults`."""
     secret = str(seed).encode()
-    places: dict[str, int] = {}
-    tars: dict[str, int] = {}
     entries = iter(entries)
-    with SpoolWriter(spool, _SCHEMA) as writer, ThreadPoolExecutor(8) as pool:
+    with RowFileWriter(path, _SCHEMA) as writer, ThreadPoolExecutor(8) as pool:
         while batch := list(islice(entries, _CHECKED_AT_ONCE)):
-            for entry, (size, reason) in zip(batch, pool.map(_file_fault, batch), strict=True):
-                readable = reason is None
-                reason = reason or caption_fault(entry.sparse + entry.dense)
-                reason = (
-                    reason or _split_fault(entry.split) or _id_fault(entry.image_id) or _name_fault(entry)
-                )
+            for entry, (size, file_fault) in zip(batch, pool.map(_check_file, batch), strict=True):
+                reason = file_fault or _entry_fault(entry)
                 if reason:
                     faults.add(entry.where, reason, entry.source_id)
-                number = writer.length
-                image_id = number if entry.image_id is None or _id_fault(entry.image_id) else entry.image_id
-                key = clean_key(entry.key or entry.source_id)
-                join = _join_value(entry, key, dense, image_id, readable)
-                # Keys of tars repeat from tar to tar and are made unique; whoever writes a table means one image.
-                given = entry.key if entry.key and entry.offset < 0 else ""
-                found.names.append(hash64(entry.source_id))
-                found.keys.append(hash64(key))
-                found.order.append(hash64(entry.source_id, secret))
-                found.joins.append(hash64(join))
-                found.given.append(hash64(given))
-                found.ids.append(image_id)
-                found.sizes.append(size)
-                found.splits.append(places.setdefault(entry.split, len(places)))
-                found.captions.append(-1 if entry.number >= 0 else len(entry.sparse) + len(entry.dense))
-                found.alive.append(not reason)
-                found.tars.append(tars.setdefault(entry.path, len(tars)) if entry.offset >= 0 else -1)
-                writer.append(_row(entry, key, image_id, join, given, bool(reason)))
-    found.split_names, found.tar_names = list(places), list(tars)
-    return found
+                row = _row(entry, writer.length, join, readable=file_fault is None, usable=not reason)
+                row["bytes"] = size
+                row["order_hash"] = hash64(entry.source_id, secret)
+                writer.append(row)
+    return RowFile(path)
 
 
-def _row(entry: Entry, key: str, image_id: int, join: str, given: str, bad: bool) -> dict:
-    # The captions of a bad entry may be anything, and nobody will ask for them.
-    row = {
-        "split": entry.split,
-        "source_id": entry.source_id,
-        "where": entry.where,
-        "key": key,
-        "path": entry.path,
-        "sha256": entry.sha256,
-        "filename": entry.filename,
-        "join": join,
-        "given": given,
-        "image_id": image_id,
-        "offset": entry.offset,
-        "size": entry.size,
-        "number": entry.number,
-        "seed": entry.seed,
-        "sparse": [] if bad else [caption.strip() for caption in entry.sparse],
-        "dense": [] if bad else [caption.strip() for caption in entry.dense],
-    }
-    if bad:
-        row |= {name: row[name].encode("utf-8", "replace").decode() for name in _STRINGS}
+def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, usable: bool) -> dict:
+    row = {name: getattr(entry, name) for name in _ENTRY_FIELDS}
+    row["key"] = clean_key(entry.key or entry.source_id)
+    if entry.image_id is None or _id_fault(entry.image_id):
+        row["image_id"] = number
+    # Keys of tars repeat from tar to tar and are made unique later; a key in a table must be unique.
+    row["given"] = entry.key if entry.key and entry.offset < 0 else ""
+    row["join"] = _join_value(entry, row, join, readable)
+    for name in ("source_id", "key", "join", "given"):
+        row[f"{name}_hash"] = hash64(row[name])
+    row["captions"] = -1 if entry.number >= 0 else len(entry.sparse) + len(entry.dense)
+    row["usable"] = usable
+    # Captions of an unusable entry may be of any type; nobody will ask for them.
+    for kind in ("sparse", "dense"):
+        row[kind] = [caption.strip() for caption in row[kind]] if usable else []
+    if not usable:
+        row |= {name: row[name].encode("utf-8", "replace").decode() for name in (*_STRINGS, *_MORE_STRINGS)}
     return row
 
 
-def _split_fault(split: str) -> str | None:
+def _join_value(entry: Entry, row: dict, join: JoinOptions | None, readable: bool) -> str:
+    """What a row of separate captions must hold. Unusable images have one too, so that their row is no stranger."""
+    if join is None:
+        return ""
+    if join.key == "sha256":
+        if not entry.sha256 and entry.path and readable:
+            return hashlib.sha256(read_bytes(entry)).hexdigest()
+        return entry.sha256.lower()
+    if join.key == "image_id":
+        return str(row["image_id"])
+    return entry.key or row["key"] if join.key == "key" else entry.filename or entry.source_id
+
+
+def split_fault(split: str) -> str | None:
+    """Why a split cannot have this name, or None."""
     if split.isascii() and split.replace("-", "").replace("_", "").isalnum():
         return None
     return f"split {split!r} is not a name of letters, digits, - and _"
 
 
+def _entry_fault(entry: Entry) -> str | None:
+    faults = (caption_fault(entry.sparse + entry.dense), split_fault(entry.split), _id_fault(entry.image_id))
+    return next(filter(None, faults), None) or _name_fault(entry)
+
+
 def _id_fault(image_id: object) -> str | None:
-    whole = isinstance(image_id, int) and not isinstance(image_id, bool)
-    if image_id is None or (whole and abs(image_id) < 2**63):
+    if image_id is None or (is_integer(image_id) and abs(image_id) < 2**63):
         return None
     return f"image id {image_id!r} is not a whole number of 64 bits"
 
 
 def _name_fault(entry: Entry) -> str | None:
-    """Names in a tar are bytes, and those in JSON may be half a surrogate pair: no such name can be stored."""
+    """Names in tars are bytes and names in JSON may hold unpaired surrogates; only Unicode can be stored."""
     for name in (entry.source_id, entry.key or "", entry.path, entry.filename, entry.sha256):
         if name and not name.isascii() and caption_fault((name,)):
             return f"name {name!r} is not valid Unicode"
     return None
 
 
-def _file_fault(entry: Entry) -> tuple[int, str | None]:
-    """Size of the image file, and why it cannot be used if that shows without decoding each of them."""
+def _check_file(entry: Entry) -> tuple[int, str | None]:
+    """Size of the image file, and why it cannot be used, or None. Decodes only files with suspicious ends."""
     if not entry.path:
         return -1, None
     if "\0" in entry.path:
@@ -176,69 +144,63 @@ def _file_fault(entry: Entry) -> tuple[int, str | None]:
         return -1, f"image {entry.path} does not exist"
     except OSError as error:
         return -1, f"image {entry.path}: {error.strerror}"
-    if looks_whole(head, tail, size):
+    if has_valid_ends(head, tail, size):
         return size, None
     try:
-        check(read_bytes(entry))
+        check_image(read_bytes(entry))
     except ValueError as error:
         return size, f"image {entry.path}: {error}"
     return size, None
 
 
-def _repeated(hashes: np.ndarray) -> Iterator[np.ndarray]:
-    """Groups of rows whose hashes are equal, each group in row order."""
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    ends = (
-        np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)) + 1 if len(order) else np.empty(0, int)
-    )
-    starts = np.append(0, ends[:-1]) if len(ends) else ends
-    for start, stop in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
-        yield order[start:stop]
+def _repeated(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Groups of rows with equal values, each group in row order."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    for group in np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1):
+        if len(group) > 1:
+            yield group
 
 
-def refuse_duplicates(found: Listing, spool: Spool, alive: np.ndarray, faults: Faults) -> None:
-    """Leaves out images that the source lists twice, or whose image id or given key another image has already."""
-    groups = [("source_id", "image", found.names, "Q"), ("image_id", "image id", found.ids, "q")]
-    groups.append(("given", "key", found.given, "Q"))
-    for column, label, values, kind in groups:
-        for rows in _repeated(np.frombuffer(values, kind)):
-            first = spool.row(int(rows[0]))
+def exclude_duplicates(images: RowFile, usable: np.ndarray, faults: Faults) -> None:
+    """Excludes images whose name, image id or given key an earlier image has already."""
+    columns = (("source_id", "image", "source_id_hash"), ("image_id", "image id", "image_id"))
+    for column, label, values in (*columns, ("given", "key", "given_hash")):
+        for numbers in _repeated(images.column(values)):
+            first = images.row(int(numbers[0]))
             if first[column] == "":
                 continue
-            for number in rows[1:]:
-                row = spool.row(int(number))
-                if alive[number] and row[column] == first[column]:
+            for number in numbers[1:]:
+                row = images.row(int(number))
+                if usable[number] and row[column] == first[column]:
                     reason = f"{label} {row[column]!r} stands here a second time (first: {first['where']})"
                     faults.add(row["where"], reason, row["source_id"])
-                    alive[number] = False
+                    usable[number] = False
 
 
-def refuse_shared_joins(
-    found: Listing, spool: Spool, alive: np.ndarray, dense: DenseOptions, faults: Faults
-) -> None:
-    """Leaves out images that captions kept apart could not tell from each other."""
-    if dense.key == "sha256":
-        # Equal checksums are equal images: what describes the one describes the other.
+def exclude_ambiguous(images: RowFile, usable: np.ndarray, join: JoinOptions, faults: Faults) -> None:
+    """Excludes images to which the same row of separate captions would be joined."""
+    if join.key == "sha256":
+        # Images of one checksum are equal, so the same captions describe them.
         return
-    for rows in _repeated(np.frombuffer(found.joins, "Q")):
-        members = [spool.row(int(number)) for number in rows]
-        for number, row in zip(rows, members, strict=True):
-            others = (other for other in members if other["source_id"] != row["source_id"])
+    for numbers in _repeated(images.column("join_hash")):
+        rows = [images.row(int(number)) for number in numbers]
+        for number, row in zip(numbers, rows, strict=True):
+            others = (other for other in rows if other["source_id"] != row["source_id"])
             other = next((other for other in others if other["join"] == row["join"]), None)
-            if alive[number] and other is not None:
+            if usable[number] and other is not None:
                 reason = (
-                    f"{dense.key} {row['join']!r} is also that of {other['where']}: a caption would fit both"
+                    f"{join.key} {row['join']!r} is also that of {other['where']}: a caption would fit both"
                 )
                 faults.add(row["where"], f"{reason}; choose another --dense-key", row["source_id"])
-                alive[number] = False
+                usable[number] = False
 
 
-def rename(found: Listing, spool: Spool) -> dict[int, str]:
-    """Keys that several images would share get a hash of the file's full name behind them."""
+def unique_keys(images: RowFile) -> dict[int, str]:
+    """New keys for images whose keys are equal: with a hash of the file's full name at the end."""
     renamed = {}
-    for rows in _repeated(np.frombuffer(found.keys, "Q")):
-        for number in rows:
-            row = spool.row(int(number))
-            renamed[int(number)] = f"{row['key']}-{hash64(row['source_id']):016x}"
+    for numbers in _repeated(images.column("key_hash")):
+        for number in numbers.tolist():
+            row = images.row(number)
+            renamed[number] = f"{row['key']}-{hash64(row['source_id']):016x}"
     return renamed

@@ -1,4 +1,4 @@
-"""Turns one shard of a plan into a tar, or into the rows that describe a tar which stays as it is."""
+"""Writes one shard: a tar, or the captions and rows of a tar that stays as it is."""
 
 import hashlib
 import json
@@ -11,53 +11,45 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2s.common.files import atomic_file, file_sha256, write_json
+from d2s.shards.build.assignment import Assignment
+from d2s.shards.build.image_list import read_bytes
 from d2s.shards.build.layout import Shard
-from d2s.shards.build.listing import read_bytes
-from d2s.shards.build.plan import Plan
+from d2s.shards.build.settings import BuildConfig
 from d2s.shards.format import manifest
-from d2s.shards.format.pictures import Picture, check, measure
-from d2s.shards.format.sample import Entry, Faults
+from d2s.shards.format.file_names import SCRATCH
+from d2s.shards.format.image_file import EncodedImage, check_header, check_image
 from d2s.shards.format.tar import Member, TarFile
+from d2s.shards.sources.entry import Entry
+from d2s.shards.sources.faults import Faults
+from d2s.shards.sources.scenes import draw
 
-SCRATCH = ".build"
 _PART_SCHEMA = manifest.schema().append(pa.field("crc32", pa.uint32()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a worker process needs to know.
-
-    `in_place` leaves the tars as they are and puts the captions beside them; `decode` False then only reads the
-    headers of the images.
-    """
-
+@dataclass(frozen=True)
+class _Job:
     out: Path
-    plan: Path
-    resize: int | None = None
-    quality: int = 95
-    quarantine: bool = False
-    in_place: bool = False
-    decode: bool = True
+    assignment: Assignment
+    config: BuildConfig
 
 
-# One worker process works for one data set; set by its initializer.
-_work: Work | None = None
-_plan: Plan | None = None
+# The job of this process; set by `start_worker`.
+_job: _Job | None = None
 
 
-def start(work: Work) -> None:
-    """Prepares a worker process."""
-    global _work, _plan
-    _work, _plan = work, Plan(work.plan)
+def start_worker(out: Path, assignment: Path, config: BuildConfig) -> None:
+    """Prepares a process to write shards into `out`, from the assignment in a folder."""
+    global _job
+    _job = _Job(out, Assignment(assignment), config)
 
 
 def part_path(out: Path, shard: Shard) -> Path:
-    """Where the manifest rows of one finished shard wait for the others."""
+    """The manifest rows of a finished shard; they are joined when all shards are done."""
     return out / SCRATCH / "parts" / (shard.name.removesuffix(".tar").replace("/", "-") + ".parquet")
 
 
 def is_done(out: Path, shard: Shard) -> bool:
-    """True if the shard was finished before the interruption, and is still there."""
+    """True if the shard was finished before an interruption and its tar is still there."""
     marker = part_path(out, shard).with_suffix(".json")
     if not marker.exists():
         return False
@@ -67,94 +59,97 @@ def is_done(out: Path, shard: Shard) -> bool:
 
 
 def write_shard(shard: Shard) -> None:
-    """Makes the shard, then its rows, then the marker that says that both are complete.
+    """Writes the shard, then its manifest rows, then a marker that both are complete.
 
     Raises ValueError for an image that cannot be used, unless faults are quarantined.
     """
-    assert _work is not None
-    faults = Faults(_work.quarantine)
-    taken = _taken(shard, faults)
-    rows, size, sha256 = (_describe if _work.in_place else _write)(_work.out, shard, taken)
-    part = part_path(_work.out, shard)
+    assert _job is not None
+    faults = Faults(_job.config.quarantine)
+    images = _images(shard, faults)
+    rows, size, sha256 = (_describe_tar if _job.config.in_place else _write_tar)(_job.out, shard, images)
+    part = part_path(_job.out, shard)
     with atomic_file(part) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=_PART_SCHEMA), file)
     marker = {"samples": len(rows), "bytes": size, "sha256": sha256, "faults": faults.rows}
     write_json(part.with_suffix(".json"), marker)
 
 
-def _taken(shard: Shard, faults: Faults) -> Iterator[tuple[Entry, Picture]]:
-    """The samples of a shard whose images decode."""
-    assert _work is not None
-    assert _plan is not None
-    for entry in _plan.entries(shard):
+def _images(shard: Shard, faults: Faults) -> Iterator[tuple[Entry, EncodedImage]]:
+    """The entries of a shard whose images can be used, with their images; the others go to `faults`."""
+    assert _job is not None
+    config = _job.config
+    for entry in _job.assignment.entries(shard):
         try:
-            if entry.number >= 0:
-                from d2s.shards.sources.scenes import draw
-
-                entry, data = draw(entry)
+            entry, data = draw(entry) if entry.number >= 0 else (entry, read_bytes(entry))
+            if not config.in_place:
+                yield entry, check_image(data, config.resize, config.quality)
+            elif config.decode:
+                yield entry, check_image(data, convert=False)
             else:
-                data = read_bytes(entry)
-            if _work.in_place:
-                yield entry, check(data, convert=False) if _work.decode else measure(data)
-            else:
-                yield entry, check(data, _work.resize, _work.quality)
+                yield entry, check_header(data)
         except OSError as error:
             faults.add(entry.where, f"image {entry.path}: {error.strerror}", entry.key)
         except ValueError as error:
             faults.add(entry.where, f"image {entry.path}: {error}", entry.key)
 
 
-def _row(shard: str, entry: Entry, picture: Picture) -> dict:
+def _row(shard: str, entry: Entry, image: EncodedImage) -> dict:
+    """The manifest row of a sample without its offsets."""
     return {
         "key": entry.key,
         "image_id": entry.image_id,
         "source_id": entry.source_id,
         "split": entry.split,
         "shard": shard,
-        "sha256": hashlib.sha256(picture.data).hexdigest(),
-        "width": picture.width,
-        "height": picture.height,
+        "sha256": hashlib.sha256(image.data).hexdigest(),
+        "width": image.width,
+        "height": image.height,
         "sparse": list(entry.sparse),
         "dense": list(entry.dense),
     }
 
 
-def _place(row: dict, image: Member, captions: Member, checksum: int) -> dict:
-    row.update(image_offset=image.offset, image_size=image.size)
-    row.update(json_offset=captions.offset, json_size=captions.size, crc32=checksum)
-    return row
+def _offsets(image: Member, captions: Member, checksum: int) -> dict:
+    return {
+        "image_offset": image.offset,
+        "image_size": image.size,
+        "json_offset": captions.offset,
+        "json_size": captions.size,
+        "crc32": checksum,
+    }
 
 
-def _write(out: Path, shard: Shard, taken: Iterator[tuple[Entry, Picture]]) -> tuple[list[dict], int, str]:
-    """Writes the tar; returns the manifest rows, the tar's size and its sha256."""
+def _write_tar(
+    out: Path, shard: Shard, images: Iterator[tuple[Entry, EncodedImage]]
+) -> tuple[list[dict], int, str]:
+    """Writes the tar; returns the manifest rows, the size of the tar and its sha256."""
     path = out / shard.name
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     with atomic_file(path) as file:
         tar = TarFile(file)
-        for entry, picture in taken:
-            row = _row(shard.name, entry, picture)
+        for entry, image in images:
+            row = _row(shard.name, entry, image)
             text = manifest.record(row)
-            image = tar.add(f"{entry.key}.{picture.suffix}", picture.data)
-            captions = tar.add(f"{entry.key}.json", text)
-            rows.append(_place(row, image, captions, zlib.crc32(text, zlib.crc32(picture.data))))
+            members = tar.add(f"{entry.key}.{image.suffix}", image.data), tar.add(f"{entry.key}.json", text)
+            rows.append(row | _offsets(*members, zlib.crc32(text, zlib.crc32(image.data))))
         sha256 = tar.finish()
     if not rows:
         path.unlink()
     return rows, tar.size, sha256
 
 
-def _describe(out: Path, shard: Shard, taken: Iterator[tuple[Entry, Picture]]) -> tuple[list[dict], int, str]:
+def _describe_tar(
+    out: Path, shard: Shard, images: Iterator[tuple[Entry, EncodedImage]]
+) -> tuple[list[dict], int, str]:
     """Writes the captions of a tar that stays as it is; their offsets count from the start of this part."""
-    rows, place = [], 0
+    rows, position = [], 0
     with atomic_file(part_path(out, shard).with_suffix(".jsonl")) as file:
-        for entry, picture in taken:
-            row = _row(shard.name, entry, picture)
+        for entry, image in images:
+            row = _row(shard.name, entry, image)
             text = manifest.record(row)
             file.write(text + b"\n")
-            image = Member("", entry.offset, entry.size)
-            captions = Member("", place, len(text))
-            rows.append(_place(row, image, captions, zlib.crc32(text, zlib.crc32(picture.data))))
-            place += len(text) + 1
+            members = Member("", entry.offset, entry.size), Member("", position, len(text))
+            rows.append(row | _offsets(*members, zlib.crc32(text, zlib.crc32(image.data))))
+            position += len(text) + 1
     path = out / shard.name
     return rows, path.stat().st_size, file_sha256(path)

@@ -1,4 +1,4 @@
-"""Checks one shard against its manifest rows: every byte of the tar, and its slice of the index."""
+"""Checks one shard against its manifest rows: every byte of the tar, and its rows in the index."""
 
 import hashlib
 import mmap
@@ -11,18 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2s.shards.build.data_set import CHECKSUMS, SIDECAR
 from d2s.shards.format import manifest, tar
-from d2s.shards.format.index_file import NAME as INDEX
-from d2s.shards.format.pictures import IMAGE_SUFFIXES, check
-from d2s.shards.format.sample import hash64
+from d2s.shards.format.file_names import CHECKSUMS, INDEX, MANIFEST, SIDECAR
+from d2s.shards.format.image_file import IMAGE_SUFFIXES, check_image
+from d2s.shards.format.index_file import FROM_MANIFEST
+from d2s.shards.format.keys import hash64
 
-_COPIED = ("image_offset", "image_size", "json_offset", "json_size", "image_id")
+_Bytes = mmap.mmap | bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something wrong in a file, and with which sample where that is known."""
+    """Something wrong in a file; `key` names the sample where it is known."""
 
     file: str
     key: str
@@ -32,29 +32,29 @@ class Fault:
         return f"{self.file}: {self.key + ': ' if self.key else ''}{self.reason}"
 
 
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """A row group of the manifest, the rows of one shard: its number, its first row, its number of rows."""
+
+    number: int
+    start: int
+    rows: int
+
+
 @dataclass
-class Checked:
-    """What a worker says about one row group: its faults, and what the whole is put together from."""
+class CheckedShard:
+    """The faults of one shard, and what is needed to check all shards together."""
 
     faults: list[Fault] = field(default_factory=list)
     shard: str = ""
     split: str = ""
     rows: int = 0
-    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    key_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A row group of the manifest: its number, its first row, its rows."""
-
-    group: int
-    start: int
-    rows: int
-
-
 def open_index(folder: Path) -> tuple[pa.RecordBatch | None, list[Fault]]:
-    """The index as one memory-mapped record batch, or what is wrong with it."""
+    """The index as one memory-mapped record batch, or why it cannot be opened."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(folder / INDEX)))
         return reader.get_batch(0), []
@@ -64,105 +64,101 @@ def open_index(folder: Path) -> tuple[pa.RecordBatch | None, list[Fault]]:
         return None, [Fault(INDEX, "", f"damaged: {str(error).splitlines()[0]}")]
 
 
-# What one worker process has open; set by its initializer.
-_open: "_Open | None" = None
-
-
 @dataclass
-class _Open:
+class _DataSet:
     folder: Path
-    files: dict[str, dict]
+    checksums: dict[str, dict]
     decode: bool
-    groups: pq.ParquetFile
+    manifest: pq.ParquetFile
     index: pa.RecordBatch | None
-    sidecar: mmap.mmap | None
+    sidecar: _Bytes | None
 
 
-def start(folder: Path, files: dict[str, dict], decode: bool, indexed: bool) -> None:
-    """Prepares a worker process."""
-    global _open
+# The data set that this process checks; set by `start_worker`.
+_data: _DataSet | None = None
+
+
+def start_worker(folder: Path, checksums: dict[str, dict], decode: bool, indexed: bool) -> None:
+    """Opens a data set in this process; `indexed` says whether its index is to be checked."""
+    global _data
     index = open_index(folder)[0] if indexed else None
     sidecar = _map(folder / SIDECAR) if (folder / SIDECAR).exists() else None
-    _open = _Open(folder, files, decode, pq.ParquetFile(folder / manifest.NAME), index, sidecar)
+    _data = _DataSet(folder, checksums, decode, pq.ParquetFile(folder / MANIFEST), index, sidecar)
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
+def _map(path: Path) -> _Bytes:
     with open(path, "rb") as file:
         # An empty file cannot be mapped.
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
-def check_shard(task: Task) -> Checked:
-    """Checks one row group: its tar, and its slice of the index."""
-    assert _open is not None
+def check_shard(group: RowGroup) -> CheckedShard:
+    """Checks the shard of one row group: its tar, and its rows in the index."""
+    assert _data is not None
     try:
-        table = _open.groups.read_row_group(task.group)
+        table = _data.manifest.read_row_group(group.number)
     except (pa.ArrowException, OSError) as error:
-        reason = f"row group {task.group} is damaged: {str(error).splitlines()[0]}"
-        return Checked([Fault(manifest.NAME, "", reason)], rows=task.rows)
+        reason = f"row group {group.number} is damaged: {str(error).splitlines()[0]}"
+        return CheckedShard([Fault(MANIFEST, "", reason)], rows=group.rows)
     rows = table.to_pylist()
     shard = rows[0]["shard"]
-    result = Checked(shard=shard, split=rows[0]["split"], rows=len(rows))
-    result.keys = np.array([hash64(row["key"]) for row in rows], np.uint64)
+    result = CheckedShard(shard=shard, split=rows[0]["split"], rows=len(rows))
+    result.key_hashes = np.array([hash64(row["key"]) for row in rows], np.uint64)
     result.ids = table.column("image_id").to_numpy()
     if any(row["shard"] != shard or row["split"] != result.split for row in rows):
-        result.faults.append(Fault(manifest.NAME, "", f"row group {task.group} mixes shards or splits"))
-    checksums = None
-    if _open.index is not None:
-        part = _open.index.slice(task.start, task.rows)
-        checksums = part.column("crc32").to_numpy()
-        result.faults += _compare(table, part, rows)
-    path = _open.folder / shard
-    if not path.is_file():
+        result.faults.append(Fault(MANIFEST, "", f"row group {group.number} mixes shards or splits"))
+    crc32 = [None] * len(rows)
+    if _data.index is not None:
+        indexed = _data.index.slice(group.start, group.rows)
+        crc32 = indexed.column("crc32").to_pylist()
+        result.faults += _check_index_rows(table, indexed, rows)
+    path = _data.folder / shard
+    if path.is_file():
+        result.faults += _check_tar(shard, _map(path), rows, crc32)
+    else:
         result.faults.append(Fault(shard, "", "missing"))
-        return result
-    result.faults += _tar_faults(shard, _map(path), rows, checksums)
     return result
 
 
-def _compare(table: pa.Table, part: pa.RecordBatch, rows: list[dict]) -> Iterator[Fault]:
-    columns = {name: table.column(name).to_numpy() for name in _COPIED}
+def _check_index_rows(table: pa.Table, indexed: pa.RecordBatch, rows: list[dict]) -> Iterator[Fault]:
+    columns = {name: table.column(name).to_numpy() for name in FROM_MANIFEST}
     for kind in ("sparse", "dense"):
         columns[f"n_{kind}"] = np.array([len(row[kind]) for row in rows])
     for name, values in columns.items():
-        for place in np.flatnonzero(values != part.column(name).to_numpy()):
+        for place in np.flatnonzero(values != indexed.column(name).to_numpy()):
             yield Fault(INDEX, rows[place]["key"], f"{name} is not the manifest's")
 
 
-def _tar_faults(
-    shard: str, data: mmap.mmap | bytes, rows: list[dict], checksums: np.ndarray | None
-) -> list[Fault]:
-    assert _open is not None
-    faults: list[Fault] = []
-    for number, row in enumerate(rows):
-        reason = _sample_fault(data, row, None if checksums is None else int(checksums[number]))
-        if reason:
-            faults.append(Fault(shard, row["key"], reason))
-    recorded = _open.files.get(shard)
+def _check_tar(shard: str, data: _Bytes, rows: list[dict], crc32: list[int | None]) -> list[Fault]:
+    """The faults of the samples in a tar, then of the bytes between them if the checksum of the tar is wrong."""
+    assert _data is not None
+    reasons = ((row["key"], _sample_fault(data, row, crc)) for row, crc in zip(rows, crc32, strict=True))
+    faults = [Fault(shard, key, reason) for key, reason in reasons if reason]
+    recorded = _data.checksums.get(shard)
     if recorded is None:
-        if _open.files:
+        if _data.checksums:
             faults.append(Fault(CHECKSUMS, "", f"no checksum of {shard}"))
         return faults
+    same_size = len(data) == recorded["bytes"]
     if hashlib.sha256(data).hexdigest() == recorded["sha256"]:
-        if len(data) != recorded["bytes"]:
+        if not same_size:
             faults.append(Fault(CHECKSUMS, "", f"damaged: its size of {shard} is not the file's"))
         return faults
-    if len(data) != recorded["bytes"]:
+    if not same_size:
         faults.append(Fault(shard, "", f"{len(data):,} bytes, where the build wrote {recorded['bytes']:,}"))
-    if _open.sidecar is None:
-        faults += (Fault(shard, key, reason) for key, reason in _between(data, rows))
+    if _data.sidecar is None:
+        faults += (Fault(shard, key, reason) for key, reason in _check_between(data, rows))
     if not faults:
-        faults.append(
-            Fault(shard, "", f"its sha256 is not the one in {CHECKSUMS}, though every sample is whole")
-        )
+        reason = f"its sha256 is not the one in {CHECKSUMS}, though every sample is undamaged"
+        faults.append(Fault(shard, "", reason))
     return faults
 
 
-def _sample_fault(data: mmap.mmap | bytes, row: dict, checksum: int | None) -> str | None:
-    """Why a sample is not what the manifest says, or None."""
-    assert _open is not None
+def _sample_fault(data: _Bytes, row: dict, crc32: int | None) -> str | None:
+    """Why a sample is not what the manifest and the index say, or None."""
+    assert _data is not None
     image = data[row["image_offset"] : row["image_offset"] + row["image_size"]]
-    home = data if _open.sidecar is None else _open.sidecar
+    home = data if _data.sidecar is None else _data.sidecar
     text = home[row["json_offset"] : row["json_offset"] + row["json_size"]]
     if len(image) != row["image_size"]:
         return "the image lies beyond the end of the tar"
@@ -170,18 +166,18 @@ def _sample_fault(data: mmap.mmap | bytes, row: dict, checksum: int | None) -> s
         return "the image's sha256 is not the manifest's"
     if text != manifest.record(row):
         return "the captions (JSON) are not the manifest's"
-    if checksum is not None and zlib.crc32(text, zlib.crc32(image)) != checksum:
+    if crc32 is not None and zlib.crc32(text, zlib.crc32(image)) != crc32:
         return f"the crc32 in {INDEX} is another"
-    if _open.decode:
+    if _data.decode:
         try:
-            check(image)
+            check_image(image)
         except ValueError as error:
             return str(error)
     return None
 
 
-def _between(data: mmap.mmap | bytes, rows: list[dict]) -> Iterator[tuple[str, str]]:
-    """Compares all that lies between the members with what a build writes: headers, padding, the end."""
+def _check_between(data: _Bytes, rows: list[dict]) -> Iterator[tuple[str, str]]:
+    """Yields (key, reason) where a header, the padding or the end of our own tar is not what a build writes."""
     position = 0
     for row in rows:
         start = row["image_offset"]

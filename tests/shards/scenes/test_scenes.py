@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2s.shards.scenes import captions, draw, plan, scene, world
+from d2s.shards.scenes import captions, draw, scene, scene_numbers, world
 from d2s.shards.scenes.claims import related
 from d2s.shards.scenes.themes import HIDDEN
 
@@ -24,7 +24,7 @@ seeds = st.integers(0, 2**32)
 
 @pytest.fixture(scope="module")
 def test_split():
-    return [scene(entry.number, 0, 64) for entry in plan({"test": 500}, 0, 64)]
+    return [scene(number, 0, 64) for number, _ in scene_numbers({"test": 500}, 64)]
 
 
 @given(numbers, seeds)
@@ -115,8 +115,8 @@ def test_captions_of_an_image_take_turns_over_its_objects(test_split):
 def test_what_a_caption_says_tells_about_what_it_leaves_out(test_split):
     """One object, seen alone, tells the background far better than chance (1 of 8)."""
     grounds = collections.defaultdict(collections.Counter)
-    for entry in plan({"train": 2000}, 0, 64):
-        content = world.content(0, entry.number)
+    for number, _ in scene_numbers({"train": 2000}, 64):
+        content = world.content(0, number)
         for thing in content.things:
             grounds[thing.shape, thing.colour][content.background] += 1
     right = [
@@ -199,23 +199,22 @@ def test_every_object_can_be_seen_on_its_background(background):
 
 
 def test_no_scene_is_in_two_splits():
-    entries = list(plan({"train": 3000, "val": 502, "test": 501}, 0, 64))
-    assert [entry.split for entry in entries] == ["train"] * 3000 + ["val"] * 502 + ["test"] * 501
-    assert len({entry.key for entry in entries}) == len(entries)
-    assert not any("." in entry.key for entry in entries)
+    entries = list(scene_numbers({"train": 3000, "val": 502, "test": 501}, 64))
+    assert [split for _, split in entries] == ["train"] * 3000 + ["val"] * 502 + ["test"] * 501
+    assert len({number for number, _ in entries}) == len(entries)
     families = collections.defaultdict(set)
     contents = collections.defaultdict(set)
-    for entry in entries:
-        content = world.content(0, entry.number)
-        families[entry.number // world.FAMILY].add(entry.split)
-        contents[content.background, frozenset(content.things)].add(entry.split)
+    for number, split in entries:
+        content = world.content(0, number)
+        families[number // world.FAMILY].add(split)
+        contents[content.background, frozenset(content.things)].add(split)
     assert all(len(splits) == 1 for splits in families.values())
     assert all(len(splits) == 1 for splits in contents.values())
 
 
 def test_a_larger_training_split_leaves_the_others_as_they_were():
-    small = {entry.number for entry in plan({"train": 10, "test": 20}, 0, 64) if entry.split == "test"}
-    large = {entry.number for entry in plan({"train": 999, "test": 20}, 0, 64) if entry.split == "test"}
+    small = {n for n, split in scene_numbers({"train": 10, "test": 20}, 64) if split == "test"}
+    large = {n for n, split in scene_numbers({"train": 999, "test": 20}, 64) if split == "test"}
     assert small == large
 
 
@@ -228,9 +227,9 @@ def test_a_larger_training_split_leaves_the_others_as_they_were():
         ({"train": 5}, 8, "at least 16 pixels"),
     ],
 )
-def test_a_bad_plan_is_refused_at_once(counts, size, message):
+def test_bad_counts_and_sizes_are_refused_at_once(counts, size, message):
     with pytest.raises(ValueError, match=message):
-        plan(counts, 0, size)
+        scene_numbers(counts, size)
 
 
 def test_a_bad_scene_is_refused():
