@@ -5,11 +5,10 @@ random order of an epoch, and the resident memory. The file (64 bytes a row) lie
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -102,22 +101,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--dir", type=Path, help="where the temporary folder is made (default: the system's)")
     parser.add_argument("--quick", action="store_true", help="1 million rows, 200 batches")
-    parser.add_argument("--look-up", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.quick:
         args.rows, args.batches = 1_000_000, 200
-    if args.look_up:
-        print(json.dumps(look_up(args.look_up, args.batches, args.batch_size)))
-        return 0
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         start = time.perf_counter()
         write_invented_index(Path(name), args.rows)
         size = (Path(name) / INDEX).stat().st_size
         wrote = time.perf_counter() - start
         print(f"index of {args.rows:,} rows, {size / 2**30:.2f} GB, written in {wrote:.1f} s", flush=True)
-        command = [sys.executable, "-m", "d2s.shards.bench", "--look-up", name]
-        command += ["--batches", str(args.batches), "--batch-size", str(args.batch_size)]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            found = fresh.submit(look_up, Path(name), args.batches, args.batch_size).result()
     print(f"opened in a fresh process in {found['open_s']:.3f} s (goal 5)")
     for order in ("rows", "blocks"):
         print(f"{args.batch_size} samples found in order by {order}: {found[order + '_ms']:.2f} ms a batch")

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from d2s.common.command import run
@@ -23,18 +23,7 @@ from d2s.shards.sources.faults import Faults
 
 
 def _build(args: argparse.Namespace) -> None:
-    options = SourceOptions(
-        captions=tuple(args.captions),
-        images=args.images,
-        split=args.split,
-        split_lists=args.split_lists,
-        columns=args.columns,
-        dense_columns=args.dense_columns,
-        counts=args.counts,
-        size=args.size,
-        seed=args.seed,
-        workers=args.workers,
-    )
+    options = SourceOptions(**{field.name: getattr(args, field.name) for field in fields(SourceOptions)})
     _warn(args, options)
     sources.check_options(args.source, options)
     join = arguments.join_options(args)

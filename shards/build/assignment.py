@@ -14,20 +14,13 @@ import numpy as np
 
 from d2s.common.files import file_sha256
 from d2s.shards.build.caption_join import JoinOptions, join_captions
-from d2s.shards.build.image_list import (
-    entry_of,
-    exclude_ambiguous,
-    exclude_duplicates,
-    list_images,
-    split_fault,
-    unique_keys,
-)
+from d2s.shards.build.image_list import exclude_ambiguous, exclude_duplicates, list_images, unique_keys
 from d2s.shards.build.layout import Layout, Shard, arrange
 from d2s.shards.build.row_file import RowFile
 from d2s.shards.sources.entry import Entry
 from d2s.shards.sources.faults import Faults
 
-_FILES = ("entries.arrow", "captions.arrow", "order.npy", "matched.npy", "facts.json")
+_FILES = ("entries.jsonl", "captions.jsonl", "order.npy", "matched.npy", "facts.json")
 _ENTRIES, _CAPTIONS, _ORDER, _MATCHED, _FACTS = _FILES
 
 
@@ -51,12 +44,13 @@ class Assignment:
         """The entries of a shard in their final order, with final key, split and captions."""
         for number in self._order[shard.start : shard.stop].tolist():
             row = self._entries.row(number)
-            key = self._renamed.get(number, row["key"])
-            entry = replace(entry_of(row), split=shard.split, key=key)
+            join = row.pop("join")
+            del row["given"]
+            row |= {"split": shard.split, "key": self._renamed.get(number, row["key"])}
+            entry = Entry(**row | {kind: tuple(row[kind]) for kind in ("sparse", "dense")})
             if self._captions is not None and self._matched[number] >= 0:
                 found = self._captions.row(int(self._matched[number]))
-                same = found["key"] == row["join"]
-                assert same, f"two join keys with one hash: {found['key']!r} and {row['join']!r}"
+                assert found["key"] == join, f"two join keys with one hash: {found['key']!r} and {join!r}"
                 sparse, dense = tuple(found["sparse"]), tuple(found["dense"])
                 entry = replace(entry, sparse=sparse or entry.sparse, dense=entry.dense + dense)
             yield entry
@@ -72,36 +66,30 @@ def assign(
 ) -> Assignment:
     """Makes the assignment in `folder`. Raises ValueError, in one line, for what the user has to correct."""
     images = list_images(entries, folder / _ENTRIES, join, layout.seed, faults)
-    if not len(images):
+    if not len(images.usable):
         raise ValueError("the source has no images; nothing to build")
-    usable = images.column("usable").copy()
-    exclude_duplicates(images, usable, faults)
-    matched, extra = np.full(len(images), -1, np.int64), 0
+    exclude_duplicates(images, faults)
+    matched, extra = np.full(len(images.usable), -1, np.int64), 0
     (folder / _CAPTIONS).unlink(missing_ok=True)
     if join is not None:
-        exclude_ambiguous(images, usable, join, faults)
+        exclude_ambiguous(images, join, faults)
         matched, extra = join_captions(
             join,
-            images.column("join_hash"),
-            usable,
+            images.numbers["join"],
+            images.usable,
             folder / _CAPTIONS,
             faults,
-            lambda number: images.row(int(number))["join"],
+            lambda number: images.rows.row(number)["join"],
         )
-    for number in np.flatnonzero(usable & (images.column("captions") == 0) & (matched < 0)):
-        row = images.row(int(number))
+    for number in np.flatnonzero(images.usable & (images.numbers["captions"] == 0) & (matched < 0)):
+        row = images.rows.row(number)
         faults.add(row["where"], f"image {row['source_id']!r} has no caption", row["source_id"])
-        usable[number] = False
-    codes, splits = images.codes("split")
+        images.usable[number] = False
     shards, counts, order = arrange(
-        {
-            name: np.flatnonzero(usable & (codes == code))
-            for code, name in enumerate(splits)
-            if not split_fault(name)
-        },
-        images.column("order_hash"),
-        images.column("bytes"),
-        images.codes("path") if layout.in_place else (np.empty(0, np.int32), []),
+        images.groups(),
+        images.numbers["order"],
+        images.numbers["bytes"],
+        (images.numbers["tar"], images.tars),
         layout,
     )
     np.save(folder / _ORDER, order)

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from d2s.shards.build.row_file import RowFileWriter
 from d2s.shards.format.keys import hash64
@@ -19,8 +18,6 @@ from d2s.shards.sources.faults import Faults, caption_fault
 
 KEYS = ("filename", "image_id", "key", "sha256")
 _BATCH = 8192
-_TEXTS = pa.list_(pa.string())
-_SCHEMA = pa.schema([("key", pa.string()), ("sparse", _TEXTS), ("dense", _TEXTS)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +96,7 @@ def join_captions(
     matched = np.full(len(hashes), -1, np.int64)
     extra = 0
     rows = _read(options, faults)
-    with RowFileWriter(path, _SCHEMA) as writer:
+    with RowFileWriter(path) as writer:
         while batch := list(islice(rows, _BATCH)):
             wanted = np.array([hash64(row.key) for row in batch], np.uint64)
             starts, stops = (np.searchsorted(ordered, wanted, side) for side in ("left", "right"))
@@ -116,8 +113,8 @@ def join_captions(
                     faults.add(row.where, f"{name}: {reason}", row.key)
                     usable[images] = False
                 else:
-                    matched[images] = writer.length
-                    writer.append({"key": row.key, "sparse": list(row.sparse), "dense": list(row.dense)})
+                    matched[images] = len(writer)
+                    writer.append({"key": row.key, "sparse": row.sparse, "dense": row.dense})
     if options.missing == "stop":
         for image in np.flatnonzero(usable & (matched < 0)):
             reason = f"{name_of(image)} has no row here; --dense-missing allow builds it without"

@@ -1,14 +1,14 @@
 """Lists the images of a source, and checks what can be checked without decoding every image."""
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from d2s.shards.build.caption_join import JoinOptions
 from d2s.shards.build.row_file import RowFile, RowFileWriter
@@ -17,20 +17,10 @@ from d2s.shards.format.keys import clean_key, hash64
 from d2s.shards.sources.entry import Entry
 from d2s.shards.sources.faults import Faults, caption_fault, is_integer
 
-_ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
-_STRINGS = ("split", "source_id", "where", "key", "path", "sha256", "filename")
-# Columns beside the fields of an entry: `join` is what separate captions are joined by, `given` a key that the source
-# gave and that must be unique, `bytes` the size of the image file, `captions` the number of captions (-1: unknown).
-_MORE_STRINGS = ("join", "given")
-_HASHES = ("source_id_hash", "key_hash", "join_hash", "given_hash", "order_hash")
-_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in (*_STRINGS, *_MORE_STRINGS)]
-    + [(name, pa.int64()) for name in ("image_id", "offset", "size", "number", "seed", "bytes", "captions")]
-    + [(name, pa.list_(pa.string())) for name in ("sparse", "dense")]
-    + [(name, pa.uint64()) for name in _HASHES]
-    + [("usable", pa.bool_())]
-)
 _CHECKED_AT_ONCE = 4096
+# 64-bit hashes of strings (Q), and numbers: `bytes` is the size of the image file, `captions` -1 where unknown yet.
+_KINDS = dict.fromkeys(("source_id", "given", "key", "join", "order"), "Q")
+_KINDS |= {"image_id": "q", "bytes": "q", "captions": "q", "split": "h", "tar": "i"}
 
 
 def read_bytes(entry: Entry) -> bytes:
@@ -42,48 +32,78 @@ def read_bytes(entry: Entry) -> bytes:
         return file.read(entry.size)
 
 
-def entry_of(row: dict) -> Entry:
-    """The entry in a row of the list."""
-    values = {name: row[name] for name in _ENTRY_FIELDS}
-    return Entry(**values | {"sparse": tuple(row["sparse"]), "dense": tuple(row["dense"])})
+@dataclass
+class ImageList:
+    """The images of a source: a row on disk for each, and numbers in memory, arrays of shape (images,)."""
+
+    rows: RowFile
+    """the fields of the entry; and `join`, what separate captions are joined by, and `given`, a key that the source
+    gave and that must be unique"""
+    numbers: dict[str, np.ndarray]
+    """a column for each name in _KINDS"""
+    usable: np.ndarray
+    """bool; set to False where an image is excluded later"""
+    splits: list[str]
+    """the names of the numbers in column `split`"""
+    tars: list[str]
+    """the paths of the numbers in column `tar`"""
+
+    def groups(self) -> dict[str, np.ndarray]:
+        """The numbers of the usable images in each split, int64."""
+        named = [(code, name) for code, name in enumerate(self.splits) if not _split_fault(name)]
+        return {name: np.flatnonzero(self.usable & (self.numbers["split"] == code)) for code, name in named}
 
 
 def list_images(
     entries: Iterable[Entry], path: Path, join: JoinOptions | None, seed: int, faults: Faults
-) -> RowFile:
-    """Writes a row for each entry to `path`; entries that cannot be used are marked, and go to `faults`."""
+) -> ImageList:
+    """Lists the images and writes their rows to `path`. Entries that cannot be used also go to `faults`."""
     secret = str(seed).encode()
+    columns = {name: array(kind) for name, kind in _KINDS.items()}
+    usable, splits, tars = array("b"), {}, {}
     entries = iter(entries)
-    with RowFileWriter(path, _SCHEMA) as writer, ThreadPoolExecutor(8) as pool:
+    with RowFileWriter(path) as writer, ThreadPoolExecutor(8) as pool:
         while batch := list(islice(entries, _CHECKED_AT_ONCE)):
             for entry, (size, file_fault) in zip(batch, pool.map(_check_file, batch), strict=True):
                 reason = file_fault or _entry_fault(entry)
                 if reason:
                     faults.add(entry.where, reason, entry.source_id)
-                row = _row(entry, writer.length, join, readable=file_fault is None, usable=not reason)
-                row["bytes"] = size
-                row["order_hash"] = hash64(entry.source_id, secret)
+                row = _row(entry, len(writer), join, readable=file_fault is None, usable=not reason)
+                numbers = {
+                    "source_id": hash64(entry.source_id),
+                    "image_id": row["image_id"],
+                    "given": hash64(row["given"]),
+                    "key": hash64(row["key"]),
+                    "join": hash64(row["join"]),
+                    "order": hash64(entry.source_id, secret),
+                    "bytes": size,
+                    "captions": -1 if entry.number >= 0 else len(entry.sparse) + len(entry.dense),
+                    "split": splits.setdefault(entry.split, len(splits)),
+                    "tar": tars.setdefault(entry.path, len(tars)) if entry.offset >= 0 else -1,
+                }
+                for name, value in numbers.items():
+                    columns[name].append(value)
+                usable.append(not reason)
                 writer.append(row)
-    return RowFile(path)
+    return ImageList(
+        rows=RowFile(path),
+        numbers={name: np.array(column) for name, column in columns.items()},
+        usable=np.array(usable, bool),
+        splits=list(splits),
+        tars=list(tars),
+    )
 
 
 def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, usable: bool) -> dict:
-    row = {name: getattr(entry, name) for name in _ENTRY_FIELDS}
+    row = asdict(entry)
     row["key"] = clean_key(entry.key or entry.source_id)
     if entry.image_id is None or _id_fault(entry.image_id):
         row["image_id"] = number
     # Keys of tars repeat from tar to tar and are made unique later; a key in a table must be unique.
     row["given"] = entry.key if entry.key and entry.offset < 0 else ""
     row["join"] = _join_value(entry, row, join, readable)
-    for name in ("source_id", "key", "join", "given"):
-        row[f"{name}_hash"] = hash64(row[name])
-    row["captions"] = -1 if entry.number >= 0 else len(entry.sparse) + len(entry.dense)
-    row["usable"] = usable
-    # Captions of an unusable entry may be of any type; nobody will ask for them.
-    for kind in ("sparse", "dense"):
-        row[kind] = [caption.strip() for caption in row[kind]] if usable else []
-    if not usable:
-        row |= {name: row[name].encode("utf-8", "replace").decode() for name in (*_STRINGS, *_MORE_STRINGS)}
+    if usable:
+        row |= {kind: [caption.strip() for caption in row[kind]] for kind in ("sparse", "dense")}
     return row
 
 
@@ -100,15 +120,14 @@ def _join_value(entry: Entry, row: dict, join: JoinOptions | None, readable: boo
     return entry.key or row["key"] if join.key == "key" else entry.filename or entry.source_id
 
 
-def split_fault(split: str) -> str | None:
-    """Why a split cannot have this name, or None."""
+def _split_fault(split: str) -> str | None:
     if split.isascii() and split.replace("-", "").replace("_", "").isalnum():
         return None
     return f"split {split!r} is not a name of letters, digits, - and _"
 
 
 def _entry_fault(entry: Entry) -> str | None:
-    faults = (caption_fault(entry.sparse + entry.dense), split_fault(entry.split), _id_fault(entry.image_id))
+    faults = (caption_fault(entry.sparse + entry.dense), _split_fault(entry.split), _id_fault(entry.image_id))
     return next(filter(None, faults), None) or _name_fault(entry)
 
 
@@ -153,54 +172,52 @@ def _check_file(entry: Entry) -> tuple[int, str | None]:
     return size, None
 
 
-def _repeated(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Groups of rows with equal values, each group in row order."""
+def _repeated(values: np.ndarray) -> Iterator[list[int]]:
+    """Groups of images with equal values, each in the order of the list."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     for group in np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1):
         if len(group) > 1:
-            yield group
+            yield group.tolist()
 
 
-def exclude_duplicates(images: RowFile, usable: np.ndarray, faults: Faults) -> None:
+def exclude_duplicates(images: ImageList, faults: Faults) -> None:
     """Excludes images whose name, image id or given key an earlier image has already."""
-    columns = (("source_id", "image", "source_id_hash"), ("image_id", "image id", "image_id"))
-    for column, label, values in (*columns, ("given", "key", "given_hash")):
-        for numbers in _repeated(images.column(values)):
-            first = images.row(int(numbers[0]))
+    for column, label in (("source_id", "image"), ("image_id", "image id"), ("given", "key")):
+        for numbers in _repeated(images.numbers[column]):
+            first = images.rows.row(numbers[0])
             if first[column] == "":
                 continue
             for number in numbers[1:]:
-                row = images.row(int(number))
-                if usable[number] and row[column] == first[column]:
+                row = images.rows.row(number)
+                if images.usable[number] and row[column] == first[column]:
                     reason = f"{label} {row[column]!r} stands here a second time (first: {first['where']})"
                     faults.add(row["where"], reason, row["source_id"])
-                    usable[number] = False
+                    images.usable[number] = False
 
 
-def exclude_ambiguous(images: RowFile, usable: np.ndarray, join: JoinOptions, faults: Faults) -> None:
+def exclude_ambiguous(images: ImageList, join: JoinOptions, faults: Faults) -> None:
     """Excludes images to which the same row of separate captions would be joined."""
     if join.key == "sha256":
         # Images of one checksum are equal, so the same captions describe them.
         return
-    for numbers in _repeated(images.column("join_hash")):
-        rows = [images.row(int(number)) for number in numbers]
+    for numbers in _repeated(images.numbers["join"]):
+        rows = [images.rows.row(number) for number in numbers]
         for number, row in zip(numbers, rows, strict=True):
             others = (other for other in rows if other["source_id"] != row["source_id"])
             other = next((other for other in others if other["join"] == row["join"]), None)
-            if usable[number] and other is not None:
-                reason = (
+            if images.usable[number] and other is not None:
+                both = (
                     f"{join.key} {row['join']!r} is also that of {other['where']}: a caption would fit both"
                 )
-                faults.add(row["where"], f"{reason}; choose another --dense-key", row["source_id"])
-                usable[number] = False
+                faults.add(row["where"], f"{both}; choose another --dense-key", row["source_id"])
+                images.usable[number] = False
 
 
-def unique_keys(images: RowFile) -> dict[int, str]:
+def unique_keys(images: ImageList) -> dict[int, str]:
     """New keys for images whose keys are equal: with a hash of the file's full name at the end."""
     renamed = {}
-    for numbers in _repeated(images.column("key_hash")):
-        for number in numbers.tolist():
-            row = images.row(number)
-            renamed[number] = f"{row['key']}-{hash64(row['source_id']):016x}"
+    for number in (number for group in _repeated(images.numbers["key"]) for number in group):
+        row = images.rows.row(number)
+        renamed[number] = f"{row['key']}-{hash64(row['source_id']):016x}"
     return renamed

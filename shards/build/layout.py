@@ -53,8 +53,7 @@ def arrange(
         groups: the numbers of the images in each split, int64, in source order.
         shuffle: uint64 (images,), the keyed hash of each image; the smallest comes first.
         sizes: int64 (images,), bytes of each image, -1 where unknown.
-        tars: int32 (images,), the number of the tar of each image, and the paths of the tars. Read only if the
-            layout is in place.
+        tars: int32 (images,), the number of the tar of each image, and the paths of the tars.
 
     Returns:
         The shards; the number of images in each split; and all images in their final order, int64.

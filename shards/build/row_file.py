@@ -1,73 +1,51 @@
-"""Rows on disk in a memory-mapped Arrow file, so that a build of any size needs little memory."""
+"""Rows on disk that many processes read at random: JSON lines, memory-mapped, so that builds need little memory."""
 
-from bisect import bisect_right
-from functools import lru_cache
+import json
+import mmap
+from array import array
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-import pyarrow as pa
-
-_BATCH = 4096
 
 
 class RowFileWriter:
-    """Appends dictionaries to an Arrow file; holds at most one batch of them in memory."""
+    """Appends rows (dictionaries) to a file, and writes their offsets beside it when it is closed."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._schema = schema
-        self._file = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_file(self._file, schema)
-        self._rows: list[dict] = []
-        self.length = 0
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
+        self._offsets = array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
 
     def append(self, row: dict) -> None:
         """Adds one row."""
-        self._rows.append(row)
-        self.length += 1
-        if len(self._rows) == _BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=self._schema))
-            self._rows = []
+        line = json.dumps(row, default=str, separators=(",", ":")).encode() + b"\n"
+        self._file.write(line)
+        self._offsets.append(self._offsets[-1] + len(line))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._writer.close()
         self._file.close()
+        np.save(self._path.with_suffix(".npy"), np.array(self._offsets))
 
 
 class RowFile:
-    """Reads rows by number, or whole columns. Processes share the pages of the file."""
+    """Reads rows by number. Processes share the pages of the file."""
 
     def __init__(self, path: Path) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._batch = lru_cache(maxsize=1024)(reader.get_batch)
-        self._table = reader.read_all()
-        self._starts = [0]
-        for number in range(reader.num_record_batches):
-            self._starts.append(self._starts[-1] + reader.get_batch(number).num_rows)
+        self._offsets = np.load(path.with_suffix(".npy"), mmap_mode="r")
+        with open(path, "rb") as file:
+            # An empty file cannot be mapped.
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._offsets) - 1
 
     def row(self, number: int) -> dict:
-        """The row as a dictionary."""
-        batch = bisect_right(self._starts, number) - 1
-        return self._batch(batch).slice(number - self._starts[batch], 1).to_pylist()[0]
-
-    def column(self, name: str) -> np.ndarray:
-        """A column of numbers, (rows,)."""
-        return self._table.column(name).to_numpy()
-
-    def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
-        """A column of strings as int32 (rows,), and the strings that these numbers stand for."""
-        chunks = self._table.column(name).dictionary_encode().unify_dictionaries().chunks
-        return np.concatenate([chunk.indices.to_numpy() for chunk in chunks]), chunks[
-            0
-        ].dictionary.to_pylist()
+        """The row as a dictionary; tuples have become lists."""
+        return json.loads(self._data[self._offsets[number] : self._offsets[number + 1]])

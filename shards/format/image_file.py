@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Formats that are stored as they are. Every other format that Pillow reads is stored as JPEG.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # What Pillow's decoders raise on broken input. The list is no wider, so our own bugs still surface.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, Image.DecompressionBombError)
 

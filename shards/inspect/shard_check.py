@@ -47,8 +47,6 @@ class CheckedShard:
 
     faults: list[Fault] = field(default_factory=list)
     shard: str = ""
-    split: str = ""
-    rows: int = 0
     key_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -99,14 +97,11 @@ def check_shard(group: RowGroup) -> CheckedShard:
         table = _data.manifest.read_row_group(group.number)
     except (pa.ArrowException, OSError) as error:
         reason = f"row group {group.number} is damaged: {str(error).splitlines()[0]}"
-        return CheckedShard([Fault(MANIFEST, "", reason)], rows=group.rows)
+        return CheckedShard([Fault(MANIFEST, "", reason)])
     rows = table.to_pylist()
     shard = rows[0]["shard"]
-    result = CheckedShard(shard=shard, split=rows[0]["split"], rows=len(rows))
-    result.key_hashes = np.array([hash64(row["key"]) for row in rows], np.uint64)
-    result.ids = table.column("image_id").to_numpy()
-    if any(row["shard"] != shard or row["split"] != result.split for row in rows):
-        result.faults.append(Fault(MANIFEST, "", f"row group {group.number} mixes shards or splits"))
+    keys = np.array([hash64(row["key"]) for row in rows], np.uint64)
+    result = CheckedShard(shard=shard, key_hashes=keys, ids=table.column("image_id").to_numpy())
     crc32 = [None] * len(rows)
     if _data.index is not None:
         indexed = _data.index.slice(group.start, group.rows)

@@ -1,18 +1,16 @@
-"""Looks for damage in every byte of a data set, and for files that contradict each other."""
+"""Looks for damage in every byte of a data set, and for samples on which manifest, index and tars disagree."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2s.common.files import file_sha256, read_json
 from d2s.common.process_map import map_ordered
 from d2s.common.progress import track
 from d2s.shards.format import manifest
-from d2s.shards.format.file_names import CHECKSUMS, INDEX, MANIFEST, SIDECAR, SIZES
-from d2s.shards.format.index_file import index_schema
+from d2s.shards.format.file_names import CHECKSUMS, INDEX, MANIFEST
 from d2s.shards.inspect.shard_check import (
     CheckedShard,
     Fault,
@@ -54,7 +52,7 @@ def verify(folder: Path, workers: int = 1, decode: bool = True) -> Iterator[Faul
     for result in track(((group.rows, result) for group, result in results), "verify", rows):
         yield from result.faults
         checked.append(result)
-    yield from _check_across_shards(folder, files, index, checked)
+    yield from _check_across_shards(folder, checked)
 
 
 def _is_tar(name: str) -> bool:
@@ -67,11 +65,13 @@ def _read_checksums(folder: Path) -> tuple[dict[str, dict], list[Fault]]:
         return {}, [Fault(CHECKSUMS, "", "missing: the build did not finish")]
     try:
         recorded = read_json(folder / CHECKSUMS)
-        files, version = recorded["files"], recorded["version"]
-        broken = [name for name, facts in files.items() if len(facts["sha256"]) != 64 or facts["bytes"] < 0]
+        version = recorded["version"]
+        files = {
+            name: {k: facts[k] for k in ("bytes", "sha256")} for name, facts in recorded["files"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}, [Fault(CHECKSUMS, "", "damaged: not the JSON that a build writes")]
-    faults = [Fault(CHECKSUMS, "", f"damaged: no checksum of {name}") for name in broken]
+    faults = []
     if version != 1:
         faults.append(Fault(CHECKSUMS, "", f"damaged: its version is {version!r}, not 1"))
     others = {name: facts for name, facts in files.items() if not _is_tar(name)}
@@ -98,29 +98,11 @@ def _row_groups(groups: pq.ParquetFile) -> list[RowGroup]:
     return found
 
 
-def _check_across_shards(
-    folder: Path, files: dict[str, dict], index: pa.RecordBatch | None, checked: list[CheckedShard]
-) -> Iterator[Fault]:
-    """Finds what no single shard can show: totals, unknown or lacking shards, repeated keys and ids."""
-    counts: dict[str, int] = {}
-    splits: dict[str, list[int]] = {}
-    total = 0
-    for part in checked:
-        counts[part.shard] = counts.get(part.shard, 0) + part.rows
-        splits.setdefault(part.split, [total, total])[1] = total + part.rows
-        total += part.rows
-    try:
-        if read_json(folder / SIZES) != counts:
-            yield Fault(SIZES, "", "its counts are not the manifest's")
-    except ValueError as error:
-        yield Fault(SIZES, "", str(error))
-    if index is not None:
-        yield from _check_index(folder, index, counts, splits)
+def _check_across_shards(folder: Path, checked: list[CheckedShard]) -> Iterator[Fault]:
+    """Finds what no single shard can show: tars that do not belong here, and repeated keys and ids."""
     tars = {path.relative_to(folder).as_posix() for path in [*folder.glob("*.tar"), *folder.glob("*/*.tar")]}
-    for name in sorted(tars - set(counts)):
+    for name in sorted(tars - {part.shard for part in checked}):
         yield Fault(name, "", "is no part of the data set: the manifest does not know it")
-    for name in sorted(name for name in files if _is_tar(name) and name not in counts):
-        yield Fault(name, "", "has a checksum, but no rows in the manifest")
     columns = {"key": [part.key_hashes for part in checked], "image_id": [part.ids for part in checked]}
     with pq.ParquetFile(folder / MANIFEST) as file:
         for column, values in columns.items():
@@ -128,19 +110,3 @@ def _check_across_shards(
             for number in first[times > 1].tolist():
                 row = manifest.read_row(file, number, ["key", "image_id"])
                 yield Fault(MANIFEST, row["key"], f"{column} {row[column]!r} stands there more than once")
-
-
-def _check_index(
-    folder: Path, index: pa.RecordBatch, counts: dict[str, int], splits: dict[str, list[int]]
-) -> Iterator[Fault]:
-    """Compares the index with what follows from the manifest; `check_shard` compares the other columns."""
-    home = "sidecar" if (folder / SIDECAR).exists() else "tar"
-    if index.schema.metadata != index_schema(list(counts), splits, home).metadata:
-        yield Fault(INDEX, "", "its shards and splits are not the manifest's")
-    expected = {"shard": np.repeat(np.arange(len(counts)), list(counts.values()))}
-    for kind in ("sparse", "dense"):
-        captions = index.column(f"n_{kind}").to_numpy()
-        expected[f"{kind}_start"] = np.cumsum(captions, dtype=np.int64) - captions
-    for name, values in expected.items():
-        if not np.array_equal(values, index.column(name).to_numpy()):
-            yield Fault(INDEX, "", f"its column {name} does not follow from the manifest")

@@ -48,7 +48,8 @@ def check_lengths(
             reason = f"row {start + wrong[0]} is in shard {shard[wrong[0]]} of {shards}"
             raise ValueError(f"{root / INDEX} is damaged: {reason}: build the data set again")
         np.maximum.at(ends, shard, part["image_offset"] + part["image_size"])
-        np.maximum.at(ends, shards if sidecar else shard, part["json_offset"] + part["json_size"])
+        captions = np.full_like(shard, shards) if sidecar else shard
+        np.maximum.at(ends, captions, part["json_offset"] + part["json_size"])
     for name, size, end in zip(names, sizes, ends.tolist(), strict=True):
         if size < end:
             reason = f"cut short: {size:,} bytes, but its samples end at {end:,}"

@@ -18,11 +18,11 @@ import numpy as np
 import webdataset as wds
 
 from d2s.common.files import parse_json
+from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.order import draws
 from d2s.shards.order.permutation import Permutation
 from d2s.shards.read.reader import Record
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SPARSE_COLUMNS = ("sparse", "caption", "txt")
 DENSE_COLUMNS = ("dense",)
 _EMPTY_PASSES = 8

@@ -48,11 +48,6 @@ class Scene:
     dense_caption: captions.Caption = field(repr=False)
 
     @property
-    def objects(self) -> tuple[world.Thing, ...]:
-        """The objects in the scene."""
-        return self.content.things
-
-    @property
     def sparse(self) -> tuple[str, ...]:
         """Five captions, each about a part of the scene."""
         return tuple(caption.text for caption in self.sparse_captions)

@@ -89,10 +89,6 @@ class Caption:
     things: tuple[Thing, ...]
     """The objects that the caption is about."""
 
-    def holds(self, scene: Content) -> bool:
-        """Whether all its claims are true of a scene."""
-        return all(claim.holds(scene) for claim in self.claims)
-
 
 def _a(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"

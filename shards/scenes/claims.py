@@ -1,21 +1,12 @@
-"""Claims about a scene, from which every caption is written, so that its truth can be checked.
+"""Claims about a scene, from which every caption is written. The tests check that they are true.
 
-`claim.holds(scene)` is literal truth: "two red objects" holds where exactly two are red; a pattern without a texture
-fits every texture; "next to" means neighbouring places of one row.
+Claims are meant literally: "two red objects" is true where exactly two are red; a pattern without a texture fits
+every texture; "next to" means neighbouring places of one row.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
-from d2s.shards.scenes.world import Content, Thing
-
-RELATIONS = ("left", "right", "above", "below", "beside", "front", "behind")
-
-
-class Claim(Protocol):
-    """A statement that is true or false of a scene."""
-
-    def holds(self, scene: Content) -> bool: ...
+from d2s.shards.scenes.world import Thing
 
 
 @dataclass(frozen=True)
@@ -50,18 +41,12 @@ class Some:
 
     pattern: Pattern
 
-    def holds(self, scene: Content) -> bool:
-        return any(self.pattern.fits(thing) for thing in scene.things)
-
 
 @dataclass(frozen=True)
 class Ground:
     """The scene has this background."""
 
     background: str
-
-    def holds(self, scene: Content) -> bool:
-        return scene.background == self.background
 
 
 @dataclass(frozen=True)
@@ -70,9 +55,6 @@ class Number:
 
     pattern: Pattern
     count: int
-
-    def holds(self, scene: Content) -> bool:
-        return sum(self.pattern.fits(thing) for thing in scene.things) == self.count
 
 
 @dataclass(frozen=True)
@@ -83,19 +65,12 @@ class Both:
     second: Pattern
     relation: str | None = None
 
-    def holds(self, scene: Content) -> bool:
-        return any(
-            a is not b
-            and self.first.fits(a)
-            and self.second.fits(b)
-            and (self.relation is None or related(a, self.relation, b))
-            for a in scene.things
-            for b in scene.things
-        )
+
+Claim = Some | Ground | Number | Both
 
 
 def related(a: Thing, relation: str, b: Thing) -> bool:
-    """Whether `a` stands in the relation (one of `RELATIONS`) to `b`, judged by their places on the grid.
+    """Whether `a` stands in the relation (a key of `captions.RELATIONS`) to `b`, judged by their places on the grid.
 
     Left, right, above and below require the same row or column; beside requires neighbours in a row. Of two things at
     one place the small one is in front, and no other relation holds between them.

@@ -1,5 +1,6 @@
 """What a source yields (`Entry`), and the options it is given (`SourceOptions`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,9 +37,9 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """Options of all sources. Which of them a source needs or uses stands in its `NEEDS` and `USES`."""
+    """Options of all sources, named as those of the command. `NEEDS` and `USES` of a source say which it reads."""
 
-    captions: tuple[tuple[str | None, Path], ...] = ()
+    captions: Sequence[tuple[str | None, Path]] = ()
     """caption files, each with the split it was given for, if any"""
     images: Path | None = None
     """folder of images or tars"""

@@ -30,18 +30,11 @@ def caption_fault(captions: tuple) -> str | None:
             return f"caption {number} is {type(caption).__name__}, not text"
         if not caption.strip():
             return f"caption {number} is empty"
-        if not is_unicode(caption):
+        try:
+            caption.encode("utf-8")
+        except UnicodeEncodeError:
             return f"caption {number} is not valid Unicode"
     return None
-
-
-def is_unicode(text: str) -> bool:
-    """False for a string with an unpaired surrogate, which UTF-8 cannot store."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def is_integer(value: object) -> bool:
