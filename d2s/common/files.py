@@ -28,7 +28,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a folder, so that a rename in it survives a power cut. Only POSIX needs it, and allows it."""
+    """Flushes a folder, so that a rename in it survives a power cut. Does nothing except on POSIX."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -68,7 +68,7 @@ def read_json(path: Path) -> object:
 
 
 def input_sha256(paths: list[Path]) -> str:
-    """One sha256 over the names and bytes of files; of a folder, its text, JSON and parquet files count."""
+    """One sha256 over the names and bytes of files, and of the text, JSON and parquet files in folders."""
     digest = hashlib.sha256()
     for path in paths:
         files = sorted(part for part in path.iterdir() if part.suffix in _TEXT) if path.is_dir() else [path]

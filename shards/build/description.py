@@ -10,10 +10,18 @@ import pyarrow.parquet as pq
 
 from d2s.common.files import atomic_file, file_sha256, write_json
 from d2s.shards.build.layout import Shard
-from d2s.shards.build.output_folder import DESCRIPTION
 from d2s.shards.build.shard_writer import part_path
 from d2s.shards.format import manifest
-from d2s.shards.format.file_names import CHECKSUMS, MANIFEST, QUARANTINE, SCRATCH, SETTINGS, SIDECAR, SIZES
+from d2s.shards.format.file_names import (
+    CHECKSUMS,
+    DESCRIPTION,
+    MANIFEST,
+    QUARANTINE,
+    SCRATCH,
+    SETTINGS,
+    SIDECAR,
+    SIZES,
+)
 from d2s.shards.format.index_file import IndexWriter
 
 

@@ -4,7 +4,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from d2s.shards.sources.entry import Entry
 from d2s.shards.sources.faults import Faults, caption_fault, is_integer
 
 _CHECKED_AT_ONCE = 4096
+_ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
 # 64-bit hashes of strings (Q), and numbers: `bytes` is the size of the image file, `captions` -1 where unknown yet.
 _KINDS = dict.fromkeys(("source_id", "given", "key", "join", "order"), "Q")
 _KINDS |= {"image_id": "q", "bytes": "q", "captions": "q", "split": "h", "tar": "i"}
@@ -95,7 +96,7 @@ def list_images(
 
 
 def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, usable: bool) -> dict:
-    row = asdict(entry)
+    row = {name: getattr(entry, name) for name in _ENTRY_FIELDS}
     row["key"] = clean_key(entry.key or entry.source_id)
     if entry.image_id is None or _id_fault(entry.image_id):
         row["image_id"] = number
@@ -108,7 +109,7 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
 
 
 def _join_value(entry: Entry, row: dict, join: JoinOptions | None, readable: bool) -> str:
-    """What a row of separate captions must hold. Unusable images have one too, so that their row is no stranger."""
+    """What a row of separate captions must contain to be joined. Unusable images also need it: their row is known."""
     if join is None:
         return ""
     if join.key == "sha256":
@@ -146,7 +147,7 @@ def _name_fault(entry: Entry) -> str | None:
 
 
 def _check_file(entry: Entry) -> tuple[int, str | None]:
-    """Size of the image file, and why it cannot be used, or None. Decodes only files with suspicious ends."""
+    """Size of the image file, and why it cannot be used, or None. Decodes the file only if its ends look wrong."""
     if not entry.path:
         return -1, None
     if "\0" in entry.path:

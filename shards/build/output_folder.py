@@ -6,18 +6,7 @@ import shutil
 from pathlib import Path
 from typing import IO
 
-from d2s.shards.format import file_names
-from d2s.shards.format.file_names import CHECKSUMS, SCRATCH
-
-DESCRIPTION = (
-    file_names.MANIFEST,
-    file_names.INDEX,
-    file_names.SIZES,
-    file_names.SETTINGS,
-    file_names.QUARANTINE,
-    file_names.SIDECAR,
-)
-"""The files that describe the shards, all with a checksum."""
+from d2s.shards.format.file_names import CHECKSUMS, DESCRIPTION, SCRATCH
 
 
 def check_output(out: Path, resume: bool) -> None:

@@ -7,6 +7,8 @@ SETTINGS = "build.json"
 QUARANTINE = "quarantine.jsonl"
 SIDECAR = "captions.jsonl"
 """Captions of tars that are indexed where they lie."""
+DESCRIPTION = (MANIFEST, INDEX, SIZES, SETTINGS, QUARANTINE, SIDECAR)
+"""The files that describe the shards; all have a checksum."""
 CHECKSUMS = "checksums.json"
 """Written last: a data set with checksums is complete."""
 SCRATCH = ".build"

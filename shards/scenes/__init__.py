@@ -54,7 +54,7 @@ class Scene:
 
     @property
     def dense(self) -> tuple[str, ...]:
-        """One caption about all of it."""
+        """One caption about the whole scene."""
         return (self.dense_caption.text,)
 
     def image(self) -> Image.Image:
