@@ -1,4 +1,4 @@
-"""Data at rest: captions and images become tar shards with a manifest, checked, indexed and read back.
+"""Data sets on disk: builds tar shards with a manifest from captions and images, checks, indexes and reads them.
 
-Nothing here imports torch: a machine that only builds shards needs no GPU stack.
+Nothing here imports torch, so a machine that only builds shards needs no GPU software.
 """

@@ -1,15 +1,14 @@
-"""Opens a made-up index of 100 million rows and looks rows up in it (`python -m d2s.shards.bench`).
+"""Measures an index of 100 million invented rows (`python -m d2s.shards.bench`).
 
-Prints seconds to open it in a fresh process, time to look up the samples of thousands of batches in the epoch's
-random order, and resident memory. The file (64 bytes a row) is written to a temporary folder and deleted.
+Prints the seconds to open it in a fresh process, the time to look up the samples of thousands of batches in the
+random order of an epoch, and the resident memory. The file (64 bytes a row) lies in a temporary folder meanwhile.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,9 @@ import psutil
 import pyarrow as pa
 
 from d2s.shards.format import index_file, manifest
+from d2s.shards.format.file_names import INDEX
 from d2s.shards.order.permutation import BlockPermutation, Permutation, batch_positions
-from d2s.shards.read.index import COLUMNS, ShardIndex
+from d2s.shards.read.index import ShardIndex
 
 _SHARD_ROWS = 10_000
 _CHUNK = 1 << 20
@@ -26,8 +26,8 @@ _CAPTIONS = 5
 _IMAGE, _JSON = 40_000, 1_000
 
 
-def write_made_up(folder: Path, rows: int) -> None:
-    """Writes an index of `rows` rows in shards of 10,000, 5 sparse and 1 dense caption each, chunk by chunk."""
+def write_invented_index(folder: Path, rows: int) -> None:
+    """Writes an index of `rows` rows in shards of 10,000, with 5 sparse and 1 dense caption each."""
     shards = [f"train/{number:05}.tar" for number in range(-(-rows // _SHARD_ROWS))]
     form = index_file.index_schema(shards, {"train": [0, rows]})
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -39,14 +39,14 @@ def write_made_up(folder: Path, rows: int) -> None:
                 column[start : start + len(row)] = _values(field.name, row)
             columns[field.name] = column
         batch = pa.record_batch([pa.array(column) for column in columns.values()], schema=form)
-        with pa.OSFile(str(folder / index_file.NAME), "wb") as file, pa.ipc.new_file(file, form) as writer:
+        with pa.OSFile(str(folder / INDEX), "wb") as file, pa.ipc.new_file(file, form) as writer:
             writer.write_batch(batch)
-    # Opening asks for every shard at its full length; a file of zeros that nobody wrote takes no room on the disk.
+    # Opening checks that every shard has its full length; a file extended by truncate takes no space on the disk.
     (folder / "train").mkdir()
     for shard in shards:
         with open(folder / shard, "wb") as file:
             file.truncate(_SHARD_ROWS * (_IMAGE + _JSON + 1024))
-    # Opening asks for a manifest; one that names no row will do where no key is looked up.
+    # Opening checks that there is a manifest; an empty one is enough, since no key is looked up.
     manifest.write_manifest(folder, manifest.schema().empty_table())
 
 
@@ -65,12 +65,12 @@ def _values(name: str, row: np.ndarray) -> np.ndarray | int:
         "sparse_start": row * _CAPTIONS,
         "dense_start": row,
     }
-    assert set(known) == set(COLUMNS)
+    assert set(known) == set(index_file.COLUMNS)
     return known[name]
 
 
 def look_up(folder: Path, batches: int, batch_size: int) -> dict[str, float]:
-    """Opens the index and finds the places of all samples of some batches; seconds and MB of this process."""
+    """Opens the index and looks up all samples of some batches; returns seconds, ms a batch, and MB of memory."""
     base = psutil.Process().memory_info().rss
     start = time.perf_counter()
     index = ShardIndex.open(folder)
@@ -94,29 +94,24 @@ def look_up(folder: Path, batches: int, batch_size: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the measurements; 0."""
+    """Prints the measurements and returns 0."""
     parser = argparse.ArgumentParser(prog="python -m d2s.shards.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=100_000_000, help="rows of the index (64 bytes each)")
     parser.add_argument("--batches", type=int, default=3000, help="batches to look up in either order")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--dir", type=Path, help="where the temporary folder is made (default: the system's)")
     parser.add_argument("--quick", action="store_true", help="1 million rows, 200 batches")
-    parser.add_argument("--look-up", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.quick:
         args.rows, args.batches = 1_000_000, 200
-    if args.look_up:
-        print(json.dumps(look_up(args.look_up, args.batches, args.batch_size)))
-        return 0
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         start = time.perf_counter()
-        write_made_up(Path(name), args.rows)
-        size = (Path(name) / index_file.NAME).stat().st_size
+        write_invented_index(Path(name), args.rows)
+        size = (Path(name) / INDEX).stat().st_size
         wrote = time.perf_counter() - start
         print(f"index of {args.rows:,} rows, {size / 2**30:.2f} GB, written in {wrote:.1f} s", flush=True)
-        command = [sys.executable, "-m", "d2s.shards.bench", "--look-up", name]
-        command += ["--batches", str(args.batches), "--batch-size", str(args.batch_size)]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            found = fresh.submit(look_up, Path(name), args.batches, args.batch_size).result()
     print(f"opened in a fresh process in {found['open_s']:.3f} s (goal 5)")
     for order in ("rows", "blocks"):
         print(f"{args.batch_size} samples found in order by {order}: {found[order + '_ms']:.2f} ms a batch")

@@ -1,4 +1,4 @@
-"""What the commands share: a mistake of the user's, or of the machine's files, is one line and exit code 2."""
+"""What the commands share: a mistake of the user, or an error of the file system, is one line and exit code 2."""
 
 import argparse
 import sys
@@ -7,10 +7,10 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line, where argparse would print all options first."""
+    """Reports a usage error in one line; argparse would print all options first."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program with code 2."""
+        """Prints the message and exits with code 2."""
         self.exit(2, f"error: {message}; {self.prog} --help explains\n")
 
 
@@ -21,20 +21,25 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(work: Callable[[], None]) -> int:
-    """Does the work of a command. Returns its exit code: 0, 2 after one line of what is wrong, 130 interrupted."""
+def run(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Runs the work of a command and reports its errors.
+
+    Args:
+        work: returns the exit code, None for 0.
+        interrupted: the line to print after Ctrl-C.
+    Returns:
+        The exit code: that of the work; 2 after ValueError or OSError, with one line; 130 after Ctrl-C.
+    """
     try:
-        work()
+        return work() or 0
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except OSError as error:
-        # Of a failed rename the second name is the file that was asked for.
+        # After a failed rename, the second name is the one that the user knows.
         name = error.filename2 or error.filename
         what = error.strerror or " ".join(str(error).split()) or type(error).__name__
         print(f"error: {f'{name}: ' if name is not None else ''}{what}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
-    else:
-        return 0
     return 2

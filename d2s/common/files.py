@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under another name, flushed to the disk, renamed."""
+"""Atomic files: written under another name, flushed to the disk, then renamed. Also JSON files and checksums."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder survive a power cut; file systems without folder handles do so anyway."""
+    """Flushes a folder, so that a rename in it survives a power cut. Does nothing except on POSIX."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -38,7 +38,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def parse_json(text: str | bytes) -> object:
-    """`json.loads`. Raises ValueError (JSONDecodeError for most) for whatever it refuses, deep nesting included."""
+    """`json.loads` that raises ValueError also for text that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -46,13 +46,13 @@ def parse_json(text: str | bytes) -> object:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file, whole or not at all, with sorted keys so that equal values are equal bytes."""
+    """Writes a JSON file atomically, with sorted keys, so that equal values give equal bytes."""
     with atomic_file(path) as file:
         file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
 
 def read_json(path: Path) -> object:
-    """Reads a JSON file. Raises ValueError with file and line where it is missing or is not JSON."""
+    """Reads a JSON file. Raises ValueError, with the file and the line, if it is missing or not JSON."""
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -68,17 +68,17 @@ def read_json(path: Path) -> object:
 
 
 def input_sha256(paths: list[Path]) -> str:
-    """One sha256 for what lies in these files and folders of text, JSON and parquet: names and bytes, no paths."""
+    """One sha256 over the names and bytes of files, and of the text, JSON and parquet files in folders."""
     digest = hashlib.sha256()
     for path in paths:
-        inside = sorted(part for part in path.iterdir() if part.suffix in _TEXT) if path.is_dir() else [path]
-        for file in inside:
+        files = sorted(part for part in path.iterdir() if part.suffix in _TEXT) if path.is_dir() else [path]
+        for file in files:
             digest.update(f"{file.name} {file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, read in pieces."""
+    """The sha256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

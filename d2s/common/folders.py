@@ -1,6 +1,7 @@
-"""Folders that change from one whole state to another: filled under a hidden name, flushed, put in place.
+"""Atomic folders: filled under a hidden name, flushed to the disk, then renamed.
 
-Whoever is killed in between leaves the old folder or the new one, and hidden ones that the next writer clears away.
+A process that is killed meanwhile leaves the old folder or the new one, and hidden folders that the next writer
+removes.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ from pathlib import Path
 from d2s.common.files import sync_folder
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# Kernels, file systems (NFS) and C libraries that do not know the exchange of two names.
+# Errors of kernels, file systems (NFS) and C libraries that cannot exchange two names.
 _UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -29,7 +30,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fills a new folder with `write` and puts it in the place of `folder`."""
+    """Fills a new folder with `write` and replaces `folder` by it."""
     fresh = folder.with_name(f".{folder.name}.new")
     recover(folder.parent)
     shutil.rmtree(fresh, ignore_errors=True)
@@ -40,10 +41,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def put_in_place(fresh: Path, folder: Path) -> None:
-    """Renames `fresh` to `folder`, in the place of what is there; the change survives a power cut.
+    """Renames `fresh` to `folder`, replacing what is there; the change survives a power cut.
 
-    Where the two names cannot be exchanged in one step the old folder is set aside for a moment, under a name
-    from which :func:`recover` brings it back.
+    Where two names cannot be exchanged in one step, the old folder has another name for a moment, from which
+    :func:`recover` restores it.
     """
     if not folder.exists():
         fresh.rename(folder)
@@ -61,7 +62,7 @@ def put_in_place(fresh: Path, folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step (Linux). False where that cannot be done here; OSError on other errors."""
+    """Exchanges two names in one step. Returns False where that is not possible; raises OSError on other errors."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -76,7 +77,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder; it is out of sight at once, and what a killed process leaves of it is hidden."""
+    """Removes a folder. It is renamed first, so a killed process leaves only a hidden folder."""
     hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.gone")
     if hidden != folder:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -85,7 +86,7 @@ def discard(folder: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Brings back folders that were set aside by a process that did not live to put the new one in place."""
+    """Restores folders that a process renamed in `put_in_place` before it was killed."""
     for aside in sorted(parent.glob(".*.old")):
         folder = aside.with_name(aside.name[1 : -len(".old")])
         if aside.is_dir() and not folder.exists():

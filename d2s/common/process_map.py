@@ -1,4 +1,4 @@
-"""Runs one function over many tasks in several processes, with the same result for any number of them."""
+"""Runs one function over many tasks in several processes; the result does not depend on their number."""
 
 import multiprocessing
 import os
@@ -11,15 +11,16 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 
-def _begin(initializer: Callable[..., None], arguments: tuple) -> None:
-    # Ctrl-C goes to the whole group; the parent decides what becomes of it.
+def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> None:
+    # Ctrl-C goes to the whole process group; only the parent reacts to it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    initializer(*arguments)
+    if initializer:
+        initializer(*arguments)
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for tasks for ever: both ends of the queue are its own."""
+    """Ends this worker when its parent is killed. It holds both ends of the task queue, so it would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -30,24 +31,25 @@ def map_ordered(
     function: Callable[[Any], Any],
     tasks: Sequence[Any],
     workers: int,
-    initializer: Callable[..., None],
-    arguments: tuple,
+    initializer: Callable[..., None] | None = None,
+    arguments: tuple = (),
 ) -> Iterator[tuple[Any, Any]]:
-    """Yields (task, result) in the order of the tasks. `initializer(*arguments)` prepares each process.
+    """Yields (task, result) in the order of the tasks. `initializer(*arguments)` runs first in each process.
 
-    With one worker everything happens in this process. Processes are spawned, not forked: threads of numpy
-    and pyarrow do not survive a fork. Only a few tasks wait at a time, so that millions of them need no memory.
+    With one worker everything happens in this process. Processes are spawned, not forked, because the threads of
+    numpy and pyarrow do not survive a fork. Only a few tasks are queued at a time, to bound memory.
 
     Raises:
-        ValueError: raised by the function, as it is (that of the first task in order); or a process died.
+        ValueError: a process died. Errors of the function are raised as they are, in the order of the tasks.
     """
     if workers <= 1 or len(tasks) <= 1:
-        initializer(*arguments)
+        if initializer:
+            initializer(*arguments)
         for task in tasks:
             yield task, function(task)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _begin, (initializer, arguments))
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (initializer, arguments))
     waiting: deque[tuple[Any, Future]] = deque()
     queue = iter(tasks)
     try:

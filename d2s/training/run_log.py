@@ -13,6 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from d2s.common.files import atomic_file
+from d2s.common.progress import clock
+
 
 class RunLog:
     """Appends rows to `run`/metrics.jsonl and mirrors their numbers to TensorBoard and, if asked, W&B.
@@ -134,13 +137,6 @@ class ProgressLine:
             self._drawn = False
 
 
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def read_rows(run: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
     path = run / "metrics.jsonl"
@@ -150,9 +146,8 @@ def read_rows(run: Path) -> list[dict]:
 
 def _drop_after(path: Path, step: int) -> None:
     kept = [row for row in read_rows(path.parent) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
 
 
 def _start_wandb(project: str, run: Path) -> object:

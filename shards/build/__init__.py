@@ -1,1 +1,1 @@
-"""From a source to tar shards and a manifest."""
+"""From the entries of a source to tar shards and the files that describe them."""

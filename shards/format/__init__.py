@@ -1,1 +1,1 @@
-"""What lies on the disk: tars, manifest.parquet, index.arrow."""
+"""The formats of a data set: tars, manifest.parquet, index.arrow, and the image files in the tars."""

@@ -1,21 +1,21 @@
 """index.arrow: the fixed-width columns of the manifest in one Arrow record batch, made to be memory-mapped.
 
-Every process that opens it shares the same pages, and a column is a numpy view without a copy: hundreds of
-millions of rows open in no time.
+All processes that open it share the same pages, and a column is a numpy view without a copy. So opening it takes
+no time, even with hundreds of millions of rows.
 """
 
 import json
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from d2s.common.files import atomic_file
-from d2s.shards.format.sample import split_rank
+from d2s.shards.format.file_names import INDEX
+from d2s.shards.format.keys import split_rank
+from d2s.shards.format.manifest import split_by_shard
 
-NAME = "index.arrow"
 VERSION = 1
 _COLUMNS = {
     "shard": "int32",
@@ -30,10 +30,16 @@ _COLUMNS = {
     "sparse_start": "int64",
     "dense_start": "int64",
 }
+COLUMNS = tuple(_COLUMNS)
+FROM_MANIFEST = ("image_offset", "image_size", "json_offset", "json_size", "image_id")
+"""Columns that repeat those of the manifest."""
 
 
 def index_schema(shards: list[str], splits: dict[str, list[int]], json_home: str = "tar") -> pa.Schema:
-    """Columns of the index, with the shard names and the row range of every split in its metadata."""
+    """Columns of the index, with the shard names and the row range of each split in its metadata.
+
+    `json_home` says where the captions are: "tar" (in the shards) or "sidecar" (in captions.jsonl).
+    """
     assert json_home in ("tar", "sidecar")
     meta = {"version": VERSION, "shards": shards, "splits": splits, "json": json_home}
     fields = [(name, pa.from_numpy_dtype(kind)) for name, kind in _COLUMNS.items()]
@@ -41,60 +47,53 @@ def index_schema(shards: list[str], splits: dict[str, list[int]], json_home: str
 
 
 class IndexWriter:
-    """Collects the rows of one shard after another in files, so that memory does not grow with the rows."""
+    """Collects rows shard by shard in memory-mapped files, so that memory does not grow with the rows."""
 
     def __init__(self, rows: int, scratch: Path) -> None:
+        assert rows, "an index has at least one row"
         self._columns = {
             name: np.memmap(scratch / f"{name}.column", kind, "w+", shape=(rows,))
-            if rows
-            else np.empty(0, kind)
             for name, kind in _COLUMNS.items()
         }
         self._rows = rows
-        self._next = self._sparse = self._dense = 0
+        self._next = 0
+        self._captions = {"sparse": 0, "dense": 0}
         self._shards: list[str] = []
         self._splits: dict[str, list[int]] = {}
 
     def add(self, table: pa.Table, crc32: np.ndarray) -> None:
-        """Appends manifest rows of one shard and the checksum of each (over image bytes, then JSON bytes)."""
-        if not table.num_rows:
-            return
-        shard, split = table.column("shard")[0].as_py(), table.column("split")[0].as_py()
+        """Appends the manifest rows of one shard, and the checksum of each (over image bytes, then JSON bytes)."""
+        split = table.column("split")[0].as_py()
         start, stop = self._next, self._next + table.num_rows
-        if not self._shards or self._shards[-1] != shard:
-            self._shards.append(shard)
         self._splits.setdefault(split, [start, stop])[1] = stop
-        for name in ("image_offset", "image_size", "json_offset", "json_size", "image_id"):
+        for name in FROM_MANIFEST:
             self._columns[name][start:stop] = table.column(name).to_numpy()
-        self._columns["shard"][start:stop] = len(self._shards) - 1
+        self._columns["shard"][start:stop] = len(self._shards)
         self._columns["crc32"][start:stop] = crc32
-        self._sparse = self._captions(table, "sparse", self._sparse, start, stop)
-        self._dense = self._captions(table, "dense", self._dense, start, stop)
+        for kind, total in self._captions.items():
+            counts = np.concatenate([c.value_lengths().to_numpy() for c in table.column(kind).chunks])
+            ends = total + np.cumsum(counts, dtype=np.int64)
+            self._columns[f"n_{kind}"][start:stop] = counts
+            self._columns[f"{kind}_start"][start:stop] = ends - counts
+            self._captions[kind] = int(ends[-1])
+        self._shards.append(table.column("shard")[0].as_py())
         self._next = stop
 
-    def _captions(self, table: pa.Table, kind: str, total: int, start: int, stop: int) -> int:
-        counts = np.concatenate([chunk.value_lengths().to_numpy() for chunk in table.column(kind).chunks])
-        ends = total + np.cumsum(counts, dtype=np.int64)
-        self._columns[f"n_{kind}"][start:stop] = counts
-        self._columns[f"{kind}_start"][start:stop] = ends - counts
-        return int(ends[-1])
-
     def finish(self, folder: Path, json_home: str = "tar") -> None:
-        """Writes index.arrow, whole or not at all."""
+        """Writes index.arrow atomically."""
         assert self._next == self._rows, f"{self._next} rows came, {self._rows} were announced"
         assert list(self._splits) == sorted(self._splits, key=split_rank), "splits come in their order"
         form = index_schema(self._shards, self._splits, json_home)
         batch = pa.record_batch([pa.array(column) for column in self._columns.values()], schema=form)
-        with atomic_file(folder / NAME) as file, pa.ipc.new_file(file, form) as writer:
+        with atomic_file(folder / INDEX) as file, pa.ipc.new_file(file, form) as writer:
             writer.write_batch(batch)
 
 
 def write_index(folder: Path, table: pa.Table, crc32: np.ndarray, json_home: str = "tar") -> None:
-    """Writes index.arrow for a manifest table whose rows stand in manifest order."""
-    shards = table.column("shard").to_pylist()
-    cuts = [0, *(i for i in range(1, len(shards)) if shards[i] != shards[i - 1]), len(shards)]
+    """Writes index.arrow for a manifest table; its rows must be in the order of the manifest."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        writer = IndexWriter(table.num_rows, Path(scratch))
-        for start, stop in pairwise(cuts):
-            writer.add(table.slice(start, stop - start), crc32[start:stop])
+        writer, start = IndexWriter(table.num_rows, Path(scratch)), 0
+        for part in split_by_shard(table):
+            writer.add(part, crc32[start : start + part.num_rows])
+            start += part.num_rows
         writer.finish(Path(folder), json_home)

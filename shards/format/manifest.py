@@ -1,4 +1,4 @@
-"""manifest.parquet: one row a sample, everything about it but the pixels."""
+"""manifest.parquet: one row for each sample, with everything about it except its pixels."""
 
 import json
 from itertools import pairwise
@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2s.common.files import atomic_file
+from d2s.shards.format.file_names import MANIFEST
 
-NAME = "manifest.parquet"
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -43,51 +43,66 @@ def record(row: dict) -> bytes:
 
 
 def open_writer(file: object) -> pq.ParquetWriter:
-    """A writer of row groups, one a shard, so that a reader can take one shard's rows alone."""
+    """A writer of row groups, one for each shard, so that the rows of one shard can be read alone."""
     return pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_page_checksum=True)
 
 
-def write_manifest(folder: Path, table: pa.Table) -> None:
-    """Writes manifest.parquet, whole or not at all; one row group for each run of rows of one shard."""
+def split_by_shard(table: pa.Table) -> list[pa.Table]:
+    """The rows of each shard, for rows in the order of the manifest."""
     shards = table.column("shard").to_pylist()
     cuts = [0, *(i for i in range(1, len(shards)) if shards[i] != shards[i - 1]), len(shards)]
-    with atomic_file(Path(folder) / NAME) as file, open_writer(file) as writer:
-        for start, stop in pairwise(cuts):
-            writer.write_table(table.slice(start, stop - start), row_group_size=max(1, stop - start))
+    return [table.slice(start, stop - start) for start, stop in pairwise(cuts)]
+
+
+def write_manifest(folder: Path, table: pa.Table) -> None:
+    """Writes manifest.parquet atomically, with one row group for the rows of each shard."""
+    with atomic_file(Path(folder) / MANIFEST) as file, open_writer(file) as writer:
+        for part in split_by_shard(table):
+            writer.write_table(part, row_group_size=max(1, part.num_rows))
 
 
 def open_manifest(folder: Path) -> pq.ParquetFile:
-    """Opens the manifest to be read a row group at a time.
+    """Opens the manifest; its row groups are read one at a time.
 
     Raises:
-        ValueError: there is none, it is damaged, or it is not one of ours.
+        ValueError: it is missing or damaged, or was not written by this project.
     """
-    path = Path(folder) / NAME
+    path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f"{folder}: no {NAME}; make one with `python -m d2s.shard build --out {folder} ...`"
+            f"{folder}: no {MANIFEST}; make one with `python -m d2s.shard build --out {folder} ...`"
             f" or, beside tars that exist, `python -m d2s.shard index {folder}`"
         )
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-    held = file.schema_arrow
+    found = file.schema_arrow
     for field in _SCHEMA:
-        if field.name not in held.names or held.field(field.name).type != field.type:
+        if field.name not in found.names or found.field(field.name).type != field.type:
             file.close()
             raise ValueError(f"{path}: no manifest of ours: no column {field.name!r} of type {field.type}")
     return file
 
 
+def read_row(file: pq.ParquetFile, number: int, columns: list[str]) -> dict:
+    """Some columns of row `number` of an open manifest. Slow: it reads these columns of a whole row group."""
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if number < rows:
+            return file.read_row_group(group, columns=columns).slice(number, 1).to_pylist()[0]
+        number -= rows
+    raise AssertionError("row beyond the manifest")
+
+
 def read_manifest(folder: Path, columns: list[str] | None = None, split: str | None = None) -> pa.Table:
-    """Reads the manifest, all columns or some, all splits or one; rows in their stored order.
+    """Reads all columns of the manifest or some, of all splits or one; rows in their stored order.
 
     Raises:
-        ValueError: no manifest of ours there, it is damaged, or the split has no rows.
+        ValueError: as `open_manifest`, or the split has no rows.
     """
-    path = Path(folder) / NAME
     open_manifest(folder).close()
+    path = Path(folder) / MANIFEST
     try:
         filters = None if split is None else [("split", "==", split)]
         table = pq.read_table(path, columns=columns, filters=filters)

@@ -1,4 +1,4 @@
-"""Tar files whose bytes depend on their content alone, and the places of the members in any tar."""
+"""Writes tar files whose bytes depend only on their content, and finds the members of any tar."""
 
 import hashlib
 import tarfile
@@ -20,7 +20,7 @@ class Member:
 
 
 def header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member: plain ustar; time 0, owner 0, mode 0644, so that nothing varies."""
+    """The 512 bytes before a member: plain ustar with time 0, owner 0 and mode 0644, the same for everybody."""
     info = tarfile.TarInfo(name)
     info.size = size
     info.mode = 0o644
@@ -35,12 +35,12 @@ def padding(size: int) -> bytes:
 
 
 def ending(size: int) -> bytes:
-    """What closes a tar of `size` bytes: two empty blocks, then zeros up to a whole record of 10,240."""
+    """The end of a tar of `size` bytes: two empty blocks, then zeros up to a full record of 10,240 bytes."""
     return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
 
 
 class TarFile:
-    """Writes members into an open binary file; knows offset, size and sha256 of everything written."""
+    """Writes members into an open binary file and computes the sha256 on the way."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -73,7 +73,7 @@ def leads_outside(name: str) -> bool:
 
 
 def scan(path: Path) -> Iterator[Member]:
-    """Lists the regular files in an uncompressed tar in their order.
+    """Yields the regular files of an uncompressed tar, in their order.
 
     Raises:
         ValueError: not a tar, cut short, a link or device in it, or a path that leads outside.
@@ -91,7 +91,7 @@ def scan(path: Path) -> Iterator[Member]:
                 if info.offset_data + info.size > length:
                     raise ValueError(f"{path}: cut short within member {info.name!r}")
                 yield Member(info.name, info.offset_data, info.size)
-                # tarfile keeps every header that it has read; a long scan would grow without bound.
+                # tarfile keeps every header that it reads; clearing them bounds the memory of a long scan.
                 tar.members.clear()
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not a readable, uncompressed tar: {error}") from None

@@ -1,1 +1,1 @@
-"""What a data set holds, and whether it is whole."""
+"""Shows what a data set contains, and checks it for damage."""

@@ -1,4 +1,4 @@
-"""One sample by its key: what is known about it, and its picture as a file."""
+"""Shows one sample by its key: its facts and captions as text, and its image as a file."""
 
 import difflib
 from pathlib import Path
@@ -6,36 +6,37 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from d2s.shards.format import manifest
-from d2s.shards.format.pictures import check
+from d2s.shards.format.file_names import MANIFEST
+from d2s.shards.format.image_file import check_image
 
-# Naming the nearest keys reads them all; beyond this many that would take too long.
-_FEW = 200_000
+# The nearest key is only looked for in data sets of up to this many samples, since all keys must be read.
+_HINT_ROWS = 200_000
 
 
 def find(folder: Path, key: str) -> dict:
-    """The manifest row of a sample. Raises ValueError if there is no such key, naming the nearest."""
-    path = folder / manifest.NAME
+    """The manifest row of a sample. Raises ValueError, with the nearest key, if there is no such key."""
+    path = folder / MANIFEST
     manifest.open_manifest(folder).close()
     rows = pq.read_table(path, filters=[("key", "==", key)]).to_pylist()
     if rows:
         return rows[0]
     hint = ""
-    if pq.ParquetFile(path).metadata.num_rows <= _FEW:
+    if pq.ParquetFile(path).metadata.num_rows <= _HINT_ROWS:
         near = difflib.get_close_matches(key, pq.read_table(path, columns=["key"]).column(0).to_pylist(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{folder}: no sample with key {key!r}{hint}")
 
 
 def save_image(folder: Path, row: dict, out: Path | None) -> Path:
-    """Writes the image of a row: to `out` (a file, or a folder that exists), else to <key>.<suffix> here.
+    """Writes the image of a row to `out` (a file or an existing folder), by default to <key>.<suffix> here.
 
-    Raises ValueError if the bytes in the tar are not an image, or the file exists with other content.
+    Raises ValueError if the image in the tar is damaged, or the file exists with other content.
     """
     with open(folder / row["shard"], "rb") as file:
         file.seek(row["image_offset"])
         data = file.read(row["image_size"])
     try:
-        suffix = check(data).suffix
+        suffix = check_image(data).suffix
     except ValueError as error:
         raise ValueError(f"{row['shard']}: {row['key']}: {error}; run `python -m d2s.shard verify`") from None
     name = f"{row['key']}.{suffix}"
@@ -47,7 +48,7 @@ def save_image(folder: Path, row: dict, out: Path | None) -> Path:
 
 
 def describe(row: dict) -> str:
-    """The row as text: where it lies, then its captions."""
+    """The row as text: its facts, then its captions."""
     lines = [
         f"key        {row['key']}",
         f"source     {row['source_id']} (image id {row['image_id']})",

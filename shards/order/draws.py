@@ -7,14 +7,14 @@ The function, in unsigned 64-bit arithmetic that wraps (>> is the logical shift)
                    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
                    return z ^ (z >> 31)
     absorb(h, w) = mix((h ^ mix(w)) + GAMMA)
-    name(s)      = FNV-1a, 64 bits, over the UTF-8 bytes of s
-    state        = absorb(absorb(absorb(absorb(0, name(stream)), seed), epoch), sample)
+    hash(s)      = FNV-1a, 64 bits, over the UTF-8 bytes of s
+    state        = absorb(absorb(absorb(absorb(0, hash(stream)), seed), epoch), sample)
     draw j       = mix(state + (j + 1) * GAMMA)          j = 0, 1, ...
     uniform j    = (draw j >> 11) * 2**-53               in [0, 1)
 
-So the draws of one sample are the output of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) started at `state`,
-whose mix is Stafford's 13th variant. A twin in another array library needs `mix` and `expand` alone when it is
-handed a state: `bits(..., count=1)` of a sample may serve as such a state.
+So the draws of one sample are the output of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) started at `state`, with
+Stafford's 13th variant as its mix. Another array library that starts from a state needs only `mix` and `expand`;
+`bits(..., count=1)` of a sample may serve as such a state.
 """
 
 import numpy as np
@@ -45,12 +45,12 @@ def _words(values: ArrayLike) -> U64:
 
 
 def absorb(state: U64, word: U64) -> U64:
-    """Mixes one more 64-bit word into a state; see the module."""
+    """Mixes one more 64-bit word into a state: `absorb` in the docstring of this module."""
     return mix((state ^ mix(word)) + GAMMA)
 
 
-def name(stream: str) -> int:
-    """FNV-1a hash (64 bits) of a stream's name."""
+def hash_name(stream: str) -> int:
+    """FNV-1a hash (64 bits) of the name of a stream."""
     value = 0xCBF29CE484222325
     for byte in stream.encode():
         value = ((value ^ byte) * 0x100000001B3) & _WORD
@@ -60,7 +60,7 @@ def name(stream: str) -> int:
 def states(seed: int, epoch: int, samples: ArrayLike, stream: str) -> U64:
     """The state of each sample's stream: uint64 (n,) for n samples."""
     state = np.zeros(1, np.uint64)
-    for word in (name(stream), seed & _WORD, epoch & _WORD):
+    for word in (hash_name(stream), seed & _WORD, epoch & _WORD):
         state = absorb(state, np.array([word], np.uint64))
     return absorb(state, _words(samples))
 
@@ -74,9 +74,9 @@ def bits(seed: int, epoch: int, samples: ArrayLike, stream: str, count: int = 1)
     """64 random bits, `count` times for each sample.
 
     Args:
-        seed: the run's seed. epoch: counted from 0. Both may be any Python integer (64 bits count).
-        samples: integers (n,): whatever numbers the things that draw.
-        stream: what the draw is for ("crop", "words", ...): streams are independent of each other.
+        seed: the run's seed. epoch: counted from 0. Of both the lower 64 bits are used.
+        samples: integers (n,), a number for each sample.
+        stream: the purpose of the draw ("crop", "words", ...). Streams are independent of each other.
     Returns:
         uint64 (n, count).
     """
@@ -89,7 +89,7 @@ def bits_at(seed: int, epoch: int, samples: ArrayLike, stream: str, counters: Ar
 
 
 def to_uniform(random_bits: U64) -> NDArray[np.float64]:
-    """64 random bits to a float64 in [0, 1): the upper 53 bits, so every value is exact."""
+    """Turns 64 random bits into a float64 in [0, 1): the upper 53 bits, so that every value is exact."""
     return (random_bits >> _S11) * 2.0**-53
 
 

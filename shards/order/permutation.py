@@ -1,9 +1,9 @@
 """The order of samples as a pure function of (n, seed, epoch): nothing is stored, nothing depends on workers.
 
-A keyed bijection of 0..n-1 takes the place of a shuffled list, so an order over hundreds of millions of items
-costs no memory and any position of it can be asked for alone. It is a Feistel network on a grid of a x b cells
-(a, b near the square root of n), whose rounds add a keyed hash of one coordinate to the other, with cycle
-walking for the fewer than a cells beyond n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+A keyed bijection of 0..n-1 replaces a shuffled list. So an order of hundreds of millions of items needs no memory,
+and the item at any position can be computed alone. The bijection is a Feistel network on a grid of a x b cells (a
+and b near the square root of n). Its rounds add a keyed hash of one coordinate to the other; cycle walking avoids the
+fewer than a cells beyond n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ _ROUNDS = 8
 
 
 class Permutation:
-    """A bijection of 0..n-1 drawn by (seed, epoch, part).
+    """A bijection of 0..n-1 that follows from (seed, epoch, part).
 
     Args:
         n: number of items, at least 1.
         seed, epoch: the run's seed and the epoch, counted from 0.
-        part: tells apart several permutations of one epoch.
+        part: selects one of several permutations of an epoch.
     Raises:
         ValueError: n is less than 1.
     """
@@ -46,7 +46,7 @@ class Permutation:
         items = np.array(positions, np.uint64, ndmin=1)
         assert items.size == 0 or items.max() < self.n, "position beyond the order"
         items = self._encipher(items)
-        # Walk on from a cell beyond n until the cycle comes back into 0..n-1: still a bijection.
+        # From a cell beyond n, walk along its cycle until it returns to 0..n-1; this is still a bijection.
         while (outside := np.flatnonzero(items >= self.n)).size:
             items[outside] = self._encipher(items[outside])
         return items.astype(np.int64)
@@ -62,13 +62,13 @@ class Permutation:
 
 
 class BlockPermutation:
-    """An order for storage where random reads are slow: shards are shuffled, `block` of them are mixed at a time.
+    """An order for storage where random reads are slow: shuffles the shards, then the items in each block of shards.
 
-    Position p lies in one block of `block` shards, so a reader that goes through the epoch has at most the
-    shards of two neighbouring blocks open. Memory: O(number of shards).
+    A block is `block` shards, and every position lies in one block. So a reader that goes through the epoch needs at
+    most the shards of two neighbouring blocks at a time. Memory: O(number of shards).
 
     Args:
-        shard_sizes: items in each shard, in the order in which items are numbered (zeros allowed).
+        shard_sizes: number of items in each shard, in the order of the items' numbers (zeros allowed).
         block: shards in a block, at least 1.
     Raises:
         ValueError: no items, or block is less than 1.
@@ -109,12 +109,12 @@ class BlockPermutation:
 
 
 def batch_positions(step: int, global_batch: int, rank: int = 0, world: int = 1) -> range:
-    """Positions in the order that worker `rank` of `world` takes at global batch `step` of an epoch.
+    """Positions in the order that worker `rank` of `world` reads for global batch `step` of an epoch.
 
     Worker r takes rows r*B .. (r+1)*B of the N = global_batch rows, B = N / world.
 
     Raises:
-        ValueError: the global batch cannot be cut into equal parts.
+        ValueError: the workers cannot have equal parts of the global batch.
     """
     if global_batch % world:
         raise ValueError(
@@ -126,10 +126,10 @@ def batch_positions(step: int, global_batch: int, rank: int = 0, world: int = 1)
 
 
 def steps_per_epoch(n: int, global_batch: int) -> int:
-    """Whole global batches in n items; the rest of the epoch's order (less than one batch) is left out.
+    """Number of full global batches in n items; the rest of the epoch, less than one batch, is left out.
 
     Raises:
-        ValueError: there is not one whole batch.
+        ValueError: there is not one full batch.
     """
     if global_batch < 1:
         raise ValueError(f"batch_size is {global_batch}: use at least 1")

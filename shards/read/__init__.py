@@ -1,1 +1,1 @@
-"""Indexed and streamed reading."""
+"""Reads samples: by number through the index, or as a stream of tars."""

@@ -1,4 +1,4 @@
-"""Random access to samples: one `pread` a sample, checked against the index's checksum."""
+"""Random access to samples: one `pread` for each, checked against the checksum in the index."""
 
 import os
 import zlib
@@ -10,29 +10,32 @@ from d2s.shards.read.index import DamagedSample, Location, ShardIndex
 
 __all__ = ["DamagedSample", "Record", "ShardReader"]
 
-# A tar header and padding lie between an image and its JSON; a gap beyond this means that they lie apart.
+# In our shards only a tar header and padding lie between an image and its JSON, so one read gets both. With a gap
+# above this many bytes they are read separately.
 _GAP = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One sample as it lies in its shard. `image`: the encoded file's bytes. `row`: its global row."""
+    """One sample as it is stored."""
 
     row: int
+    """row in the index; -1 in a stream"""
     key: str
     image: bytes
+    """the encoded file"""
     sparse: tuple[str, ...]
     dense: tuple[str, ...]
     image_id: int
 
 
 class ShardReader:
-    """Reads records by their global row. Files are opened when first needed; safe to fork and to pickle.
+    """Reads samples by their row. Files are opened when first needed. Safe to fork and to pickle.
 
     Args:
         index: the opened index.
-        verify: compare each record with its CRC-32 (costs about 1 % of decoding its image).
-        max_open: files kept open, least recently used ones are closed.
+        verify: compare each sample with its CRC-32 (costs about 1 % of decoding its image).
+        max_open: number of files kept open; beyond it the least recently used one is closed.
     """
 
     def __init__(self, index: ShardIndex, verify: bool = True, max_open: int = 64) -> None:
@@ -54,7 +57,7 @@ class ShardReader:
         """Reads, checks and parses one sample.
 
         Raises:
-            DamagedSample: unreadable, shorter than the index says, changed since the build, or not parseable.
+            DamagedSample: it cannot be read or parsed, is shorter than in the index, or has another checksum.
         """
         place = self.index.location(row)
         try:
@@ -70,7 +73,7 @@ class ShardReader:
         return Record(row=row, key=key, image=image, sparse=sparse, dense=dense, image_id=image_id)
 
     def captions(self, row: int) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-        """Key, sparse and dense captions of a row without reading its image (and so without the checksum).
+        """Key, sparse and dense captions of a row. The image is not read, so the checksum is not compared.
 
         Raises:
             DamagedSample: as for `record`.
@@ -83,7 +86,7 @@ class ShardReader:
         return self._captions(row, text)
 
     def damaged(self, row: int, reason: str) -> DamagedSample:
-        """The error for a row, with its shard and, if the manifest can be read, its key."""
+        """The error to raise for a row, with its shard and, if the manifest can be read, its key."""
         try:
             key = f"key {self.index.keys([row])[0]} (row {row})"
         except ValueError:

@@ -1,35 +1,40 @@
-"""Samples from tars behind a URL pattern, through webdataset's pipeline: nothing is indexed, nothing is stored.
+"""Streams samples from tars behind a URL pattern, through webdataset's pipeline, without an index.
 
-For shards too large or too far to index. What this mode gives up: epochs are a number of samples that the user
-names, not the data set once; a sample may come twice while another has not come yet; the order depends on the
-number of workers and loader processes; and a resumed epoch starts on fresh shards, not where it stopped. What
-stays: every worker makes the same number of steps, and shards, shuffling and draws follow from the seed.
+For shards that are too large or too far away to index. Compared with an index, a stream gives up that
+
+- an epoch is every sample once: it is a number of samples that the user sets, and a sample may come a second time
+  before another one has come at all;
+- the order is independent of the number of workers and loader processes;
+- a resumed epoch continues where it stopped: it starts on other shards.
+
+Still, every worker makes the same number of steps, and shards, shuffling and draws follow from the seed.
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 
 import numpy as np
 import webdataset as wds
 
 from d2s.common.files import parse_json
+from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.order import draws
 from d2s.shards.order.permutation import Permutation
 from d2s.shards.read.reader import Record
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SPARSE_COLUMNS = ("sparse", "caption", "txt")
 DENSE_COLUMNS = ("dense",)
 _EMPTY_PASSES = 8
 
 
 def is_pattern(data: str) -> bool:
-    """Whether --data names tars to stream (a URL, braces, a .tar) rather than the folder of a data set."""
+    """Whether --data names tars to stream (a URL, braces, a .tar) and not the folder of a data set."""
     return "://" in data or "{" in data or data.startswith("pipe:") or data.endswith(".tar")
 
 
 def expand(pattern: str) -> list[str]:
-    """The tars of a pattern such as `https://host/{00000..00099}.tar`; several patterns are joined by `::`.
+    """The tars of a pattern such as `https://host/{00000..00099}.tar`. `::` separates several patterns.
 
     Raises:
         ValueError: braces that do not close.
@@ -49,11 +54,11 @@ class Stream:
         reader, readers: this reader among all of them (workers times loader processes). With fewer tars than
             readers each reads every tar and keeps its part of the samples.
         buffer: samples in the shuffle buffer.
-        budget: lines in `notes` at most.
-        sparse_columns, dense_columns: where captions are looked for: fields of the JSON member (a string or a
-            list of strings) or, by their suffix, text members ("txt"). All that are there are taken, each once.
+        budget: the largest number of lines in `notes`.
+        sparse_columns, dense_columns: where captions are found: fields of the JSON member (a string or a list of
+            strings), or text members by their suffix ("txt"). All captions found are used, duplicates once.
     Attributes:
-        notes: a line for each sample or tar that could not be used; the caller takes them away.
+        notes: a line for each sample or tar that could not be used. The caller removes lines that it has reported.
     """
 
     def __init__(
@@ -75,17 +80,17 @@ class Stream:
         self.notes: list[str] = []
 
     def samples(self, epoch: int, usable: Callable[[Record], str | None]) -> Iterator[tuple[int, Record]]:
-        """Yields (number, sample): the number is what draws; a record's row is -1.
+        """Yields (number, sample). The number identifies the sample in random draws; its row is -1.
 
         Args:
-            usable: says why a record is of no use, or None.
+            usable: returns why a sample cannot be used, or None.
         Raises:
-            ValueError: several passes over the tars gave no usable sample, or the budget is spent.
+            ValueError: eight passes over the tars gave no usable sample, or `notes` is full.
         """
         empty = 0
-        for turn in range(1 << 62):
+        for number in count():
             found = 0
-            for sample in self._turn(epoch, turn):
+            for sample in self.one_pass(epoch, number):
                 where = f"{sample['__url__']}: key {sample['__key__']}"
                 record = self._record(sample, where)
                 reason = usable(record) if record else None
@@ -93,39 +98,39 @@ class Stream:
                     self.note(f"{where}: {reason}")
                 elif record:
                     found += 1
-                    yield draws.name(f"{turn}/{where}") >> 1, record
-            # One empty pass may have met the bad tars among many: the next pass hands out others.
+                    yield draws.hash_name(f"{number}/{where}") >> 1, record
+            # A pass reads some of many tars, perhaps only bad ones; the next pass reads others.
             empty = 0 if found else empty + 1
             if empty == _EMPTY_PASSES:
                 last = f", the last: {self.notes[-1]}" if self.notes else ""
                 raise ValueError(f"data has no usable sample in {len(self.urls)} tars{last}")
 
     def note(self, line: str) -> None:
-        """Keeps a line about something that could not be used.
+        """Adds a line to `notes` about something that could not be used.
 
         Raises:
-            ValueError: more lines than the budget, and still no batch that could carry them away.
+            ValueError: there are more lines than the budget, and no batch was made that could report them.
         """
         if line not in self.notes:
             self.notes.append(line)
         if len(self.notes) > self.budget:
             raise ValueError(f"damage_budget is {self.budget} but more is damaged, the last: {line}")
 
-    def _turn(self, epoch: int, turn: int) -> Iterator[dict]:
-        """One pass over this reader's tars."""
-        order = Permutation(len(self.urls), self.seed, epoch, part=turn)(np.arange(len(self.urls)))
-        apart = len(order) >= self.readers
-        mine = [self.urls[i] for i in (order[self.reader :: self.readers] if apart else order)]
-        number = int(draws.bits(self.seed, epoch, [turn * self.readers + self.reader], "buffer")[0, 0])
+    def one_pass(self, epoch: int, number: int) -> Iterator[dict]:
+        """Samples of webdataset (dictionaries) from pass `number` over this reader's tars."""
+        order = Permutation(len(self.urls), self.seed, epoch, part=number)(np.arange(len(self.urls)))
+        enough = len(order) >= self.readers
+        mine = [self.urls[i] for i in (order[self.reader :: self.readers] if enough else order)]
+        bits = draws.bits(self.seed, epoch, [number * self.readers + self.reader], "buffer")
         samples = wds.tariterators.tarfile_samples(({"url": url} for url in mine), handler=self._note)
-        if not apart:
+        if not enough:
             samples = (s for i, s in enumerate(samples) if i % self.readers == self.reader)
-        shuffle = wds.shuffle(self.buffer, initial=self.buffer, rng=random.Random(number))
+        shuffle = wds.shuffle(self.buffer, initial=self.buffer, rng=random.Random(int(bits[0, 0])))
         return iter(shuffle(samples))
 
     def _note(self, error: Exception) -> bool:
-        """webdataset's handler: says what went wrong, and goes on with what can still be read."""
-        # webdataset appends stream and address to the error's arguments.
+        """Handler of webdataset: notes the error and continues with what can still be read."""
+        # webdataset appends the stream and its address to the arguments of the error.
         url = next((part for part in reversed(error.args[1:]) if isinstance(part, str)), "a tar")
         first = error.args[0] if error.args and not isinstance(error, OSError) else error
         self.note(f"{url}: {type(error).__name__}: {first}".replace("\n", " "))
@@ -144,7 +149,7 @@ class Stream:
             return None
         number = fields.get("image_id")
         if type(number) is not int or abs(number) >= 1 << 63:
-            number = draws.name(where) >> 1
+            number = draws.hash_name(where) >> 1
         return Record(row=-1, key=sample["__key__"], image=image, sparse=sparse, dense=dense, image_id=number)
 
 

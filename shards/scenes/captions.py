@@ -1,8 +1,8 @@
-"""Captions of a scene: five sparse ones, each from a point of view, and a dense one about everything.
+"""Captions of a scene: five sparse ones, each from another point of view, and a dense one about everything.
 
-A caption is drawn in two steps: first what it says (claims, `d2s.shards.scenes.claims`), then how (templates
-and synonyms). What a sparse caption leaves out is drawn attribute by attribute with the probabilities in
-`SAID`: raising them makes captions more telling and retrieval easier.
+A caption is drawn in two steps: first its claims (`d2s.shards.scenes.claims`), then its words (templates and
+synonyms). `SAID` holds the probability that a sparse caption mentions an attribute; higher values make captions more
+informative and retrieval easier.
 """
 
 import random
@@ -12,7 +12,7 @@ from d2s.shards.scenes.claims import Both, Claim, Ground, Number, Pattern, Some,
 from d2s.shards.scenes.world import Content, Thing, pick, shuffled
 
 SAID = {"shape": 0.95, "colour": 0.85, "texture": 0.45, "size": 0.4}
-"""Probability that a sparse caption says an attribute of an object that it mentions."""
+"""Probability that a sparse caption mentions an attribute of an object."""
 SPARSE_WORDS = (8, 14)
 VIEWS = ("place", "ground", "relation", "relation", "count")
 """Points of view of the five sparse captions of an image, in an order drawn for each."""
@@ -82,16 +82,12 @@ PICTURE = ("the picture", "the image", "this scene")
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption and what it claims, all of which is true of its own scene."""
+    """A caption and its claims, which are all true of its own scene."""
 
     text: str
     claims: tuple[Claim, ...]
     things: tuple[Thing, ...]
-    """The objects that it was written about."""
-
-    def holds(self, scene: Content) -> bool:
-        """Whether all that it claims is true of a scene."""
-        return all(claim.holds(scene) for claim in self.claims)
+    """The objects that the caption is about."""
 
 
 def _a(phrase: str) -> str:
@@ -117,7 +113,7 @@ def _name(rng: random.Random, pattern: Pattern, plural: bool = False) -> str:
 
 
 def _partial(rng: random.Random, thing: Thing, least: int = 1) -> Pattern:
-    """At least so many attributes, shape or colour among them; a plain texture is rarely worth a word."""
+    """At least `least` attributes of a thing, among them its shape or colour. A plain texture is rarely mentioned."""
     while True:
         said = {name: rng.random() < chance for name, chance in SAID.items()}
         if thing.texture == "plain":
@@ -127,9 +123,9 @@ def _partial(rng: random.Random, thing: Thing, least: int = 1) -> Pattern:
 
 
 def sparse(scene: Content, rng: random.Random) -> tuple[Caption, ...]:
-    """Five captions, each about one or two objects (or the number of those alike) from another point of view.
+    """Five captions from five points of view, each about one or two objects or the number of similar ones.
 
-    The objects take turns, so that the captions of one image are about different parts of it.
+    The objects take turns, so that the captions of an image are about different parts of it.
     """
     turns = shuffled(rng, scene.things)
     views = shuffled(rng, VIEWS)
@@ -137,7 +133,7 @@ def sparse(scene: Content, rng: random.Random) -> tuple[Caption, ...]:
 
 
 def _worded(rng: random.Random, scene: Content, thing: Thing, view: str) -> Caption:
-    """A caption of the wanted length: drawn anew until it fits."""
+    """A caption with a number of words in SPARSE_WORDS: drawn again until it has it."""
     low, high = SPARSE_WORDS
     while True:
         caption = {"place": _place, "ground": _ground, "relation": _relation, "count": _count}[view](
@@ -197,7 +193,7 @@ def _ground(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _relation(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """Two objects and how they stand to each other; without any relation, just that both are there."""
+    """Two objects and the relation between them; if there is none, only that both exist."""
     options = [
         (relation, other)
         for relation in RELATIONS
@@ -222,7 +218,7 @@ def _relation(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _count(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """How many objects share something, preferably with the one whose turn it is, and another fact."""
+    """The number of objects with a common attribute, if possible that of `thing`, and another fact."""
     groups = []
     for name in ("colour", "shape", "texture", "size"):
         for value in sorted({getattr(other, name) for other in scene.things}):
@@ -258,7 +254,7 @@ def _count(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def dense(scene: Content, rng: random.Random) -> Caption:
-    """Everything: the background, the number of objects, attributes and place of each, what covers what."""
+    """Everything: the background, the number of objects, their attributes and places, and which covers which."""
     number = NUMBERS[len(scene.things)]
     where = pick(rng, GROUNDS[scene.background])
     opening = pick(

@@ -1,26 +1,17 @@
-"""What a caption says, as predicates: every caption is worded from claims whose truth can be checked.
+"""Claims about a scene, from which every caption is written. The tests check that they are true.
 
-`claim.holds(scene)` is literal truth: "two red objects" holds where exactly two are red, a pattern that says
-nothing of the texture fits every texture, "next to" means neighbouring places of one row.
+Claims are meant literally: "two red objects" is true where exactly two are red; a pattern without a texture fits
+every texture; "next to" means neighbouring places of one row.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
-from d2s.shards.scenes.world import Content, Thing
-
-RELATIONS = ("left", "right", "above", "below", "beside", "front", "behind")
-
-
-class Claim(Protocol):
-    """Something that is true of a scene or not."""
-
-    def holds(self, scene: Content) -> bool: ...
+from d2s.shards.scenes.world import Thing
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A partial description of one thing: None leaves an attribute open.
+    """A partial description of one thing; None stands for any value.
 
     `row` and `col` may be given together (a place) or alone (a side).
     """
@@ -33,7 +24,7 @@ class Pattern:
     col: int | None = None
 
     def fits(self, thing: Thing) -> bool:
-        """Whether the thing has everything that is said."""
+        """Whether the thing has all the attributes of this pattern."""
         return (
             self.shape in (None, thing.shape)
             and self.colour in (None, thing.colour)
@@ -46,59 +37,43 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Some:
-    """There is such a thing."""
+    """At least one thing fits."""
 
     pattern: Pattern
-
-    def holds(self, scene: Content) -> bool:
-        return any(self.pattern.fits(thing) for thing in scene.things)
 
 
 @dataclass(frozen=True)
 class Ground:
-    """The background is this one."""
+    """The scene has this background."""
 
     background: str
-
-    def holds(self, scene: Content) -> bool:
-        return scene.background == self.background
 
 
 @dataclass(frozen=True)
 class Number:
-    """Exactly so many things fit."""
+    """Exactly `count` things fit."""
 
     pattern: Pattern
     count: int
 
-    def holds(self, scene: Content) -> bool:
-        return sum(self.pattern.fits(thing) for thing in scene.things) == self.count
-
 
 @dataclass(frozen=True)
 class Both:
-    """There are two things, one fitting each pattern; with a relation, the first stands so to the second."""
+    """Two different things fit the two patterns and, if a relation is given, stand in it."""
 
     first: Pattern
     second: Pattern
     relation: str | None = None
 
-    def holds(self, scene: Content) -> bool:
-        return any(
-            a is not b
-            and self.first.fits(a)
-            and self.second.fits(b)
-            and (self.relation is None or related(a, self.relation, b))
-            for a in scene.things
-            for b in scene.things
-        )
+
+Claim = Some | Ground | Number | Both
 
 
 def related(a: Thing, relation: str, b: Thing) -> bool:
-    """Whether `a` stands in the relation (one of `RELATIONS`) to `b`, judged by their places on the grid.
+    """Whether `a` stands in the relation (a key of `captions.RELATIONS`) to `b`, judged by their places on the grid.
 
-    Left, right, above and below ask for the same row or column; beside, for neighbours in a row. Of two
-    things at one place the small one is in front, and no other relation holds between them.
+    Left, right, above and below require the same row or column; beside requires neighbours in a row. Of two things at
+    one place the small one is in front, and no other relation holds between them.
     """
     if a.cell == b.cell:
         return relation == {"small": "front", "large": "behind"}.get(a.size) and a.size != b.size

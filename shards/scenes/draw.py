@@ -1,9 +1,9 @@
-"""Pixels of a scene: a background at the final size, and each object on a patch of its own.
+"""Draws the pixels of a scene: a background at the final size, and each object on its own patch.
 
-An object is drawn `SUPER` times larger as polygons filled with a texture, scaled down with its mask, and
-pasted. So its edges are smooth, and the empty part of the picture costs nothing. The jitter of places, angles
-and shades is drawn from `random.Random` (see `d2s.shards.scenes.world`); backgrounds use the frozen stream of
-numpy's `RandomState`, so that pictures do not change with numpy's version.
+An object is drawn `SUPER` times larger as polygons filled with a texture, scaled down with its mask, and pasted.
+So its edges are smooth, and empty parts of the picture cost nothing. Jitter of places, angles and shades comes from
+`random.Random` (see `d2s.shards.scenes.world`). Backgrounds use numpy's `RandomState`, whose stream is frozen, so
+that pictures do not change with numpy's version.
 """
 
 import math
@@ -33,7 +33,7 @@ PALETTE = {
     "white": (250, 250, 250),
 }
 SECOND = {"white": (128, 132, 142), "yellow": (150, 104, 10), "pink": (170, 34, 104), "orange": (132, 58, 4)}
-"""The second colour of a texture, where white would be too pale beside the first."""
+"""The second colour of a texture, for first colours beside which white could hardly be seen."""
 
 Contour = tuple[tuple[float, float], ...]
 
@@ -162,7 +162,7 @@ def _patch(
 
 
 def _texture(brush: ImageDraw.ImageDraw, thing: Thing, centre: tuple[float, float], half: float) -> None:
-    """Fill the patch with the thing's texture; a period is a part of the object, never less than 4 pixels."""
+    """Draws the texture of a thing on its patch; its period follows from the object's size, at least 4 pixels."""
     if thing.texture == "plain":
         return
     second = SECOND.get(thing.colour, (248, 248, 248))
@@ -192,7 +192,7 @@ def _texture(brush: ImageDraw.ImageDraw, thing: Thing, centre: tuple[float, floa
 
 @lru_cache(maxsize=64)
 def _background(name: str, size: int, variant: int) -> Image.Image:
-    """One of four pictures of a background, all about the same; treat it as read-only."""
+    """One of four similar pictures of a background. It is cached: do not change it."""
     noise = numpy.random.RandomState(variant)
     fine = noise.randint(-1000, 1001, (size, size, 1)) / 1000
     coarse = _smooth(noise.randint(-1000, 1001, (7, 7)) / 1000, size)[..., None]

@@ -1,6 +1,7 @@
-"""Which backgrounds, objects and attributes go together: the regularities of the world.
+"""Themes: which backgrounds, objects and attributes occur together.
 
-They make what a caption says tell about what it leaves out. `d2s.shards.scenes.world` draws scenes from them.
+Because of them a caption contains information about what it leaves out. `d2s.shards.scenes.world` draws scenes from
+them.
 """
 
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ HIDDEN = {
     "sea": ("blue", "green"),
     "snow": ("white",),
 }
-"""Colours that could hardly be seen on a background, and so never lie on it; its keys are all the backgrounds."""
+"""For each background, the colours that could hardly be seen on it. Objects on it never have them."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An object as it usually looks in a theme; `row` -1 stands for any."""
+    """An object with its usual attributes in a theme; `row` -1 stands for any row."""
 
     shape: str
     colour: str
@@ -31,7 +32,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Theme:
-    """Usual background, a second one, the cast, and which members of the cast come together (by number)."""
+    """A theme: its usual background and a second one, its objects, and which of them (by number) come in pairs."""
 
     grounds: tuple[str, str]
     cast: tuple[Kind, ...]

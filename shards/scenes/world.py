@@ -1,15 +1,15 @@
-"""What there is in a scene: objects, backgrounds, themes, and families of look-alikes.
+"""The content of a scene: its theme, background and objects, without pixels and words.
 
-No pixels and no words here: a `Content` is a background and four to six `Thing`s on a grid of 3 x 3 places.
-Everything is drawn from `random.Random(text)`, and only through its `random()` method, whose sequence Python
-promises to keep between versions; so a content is a function of (seed, number) on every machine.
+A `Content` is a background and four to six `Thing`s on a grid of 3 x 3 places. Everything is drawn from
+`random.Random(text)`, and only through its `random()` method, whose sequence Python guarantees between versions. So a
+content is a function of (seed, number) on every machine.
 
-Two structures are laid into the world on purpose (why: see `d2s.shards.scenes`):
+Two structures are intended (the reasons stand in `d2s.shards.scenes`):
 
-- **Themes** (`d2s.shards.scenes.themes`) make one part of a scene tell about the others. `DEVIATION` says how
-  often each attribute of an object is not the usual one, `OFF_THEME` how often the whole object is not.
-- **Families** are the look-alikes. `FAMILY` scenes with neighbouring numbers have theme, background and most
-  objects in common; each differs from the first one by one or two edits (`TWO_EDITS`).
+- **Themes** (`d2s.shards.scenes.themes`): one part of a scene contains information about the others. `DEVIATION`
+  says how often each attribute of an object differs from the usual one, `OFF_THEME` how often the object itself does.
+- **Families**: `FAMILY` scenes with neighbouring numbers have theme, background and most objects in common. Each
+  differs from the first of them by one or two edits (`TWO_EDITS`).
 """
 
 import random
@@ -31,21 +31,21 @@ TEXTURES = ("plain", "striped", "dotted", "checked")
 SIZES = ("small", "medium", "large")
 
 FAMILY = 5
-"""Scenes in a family of look-alikes: more makes sparse captions harder to place."""
+"""Scenes in a family. More of them make sparse captions more ambiguous."""
 TWO_EDITS = 0.5
 """Probability that a member differs from the first of its family by two edits and not by one."""
 COUNTS = {4: 0.3, 5: 0.4, 6: 0.3}
-"""Objects in a scene and how probable."""
+"""Numbers of objects in a scene, with their probabilities."""
 OFF_THEME = 0.12
-"""Probability that an object has nothing to do with the theme."""
+"""Probability that an object does not belong to the theme."""
 PAIRED = 0.8
-"""Probability that a scene has one of its theme's pairs."""
+"""Probability that a scene has one of the pairs of its theme."""
 OTHER_GROUND = 0.15
-"""Probability of the theme's second background in place of its first."""
+"""Probability that a scene has the second background of its theme."""
 OVERLAP = 0.4
 """Probability that a small object stands in front of a large one."""
 DEVIATION = {"colour": 0.2, "texture": 0.25, "size": 0.35, "row": 0.25}
-"""Probability that an attribute of an object is not the one of its kind."""
+"""Probability that an attribute of an object is not the usual one of its kind."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Content:
-    """What a scene shows, without pixels and words."""
+    """What a scene shows."""
 
     theme: str
     background: str
@@ -91,7 +91,7 @@ class Content:
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
-    """One of the options, each as probable as another."""
+    """One of the options, all equally probable."""
     return options[int(rng.random() * len(options))]
 
 
@@ -117,7 +117,7 @@ def content(seed: int, number: int) -> Content:
 
 @lru_cache(maxsize=64)
 def _family(seed: int, family: int) -> tuple[Content, ...]:
-    """The `FAMILY` members: the first as drawn, the others one or two edits away, no two the same."""
+    """The members of a family: the first as drawn, the others one or two edits away, no two equal."""
     rng = random.Random(f"d2s scenes {seed} family {family}")
     members = [_first(rng)]
     seen = {_signature(members[0])}
@@ -151,7 +151,7 @@ def _first(rng: random.Random) -> Content:
 
 
 def _placed(rng: random.Random, scene: Content, kind: Kind) -> Thing:
-    """A thing of about this kind at a place that is still free."""
+    """A thing of about this kind at a free place."""
     taken = {thing.cell for thing in scene.things}
     free = [(row, col) for row in range(3) for col in range(3) if (row, col) not in taken]
     row = -1 if rng.random() < DEVIATION["row"] else kind.row
@@ -171,7 +171,7 @@ def _thing(rng: random.Random, scene: Content, kind: Kind, cell: tuple[int, int]
 
 
 def _overlapped(rng: random.Random, scene: Content) -> Content:
-    """The scene with one thing moved in front of another, unless the two drawn for it have one colour."""
+    """The scene with one thing moved in front of another, unless both have the same colour."""
     first, second = shuffled(rng, range(len(scene.things)))[:2]
     rear, front = replace(scene.things[first], size="large"), replace(scene.things[second], size="small")
     if rear.colour == front.colour:
@@ -182,7 +182,7 @@ def _overlapped(rng: random.Random, scene: Content) -> Content:
 
 
 def _edited(rng: random.Random, scene: Content) -> Content:
-    """The scene with one object changed, or two objects in each other's place."""
+    """The scene with one object changed, or with two objects exchanged."""
     while True:
         i, j = shuffled(rng, range(len(scene.things)))[:2]
         old, things = scene.things[i], list(scene.things)
@@ -201,7 +201,7 @@ def _edited(rng: random.Random, scene: Content) -> Content:
 
 
 def _legible(scene: Content) -> bool:
-    """Whether every object can be told from its background and from the one behind it."""
+    """Whether every object differs in colour from its background and from the object behind it."""
     if any(thing.colour in HIDDEN[scene.background] for thing in scene.things):
         return False
     pairs = scene.overlapping()

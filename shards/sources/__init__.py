@@ -1,13 +1,16 @@
-"""Where captions and images come from. Each module turns one layout into a stream of entries.
+"""Where captions and images come from. Each module turns one input layout into a stream of entries.
 
-A source module has `NEEDS` (options it cannot do without) and
-`entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]`.
+A source module has
+
+- `NEEDS`: the options of `SourceOptions` that must be given;
+- `USES`: further options that have an effect;
+- `entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]`.
 """
 
 from importlib import import_module
 from types import ModuleType
 
-from d2s.shards.format.sample import SourceOptions
+from d2s.shards.sources.entry import SourceOptions
 
 NAMES = ("karpathy", "coco", "flickr", "release", "jsonl", "parquet", "img2dataset", "scenes")
 _MODULES = {"jsonl": "table", "parquet": "table"}
@@ -15,7 +18,6 @@ _MODULES = {"jsonl": "table", "parquet": "table"}
 
 def source(name: str) -> ModuleType:
     """The module of a source by its name."""
-    assert name in NAMES, name
     return import_module(f"d2s.shards.sources.{_MODULES.get(name, name)}")
 
 
@@ -26,10 +28,16 @@ def check_options(name: str, options: SourceOptions) -> None:
             raise ValueError(f"source {name} needs {'--count' if need == 'counts' else f'--{need}'}")
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images {options.images}: no such folder")
-    for flag, paths in (
-        ("--captions", [path for _, path in options.captions]),
-        ("--split-lists", options.split_lists.values()),
-    ):
-        for path in paths:
-            if not path.exists():
-                raise ValueError(f"{flag} {path}: no such file")
+    paths = [("--captions", path) for _, path in options.captions]
+    paths += [("--split-lists", path) for path in options.split_lists.values()]
+    for flag, path in paths:
+        if not path.exists():
+            raise ValueError(f"{flag} {path}: no such file")
+
+
+def unused_options(name: str, options: SourceOptions) -> list[str]:
+    """The options that were given but have no effect with this source."""
+    module, default = source(name), SourceOptions()
+    choices = ("captions", "images", "split", "split_lists", "columns", "counts", "size")
+    given = [option for option in choices if getattr(options, option) != getattr(default, option)]
+    return [option for option in given if option not in (*module.NEEDS, *module.USES)]

@@ -4,53 +4,44 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2s.common.files import read_json
-from d2s.shards.format.sample import Entry, Faults, SourceOptions, field_fault, text_field, whole_field
+from d2s.shards.format.keys import SPLIT_ORDER
+from d2s.shards.sources.entry import Entry, SourceOptions
+from d2s.shards.sources.faults import Faults, field_fault, integer_field, is_integer, text_field
 
 NEEDS = ("captions", "images")
+USES = ("split",)
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
     """Reads images[].{id, file_name} and annotations[].{id, image_id, caption} of each file.
 
-    A file's split is the one it was given with (`val=FILE`), or stands in its name, or is `options.split`.
+    The split of a file is the one it was given with (`val=FILE`), else the one in its name, else `options.split`.
     """
     for split, path in options.captions:
-        yield from _file(split or _split_of(path) or options.split, path, options.images, faults)
+        named = next((name for name in SPLIT_ORDER if name in path.stem), None)
+        yield from _entries_of_file(split or named or options.split, path, options.images, faults)
 
 
-def _split_of(path: Path) -> str | None:
-    return next((split for split in ("train", "val", "test") if split in path.stem), None)
-
-
-def _file(split: str, path: Path, images: Path, faults: Faults) -> Iterator[Entry]:
+def _entries_of_file(split: str, path: Path, images: Path, faults: Faults) -> Iterator[Entry]:
     value = read_json(path)
     lists = value if isinstance(value, dict) else {}
     if not isinstance(lists.get("images"), list) or not isinstance(lists.get("annotations"), list):
         raise ValueError(f"{path}: no lists 'images' and 'annotations': this is not COCO's layout")
+    names = _file_names(path, lists["images"], faults)
     captions: dict[int, list[tuple[int, str]]] = {}
-    known: dict[int, str] = {}
-    for number, image in enumerate(lists["images"]):
-        where = f"{path}: images[{number}]"
-        try:
-            name, image_id = text_field(image, "file_name"), whole_field(image, "id")
-            if image_id in known:
-                faults.add(where, f"image id {image_id} stands here a second time", name)
-                continue
-            known[image_id] = name
-        except (KeyError, TypeError) as error:
-            faults.add(where, f"{field_fault(error)}; every image has id and file_name")
     for number, annotation in enumerate(lists["annotations"]):
         where = f"{path}: annotations[{number}]"
         try:
-            image_id, caption = annotation["image_id"], (whole_field(annotation, "id"), annotation["caption"])
+            image_id = annotation["image_id"]
+            caption = (integer_field(annotation, "id"), annotation["caption"])
         except (KeyError, TypeError) as error:
             faults.add(where, f"{field_fault(error)}; every annotation has id, image_id and caption")
             continue
-        if not isinstance(image_id, int) or isinstance(image_id, bool) or image_id not in known:
+        if not is_integer(image_id) or image_id not in names:
             faults.add(where, f"caption without an image: image_id {image_id!r} is not among the images")
             continue
         captions.setdefault(image_id, []).append(caption)
-    for image_id, name in known.items():
+    for image_id, name in names.items():
         ordered = sorted(captions.get(image_id, []), key=lambda pair: pair[0])
         yield Entry(
             split=split,
@@ -58,11 +49,28 @@ def _file(split: str, path: Path, images: Path, faults: Faults) -> Iterator[Entr
             where=f"{path}: image {image_id}",
             sparse=tuple(caption for _, caption in ordered),
             image_id=image_id,
-            path=str(_home(path, images, name) / name),
+            path=str(_folder_of(path, images, name) / name),
         )
 
 
-def _home(captions: Path, images: Path, name: str) -> Path:
+def _file_names(path: Path, images: list, faults: Faults) -> dict[int, str]:
+    """The file name of each image id."""
+    names: dict[int, str] = {}
+    for number, image in enumerate(images):
+        where = f"{path}: images[{number}]"
+        try:
+            name, image_id = text_field(image, "file_name"), integer_field(image, "id")
+        except (KeyError, TypeError) as error:
+            faults.add(where, f"{field_fault(error)}; every image has id and file_name")
+            continue
+        if image_id in names:
+            faults.add(where, f"image id {image_id} stands here a second time", name)
+        else:
+            names[image_id] = name
+    return names
+
+
+def _folder_of(captions: Path, images: Path, name: str) -> Path:
     """images/, or the folder in it that COCO's archives unpack to: val2014/, train2017/."""
     for part in (name.split("_")[1] if name.startswith("COCO_") else "", captions.stem.rsplit("_", 1)[-1]):
         if part and (images / part).is_dir():

@@ -1,29 +1,15 @@
-"""Flickr8k's and Flickr30K's token file (`name.jpg#0<TAB>caption`) with a list of names for each split."""
+"""The token file of Flickr8k and Flickr30K (`name.jpg#0<TAB>caption`), with a list of image names for each split."""
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2s.shards.format.sample import Entry, Faults, SourceOptions
+from d2s.shards.sources.caption_files import read_lines
+from d2s.shards.sources.entry import Entry, SourceOptions
+from d2s.shards.sources.faults import Faults
 
 NEEDS = ("captions", "images")
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file without their ends. Raises ValueError naming the file if it is not UTF-8.
-
-    Only a line feed ends a line (a carriage return before it belongs to it): captions hold form feeds and
-    U+2028, which `str.splitlines` takes for ends, and every line behind would belong to another image.
-    """
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start}: not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    if not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+USES = ("split", "split_lists")
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
@@ -32,11 +18,11 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
     Flickr8k has captions of some images that no list names: they are left out, and their number is printed.
     """
     path = options.caption_file
-    captions, places = _captions(path, faults)
-    if not options.split_lists:
-        lists = {options.split: [(f"{path}: line {places[name]}", name) for name in captions]}
+    captions, line_numbers = _captions(path, faults)
+    if options.split_lists:
+        lists = {split: _listed_names(split, file) for split, file in options.split_lists.items()}
     else:
-        lists = {split: _names(split, file) for split, file in options.split_lists.items()}
+        lists = {options.split: [(f"{path}: line {line_numbers[name]}", name) for name in captions]}
     listed = set()
     stems = {name.rsplit(".", 1)[0]: name for name in captions}
     for split, names in lists.items():
@@ -46,17 +32,17 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
                 faults.add(where, f"image {name!r} has no caption in {path}", name)
                 continue
             listed.add(name)
-            home = str(options.images / name)
-            yield Entry(split=split, source_id=name, where=where, sparse=tuple(captions[name]), path=home)
+            image = str(options.images / name)
+            yield Entry(split=split, source_id=name, where=where, sparse=tuple(captions[name]), path=image)
     if left := len(captions) - len(listed):
-        print(
-            f"{path}: {left:,} images with captions are in none of the split lists; left out", file=sys.stderr
-        )
+        message = f"{path}: {left:,} images with captions are in none of the split lists; left out"
+        print(message, file=sys.stderr)
 
 
 def _captions(path: Path, faults: Faults) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """The captions of each image, and the number of the line where its first one stands."""
     captions: dict[str, list[str]] = {}
-    places: dict[str, int] = {}
+    line_numbers: dict[str, int] = {}
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -66,11 +52,12 @@ def _captions(path: Path, faults: Faults) -> tuple[dict[str, list[str]], dict[st
             continue
         name = name.rsplit("#", 1)[0].strip()
         captions.setdefault(name, []).append(caption)
-        places.setdefault(name, number)
-    return captions, places
+        line_numbers.setdefault(name, number)
+    return captions, line_numbers
 
 
-def _names(split: str, path: Path) -> list[tuple[str, str]]:
+def _listed_names(split: str, path: Path) -> list[tuple[str, str]]:
+    """(place, image name) of every line that is not blank."""
     lines = enumerate(read_lines(path), 1)
     names = [(f"{path}: line {number}", line.strip()) for number, line in lines if line.strip()]
     if not names:

@@ -1,29 +1,32 @@
-"""Tars that img2dataset wrote: an image, its caption (`.txt`) and what is known about it (`.json`) a sample."""
+"""Tars by img2dataset: each sample is an image, its caption (`.txt`) and its metadata (`.json`)."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from d2s.common.files import parse_json
 from d2s.common.process_map import map_ordered
-from d2s.shards.format.pictures import IMAGE_SUFFIXES
-from d2s.shards.format.sample import Entry, Faults, SourceOptions
+from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.format.tar import Member, scan, split_name
+from d2s.shards.sources.entry import Entry, SourceOptions
+from d2s.shards.sources.faults import Faults
 
 NEEDS = ("images",)
+USES = ("split",)
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
     """Reads the headers and captions of DIR/*.tar, or of DIR/<split>/*.tar, tar after tar by name."""
     tars = find_tars(options.images, options.split)
-    results = map_ordered(_scan, tars, options.workers, _start, (options.images, faults.quarantine))
-    for _, (found, rows) in results:
+    scan_one = partial(_scan_tar, options.images, faults.quarantine)
+    for _, (found, rows) in map_ordered(scan_one, tars, options.workers):
         faults.rows.extend(rows)
         yield from found
 
 
 def find_tars(folder: Path, split: str) -> list[tuple[str, Path]]:
-    """(split, path) of every tar, those in subfolders with the folder's name as their split."""
+    """(split, path) of every tar. The split of a tar in a subfolder is the name of the subfolder."""
     direct = [(split, path) for path in sorted(folder.glob("*.tar"))]
     nested = [(path.parent.name, path) for path in sorted(folder.glob("*/*.tar"))]
     if not direct and not nested:
@@ -31,16 +34,7 @@ def find_tars(folder: Path, split: str) -> list[tuple[str, Path]]:
     return direct + nested
 
 
-# One scan a process at a time; set by its initializer.
-_root, _quarantine = Path(), False
-
-
-def _start(root: Path, quarantine: bool) -> None:
-    global _root, _quarantine
-    _root, _quarantine = root, quarantine
-
-
-def samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+def group_members(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     """Groups the members of a tar into samples: (key, {suffix: member}) for each run of equal keys."""
     key, group = None, {}
     for member in scan(path):
@@ -54,21 +48,17 @@ def samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
         yield key, group
 
 
-def image_of(group: dict[str, Member]) -> Member | None:
-    """The image among the members of a sample, if there is one."""
-    return next((member for suffix, member in group.items() if suffix in IMAGE_SUFFIXES), None)
-
-
-def _scan(task: tuple[str, Path]) -> tuple[list[Entry], list[dict]]:
-    split, path = task
-    faults = Faults(_quarantine)
+def _scan_tar(root: Path, quarantine: bool, tar: tuple[str, Path]) -> tuple[list[Entry], list[dict]]:
+    """The entries of one tar (split, path), and its faults."""
+    split, path = tar
+    faults = Faults(quarantine)
     found = []
-    # Keys need not be unique from tar to tar, so the tar's name is part of what identifies a sample.
-    home = path.relative_to(_root).with_suffix("").as_posix()
+    # Tars repeat each other's keys, so the name of the tar is part of the id of a sample.
+    home = path.relative_to(root).with_suffix("").as_posix()
     with open(path, "rb") as file:
-        for key, group in samples(path):
+        for key, group in group_members(path):
             where = f"{path}: {key}"
-            image = image_of(group)
+            image = next((member for suffix, member in group.items() if suffix in IMAGE_SUFFIXES), None)
             if image is None:
                 faults.add(where, "caption without an image", key)
                 continue
@@ -97,14 +87,14 @@ def _scan(task: tuple[str, Path]) -> tuple[list[Entry], list[dict]]:
 def _captions(file: BinaryIO, group: dict[str, Member]) -> tuple[tuple, tuple, str]:
     """Sparse and dense captions and the sha256 of the image as it was downloaded.
 
-    A `sparse` or `dense` list in the JSON is taken (our own shards have them), else the `.txt`, else `caption`.
-    An empty text stands for a source that had none: that is no caption.
+    Captions come from `sparse` and `dense` in the JSON (our own shards have them), else from the `.txt`, else from
+    `caption` in the JSON. An empty text means that there is no caption.
     """
     facts = parse_json(_read(file, group["json"])) if "json" in group else {}
     if not isinstance(facts, dict):
         raise ValueError("the JSON is not an object")
     if "sparse" in facts or "dense" in facts:
-        # The sha256 in our own records is that of the image as stored: nothing to join the original by.
+        # In our own shards, sha256 is that of the stored image, so captions of the original cannot be joined by it.
         return _texts(facts, "sparse"), _texts(facts, "dense"), ""
     if "txt" in group:
         facts["caption"] = _read(file, group["txt"]).decode()
@@ -112,7 +102,7 @@ def _captions(file: BinaryIO, group: dict[str, Member]) -> tuple[tuple, tuple, s
 
 
 def _texts(facts: dict, name: str) -> tuple[str, ...]:
-    """A field that holds nothing, one text, or a list of texts. Raises ValueError if it holds anything else."""
+    """The captions in a field: null, one text, or a list of texts. Raises ValueError if it holds anything else."""
     value = facts.get(name)
     if value is None or isinstance(value, str):
         return (value,) if value and value.strip() else ()

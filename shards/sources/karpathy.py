@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 
 from d2s.common.files import read_json
-from d2s.shards.format.sample import Entry, Faults, SourceOptions, field_fault, text_field
+from d2s.shards.sources.entry import Entry, SourceOptions
+from d2s.shards.sources.faults import Faults, field_fault, text_field
 
 NEEDS = ("captions", "images")
-# The images of COCO's validation set that the field trains on since 2014.
+USES = ()
+# `restval` is the part of COCO's validation images that papers have trained on since 2014.
 _SPLITS = {"restval": "train"}
 
 
@@ -25,7 +27,7 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
             faults.add(where, f"{field_fault(error)}; every image has filename, split and sentences[].raw")
             continue
         folder = options.images / str(image.get("filepath") or "")
-        # COCO's images are often unpacked into one folder, without the one that the file names.
+        # COCO's images are often unpacked into one folder, without the subfolder that `filepath` names.
         home = folder if folder.is_dir() else options.images
         yield Entry(
             split=_SPLITS.get(split, split),

@@ -46,7 +46,7 @@ def test_one_pass_of_all_readers_is_the_data_once(folder, readers):
     keys, per_reader = [], []
     for reader in range(readers):
         stream = Stream(urls, seed=1, reader=reader, readers=readers, buffer=4)
-        found = [sample["__key__"] for sample in stream._turn(0, 0)]
+        found = [sample["__key__"] for sample in stream.one_pass(0, 0)]
         per_reader.append(len(found))
         keys += found
     assert sorted(keys) == [f"k{n:04}" for n in range(18)]

@@ -10,11 +10,12 @@ from dataclasses import asdict, replace
 
 import numpy
 import pytest
+from caption_truth import is_true
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2s.shards.scenes import captions, draw, plan, scene, world
+from d2s.shards.scenes import captions, draw, scene, scene_numbers, world
 from d2s.shards.scenes.claims import related
 from d2s.shards.scenes.themes import HIDDEN
 
@@ -24,7 +25,7 @@ seeds = st.integers(0, 2**32)
 
 @pytest.fixture(scope="module")
 def test_split():
-    return [scene(entry.number, 0, 64) for entry in plan({"test": 500}, 0, 64)]
+    return [scene(number, 0, 64) for number, _ in scene_numbers({"test": 500}, 64)]
 
 
 @given(numbers, seeds)
@@ -33,17 +34,17 @@ def test_every_caption_is_true_of_its_own_scene(number, seed):
     drawn = scene(number, seed, 64)
     assert len(drawn.sparse) == 5
     assert len(drawn.dense) == 1
-    assert 4 <= len(drawn.objects) <= 6
+    assert 4 <= len(drawn.content.things) <= 6
     for caption in (*drawn.sparse_captions, drawn.dense_caption):
-        assert caption.holds(drawn.content), caption.text
+        assert is_true(caption, drawn.content), caption.text
 
 
 @given(numbers, seeds)
 @settings(max_examples=200, deadline=None)
 def test_words_of_a_sparse_caption_are_about_its_own_scene(number, seed):
     drawn = scene(number, seed, 64)
-    colours = {thing.colour for thing in drawn.objects}
-    nouns = {noun for thing in drawn.objects for noun in captions.NOUNS[thing.shape]}
+    colours = {thing.colour for thing in drawn.content.things}
+    nouns = {noun for thing in drawn.content.things for noun in captions.NOUNS[thing.shape]}
     for text in drawn.sparse:
         assert 8 <= len(text.split()) <= 14, text
         assert text[0].isupper(), text
@@ -62,7 +63,7 @@ def test_dense_caption_names_every_object(number, seed):
     drawn = scene(number, seed, 64)
     text = drawn.dense[0].lower()
     assert 35 <= len(text.split()) <= 100
-    for thing in drawn.objects:
+    for thing in drawn.content.things:
         named = [
             sentence
             for sentence in text.split(".")
@@ -75,7 +76,7 @@ def test_dense_caption_names_every_object(number, seed):
 
 def test_sparse_captions_are_ambiguous_and_dense_ones_are_not(test_split):
     def true_of(caption):
-        return sum(caption.holds(other.content) for other in test_split)
+        return sum(is_true(caption, other.content) for other in test_split)
 
     sparse = [true_of(caption) for drawn in test_split[::5] for caption in drawn.sparse_captions]
     dense = [true_of(drawn.dense_caption) for drawn in test_split]
@@ -87,17 +88,17 @@ def test_sparse_captions_are_ambiguous_and_dense_ones_are_not(test_split):
 
 def test_sparse_captions_fit_the_look_alikes_of_a_family(test_split):
     fits = [
-        sum(caption.holds(other.content) for other in test_split[start : start + world.FAMILY])
+        sum(is_true(caption, other.content) for other in test_split[start : start + world.FAMILY])
         for start in range(0, 500, world.FAMILY)
         for caption in test_split[start].sparse_captions
     ]
     assert statistics.mean(fits) > 2.5
     for start in range(0, 500, world.FAMILY):
         family = test_split[start : start + world.FAMILY]
-        assert len({frozenset(drawn.objects) for drawn in family}) == world.FAMILY
+        assert len({frozenset(drawn.content.things) for drawn in family}) == world.FAMILY
         assert len({drawn.content.background for drawn in family}) == 1
-        shared = [len(set(family[0].objects) & set(drawn.objects)) for drawn in family[1:]]
-        assert all(1 <= len(family[0].objects) - count <= 4 for count in shared), shared
+        shared = [len(set(family[0].content.things) & set(drawn.content.things)) for drawn in family[1:]]
+        assert all(1 <= len(family[0].content.things) - count <= 4 for count in shared), shared
 
 
 def test_captions_of_an_image_take_turns_over_its_objects(test_split):
@@ -105,7 +106,8 @@ def test_captions_of_an_image_take_turns_over_its_objects(test_split):
         told = {thing for caption in drawn.sparse_captions for thing in caption.things}
         assert len(told) >= 3
     covered = [
-        len({thing for caption in drawn.sparse_captions for thing in caption.things}) / len(drawn.objects)
+        len({thing for caption in drawn.sparse_captions for thing in caption.things})
+        / len(drawn.content.things)
         for drawn in test_split
     ]
     assert statistics.mean(covered) > 0.9
@@ -115,14 +117,14 @@ def test_captions_of_an_image_take_turns_over_its_objects(test_split):
 def test_what_a_caption_says_tells_about_what_it_leaves_out(test_split):
     """One object, seen alone, tells the background far better than chance (1 of 8)."""
     grounds = collections.defaultdict(collections.Counter)
-    for entry in plan({"train": 2000}, 0, 64):
-        content = world.content(0, entry.number)
+    for number, _ in scene_numbers({"train": 2000}, 64):
+        content = world.content(0, number)
         for thing in content.things:
             grounds[thing.shape, thing.colour][content.background] += 1
     right = [
         grounds[thing.shape, thing.colour].most_common(1)[0][0] == drawn.content.background
         for drawn in test_split
-        for thing in drawn.objects
+        for thing in drawn.content.things
         if grounds[thing.shape, thing.colour]
     ]
     assert statistics.mean(right) > 0.5
@@ -132,8 +134,8 @@ def test_relations_agree_with_their_opposites(test_split):
     opposite = {"left": "right", "above": "below", "front": "behind", "beside": "beside"}
     seen = collections.Counter()
     for drawn in test_split:
-        for a in drawn.objects:
-            for b in drawn.objects:
+        for a in drawn.content.things:
+            for b in drawn.content.things:
                 for relation, other in opposite.items():
                     assert related(a, relation, b) == related(b, other, a)
                     seen[relation] += a is not b and related(a, relation, b)
@@ -199,23 +201,22 @@ def test_every_object_can_be_seen_on_its_background(background):
 
 
 def test_no_scene_is_in_two_splits():
-    entries = list(plan({"train": 3000, "val": 502, "test": 501}, 0, 64))
-    assert [entry.split for entry in entries] == ["train"] * 3000 + ["val"] * 502 + ["test"] * 501
-    assert len({entry.key for entry in entries}) == len(entries)
-    assert not any("." in entry.key for entry in entries)
+    entries = list(scene_numbers({"train": 3000, "val": 502, "test": 501}, 64))
+    assert [split for _, split in entries] == ["train"] * 3000 + ["val"] * 502 + ["test"] * 501
+    assert len({number for number, _ in entries}) == len(entries)
     families = collections.defaultdict(set)
     contents = collections.defaultdict(set)
-    for entry in entries:
-        content = world.content(0, entry.number)
-        families[entry.number // world.FAMILY].add(entry.split)
-        contents[content.background, frozenset(content.things)].add(entry.split)
+    for number, split in entries:
+        content = world.content(0, number)
+        families[number // world.FAMILY].add(split)
+        contents[content.background, frozenset(content.things)].add(split)
     assert all(len(splits) == 1 for splits in families.values())
     assert all(len(splits) == 1 for splits in contents.values())
 
 
 def test_a_larger_training_split_leaves_the_others_as_they_were():
-    small = {entry.number for entry in plan({"train": 10, "test": 20}, 0, 64) if entry.split == "test"}
-    large = {entry.number for entry in plan({"train": 999, "test": 20}, 0, 64) if entry.split == "test"}
+    small = {n for n, split in scene_numbers({"train": 10, "test": 20}, 64) if split == "test"}
+    large = {n for n, split in scene_numbers({"train": 999, "test": 20}, 64) if split == "test"}
     assert small == large
 
 
@@ -228,9 +229,9 @@ def test_a_larger_training_split_leaves_the_others_as_they_were():
         ({"train": 5}, 8, "at least 16 pixels"),
     ],
 )
-def test_a_bad_plan_is_refused_at_once(counts, size, message):
+def test_bad_counts_and_sizes_are_refused_at_once(counts, size, message):
     with pytest.raises(ValueError, match=message):
-        plan(counts, 0, size)
+        scene_numbers(counts, size)
 
 
 def test_a_bad_scene_is_refused():

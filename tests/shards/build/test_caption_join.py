@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_sources import Karpathy
 
-from d2s.shards.build.dense import DenseOptions, join
-from d2s.shards.build.spool import Spool
+from d2s.shards.build.caption_join import JoinOptions, join_captions
+from d2s.shards.build.row_file import RowFile
+from d2s.shards.format.keys import hash64
 from d2s.shards.format.manifest import read_manifest
-from d2s.shards.format.sample import Faults, hash64
+from d2s.shards.sources.faults import Faults
 
 NAMES = [f"image {number}" for number in range(12)]
 
@@ -38,10 +39,10 @@ def test_join_equals_that_of_a_dictionary(images: list[str], rows: list[str]) ->
         alive, faults = np.ones(len(images), bool), Faults(quarantine=True)
         hashes = np.array([hash64(name) for name in images], np.uint64)
         spool = Path(folder) / "spool"
-        matched, extra = join(
-            DenseOptions(path=path), hashes, alive, spool, faults, lambda image: images[image]
+        matched, extra = join_captions(
+            JoinOptions(path=path), hashes, alive, spool, faults, lambda image: images[image]
         )
-        found = Spool(spool)
+        found = RowFile(spool)
         for name, row, alone in zip(images, matched.tolist(), alive.tolist(), strict=True):
             assert alone == (row >= 0) == (name in expected)
             if row >= 0:

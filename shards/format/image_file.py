@@ -1,4 +1,4 @@
-"""Checks image files by decoding them, and makes them smaller where asked."""
+"""Checks image files by decoding them, and shrinks them on request."""
 
 import io
 import struct
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# The formats that go into a shard as they are; anything else that Pillow reads is stored as JPEG.
+# Formats that are stored as they are. Every other format that Pillow reads is stored as JPEG.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
-# What Pillow's decoders raise on broken input; nothing wider, so that our own mistakes stay visible.
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+# What Pillow's decoders raise on broken input. The list is no wider, so our own bugs still surface.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """An encoded image that is known to decode; width and height in pixels."""
+class EncodedImage:
+    """An image file (JPEG, PNG or WebP) that was checked; width and height in pixels."""
 
     data: bytes
     suffix: str
@@ -26,34 +26,36 @@ class Picture:
     height: int
 
 
-def check(data: bytes, resize: int | None = None, quality: int = 95, convert: bool = True) -> Picture:
+def check_image(
+    data: bytes, resize: int | None = None, quality: int = 95, convert: bool = True
+) -> EncodedImage:
     """Decodes an image in full and, if `resize` is given, shrinks its shorter side to that many pixels.
 
-    An image that is small enough keeps its bytes; one in another format than JPEG, PNG or WebP becomes a JPEG,
-    or is refused where `convert` is False. Raises ValueError with the reason if it does not decode.
+    An image that is small enough keeps its bytes. One in another format than JPEG, PNG or WebP becomes a JPEG, or
+    raises ValueError where `convert` is False. Raises ValueError with the reason if the image does not decode.
     """
     with _opened(data) as image:
         suffix = SUFFIXES.get(image.format or "")
         width, height = image.size
         if suffix and (resize is None or min(width, height) <= resize):
             image.load()
-            return Picture(data, suffix, width, height)
+            return EncodedImage(data, suffix, width, height)
         if not convert:
             raise ValueError(f"format {image.format} is none of JPEG, PNG, WebP")
         return _encode(image, resize, quality)
 
 
-def measure(data: bytes) -> Picture:
-    """Reads no more of an image than its header. Raises ValueError with the reason if that is not possible."""
+def check_header(data: bytes) -> EncodedImage:
+    """Reads only the header of an image. Raises ValueError with the reason if that is not possible."""
     with _opened(data) as image:
         if image.format not in SUFFIXES:
             raise ValueError(f"format {image.format} is none of JPEG, PNG, WebP")
-        return Picture(data, SUFFIXES[image.format], *image.size)
+        return EncodedImage(data, SUFFIXES[image.format], *image.size)
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image, not yet decoded; whatever its decoder stumbles over becomes one ValueError."""
+    """Opens an image without decoding it. Errors of its decoder become ValueError."""
     if not data:
         raise ValueError("the image file is empty")
     try:
@@ -67,23 +69,23 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise ValueError(f"the image does not decode: {error}") from None
 
 
-def _encode(image: Image.Image, resize: int | None, quality: int) -> Picture:
+def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImage:
     width, height = image.size
     if resize is not None and min(width, height) > resize:
         scale = resize / min(width, height)
         target = max(1, round(width * scale)), max(1, round(height * scale))
-        # A JPEG decoder can shrink by 2, 4 or 8 while it decodes; twice the target leaves room to filter.
+        # The JPEG decoder can shrink by 2, 4 or 8. Twice the target size is left for the filter below.
         image.draft("RGB", (2 * target[0], 2 * target[1]))
         image = image.convert("RGB").resize(target, Image.Resampling.BICUBIC)
-    # The pixels are turned as the camera meant them, since the re-encoded file carries no orientation tag.
+    # The new file has no orientation tag, so the pixels are rotated as the tag of the old one says.
     upright = ImageOps.exif_transpose(image).convert("RGB")
     file = io.BytesIO()
     upright.save(file, "JPEG", quality=quality)
-    return Picture(file.getvalue(), "jpg", *upright.size)
+    return EncodedImage(file.getvalue(), "jpg", *upright.size)
 
 
-def looks_whole(head: bytes, tail: bytes, size: int) -> bool:
-    """A cheap test on the first 12 and last 12 bytes of a file: False means that it should be decoded to tell."""
+def has_valid_ends(head: bytes, tail: bytes, size: int) -> bool:
+    """A cheap check of the first 12 and last 12 bytes of an image file. False: only decoding it can tell."""
     if head[:2] == b"\xff\xd8":
         return tail[-2:] == b"\xff\xd9"
     if head[:8] == b"\x89PNG\r\n\x1a\n":

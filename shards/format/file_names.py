@@ -1,0 +1,15 @@
+"""Names of the files of a data set. Shards are `<split>/<number>.tar` beside them."""
+
+MANIFEST = "manifest.parquet"
+INDEX = "index.arrow"
+SIZES = "sizes.json"
+SETTINGS = "build.json"
+QUARANTINE = "quarantine.jsonl"
+SIDECAR = "captions.jsonl"
+"""Captions of tars that are indexed where they lie."""
+DESCRIPTION = (MANIFEST, INDEX, SIZES, SETTINGS, QUARANTINE, SIDECAR)
+"""The files that describe the shards; all have a checksum."""
+CHECKSUMS = "checksums.json"
+"""Written last: a data set with checksums is complete."""
+SCRATCH = ".build"
+"""Folder with the unfinished work of a build."""

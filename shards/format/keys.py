@@ -1,0 +1,29 @@
+"""Keys of samples, hashes of names, and the order of splits."""
+
+import hashlib
+import re
+
+SPLIT_ORDER = ("train", "val", "test")
+_UNCLEAN = re.compile(r"[^A-Za-z0-9_-]+")
+_KEY_LENGTH = 80
+
+
+def clean_key(name: str) -> str:
+    """The file name without folder and suffix, as a key that every WebDataset reader accepts: no dot, no slash."""
+    stem = name.replace("\\", "/").rsplit("/", 1)[-1]
+    stem = stem.rsplit(".", 1)[0] or stem
+    key = _UNCLEAN.sub("_", stem).strip("_")
+    if not key:
+        return f"x{hash64(name):016x}"
+    return key if len(key) <= _KEY_LENGTH else f"{key[: _KEY_LENGTH - 17]}-{hash64(name):016x}"
+
+
+def hash64(text: str, secret: bytes = b"") -> int:
+    """A 64-bit keyed hash of a string (BLAKE2b): the same on every machine and in every process."""
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=secret).digest(), "little")
+
+
+def split_rank(split: str) -> tuple[int, str]:
+    """Sort key of the splits: train, val, test, then the others by name."""
+    return (SPLIT_ORDER.index(split) if split in SPLIT_ORDER else len(SPLIT_ORDER), split)

@@ -1,0 +1,65 @@
+"""Faults in the input: collected by `Faults`, found by the checks of fields and captions below."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Faults:
+    """Collects faults of the input if `quarantine` is set; otherwise the first one raises ValueError."""
+
+    quarantine: bool = False
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, where: str, reason: str, key: str = "") -> None:
+        """Records one fault, or raises ValueError with it."""
+        # Names in a source may hold line breaks and unpaired surrogates, which a terminal cannot print.
+        where, reason, key = (_one_line(text) for text in (where, reason, key))
+        if not self.quarantine:
+            raise ValueError(f"{where}: {reason}")
+        self.rows.append({"where": where, "key": key, "reason": reason})
+
+
+def _one_line(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode().replace("\r", "\\r").replace("\n", "\\n")
+
+
+def caption_fault(captions: tuple) -> str | None:
+    """Why these captions cannot be stored; None if each is a non-empty string of valid Unicode."""
+    for number, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            return f"caption {number} is {type(caption).__name__}, not text"
+        if not caption.strip():
+            return f"caption {number} is empty"
+        try:
+            caption.encode("utf-8")
+        except UnicodeEncodeError:
+            return f"caption {number} is not valid Unicode"
+    return None
+
+
+def is_integer(value: object) -> bool:
+    """True for an int that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def text_field(row: dict, name: str) -> str:
+    """A field that must hold text. Raises KeyError if it is missing, TypeError if it holds anything else."""
+    value = row[name]
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"field {name!r} is {value!r}, not text")
+    if caption_fault((value,)):
+        raise TypeError(f"field {name!r} is {value!r}, not valid text")
+    return value
+
+
+def integer_field(row: dict, name: str) -> int:
+    """A field that must hold an integer. Raises KeyError or TypeError as `text_field` does."""
+    value = row[name]
+    if not is_integer(value):
+        raise TypeError(f"field {name!r} is {value!r}, not a whole number")
+    return value
+
+
+def field_fault(error: KeyError | TypeError) -> str:
+    """The reason of a fault, from an error of `text_field` or `integer_field`."""
+    return f"no field {error}" if isinstance(error, KeyError) else str(error)
