@@ -36,16 +36,16 @@ class Saves:
         self.run.rename(self.kept)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        pieces = ZeroState(self.engine).pieces()
-        return {piece.name: piece.values.clone() for piece in pieces}
+        slices = ZeroState(self.engine).slices()
+        return {one.name: one.values.clone() for one in slices}
 
     def save(self, step: int) -> None:
         checkpoint.save(self.run, step, {**STATE, "step": step}, self.engine, self.workers, keep=self.keep)
 
     def restored(self) -> int:
         """The step that a restart goes on from, after a look at every bit of it."""
-        for piece in ZeroState(self.engine).pieces():
-            piece.values.fill_(7)
+        for one in ZeroState(self.engine).slices():
+            one.values.fill_(7)
         state = checkpoint.load(self.run, self.engine, self.workers)
         assert state is not None, "no checkpoint was found"
         found = self.snapshot()
@@ -58,5 +58,5 @@ class Saves:
         shutil.copytree(self.kept, self.run)
 
     def fill(self, step: int) -> None:
-        for piece in ZeroState(self.engine).pieces():
-            piece.values.copy_(self.states[step][piece.name])
+        for one in ZeroState(self.engine).slices():
+            one.values.copy_(self.states[step][one.name])

@@ -62,7 +62,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a pickle": (SHARE, unpickled, SHARE),
     "half a marker": (MARKER, lambda path: path.write_text(path.read_text()[:40]), "Expecting"),
     "a marker that lacks state": (MARKER, lambda path: path.write_text('{"step": 2}'), "lacks some of"),
-    "a marker that leads outside": (MARKER, outside, "outside of its folder"),
+    "a marker that leads outside": (MARKER, outside, "elsewhere"),
 }
 
 
@@ -120,7 +120,7 @@ def main(folder: Path) -> None:
     saves.put_back()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, limit[1]))
-    try_full(saves, "a limit on the size of files", "worker 0: File too large")
+    try_full(saves, "a limit on the size of files", "File too large")
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     saves.run = folder / "small"
     saves.run.mkdir()
@@ -132,7 +132,7 @@ def main(folder: Path) -> None:
             with contextlib.suppress(OSError), open(saves.run / "filler", "wb") as filler:
                 while filler.write(bytes(4096)):
                     filler.flush()
-            try_full(saves, "a full disk", "worker 0: No space left on device")
+            try_full(saves, "a full disk", "No space left on device")
         finally:
             subprocess.run(["umount", saves.run], check=True)
     saves.run = folder / "blocked"
