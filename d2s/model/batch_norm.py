@@ -1,7 +1,5 @@
 """Batch normalisation whose training statistics cover the real words only, and all workers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable

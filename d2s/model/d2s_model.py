@@ -1,7 +1,5 @@
 """The model: image tower, text tower, decoder. Takes tensors in training, pictures and strings in use."""
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 import warnings
@@ -9,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,20 +73,13 @@ class D2SModel(nn.Module):
         """Embed uint8 images (B, 3, H, W): (B, D) of unit length. See `ImageEncoder` for draw_seeds."""
         return self.image_encoder(images, draw_seeds)
 
-    def forward_text(
-        self, ids: Tensor, mask: Tensor, *, decoder: bool | None = None, draw_seeds: Tensor | None = None
-    ) -> TextOutput:
+    def forward_text(self, ids: Tensor, mask: Tensor, *, draw_seeds: Tensor | None = None) -> TextOutput:
         """Embed word pieces ids (B, L) int64; mask (B, L) bool is false at padding.
 
-        decoder: None uses the decoder if the model has one, False leaves it out, True raises ValueError if the
-        model has none. See `TextEncoder` for draw_seeds.
+        See `TextEncoder` for draw_seeds.
         """
-        if decoder and self.decoder is None:
-            raise ValueError(
-                "decoder=True: this model has no decoder, set model.decoder in its configuration"
-            )
         text, words = self.text_encoder(ids, mask, draw_seeds)
-        if self.decoder is None or decoder is False:
+        if self.decoder is None:
             return TextOutput(text, text, None)
         prompt = self.decoder(words, mask)
         unit_prompt = self.config.compat_unit_prompt and not self.training
@@ -171,7 +162,7 @@ class D2SModel(nn.Module):
         saving.write(Path(folder), config, self.tokenizer, saving.hub_state(self))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **changes: object) -> D2SModel:
+    def from_pretrained(cls, name: str | Path, **changes: object) -> Self:
         """Load a saved model, in eval mode, from a folder or from the hub.
 
         `changes` replace fields of its `ModelConfig`. A decoder that the saved model lacks starts from random

@@ -3,8 +3,6 @@
 Source: Liu et al., ICCV 2025 (D2S-VSE), arXiv 2503.14953.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention

@@ -5,10 +5,9 @@ The weights depend on the number of tokens only.
 Source: Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding", CVPR 2021.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +83,12 @@ class GPO(nn.Module):
         self.weights = LengthWeights(width, temperature)
         self._cache: dict[tuple, Tensor] = {}
 
-    def train(self, mode: bool = True) -> GPO:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode and empty the cache."""
         self._cache.clear()
         return super().train(mode)
 
-    def _apply(self, *args, **kwargs) -> GPO:
+    def _apply(self, *args, **kwargs) -> Self:
         self._cache.clear()
         return super()._apply(*args, **kwargs)
 

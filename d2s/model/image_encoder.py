@@ -1,8 +1,7 @@
 """From pixels to an image embedding."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ class ImageEncoder(nn.Module):
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def train(self, mode: bool = True) -> ImageEncoder:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode; a frozen tower stays in eval mode."""
         super().train(mode)
         if self.frozen:

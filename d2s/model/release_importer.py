@@ -9,8 +9,6 @@ masking unless a feature is below -10000. Its OpenCV resize (bilinear, not antia
 and is not reproduced here.
 """
 
-from __future__ import annotations
-
 import argparse
 import pickle
 import tempfile

@@ -3,8 +3,6 @@
 They equal those of `expand` and `to_uniform` in `d2s.shards.order.draws` bit for bit; a seed is a state there.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A model on disk: model.safetensors, config.json, and the files of its tokenizer."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,8 +1,7 @@
 """The frozen text tower of stage 1, whose embedding of the dense caption is distilled in stage 2."""
 
-from __future__ import annotations
-
 import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ class Teacher(nn.Module):
         self.text_encoder = copy.deepcopy(text_encoder).requires_grad_(False)
         self.train()
 
-    def train(self, mode: bool = True) -> Teacher:
+    def train(self, mode: bool = True) -> Self:
         """Keep the mode set at construction, whatever `mode` says."""
         return super().train(self.train_mode)
 

@@ -1,6 +1,6 @@
 """From word pieces to a text embedding, and to the word features that the decoder reads."""
 
-from __future__ import annotations
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class TextEncoder(nn.Module):
         self.pool = GPO(config.gpo_width, config.gpo_temperature)
         self.norm = nn.LayerNorm(config.width) if config.text_norm else nn.Identity()
 
-    def train(self, mode: bool = True) -> TextEncoder:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode; a frozen tower stays in eval mode."""
         super().train(mode)
         if self.frozen:

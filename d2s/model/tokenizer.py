@@ -1,14 +1,12 @@
 """Tokenizers: the one that belongs to a text tower, or a word vocabulary built from captions."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import normalizers, pre_tokenizers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from d2s.model.config import TowerConfig
 from d2s.model.towers import one_line, quiet, reachable
@@ -19,7 +17,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 def build_word_tokenizer(
     captions: Iterable[str], *, min_count: int = 2, max_words: int = 30_000
-) -> PreTrainedTokenizerFast:
+) -> BertTokenizer:
     """A lower-case word tokenizer for text towers with random weights; equal captions give equal tokenizers.
 
     The `max_words` most frequent words among those that occur at least `min_count` times are one piece each. Other
@@ -38,22 +36,7 @@ def build_word_tokenizer(
     frequent = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
     pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters), *frequent[:max_words]]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    return _word_piece(vocabulary, normalizer, splitter)
-
-
-def _word_piece(
-    vocabulary: dict[str, int], normalizer: normalizers.Normalizer, splitter: pre_tokenizers.PreTokenizer
-) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    backend.normalizer = normalizer
-    backend.pre_tokenizer = splitter
-    backend.decoder = decoders.WordPiece(prefix="##")
-    cls, sep = vocabulary["[CLS]"], vocabulary["[SEP]"]
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
-    )
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **dict(zip(names, SPECIAL, strict=True)))
+    return BertTokenizer(vocab=vocabulary)
 
 
 def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:

@@ -1,7 +1,5 @@
 """Towers: Hugging Face encoders by name, from a folder, from inside a package, or with random weights."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Releases of transformers rename modules; files on the hub keep the old names, an
 two. A saved model uses the hub's names, so that another release can read it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
