@@ -12,7 +12,7 @@ COMMANDS = {
     "plan": ("d2s.plan.command", "estimate memory, traffic and time of a training"),
     "ablate": ("d2s.ablate", "run the paper's ablation with its controls"),
     "drill": ("d2s.drill.command", "kill a training repeatedly and compare it with an undisturbed one"),
-    "compat": ("d2s.model.release_importer", "import a checkpoint of the authors' release"),
+    "compat": ("d2s.compat", "import a checkpoint of the authors' release"),
     "bench": ("d2s.bench", "compare the speed of loading and pooling with the usual way"),
 }
 

@@ -1,4 +1,4 @@
-"""Import a checkpoint of the authors' release: `python -m d2s.compat CKPT --out DIR`.
+"""Import a checkpoint of the authors' release; `d2s.compat` is the command.
 
 The layout is that of the release of D2S-VSE (arXiv 2503.14953). Its file is a pickle, so it is opened by a loader
 that admits tensors, plain containers and argparse.Namespace, and executes nothing. The model is written with the
@@ -11,16 +11,12 @@ and is not reproduced here.
 
 import argparse
 import pickle
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2s.common import command
-from d2s.common.command import positive
 from d2s.model import D2SModel, DecoderConfig, ModelConfig, TowerConfig
 from d2s.model.saving import load_hub_state
 from d2s.model.towers import one_line
@@ -54,6 +50,7 @@ BERT = {
     "max_position_embeddings": ("embeddings.position_embeddings.weight", 0),
     "type_vocab_size": ("embeddings.token_type_embeddings.weight", 0),
 }
+TOKENIZER = "google-bert/bert-base-uncased"
 HEAD_WIDTH = 64  # of an attention head in ViT-B and BERT-base; the weights do not tell it
 
 
@@ -194,11 +191,7 @@ def model_config(state: dict[str, Tensor], size: int, tokenizer: str, *, ours: b
 
 
 def convert(
-    path: Path,
-    *,
-    tokenizer: str = "google-bert/bert-base-uncased",
-    size: int | None = None,
-    ours: bool = False,
+    path: Path, *, tokenizer: str = TOKENIZER, size: int | None = None, ours: bool = False
 ) -> D2SModel:
     """The release's checkpoint as a model in eval mode.
 
@@ -213,32 +206,3 @@ def convert(
     model = D2SModel(model_config(state, size, tokenizer, ours=ours))
     load_hub_state(model, state, str(path))
     return model.eval()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit code: 0, or 2 after an error in one line."""
-    parser = command.Parser(prog="python -m d2s.compat", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the release's model_best.pth")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the model")
-    parser.add_argument("--tokenizer", default="google-bert/bert-base-uncased", metavar="NAME_OR_DIR")
-    parser.add_argument(
-        "--image-size", type=positive, metavar="PIXELS", help="default: img_res of the checkpoint"
-    )
-    parser.add_argument("--ours", action="store_true", help="leave the compat switches off")
-    options = parser.parse_args(argv)
-    return command.run(lambda: _import(options))
-
-
-def _import(options: argparse.Namespace) -> None:
-    """Convert and write atomically. Raises ValueError or OSError."""
-    out: Path = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {str(out)!r}: exists and is not an empty folder, name a new one")
-    model = convert(
-        options.checkpoint, tokenizer=options.tokenizer, size=options.image_size, ours=options.ours
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        model.save_pretrained(Path(folder, "model"))
-        Path(folder, "model").replace(out)
-    print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} weights, {options.checkpoint}")

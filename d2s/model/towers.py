@@ -68,23 +68,18 @@ def reachable(name: str) -> str:
 
     Without a network the hub's own client fails only after half a minute. Raises ValueError if the check fails.
     """
-    path = locate(name)
+    path, host = locate(name), urlsplit(ENDPOINT).hostname
     if Path(path).is_dir() or HF_HUB_OFFLINE or "https" in getproxies():
         return path
     try:
-        if try_to_load_from_cache(path, "config.json"):
-            return path
+        if not try_to_load_from_cache(path, "config.json"):
+            socket.getaddrinfo(host, 443)
     except HFValidationError as error:
-        raise ValueError(
-            f"tower name {name!r}: there is no such folder, and no such name on the hub"
-        ) from error
-    host = urlsplit(ENDPOINT).hostname
-    try:
-        socket.getaddrinfo(host, 443)
+        reason = "there is no such folder, and no such name on the hub"
+        raise ValueError(f"tower name {name!r}: {reason}") from error
     except OSError as error:
-        raise ValueError(
-            f"tower name {name!r}: not a folder, not in the cache, and {host} cannot be reached"
-        ) from error
+        reason = f"not a folder, not in the cache, and {host} cannot be reached"
+        raise ValueError(f"tower name {name!r}: {reason}") from error
     return path
 
 
@@ -102,9 +97,8 @@ def _named_config(tower: TowerConfig) -> PreTrainedConfig:
         with quiet():
             return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tower name {tower.name!r}: not a folder, and not available from the hub ({one_line(error)})"
-        ) from error
+        reason = f"not a folder, and not available from the hub ({one_line(error)})"
+        raise ValueError(f"tower name {tower.name!r}: {reason}") from error
 
 
 def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
@@ -137,7 +131,7 @@ def _encoder(model: nn.Module, kind: str) -> nn.Module:
 
 
 def _remove_unused(model: nn.Module) -> nn.Module:
-    """Remove or freeze parameters that do not affect the tokens: DeepSpeed expects a gradient for the others."""
+    """Remove or freeze parameters that do not affect the tokens, because they would never get a gradient."""
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
         model.pooler = None
