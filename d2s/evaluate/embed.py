@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2s.data.batches import DataConfig, eval_images, eval_texts
 from d2s.model import D2SModel
+from d2s.model.d2s_model import evaluating
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.read.index import ShardIndex
 from d2s.workers.group import all_gather
@@ -74,9 +75,8 @@ def embed_split(
                 poll()
             yield batch
 
-    training, rows = model.training, index.rows(split)
-    model.eval()
-    try:
+    rows = index.rows(split)
+    with evaluating(model):
         images = _embed_images(
             model, polled(eval_images(index, split, config, batch_size, rank, world)), rows
         )
@@ -91,8 +91,6 @@ def embed_split(
             batches = polled(eval_texts(index, split, pipeline, kind, batch_size, rank, world))
             counts = torch.from_numpy(index.column(f"n_{kind}")[rows.start : rows.stop].astype("int64"))
             sets[kind] = _embed_texts(model, batches, pipeline, limit, counts)
-    finally:
-        model.train(training)
     return Embeddings(images=images, sparse=sets.get("sparse"), dense=sets.get("dense"))
 
 

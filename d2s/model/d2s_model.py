@@ -19,6 +19,7 @@ from d2s.model.decoder import Decoder
 from d2s.model.image_encoder import ImageEncoder
 from d2s.model.text_encoder import TextEncoder
 from d2s.model.tokenizer import load_tokenizer
+from d2s.model.weight_names import TOWERS
 from d2s.preprocess.pixels import Picture, pixels
 
 
@@ -34,7 +35,7 @@ class TextOutput(NamedTuple):
 
 
 class D2SModel(nn.Module):
-    """Image and text embeddings in one space. Liu et al., ICCV 2025, arXiv 2503.14953.
+    """Embeds images and texts in one space. Source: Liu et al., ICCV 2025 (D2S-VSE), arXiv 2503.14953.
 
     `tokenizer` is needed if the text tower names none (random weights, or tokenizer "words").
     Raises ValueError if a tower cannot be built, and warns (IdleSetting) of settings that have no effect.
@@ -97,8 +98,7 @@ class D2SModel(nn.Module):
         parts: dict[str, list[tuple[str, nn.Parameter]]] = {"backbone": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                tower = name.startswith(("image_encoder.tower.", "text_encoder.tower."))
-                parts["backbone" if tower else "head"].append((name, parameter))
+                parts["backbone" if name.startswith(TOWERS) else "head"].append((name, parameter))
         return parts
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class D2SModel(nn.Module):
         if not isinstance(images, (list, tuple)):
             images = [images]
         parts = []
-        with _evaluating(self):
+        with evaluating(self):
             for start in range(0, len(images), batch_size):
                 batch = [
                     pixels(images[number], self.config.image_size, f"images[{number}]")
@@ -141,7 +141,7 @@ class D2SModel(nn.Module):
         out = torch.zeros(len(texts), self.config.width)
         # Texts of similar length share a batch: less padding, the same embeddings.
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-        with _evaluating(self):
+        with evaluating(self):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 ids, mask = self._pieces([texts[row] for row in rows])
@@ -215,7 +215,7 @@ def _text_list(texts: str | Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block, the previous mode afterwards."""
     training = model.training
     model.eval()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from d2s.common.files import read_json
 from d2s.model.config import ModelConfig, TowerConfig
 from d2s.model.tokenizer import read_tokenizer
 from d2s.model.towers import one_line, resize_positions
@@ -94,12 +95,9 @@ def _download(name: str) -> Path:
 def read_config(folder: Path) -> ModelConfig:
     """The settings of the saved model in `folder`. Raises ValueError in one line if they cannot be read."""
     path = folder / CONFIG
+    fields = read_json(path)
     try:
-        return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or one_line(error)}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({one_line(error)})") from error
+        return ModelConfig.from_dict(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
 

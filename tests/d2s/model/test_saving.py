@@ -238,7 +238,7 @@ def test_settings_of_a_wrong_type(saved, content):
 
 def test_missing_settings_are_named(tmp_path):
     (tmp_path / "config.json").mkdir()
-    for folder, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+    for folder, reason in ((tmp_path / "none", "no such file"), (tmp_path, "is a folder, not a file")):
         with pytest.raises(ValueError, match=reason) as caught:
             read_config(folder)
         assert str(caught.value).startswith(str(folder / "config.json"))
