@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: checkpoints that are complete or invisible, and model folders."""
+"""What a run writes to continue and to use: checkpoints and model folders."""

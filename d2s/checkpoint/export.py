@@ -1,4 +1,4 @@
-"""The model folders that a run leaves, `best` and `last`: whole or not at all, and an error in one line."""
+"""The model folders of a run, `best` and `last`: written atomically."""
 
 import shutil
 from pathlib import Path
@@ -10,23 +10,24 @@ from d2s.model import D2SModel
 
 
 def write_model(folder: Path, model: D2SModel) -> None:
-    """Puts the model's folder in the place of `folder`. Raises OSError where the disk does not take it.
+    """Write the model to `folder`, in place of an older one.
 
-    What was written until then is removed: it may be what fills the disk.
+    Raises OSError with a file's or the folder's name if the disk is full or cannot be written; the unfinished folder
+    is removed then, as it may be what fills the disk.
     """
     try:
         replace_folder(folder, model.save_pretrained)
     except OSError as error:
         if error.filename:
             raise
-        # What fails in a write, not in an open, knows no name.
+        # A failed write, unlike a failed open, does not know the file's name.
         raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
-    except SafetensorError as error:  # how that library tells of a disk that is full
+    except SafetensorError as error:
         raise OSError(0, str(error), str(folder)) from error
     except Exception as error:
         if type(error) is not Exception:
             raise
-        # The tokenizers library tells of it by the bare class, which nothing else raises.
+        # The tokenizers library raises the class Exception itself if the disk is full.
         raise OSError(0, str(error), str(folder)) from error
     finally:
-        shutil.rmtree(folder.with_name(f".{folder.name}.new"), ignore_errors=True)  # of replace_folder
+        shutil.rmtree(folder.with_name(f".{folder.name}.new"), ignore_errors=True)

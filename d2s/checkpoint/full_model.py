@@ -1,9 +1,8 @@
-"""The model with all of its weights, whatever the engine has made of the one that it trains.
+"""The model with all of its weights, for evaluation and export under any ZeRO stage.
 
-Under ZeRO 3 every forward of a module fetches weights from all workers, and every worker has to run the same modules
-equally often. Evaluation does not: how often the pooling operator's weights are worked out, for one, depends on
-the lengths that a worker meets. So it runs on a twin, which borrows all weights for as long as it lasts and fetches
-nothing; and so does whoever writes the model to a disk, alone.
+Under ZeRO 3 every forward of a module gathers weights from all workers, and every worker has to run the same modules
+equally often. Evaluation does not: how often the pooling operator computes its weights, for example, depends on the
+lengths that a worker meets. It therefore runs on a copy of the model that borrows all weights and gathers nothing.
 """
 
 import copy
@@ -19,41 +18,41 @@ from d2s.model.running_statistics import broadcast_running_statistics
 
 
 class FullModel:
-    """To be made before the engine, which puts its hooks into the model.
+    """Gives access to all weights of a model in training. Create it before the engine, which adds hooks to the model.
 
-    model: the model inside of the module that the engine gets. stage: of ZeRO.
+    model: the model inside the module that the engine gets. stage: of ZeRO, 0 to 3.
     """
 
     def __init__(self, model: D2SModel, stage: int) -> None:
-        self._model, self._twin = model, None
+        self._model, self._copy = model, None
         if stage == 3:
-            # The same modules over the same buffers; parameters without memory, until they borrow some.
+            # The copy shares the buffers; its parameters are empty until they borrow the model's.
             memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
             for parameter in model.parameters():
                 empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
                 memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-            self._twin = copy.deepcopy(model, memo)
+            self._copy = copy.deepcopy(model, memo)
 
     @contextmanager
     def full(self) -> Iterator[D2SModel]:
-        """The model, in eval mode and with full weights inside of this block, which all workers enter together.
+        """The model in eval mode, with all weights, inside a block that all workers enter together.
 
-        Under ZeRO 3 each of them holds all weights meanwhile, beside its share. Running statistics that workers
-        compute apart (model.compat_batch_norm) become the first worker's, so all of them see one model.
+        Under ZeRO 3 each worker holds all weights during the block. Running statistics that workers compute apart
+        (model.compat_batch_norm) become those of worker 0, so that all workers evaluate one model.
         """
         broadcast_running_statistics(self._model)
-        if self._twin is None:
+        if self._copy is None:
             self._model.eval()
             yield self._model
             return
         from deepspeed.runtime.zero import GatheredParameters
 
-        pairs = list(zip(self._model.parameters(), self._twin.parameters(), strict=True))
+        pairs = list(zip(self._model.parameters(), self._copy.parameters(), strict=True))
         with GatheredParameters([parameter for parameter, _ in pairs]), torch.no_grad():
             try:
                 for parameter, borrowed in pairs:
                     borrowed.data = parameter.data
-                yield self._twin.eval()  # which also makes the pooling operators forget earlier weights
+                yield self._copy.eval()  # eval() also empties the caches of the pooling operators
             finally:
                 for _, borrowed in pairs:
                     borrowed.data = torch.empty(0, dtype=borrowed.dtype, device=borrowed.device)

@@ -1,13 +1,13 @@
-"""Checkpoints: complete or invisible, newest intact one found by itself, for any number of workers and ZeRO stage.
+"""Checkpoints: complete or invisible, for any number of workers and ZeRO stage; the newest intact one is found.
 
-    checkpoints/step-00000120/    worker-00000.safetensors, one for each worker that wrote, then `complete.json`,
-                                  the marker, with the run's state and the sha256 of every file
-    checkpoints/.step-00000120/   being written, or left behind by a killed process; never read
+    checkpoints/step-00000120/    worker-00000.safetensors, one file for each worker that wrote it, then the marker
+                                  `complete.json` with the run's state and the sha256 of every file
+    checkpoints/.step-00000120/   unfinished: being written, or left by a killed process; never read
     best/, last/                  D2SModel folders (safetensors), for use and evaluation
 
 A checkpoint is written under a hidden name, flushed to disk, marked and renamed; only then are old ones removed.
-Weights, AdamW's moments and buffers stand in it by name, each worker's part of them in its own file
-(:mod:`d2s.checkpoint.zero_state`), so no worker ever holds or writes more than its part. Nothing in it is a pickle.
+It holds weights, AdamW's moments and buffers by name. Each worker writes its part of them to its own file
+(:mod:`d2s.checkpoint.zero_state`), so no worker holds or writes more. Nothing in it is a pickle.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from d2s.checkpoint.worker_file import Shares, own_share, write_share
+from d2s.checkpoint.worker_file import WorkerFiles, slices_to_write, write_slices
 from d2s.checkpoint.zero_state import ZeroState
 from d2s.common.files import file_sha256, sync_folder, write_json
 from d2s.common.folders import discard, put_in_place, recover
@@ -28,16 +28,20 @@ from d2s.workers.group import Workers, run_on_all
 
 MARKER = "complete.json"
 STATE = {"step", "to_validate", "best", "damaged", "truncated", "skipped"}
-_OURS = {"files", "optimizer_steps"}
+_CONTENT = {"files", "optimizer_steps"}
 
 
 def newest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None. Whether it is intact is not looked at."""
+    """The newest complete checkpoint of a run, intact or damaged; None if there is none."""
     return max(_complete(run / "checkpoints"), key=_step, default=None)
 
 
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
 def _complete(folder: Path) -> list[Path]:
-    # One set aside by a process that did not live to put another in its place counts until it is brought back.
+    """All complete checkpoints, including one that a killed process set aside and did not replace."""
     aside = [path for path in folder.glob(".step-*.old") if not path.with_name(path.name[1:-4]).exists()]
     named = [path for path in [*folder.glob("step-*"), *aside] if _number(path).isdigit()]
     return [path for path in named if (path / MARKER).is_file()]
@@ -52,14 +56,14 @@ def _step(path: Path) -> int:
 
 
 def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Workers, *, keep: int) -> None:
-    """Writes checkpoint `step` of a run, on all workers together, and keeps the newest `keep`.
+    """Write checkpoint `step` of a run and remove all but the newest `keep`; all workers call it together.
 
-    Running statistics that workers compute apart become the first worker's on all of them: one model is saved.
+    Running statistics that workers compute apart become those of worker 0 on all workers.
 
-    state: JSON-serialisable, with the keys of `STATE`. Raises ValueError in one line, on all workers, where the disk
-    of any of them does not take it; older checkpoints are then as they were.
+    state: JSON values under the keys of `STATE`. Raises ValueError in one line, on all workers, if any worker cannot
+    write; older checkpoints are unchanged then.
     """
-    final = run / "checkpoints" / f"step-{step:08d}"
+    final = _folder(run, step)
     hidden = final.with_name(f".{final.name}")
     name = f"worker-{workers.rank:05d}.safetensors"
     engine_state = ZeroState(engine)
@@ -71,8 +75,8 @@ def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Work
             hidden.mkdir(parents=True)
 
     def write() -> tuple[str, str]:
-        pieces = own_share(engine_state.pieces(), workers.rank, workers.world)
-        return name, write_share(hidden / name, pieces)
+        slices = slices_to_write(engine_state.slices(), workers.rank, workers.world)
+        return name, write_slices(hidden / name, slices)
 
     def finish() -> None:
         if workers.is_main:
@@ -90,23 +94,25 @@ def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Work
         if workers.is_main:
             shutil.rmtree(hidden, ignore_errors=True)  # it may be what fills the disk
         older = newest(run)
-        rest = f"then --resume goes on from {older.name}" if older else "there is no older one to go on from"
+        next_start = (
+            f"then --resume goes on from {older.name}" if older else "there is no older one to resume"
+        )
         raise ValueError(
-            f"checkpoint {final} could not be written ({error}): make room or mend it; {rest}"
+            f"checkpoint {final} could not be written ({error}): make room or mend it; {next_start}"
         ) from None
 
 
 def update(run: Path, step: int, state: dict[str, Any], *, is_main: bool) -> None:
-    """Replaces the state of a complete checkpoint, everything else in it staying as it is; all call it together.
+    """Replace the run's state in a complete checkpoint; all workers call it together.
 
-    Raises ValueError in one line, on all workers, where the disk does not take it.
+    state: as in `save`. Raises ValueError in one line, on all workers, if it cannot be written.
     """
-    path = run / "checkpoints" / f"step-{step:08d}" / MARKER
+    path = _folder(run, step) / MARKER
 
     def write() -> None:
         if is_main:
             marker = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, {**state, **{key: marker[key] for key in _OURS}})
+            write_json(path, {**state, **{key: marker[key] for key in _CONTENT}})
 
     try:
         run_on_all(write)
@@ -117,10 +123,10 @@ def update(run: Path, step: int, state: dict[str, Any], *, is_main: bool) -> Non
 
 
 def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
-    """Restores the engine, on all workers together, from the newest intact checkpoint, and returns its state.
+    """Restore the engine from the newest intact checkpoint and return its `state`; all workers call it together.
 
-    None where there is no checkpoint. A damaged one is passed over, with a line that names it, the file and the
-    remedy; raises ValueError where all of them are damaged.
+    Returns None if there is no checkpoint. A damaged one is skipped, and a line on stderr names it, the file and the
+    remedy. Raises ValueError in one line if all are damaged.
     """
 
     def choose() -> list[Path]:
@@ -131,7 +137,7 @@ def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
 
     candidates = run_on_all(choose)[0]
     for number, folder in enumerate(candidates):
-        state, problems = _try(folder, engine, workers)
+        state, problems = _try_load(folder, engine, workers)
         if not problems:
             return state
         older = [path.name for path in candidates[number + 1 :]]
@@ -143,46 +149,38 @@ def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
     return None
 
 
-def _try(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, Any], list[str]]:
-    """State of the checkpoint, and what any worker finds wrong with it; the engine is filled only if nothing is."""
+def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, Any], list[str]]:
+    """The checkpoint's state, and all workers' problems with it. The engine changes only if no file is damaged."""
     state: dict[str, Any] = {}
 
-    def attempt(action: Callable[[], None]) -> list[str]:
+    def problems_of(action: Callable[[], None]) -> list[str]:
         problem = ""
         try:
             action()
         except (ValueError, OSError, SafetensorError) as error:
             problem = " ".join(str(error).split())
-        return [told for told in run_on_all(lambda: problem) if told]
+        return [found for found in run_on_all(lambda: problem) if found]
 
     def verify() -> None:
-        state.update(_read_marker(folder))
+        state.update(json.loads((folder / MARKER).read_text(encoding="utf-8")))
+        if not state.keys() >= STATE | _CONTENT:
+            raise ValueError(f"{MARKER} lacks some of {', '.join(sorted(STATE | _CONTENT))}")
         for number, (name, digest) in enumerate(sorted(state["files"].items())):
-            # Each file is read by one worker; what it finds all learn.
+            # Each file is checked by one worker, and all learn the result.
             if number % workers.world == workers.rank and file_sha256(folder / name) != digest:
                 raise ValueError(f"{name} differs from its checksum")
 
     def fill() -> None:
         engine_state = ZeroState(engine)
-        with Shares(folder / name for name in sorted(state["files"])) as shares:
-            _compare(shares.sizes(), engine_state.sizes())
-            for piece in engine_state.pieces():
-                shares.fill(piece)
+        with WorkerFiles(folder / name for name in sorted(state["files"])) as files:
+            _compare(files.element_counts(), engine_state.element_counts())
+            for target in engine_state.slices():
+                files.read_into(target)
 
-    problems = attempt(verify) or attempt(fill)
+    problems = problems_of(verify) or problems_of(fill)
     if not problems:
-        ZeroState(engine).restored(state["optimizer_steps"])
+        ZeroState(engine).finish_restore(state["optimizer_steps"])
     return state, problems
-
-
-def _read_marker(folder: Path) -> dict[str, Any]:
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    if not isinstance(marker, dict) or not marker.keys() >= STATE | _OURS:
-        raise ValueError(f"{MARKER} lacks some of {', '.join(sorted(STATE | _OURS))}")
-    files = marker["files"]
-    if not isinstance(files, dict) or not all(Path(name).name == name for name in files):
-        raise ValueError(f"{MARKER} names files outside of its folder")
-    return marker
 
 
 def _compare(saved: dict[str, int], wanted: dict[str, int]) -> None:
@@ -194,11 +192,11 @@ def _compare(saved: dict[str, int], wanted: dict[str, int]) -> None:
 
 
 def _prune(final: Path, keep: int) -> None:
-    """Removes what is older than the newest `keep`, and what is newer: that was passed over as damaged."""
+    """Remove all but the newest `keep` up to `final`, and also newer ones, which were skipped as damaged."""
     folder = final.parent
     complete = sorted(_complete(folder), key=_step)
-    past = [path for path in complete if _step(path) <= _step(final)]
-    others = [path for path in folder.glob("step-*") if _number(path).isdigit()]
-    left = [path for path in [*others, *folder.glob(".step-*")] if path not in complete]
-    for path in [*past[:-keep], *complete[len(past) :], *left]:
+    up_to_final = [path for path in complete if _step(path) <= _step(final)]
+    numbered = [path for path in folder.glob("step-*") if _number(path).isdigit()]
+    incomplete = [path for path in [*numbered, *folder.glob(".step-*")] if path not in complete]
+    for path in [*up_to_final[:-keep], *complete[len(up_to_final) :], *incomplete]:
         discard(path)

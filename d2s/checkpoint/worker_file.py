@@ -1,12 +1,10 @@
-"""A worker's share of a checkpoint: pieces of named tensors in one safetensors file.
+"""One worker's file of a checkpoint: slices of named tensors in safetensors format.
 
-A file holds flat runs of elements under keys such as `weight/model.norm.bias@128`: the tensor, and where the run
-starts. Files are written piece by piece, so that a save needs no memory beside one tensor's; and read by ranges,
-so that a worker takes from the files of all workers just what it holds itself.
+A file holds flat runs of elements under keys such as `weight/model.norm.bias@128`: the tensor, and the index of the
+run's first element. Files are read by ranges, so a worker takes from the files of all workers only what it holds.
 """
 
 import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,68 +12,43 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import save_file
 
-from d2s.checkpoint.zero_state import Piece
-
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-_BUFFER = 1 << 20
+from d2s.checkpoint.zero_state import TensorSlice
 
 
-def own_share(pieces: Iterable[Piece], rank: int, world: int) -> Iterator[Piece]:
-    """Of pieces that all workers hold alike each worker takes a part; other pieces are the worker's own."""
-    for piece in pieces:
-        if not piece.shared:
-            yield piece
+def slices_to_write(slices: Iterable[TensorSlice], rank: int, world: int) -> Iterator[TensorSlice]:
+    """What worker `rank` of `world` writes: its part of each slice that all workers hold, and all others."""
+    for one in slices:
+        if not one.replicated:
+            yield one
             continue
-        count = len(piece.values)
+        count = len(one.values)
         first, end = count * rank // world, count * (rank + 1) // world
         if first < end:
-            yield Piece(piece.name, piece.start + first, piece.values[first:end], True)
+            yield TensorSlice(one.name, one.start + first, one.values[first:end], True)
 
 
-def write_share(path: Path, pieces: Iterable[Piece]) -> str:
-    """Writes pieces to a new safetensors file, flushed to disk, and returns the sha256 of what was meant to be in it.
+def write_slices(path: Path, slices: Iterable[TensorSlice]) -> str:
+    """Write slices to a new safetensors file, flush it to disk, and return its sha256.
 
-    Raises OSError where the disk does not take it.
+    Raises OSError with the path if the disk is full or cannot be written.
     """
-    # The format wants no gaps; wide numbers first keeps each run aligned to its own width.
-    pieces = sorted(pieces, key=lambda piece: -piece.values.element_size())
-    header: dict[str, Any] = {}
-    end = 0
-    for piece in pieces:
-        start, end = end, end + piece.values.nbytes
-        kind, shape = _DTYPES[piece.values.dtype], [len(piece.values)]
-        header[f"{piece.name}@{piece.start}"] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb", buffering=_BUFFER) as file:
-        for data in _content(text, pieces):
-            digest.update(data)
-            file.write(data)
-        file.flush()
+    tensors = {f"{one.name}@{one.start}": one.values.detach().cpu() for one in slices}
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(0, str(error), str(path)) from error
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _content(header: bytes, pieces: list[Piece]) -> Iterator[bytes | memoryview]:
-    """A safetensors file's bytes, those of one piece at a time coming from its device."""
-    yield len(header).to_bytes(8, "little")
-    yield header
-    for piece in pieces:
-        yield memoryview(piece.values.detach().cpu().contiguous().view(torch.uint8).numpy())
+class WorkerFiles:
+    """All workers' files of one checkpoint, open for reading ranges.
 
-
-class Shares:
-    """All workers' files of one checkpoint, to be read by ranges.
-
-    Raises ValueError, naming the file, where one is missing or is not such a file.
+    Raises ValueError with the file's name if one is missing or is no safetensors file.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -98,19 +71,20 @@ class Shares:
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
-    def sizes(self) -> dict[str, int]:
-        """Names, and how many elements of each the files hold together."""
+    def element_counts(self) -> dict[str, int]:
+        """Tensor name -> number of its elements in all files together."""
         return {name: sum(end - start for start, end, *_ in runs) for name, runs in self._runs.items()}
 
-    def fill(self, piece: Piece) -> None:
-        """Copies what the piece is to hold into it. Raises ValueError where the files do not hold all of it."""
-        first, last = piece.start, piece.start + len(piece.values)
+    def read_into(self, target: TensorSlice) -> None:
+        """Fill `target.values` from the files. Raises ValueError if they lack some of its elements."""
+        first, last = target.start, target.start + len(target.values)
         filled = 0
-        for start, end, file, key in self._runs.get(piece.name, ()):
+        for start, end, file, key in self._runs.get(target.name, ()):
             low, high = max(start, first), min(end, last)
             if low < high:
-                values: Tensor = file.get_slice(key)[low - start : high - start]
-                piece.values[low - first : high - first].copy_(values)
+                target.values[low - first : high - first].copy_(
+                    file.get_slice(key)[low - start : high - start]
+                )
                 filled += high - low
-        if filled != len(piece.values):
-            raise ValueError(f"{piece.name} has {filled} of {len(piece.values)} elements from {first} on")
+        if filled != len(target.values):
+            raise ValueError(f"{target.name} has {filled} of {len(target.values)} elements from {first} on")

@@ -1,11 +1,11 @@
-"""What an engine has to remember, as named pieces of flat tensors, the same for every ZeRO stage.
+"""The state of a DeepSpeed engine as slices of named flat tensors, in one form for every ZeRO stage.
 
-ZeRO cuts weights and moments among W workers along its own buffers: stages 1 and 2 cut a group of parameters laid
-end to end, stage 3 each parameter by itself, stage 0 nothing. A :class:`Piece` says which elements of which named
-tensor a view into those buffers holds. So a checkpoint knows names and positions only, and any number of workers at
-any stage can take from it what they hold. Nobody gathers anything.
+ZeRO divides weights and moments among W workers along its own buffers: stages 1 and 2 divide a group of parameters
+laid end to end, stage 3 each parameter by itself, stage 0 nothing. A :class:`TensorSlice` says which elements of
+which named tensor a view of those buffers holds. A checkpoint therefore stores names and positions only, any number
+of workers at any stage can read from it what they hold, and nothing is gathered.
 
-A save first broadcasts the buffers of worker 0 (:mod:`d2s.model.running_statistics`), so all workers hold the same.
+Before a save the BatchNorm buffers of worker 0 are broadcast (:mod:`d2s.model.running_statistics`).
 """
 
 from collections.abc import Iterator
@@ -19,21 +19,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Elements start .. start + len(values) - 1 of the flattened tensor `name`, as a view of live memory."""
+class TensorSlice:
+    """Elements start .. start + len(values) - 1 of the flattened tensor `name`."""
 
     name: str
     start: int
     values: Tensor
-    """(n,), what the engine itself works with: writing into it is restoring it."""
-    shared: bool
-    """Every worker holds this piece, whole; else the workers' pieces of a tensor follow each other."""
+    """(n,), a view of the engine's own memory: writing into it restores the engine."""
+    replicated: bool
+    """Every worker holds the same slice; otherwise the workers' slices of a tensor are disjoint."""
 
 
 class ZeroState:
-    """The state of a DeepSpeed engine of stage 0, 1, 2 or 3 around `AdamW`.
+    """Weights, AdamW's moments and buffers of a DeepSpeed engine of ZeRO stage 0, 1, 2 or 3.
 
-    Raises ValueError where the engine was told (by engine.deepspeed_json) to hold its state in another way.
+    Raises ValueError if engine.deepspeed_json gave the engine an optimizer whose state cannot be saved.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -44,7 +44,7 @@ class ZeroState:
         if isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
             self.stage = 3
         elif isinstance(self._optimizer, DeepSpeedZeroOptimizer):
-            self.stage = 1  # and 2, which differ in gradients only
+            self.stage = 1  # or 2, which divides the gradients as well
         elif isinstance(self._optimizer, torch.optim.Optimizer):
             self.stage = 0
         else:
@@ -53,12 +53,12 @@ class ZeroState:
                 "checkpoint can keep: set engine.precision and engine.zero_stage instead"
             )
         self._adamw = self._optimizer.optimizer if self.stage else self._optimizer
-        self._settle()
+        self._create_moments()
 
-    def _settle(self) -> None:
-        """Gives AdamW its moments, all zero, where it has not made a step yet."""
+    def _create_moments(self) -> None:
+        """Add AdamW's moments, all zero, for parameters that it has not stepped yet."""
         stepped = [flat for group in self._adamw.param_groups for flat in group["params"]]
-        if self.stage == 3:  # there the groups hold them while they are being stepped only
+        if self.stage == 3:  # its groups hold the flat tensors only during a step
             stepped = self._optimizer.fp32_partitioned_groups_flat
         for flat in stepped:
             state = self._adamw.state[flat]
@@ -68,65 +68,74 @@ class ZeroState:
 
     @property
     def steps(self) -> int:
-        """Steps that AdamW has made; a parameter that never had a gradient counts for none."""
+        """The number of AdamW's steps: the largest of any parameter, as one without a gradient counts none."""
         return max(int(state["step"]) for state in self._adamw.state.values())
 
-    def sizes(self) -> dict[str, int]:
-        """Names and numbers of elements of everything that must be remembered, the same on every worker."""
-        sizes = {}
+    def element_counts(self) -> dict[str, int]:
+        """Tensor name -> number of elements, for everything in a checkpoint; the same on every worker."""
+        counts = {}
         for name, parameter in self._module.named_parameters():
             count = getattr(parameter, "ds_numel", parameter.numel())
             for kind in ("weight", *MOMENTS) if parameter.requires_grad else ("weight",):
-                sizes[f"{kind}/{name}"] = count
-        return sizes | {f"buffer/{name}": buffer.numel() for name, buffer in self._buffers()}
+                counts[f"{kind}/{name}"] = count
+        return counts | {f"buffer/{name}": buffer.numel() for name, buffer in self._buffers()}
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
-        kept = self._module.state_dict().keys()
-        return ((name, buffer) for name, buffer in self._module.named_buffers() if name in kept)
+        persistent = self._module.state_dict().keys()
+        return ((name, buffer) for name, buffer in self._module.named_buffers() if name in persistent)
 
-    def pieces(self) -> Iterator[Piece]:
-        """What this worker holds, in the order of the model; valid until the next step."""
+    def slices(self) -> Iterator[TensorSlice]:
+        """What this worker holds, in the order of the module's parameters; valid until the next step."""
+        parts = {0: self._undivided, 1: self._part_of_group, 3: self._part_of_tensor}[self.stage]
         for name, parameter in self._module.named_parameters():
-            held = (self._whole, self._cut_group, None, self._cut_tensor)[self.stage](parameter)
-            for kind, (start, values) in held.items():
-                shared = self.stage == 0 or (self.stage == 1 and not parameter.requires_grad)
+            replicated = self.stage == 0 or (self.stage == 1 and not parameter.requires_grad)
+            for kind, (start, values) in parts(parameter).items():
                 if len(values):
-                    yield Piece(f"{kind}/{name}", start, values, shared)
+                    yield TensorSlice(f"{kind}/{name}", start, values, replicated)
         for name, buffer in self._buffers():
-            yield Piece(f"buffer/{name}", 0, _flat(buffer), True)
+            yield TensorSlice(f"buffer/{name}", 0, _flat(buffer), True)
 
-    def _whole(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        held = {"weight": parameter.data}
+    def _undivided(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
+        """Stage 0: kind ("weight" or a moment) -> (index of the first element, elements), all of them."""
+        tensors = {"weight": parameter.data}
         if parameter.requires_grad:
-            held |= {key: self._adamw.state[parameter][key] for key in MOMENTS}
-        return {kind: (0, _flat(values)) for kind, values in held.items()}
+            tensors |= {key: self._adamw.state[parameter][key] for key in MOMENTS}
+        return {kind: (0, _flat(values)) for kind, values in tensors.items()}
 
-    def _cut_group(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stages 1 and 2: this worker's cut of the parameter's group may hold all of it, a part, or nothing."""
+    def _part_of_group(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
+        """Stages 1 and 2: this worker's part of the group may hold all, some or none of a parameter."""
         if not parameter.requires_grad:
             return {"weight": (0, _flat(parameter.data))}
         mapping = parameter._hp_mapping
         if mapping is None:
             return {}
-        flat = self._optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-        held = {"weight": flat.data} | {key: self._adamw.state[flat][key] for key in MOMENTS}
-        first, place = mapping.lp_fragment_address.start, mapping.hp_fragment_address
-        return {kind: (first, values.narrow(0, place.start, place.numel)) for kind, values in held.items()}
+        place = mapping.hp_fragment_address
+        tensors = self._flat_tensors(
+            self._optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        )
+        first = mapping.lp_fragment_address.start
+        return {kind: (first, values.narrow(0, place.start, place.numel)) for kind, values in tensors.items()}
 
-    def _cut_tensor(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stage 3: worker r holds the r-th of W equal cuts, the last ones padded beyond the parameter's end."""
+    def _part_of_tensor(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
+        """Stage 3: worker r holds the r-th of W equal parts; the last ones are padded."""
         size = parameter.partition_numel()
         first = size * torch.distributed.get_rank()
         count = min(size, max(0, parameter.ds_numel - first))
         if not parameter.requires_grad:
             return {"weight": (first, parameter.ds_tensor.data.narrow(0, 0, count))}
         group, place, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-        flat = self._optimizer.fp32_partitioned_groups_flat[group]
-        held = {"weight": flat.data} | {key: self._adamw.state[flat][key] for key in MOMENTS}
-        return {kind: (first, values.narrow(0, place, count)) for kind, values in held.items()}
+        tensors = self._flat_tensors(self._optimizer.fp32_partitioned_groups_flat[group])
+        return {kind: (first, values.narrow(0, place, count)) for kind, values in tensors.items()}
 
-    def restored(self, steps: int) -> None:
-        """To be called by all workers once every piece has been filled: the model takes over its weights."""
+    def _flat_tensors(self, flat: Tensor) -> dict[str, Tensor]:
+        """Weights and moments of one flat group of parameters."""
+        return {"weight": flat.data} | {key: self._adamw.state[flat][key] for key in MOMENTS}
+
+    def finish_restore(self, steps: int) -> None:
+        """Give the module the restored weights; all workers call it together once their slices are filled.
+
+        steps: the number of AdamW's steps in the checkpoint.
+        """
         for state in self._adamw.state.values():
             state["step"].fill_(steps)
         self._engine.global_steps = steps
@@ -135,12 +144,12 @@ class ZeroState:
         elif self.stage == 3:
             for group in range(len(self._optimizer.fp16_groups)):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            kept = self._optimizer.persistent_parameters
-            if kept:  # small ones lie whole on every worker between steps, and would be the old ones
-                kept[0].partition(kept)
-                kept[0].all_gather(kept)
+            persistent = self._optimizer.persistent_parameters
+            if persistent:  # small parameters stay gathered between steps and would keep their old values
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
 
 
 def _flat(values: Tensor) -> Tensor:
-    assert values.is_contiguous(), "a view would be a copy"
+    assert values.is_contiguous(), "a copy would not restore the engine"
     return values.view(-1)

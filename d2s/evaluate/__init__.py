@@ -1,1 +1,1 @@
-"""Embeds a split and measures it: recall, ranks, capacity."""
+"""Evaluation of a model on a split: embeddings, recall and ranks, information capacity."""

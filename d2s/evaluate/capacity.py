@@ -1,8 +1,8 @@
 """Measures of information capacity: how much of the embedding space a set of embeddings uses.
 
-Pure functions. Sizes: N images, M captions (texts), D width; `owner` as in `d2s.evaluate.metrics`. All but
-`effective_rank` expect rows of length 1. They compare models on the same split; none of them is a quality by
-itself: random embeddings have the highest rank and the best uniformity of all.
+Sizes: N images, M captions, D width; `owner` as in `d2s.evaluate.metrics`. All functions but `effective_rank` and
+`measure_capacity` expect rows of length 1. The measures compare models on the same split. None is a quality by
+itself: random embeddings have the highest rank and the best uniformity.
 """
 
 import math
@@ -10,13 +10,42 @@ import math
 import torch
 from torch import Tensor
 
+from d2s.evaluate.embed import Embeddings
+from d2s.evaluate.metrics import normalize
+
 _CHUNK = 1024
 
 
-def effective_rank(embeddings: Tensor) -> float:
-    """exp(-sum p_k log p_k) with p = s / sum(s), s the singular values of the matrix (N, D), not centred.
+def measure_capacity(embedded: Embeddings) -> dict[str, float]:
+    """All measures below that the embeddings allow, by name: `effective_rank_images`, `alignment_sparse`, ...
 
-    Between 1 (all rows on one line) and min(N, D). The singular values come from the D x D Gram matrix in
+    Raises:
+        ValueError: embeddings that are not finite.
+    """
+    images = normalize(embedded.images)
+    result = {"effective_rank_images": effective_rank(images)}
+    unit: dict[str, Tensor] = {}
+    for kind, texts in (("sparse", embedded.sparse), ("dense", embedded.dense)):
+        if texts is None:
+            continue
+        unit[kind] = normalize(texts.embeddings)
+        result[f"effective_rank_{kind}"] = effective_rank(unit[kind])
+        result[f"alignment_{kind}"] = alignment(images, unit[kind], texts.owner)
+        result[f"uniformity_{kind}"] = uniformity(unit[kind])
+        result[f"modality_gap_{kind}"] = modality_gap(images, unit[kind])
+    result["uniformity_images"] = uniformity(images)
+    if len(unit) == 2:
+        owners = embedded.sparse.owner, embedded.dense.owner
+        result["cosine_sparse_dense"] = sparse_to_dense(
+            unit["sparse"], owners[0], unit["dense"], owners[1], len(images)
+        )
+    return result
+
+
+def effective_rank(embeddings: Tensor) -> float:
+    """exp(-sum p_k log p_k) with p = s / sum(s), where s are the singular values of the matrix (N, D), not centred.
+
+    Between 1 (all rows on one line) and min(N, D); 0 if all rows are zero. Computed from the D x D Gram matrix in
     float64: O(N D^2) work, O(D^2) memory.
 
     Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007); on embeddings: RankMe (ICML 2023).
@@ -27,7 +56,7 @@ def effective_rank(embeddings: Tensor) -> float:
     for part in embeddings.split(_CHUNK):
         gram += part.double().T @ part.double()
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
-    # Eigenvalues carry an error of about eps * the largest; under the root that would pass for a direction.
+    # Eigenvalues have an error of about eps * the largest; its square root would count as a direction.
     noise = values.max() * torch.finfo(torch.float64).eps * len(values)
     values = values[values > noise].sqrt()
     if len(values) == 0:
@@ -51,9 +80,8 @@ def alignment(images: Tensor, texts: Tensor, owner: Tensor) -> float:
 def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
     """log of the mean over pairs i < j of exp(-2 |x_i - x_j|^2) on the unit sphere.
 
-    0 when all rows are equal, lower the more evenly they spread (-4 in the limit of many dimensions).
-
-    Quadratic in the number of rows, so above `limit` only that many evenly spaced rows are used.
+    0 if all rows are equal, lower the more evenly they spread (-4 in the limit of many dimensions). The cost is
+    quadratic, so of more than `limit` rows only that many, evenly spaced, are used.
 
     Args:
         embeddings: (N, D) of length 1.
@@ -75,7 +103,7 @@ def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
 
 
 def modality_gap(images: Tensor, texts: Tensor) -> float:
-    """|mean of the image embeddings - mean of the text embeddings|, both on the unit sphere.
+    """Distance between the mean of the images (N, D) and the mean of the texts (M, D), all of length 1.
 
     Source: Liang et al., "Mind the gap" (NeurIPS 2022).
     """
@@ -85,10 +113,10 @@ def modality_gap(images: Tensor, texts: Tensor) -> float:
 def sparse_to_dense(
     sparse: Tensor, sparse_owner: Tensor, dense: Tensor, dense_owner: Tensor, images: int
 ) -> float:
-    """Mean over images of the mean cosine of the image's sparse captions to its dense captions.
+    """Mean over images of the mean cosine between the image's sparse and dense captions.
 
-    The mean over all pairs of two sets of unit vectors is the product of their means, so one pass suffices.
-    Images without a sparse or without a dense caption are left out; NaN when none is left.
+    The mean cosine over all pairs of two sets of unit vectors is the dot product of their means. Images without a
+    sparse or without a dense caption are left out; NaN if no image has both.
 
     Args:
         sparse: (M, D) of length 1; dense: (M', D) of length 1; the owners as above.

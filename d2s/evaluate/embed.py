@@ -1,25 +1,21 @@
-"""Embeds a split with a model: every image once, every caption once, on one worker or on many.
+"""Embeds a split: every image once, every caption once, on one worker or on several.
 
-Each worker takes the same number of steps; filler rows are masked. The parts are gathered and put in their
-places by number, so the result depends neither on the number of workers nor on the batch size.
+All workers take the same number of steps; surplus rows are masked. The rows of all workers are gathered and sorted
+into the order of the split, so the result depends neither on the number of workers nor on the batch size.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from d2s.data.batches import DataConfig, eval_images, eval_texts
 from d2s.model import D2SModel
+from d2s.model.d2s_model import evaluating
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.read.index import ShardIndex
 from d2s.workers.group import all_gather
-
-Kind = Literal["sparse", "dense"]
-Poll = Callable[[], None] | None
-Rows = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +23,23 @@ class TextSet:
     """The embeddings of all captions of one kind in a split. M captions, D width."""
 
     embeddings: Tensor
-    """(M, D) float32, as the model gives them: not normalised."""
+    """(M, D) float32, not normalised."""
     owner: Tensor
     """(M,) int64: position of the caption's image in the split, 0..N-1, ascending."""
     truncated: int
-    """Captions that were longer than the limit of word pieces, and cut."""
+    """Number of captions that were cut at the limit of word pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """A split, embedded; the same on every worker. N images, D width."""
+    """An embedded split; the same on every worker. N images, D width."""
 
     images: Tensor
     """(N, D) float32 in the order of the split's rows."""
     sparse: TextSet | None
-    """None where the split has no sparse captions."""
+    """None if the split has no sparse captions."""
     dense: TextSet | None
-    """None where the split has no dense captions, or they were not asked for."""
+    """None if the split has no dense captions, or they were not requested."""
 
 
 @torch.no_grad()
@@ -57,104 +53,83 @@ def embed_split(
     rank: int = 0,
     world: int = 1,
     dense: bool = True,
-    poll: Poll = None,
+    poll: Callable[[], None] | None = None,
 ) -> Embeddings:
-    """Embeds a split in evaluation mode; afterwards the model is again in the mode in which it came.
+    """Embed a split in eval mode; the model returns to its previous mode.
 
-    With several workers all of them must call this together, and each gets everything: (N + M) x D numbers.
+    All workers must call this together; each gets all (N + M) x D numbers.
 
     Args:
         config: image size and limits of word pieces.
-        batch_size: images or captions a worker and step.
-        dense: dense captions too, where the split has any.
-        poll: called before each batch, of which every worker has the same number; may raise.
+        batch_size: images or captions per worker and step.
+        dense: also embed dense captions, if the split has any.
+        poll: called before each batch, equally often on every worker; an exception in it ends the embedding.
 
     Raises:
-        ValueError: no such split, an empty one, or a damaged sample (an evaluation replaces none).
+        ValueError: the split does not exist or is empty, or a sample is damaged (evaluation replaces none).
     """
-    training = model.training
-    model.eval()
-    try:
-        images = _embed_images(model, index, split, config, batch_size, rank, world, poll)
-        sets: dict[Kind, TextSet | None] = {"sparse": None, "dense": None}
+
+    def polled(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        for batch in batches:
+            if poll:
+                poll()
+            yield batch
+
+    rows = index.rows(split)
+    with evaluating(model):
+        images = _embed_images(
+            model, polled(eval_images(index, split, config, batch_size, rank, world)), rows
+        )
+        sets: dict[str, TextSet] = {}
         for kind in ("sparse", "dense") if dense else ("sparse",):
-            if index.total(split, kind):
-                sets[kind] = _embed_texts(model, index, split, kind, config, batch_size, rank, world, poll)
-    finally:
-        model.train(training)
-    return Embeddings(images=images, sparse=sets["sparse"], dense=sets["dense"])
+            if not index.total(split, kind):
+                continue
+            limit = config.max_words_sparse if kind == "sparse" else config.max_words_dense
+            limit = min(limit, model.max_words)
+            pipeline = TextPipeline(model.tokenizer, limit)
+            # Read in this process, because the pipeline counts the captions that it cuts.
+            batches = polled(eval_texts(index, split, pipeline, kind, batch_size, rank, world))
+            counts = torch.from_numpy(index.column(f"n_{kind}")[rows.start : rows.stop].astype("int64"))
+            sets[kind] = _embed_texts(model, batches, pipeline, limit, counts)
+    return Embeddings(images=images, sparse=sets.get("sparse"), dense=sets.get("dense"))
 
 
-def _polled(batches: Iterable[Rows], poll: Poll) -> Iterator[Rows]:
-    """Passes batches on, and asks before each whether to go on."""
-    for batch in batches:
-        if poll:
-            poll()
-        yield batch
-
-
-def _embed_images(
-    model: D2SModel,
-    index: ShardIndex,
-    split: str,
-    config: DataConfig,
-    batch_size: int,
-    rank: int,
-    world: int,
-    poll: Poll,
-) -> Tensor:
-    device = next(model.parameters()).device
-    start = index.rows(split).start
-    parts, numbers = [], []
-    for rows, images, _ in _polled(eval_images(index, split, config, batch_size, rank, world), poll):
-        parts.append(model.forward_image(images.to(device)).float())
-        numbers.append(torch.where(rows < 0, -1, rows - start))
-    return _put_together(parts, numbers, len(index.rows(split)))
+def _embed_images(model: D2SModel, batches: Iterator[tuple[Tensor, ...]], split_rows: range) -> Tensor:
+    parts, places = [], []
+    for rows, images, _ in batches:
+        parts.append(model.forward_image(images.to(model.device)).float())
+        places.append(torch.where(rows < 0, -1, rows - split_rows.start))
+    return _in_order(parts, places, len(split_rows))
 
 
 def _embed_texts(
     model: D2SModel,
-    index: ShardIndex,
-    split: str,
-    kind: Kind,
-    config: DataConfig,
-    batch_size: int,
-    rank: int,
-    world: int,
-    poll: Poll,
+    batches: Iterator[tuple[Tensor, ...]],
+    pipeline: TextPipeline,
+    limit: int,
+    counts: Tensor,
 ) -> TextSet:
-    device = next(model.parameters()).device
-    limit = config.max_words_sparse if kind == "sparse" else config.max_words_dense
-    limit = min(limit, model.max_words)
-    pipeline = TextPipeline(model.tokenizer, limit)
-    total = index.total(split, kind)
-    parts, numbers, truncated = [], [], 0
-    # Read in this process: the pipeline counts the cut captions, and captions are quick to read.
-    batches = eval_texts(index, split, pipeline, kind, batch_size, rank, world)
-    for which, _, ids, mask, valid in _polled(batches, poll):
-        parts.append(model.forward_text(ids.to(device), mask.to(device)).embedding.float())
-        numbers.append(which)
-        filler = ~valid & (mask.sum(1) == limit)
-        # Filler repeats the last caption, and was counted as often as that one was cut.
-        truncated += max(0, pipeline.truncated - int(filler.sum()))
+    """limit: of word pieces. counts: (N,) int64, captions of each image."""
+    parts, places, truncated = [], [], 0
+    for numbers, _, ids, mask, valid in batches:
+        parts.append(model.forward_text(ids.to(model.device), mask.to(model.device)).embedding.float())
+        places.append(numbers)
+        surplus = ~valid & (mask.sum(1) == limit)
+        # Surplus rows repeat the last caption, which was counted once for each if it was cut.
+        truncated += max(0, pipeline.truncated - int(surplus.sum()))
         pipeline.truncated = 0
-    counts = index.column(f"n_{kind}")[index.rows(split).start : index.rows(split).stop]
-    owner = torch.repeat_interleave(torch.from_numpy(counts.astype("int64")))
-    cut = all_gather(torch.tensor([truncated], device=device)) if world > 1 else torch.tensor([truncated])
     return TextSet(
-        embeddings=_put_together(parts, numbers, total), owner=owner.to(device), truncated=int(cut.sum())
+        embeddings=_in_order(parts, places, int(counts.sum())),
+        owner=torch.repeat_interleave(counts).to(model.device),
+        truncated=int(all_gather(torch.tensor([truncated], device=model.device)).sum()),
     )
 
 
-def _put_together(parts: list[Tensor], numbers: list[Tensor], total: int) -> Tensor:
-    """Rows of all workers (each the same number) at the places that `numbers` names; -1 is filler.
-
-    Returns (total, D).
-    """
-    rows, places = torch.cat(parts), torch.cat(numbers).to(parts[0].device)
-    rows, places = all_gather(rows), all_gather(places)
-    real = places >= 0
+def _in_order(parts: list[Tensor], places: list[Tensor], total: int) -> Tensor:
+    """All workers' rows, sorted by their places 0..total-1: (total, D). Surplus rows have the place -1."""
+    rows, place = all_gather(torch.cat(parts)), all_gather(torch.cat(places).to(parts[0].device))
+    real = place >= 0
     assert int(real.sum()) == total, "an item was embedded twice or not at all"
-    whole = rows.new_empty(total, rows.shape[1])
-    whole[places[real]] = rows[real]
-    return whole
+    out = rows.new_empty(total, rows.shape[1])
+    out[place[real]] = rows[real]
+    return out

@@ -1,19 +1,19 @@
 """Retrieval metrics: pure functions of embeddings.
 
-Sizes: N images, M captions (texts), D width, F folds. `owner` is an int64 tensor (M,) that holds, for each
-caption, the position in 0..N-1 of the image that it describes: any number of captions per image, even none.
+Sizes: N images, M captions, D width, F folds. `owner` (M,) int64 holds, for each caption, the position in 0..N-1 of
+the image that it describes. An image may have any number of captions, or none.
 
 Conventions, tested by hand-computed matrices:
 
 * R@K is a *hit rate*: the share of queries with at least one right candidate among the first K, in percent.
   It is not the recall of information retrieval, which divides by the number of right candidates.
 * Ties count against the model: a rank is the number of wrong candidates whose similarity is at least that of
-  the best right one. So a collapsed model, all embeddings equal, scores 0 and not 100.
-* An image without captions has no right answer: it is left out as a query of image -> text, and stays among
-  the candidates of text -> image, where it can only mislead.
+  the best right one. A collapsed model, with all embeddings equal, therefore scores 0 and not 100.
+* An image without captions is no query of image -> text, but a wrong candidate of text -> image.
 * Embeddings that are not finite are an error: NaN compares as smaller than everything and would rank first.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,20 +27,20 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """One direction of retrieval, from queries to candidates."""
+    """The measures of one direction of retrieval, from queries to candidates."""
 
     hits: tuple[float, float, float]
     """R@1, R@5, R@10 in percent."""
     chance: tuple[float, float, float]
-    """The same in expectation for a random order of the candidates."""
+    """Expected R@1, R@5, R@10 of a random order of the candidates, in percent."""
     median_rank: float
-    """Median over the queries of the rank of the best right candidate; the best rank is 1."""
+    """Median over queries of the best right candidate's rank, counted from 1."""
     mean_rank: float
     """Mean of the same ranks."""
     queries: int
     """Number of queries that have a right candidate."""
     candidates: int
-    """Number of candidates each query is compared with."""
+    """Number of candidates with which each query is compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,40 +54,33 @@ class Retrieval:
 
     @property
     def rsum(self) -> float:
-        """Sum of the six recalls, 600 at most."""
+        """Sum of the six recalls, at most 600."""
         return sum(self.i2t.hits) + sum(self.t2i.hits)
 
     @property
     def chance_rsum(self) -> float:
-        """The rSum of a random order."""
+        """Expected rSum of a random order."""
         return sum(self.i2t.chance) + sum(self.t2i.chance)
 
     def to_dict(self) -> dict:
         """Plain numbers and lists, for JSON."""
-        return {
-            "rsum": self.rsum,
-            "i2t": list(self.i2t.hits),
-            "t2i": list(self.t2i.hits),
-            "median_rank": {"i2t": self.i2t.median_rank, "t2i": self.t2i.median_rank},
-            "mean_rank": {"i2t": self.i2t.mean_rank, "t2i": self.t2i.mean_rank},
-            "queries": {"i2t": self.i2t.queries, "t2i": self.t2i.queries},
-            "chance": {
-                "rsum": self.chance_rsum,
-                "i2t": list(self.i2t.chance),
-                "t2i": list(self.t2i.chance),
-            },
-        }
+        ways = {"i2t": self.i2t, "t2i": self.t2i}
+        result = {"rsum": self.rsum, **{way: list(recall.hits) for way, recall in ways.items()}}
+        for name in ("median_rank", "mean_rank", "queries"):
+            result[name] = {way: getattr(recall, name) for way, recall in ways.items()}
+        chance = {way: list(recall.chance) for way, recall in ways.items()}
+        return {**result, "chance": {"rsum": self.chance_rsum, **chance}}
 
 
 def normalize(embeddings: Tensor, name: str = "embeddings") -> Tensor:
-    """Float32 rows of length 1, ready for cosine similarity: x / |x|. A zero row stays zero.
+    """x / |x| of each row as float32, (N, D), for cosine similarity. A zero row stays zero.
 
     Args:
         embeddings: (N, D), any float type.
-        name: what the rows are, for the message.
+        name: what the rows are, for error messages.
 
     Raises:
-        ValueError: when a row is not finite; the message counts them.
+        ValueError: not a matrix, or rows that are not finite; the message counts them.
     """
     if embeddings.ndim != 2:
         raise ValueError(f"{name} must have the shape (number, width), not {tuple(embeddings.shape)}")
@@ -115,8 +108,8 @@ def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tu
     """Expected R@K of a random order: 100 * mean over queries of 1 - C(M - P, K) / C(M, K).
 
     Args:
-        right: (N,) int64, P, the number of right candidates of each query.
-        candidates: M.
+        right: (N,) int64, the number P of right candidates of each query.
+        candidates: their number M.
 
     Source: hypergeometric distribution; with P = 1 it is K / M.
     """
@@ -132,7 +125,7 @@ def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tu
 
 
 def summarize(ranks: Tensor, right: Tensor, candidates: int) -> Recall:
-    """Makes a `Recall` from 0-based ranks (N,), the number of right candidates (N,) and M."""
+    """The measures for ranks (N,) counted from 0, numbers of right candidates (N,), and M candidates."""
     assert len(ranks) == len(right) > 0
     ordered = torch.sort(ranks.double()).values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
@@ -149,7 +142,7 @@ def summarize(ranks: Tensor, right: Tensor, candidates: int) -> Recall:
 def recall_report(images: Tensor, texts: Tensor, owner: Tensor) -> Retrieval:
     """R@1/5/10, median and mean rank in both directions, by cosine similarity.
 
-    Memory is O(N + M) beside the embeddings: similarities are made by chunks.
+    Besides the embeddings it needs O(N + M) memory: similarities are computed in chunks.
 
     Args:
         images: (N, D), normalised here.
@@ -173,28 +166,28 @@ def recall_report(images: Tensor, texts: Tensor, owner: Tensor) -> Retrieval:
     if int(owner.min()) < 0 or int(owner.max()) >= len(images):
         raise ValueError(f"owner must lie in 0..{len(images) - 1}, but spans {owner.min()}..{owner.max()}")
     right = torch.bincount(owner, minlength=len(images))
-    asked = torch.nonzero(right).squeeze(1)
-    i2t = retrieval_ranks(images[asked], texts, query_ids=asked, candidate_ids=owner)
-    everyone = torch.arange(len(images), device=images.device)
-    t2i = retrieval_ranks(texts, images, query_ids=owner, candidate_ids=everyone)
+    queries = torch.nonzero(right).squeeze(1)
+    i2t = retrieval_ranks(images[queries], texts, query_ids=queries, candidate_ids=owner)
+    all_images = torch.arange(len(images), device=images.device)
+    t2i = retrieval_ranks(texts, images, query_ids=owner, candidate_ids=all_images)
     return Retrieval(
-        i2t=summarize(i2t, right[asked], len(texts)),
+        i2t=summarize(i2t, right[queries], len(texts)),
         t2i=summarize(t2i, torch.ones_like(owner), len(images)),
     )
 
 
 def fold_report(images: Tensor, texts: Tensor, owner: Tensor, *, folds: int) -> Retrieval:
-    """Mean over F folds of N / F consecutive images, each ranked among its own captions and images only.
+    """Mean of `recall_report` over F folds of N / F consecutive images and their captions.
 
-    COCO "1K" is this with 5,000 images and 5 folds; the first 1,000 images alone are not. Every number is the
-    mean over the folds, median ranks included.
+    COCO "1K" is the mean over 5 folds of 5,000 images, not the first 1,000 images. Every measure is a mean over the
+    folds, median ranks included.
 
     Args:
         images, texts, owner: as in `recall_report`, the images in the order in which folds are cut.
         folds: F, a divisor of N.
 
     Raises:
-        ValueError: when F does not divide N, or a fold has no caption.
+        ValueError: F does not divide N, or a fold has no caption.
     """
     if folds < 1 or len(images) % folds:
         raise ValueError(f"{len(images)} images cannot be cut into {folds} equal folds: choose a divisor")
@@ -207,14 +200,14 @@ def fold_report(images: Tensor, texts: Tensor, owner: Tensor, *, folds: int) -> 
 
 
 def _mean(recalls: list[Recall]) -> Recall:
-    def mean(values: list) -> float:
-        return sum(values) / len(values)
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(recalls)
 
     return Recall(
-        hits=tuple(mean([r.hits[i] for r in recalls]) for i in range(len(KS))),
-        chance=tuple(mean([r.chance[i] for r in recalls]) for i in range(len(KS))),
-        median_rank=mean([r.median_rank for r in recalls]),
-        mean_rank=mean([r.mean_rank for r in recalls]),
-        queries=round(mean([r.queries for r in recalls])),
-        candidates=round(mean([r.candidates for r in recalls])),
+        hits=tuple(map(mean, zip(*(recall.hits for recall in recalls), strict=True))),
+        chance=tuple(map(mean, zip(*(recall.chance for recall in recalls), strict=True))),
+        median_rank=mean(recall.median_rank for recall in recalls),
+        mean_rank=mean(recall.mean_rank for recall in recalls),
+        queries=round(mean(recall.queries for recall in recalls)),
+        candidates=round(mean(recall.candidates for recall in recalls)),
     )

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from d2s.evaluate.metrics import KS, Recall, Retrieval
 
+KINDS = ("images", "sparse", "dense")
 CAPACITY = {
     "effective_rank": ("effective rank", "higher: more directions used"),
     "alignment": ("alignment", "lower: an image lies nearer to its captions"),
@@ -17,12 +18,9 @@ CAPACITY = {
 
 
 def recall_table(rows: Sequence[tuple[str, Retrieval | None]], title: str = "", chance: bool = True) -> Table:
-    """A table with one row per (name, retrieval), None for a line between groups.
+    """A table with a row for each (name, retrieval); a retrieval of None draws a line between groups.
 
-    i->t is image -> text, t->i is text -> image.
-
-    Args:
-        chance: print under each row what a random order would reach.
+    i->t is image -> text, t->i is text -> image. chance: add a row with the expectation of a random order to each.
     """
     table = Table(title=title or None, title_justify="left", header_style="bold")
     table.add_column("", no_wrap=True)
@@ -48,24 +46,15 @@ def _cells(recall: Recall) -> list[str]:
 
 
 def capacity_table(measures: dict[str, float]) -> Table:
-    """A table of the measures of information capacity by name (`d2s.evaluate.evaluation.measure_capacity`)."""
+    """A table of the result of `d2s.evaluate.capacity.measure_capacity`."""
     table = Table(title="information capacity", title_justify="left", header_style="bold")
     table.add_column("")
-    for column in ("images", "sparse", "dense"):
+    for column in KINDS:
         table.add_column(column, justify="right")
     table.add_column("")
     for key, (name, meaning) in CAPACITY.items():
-        if key == "cosine":
-            values = (
-                ["", f"{measures['cosine_sparse_dense']:.3f}", ""]
-                if "cosine_sparse_dense" in measures
-                else []
-            )
-        else:
-            values = [
-                f"{measures[f'{key}_{kind}']:.3f}" if f"{key}_{kind}" in measures else ""
-                for kind in ("images", "sparse", "dense")
-            ]
+        columns = ["", "cosine_sparse_dense", ""] if key == "cosine" else [f"{key}_{kind}" for kind in KINDS]
+        values = [f"{measures[column]:.3f}" if column in measures else "" for column in columns]
         if any(values):
             table.add_row(name, *values, Text(meaning, style="dim"))
     return table

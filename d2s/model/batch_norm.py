@@ -1,38 +1,24 @@
-"""Batch normalisation whose statistics cover the real words only, and all workers."""
-
-from __future__ import annotations
+"""Batch normalisation whose training statistics cover the real words only, and all workers."""
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.autograd.function import once_differentiable
+
+from d2s.workers.exchange import world_size
+from d2s.workers.group import sum_over_workers
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """Each worker's loss depends on every worker's addend, so the gradient is a sum over workers too."""
+    """Every worker's loss depends on every worker's addend, so the gradient is a sum over workers too."""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
-        out = value.clone()
-        dist.all_reduce(out)
-        return out
+        return sum_over_workers(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        out = grad.clone()
-        dist.all_reduce(out)
-        return out
-
-
-def several_workers() -> bool:
-    """Whether this process is one of several workers."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def total(value: Tensor) -> Tensor:
-    """Sum over all workers, with gradient; the value itself where there is one worker."""
-    return _SumOverWorkers.apply(value) if several_workers() else value
+        return sum_over_workers(grad)
 
 
 def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,32 +26,32 @@ def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tenso
 
     Two passes, the second around the mean, because one pass over squares loses digits in float32.
     """
-    reduce = total if across_workers else (lambda value: value)
+    total = _SumOverWorkers.apply if across_workers and world_size() > 1 else (lambda value: value)
     count = values.new_full((1,), float(values.shape[0]))
-    sums = reduce(torch.cat([values.sum(0), count]))
-    # The count passes through the sum so that one collective does, but no gradient belongs to it.
+    sums = total(torch.cat([values.sum(0), count]))
+    # The count is summed together with the values to save a collective; it takes no gradient.
     count = sums[-1:].detach().clamp(min=1.0)
     mean = sums[:-1] / count
-    variance = reduce((values - mean).square().sum(0)) / count
+    variance = total((values - mean).square().sum(0)) / count
     return count, mean, variance
 
 
 class _WorkerBatchNorm:
-    """Shared by the classes below: training statistics over (n, C) values of all workers."""
+    """Mixin for the classes below: training statistics over the (n, C) values of all workers."""
 
     across_workers = True
 
     def _normalise(self, values: Tensor) -> Tensor:
-        """Normalise values (n, C) by their statistics, and let the running statistics follow."""
+        """Normalise values (n, C) by their own statistics and update the running statistics."""
         with torch.autocast(values.device.type, enabled=False):
             wide = values if values.dtype == torch.float64 else values.float()
             count, mean, variance = moments(wide, self.across_workers)
-            self._follow(count, mean.detach(), variance.detach())
+            self._update_running_statistics(count, mean.detach(), variance.detach())
             scaled = (wide - mean) * torch.rsqrt(variance + self.eps)
             return (scaled * self.weight.to(wide.dtype) + self.bias.to(wide.dtype)).to(values.dtype)
 
     @torch.no_grad()
-    def _follow(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_statistics(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
         unbiased = variance * (count / (count - 1).clamp(min=1.0))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
@@ -73,7 +59,7 @@ class _WorkerBatchNorm:
 
 
 class WordBatchNorm(_WorkerBatchNorm, nn.BatchNorm1d):
-    """BatchNorm over the real words of a global batch: values (n, C), padding already left out."""
+    """BatchNorm over the real words of a global batch: values (n, C), from which padding was removed."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (n, C): by the batch in training, by the running statistics in eval mode."""
@@ -85,14 +71,14 @@ class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, C, H, W)."""
-        if not self.training or not several_workers():
+        if not self.training or world_size() == 1:
             return super().forward(input)
         flat = input.movedim(1, 3)
         return self._normalise(flat.flatten(0, 2)).view(flat.shape).movedim(3, 1)
 
 
-def across_workers(module: nn.Module) -> nn.Module:
-    """Give every BatchNorm2d inside `module` statistics over all workers, in place. Returns the module."""
+def share_statistics(module: nn.Module) -> nn.Module:
+    """Make every BatchNorm2d inside `module` a `MapBatchNorm`, in place, and return the module."""
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = MapBatchNorm

@@ -1,28 +1,30 @@
-"""The model: image tower, text tower, decoder; for tensors in training, pictures and strings in use."""
+"""The model: image tower, text tower, decoder. Takes tensors in training, pictures and strings in use."""
 
-from __future__ import annotations
-
+import dataclasses
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from d2s.model import saving as files
+from d2s.model import saving
 from d2s.model.config import IdleSetting, ModelConfig, idle_settings
 from d2s.model.decoder import Decoder
 from d2s.model.image_encoder import ImageEncoder
 from d2s.model.text_encoder import TextEncoder
 from d2s.model.tokenizer import load_tokenizer
+from d2s.model.weight_names import TOWERS
 from d2s.preprocess.pixels import Picture, pixels
 
 
 class TextOutput(NamedTuple):
-    """What the text side gives for a batch of B texts; D is the model's width."""
+    """Embeddings of a batch of B texts; D is the model's width."""
 
     embedding: Tensor
     """(B, D) t + p, or t without the decoder; not of unit length."""
@@ -33,10 +35,10 @@ class TextOutput(NamedTuple):
 
 
 class D2SModel(nn.Module):
-    """Image and text embeddings in one space. Liu et al., ICCV 2025, arXiv 2503.14953.
+    """Embeds images and texts in one space. Source: Liu et al., ICCV 2025 (D2S-VSE), arXiv 2503.14953.
 
-    `tokenizer` is needed where the text tower names none (random weights, or tokenizer "words").
-    Raises ValueError on a tower that cannot be built, and warns (IdleSetting) of settings without effect.
+    `tokenizer` is needed if the text tower names none (random weights, or tokenizer "words").
+    Raises ValueError if a tower cannot be built, and warns (IdleSetting) of settings that have no effect.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -47,10 +49,10 @@ class D2SModel(nn.Module):
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.text_encoder)
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config, len(self.tokenizer))
-        have = self.text_encoder.tower.get_input_embeddings().num_embeddings
-        if len(self.tokenizer) > have:
+        vocabulary = self.text_encoder.tower.get_input_embeddings().num_embeddings
+        if len(self.tokenizer) > vocabulary:
             raise ValueError(
-                f"text_encoder: its tokenizer has {len(self.tokenizer)} pieces and the tower knows {have}, "
+                f"text_encoder: its tokenizer has {len(self.tokenizer)} pieces and the tower knows {vocabulary}, "
                 "name the tokenizer that belongs to it"
             )
         self.decoder: Decoder | None = None
@@ -59,38 +61,30 @@ class D2SModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.image_encoder.linear.weight.device
 
     @property
     def max_words(self) -> int:
-        """Longest text in word pieces: the setting, or what the text tower has positions for if less."""
+        """Longest text in word pieces: the setting `max_words`, or the text tower's positions if fewer."""
         positions = getattr(self.text_encoder.tower.config, "max_position_embeddings", None)
         return min(self.config.max_words, positions or self.config.max_words)
 
     def forward_image(self, images: Tensor, draw_seeds: Tensor | None = None) -> Tensor:
-        """Embed uint8 images (B, 3, H, W): (B, D) of unit length. For draw_seeds see `ImageEncoder`."""
+        """Embed uint8 images (B, 3, H, W): (B, D) of unit length. See `ImageEncoder` for draw_seeds."""
         return self.image_encoder(images, draw_seeds)
 
-    def forward_text(
-        self, ids: Tensor, mask: Tensor, *, decoder: bool | None = None, draw_seeds: Tensor | None = None
-    ) -> TextOutput:
-        """Embed word pieces ids (B, L) int64 whose real ones are where mask (B, L) bool is true.
+    def forward_text(self, ids: Tensor, mask: Tensor, *, draw_seeds: Tensor | None = None) -> TextOutput:
+        """Embed word pieces ids (B, L) int64; mask (B, L) bool is false at padding.
 
-        decoder: None uses the decoder if there is one, False leaves it out, True insists on it (ValueError).
-        For draw_seeds see `TextEncoder`.
+        See `TextEncoder` for draw_seeds.
         """
-        if decoder and self.decoder is None:
-            raise ValueError(
-                "decoder=True: this model has no decoder, set model.decoder in its configuration"
-            )
         text, words = self.text_encoder(ids, mask, draw_seeds)
-        if self.decoder is None or decoder is False:
+        if self.decoder is None:
             return TextOutput(text, text, None)
         prompt = self.decoder(words, mask)
-        added = prompt
-        if self.config.compat_unit_prompt and not self.training:
-            added = prompt / (prompt.norm(dim=1, keepdim=True) + 1e-8)
+        unit_prompt = self.config.compat_unit_prompt and not self.training
+        added = prompt / (prompt.norm(dim=1, keepdim=True) + 1e-8) if unit_prompt else prompt
         return TextOutput(text + added, text, prompt)
 
     def forward(
@@ -100,28 +94,29 @@ class D2SModel(nn.Module):
         return self.forward_image(images, draw_seeds), self.forward_text(ids, mask)
 
     def parameter_parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Named parameters that learn, by part: "backbone" (the two towers) and "head" (everything else)."""
+        """Named parameters that learn, in two parts: "backbone" (the towers) and "head" (everything else)."""
         parts: dict[str, list[tuple[str, nn.Parameter]]] = {"backbone": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                tower = name.startswith(("image_encoder.tower.", "text_encoder.tower."))
-                parts["backbone" if tower else "head"].append((name, parameter))
+                parts["backbone" if name.startswith(TOWERS) else "head"].append((name, parameter))
         return parts
 
     @torch.no_grad()
     def encode_image(
         self, images: Picture | Sequence[Picture], batch_size: int = 32, device: str | torch.device = "cpu"
     ) -> Tensor:
-        """Embed pictures in eval mode: (n, D) float32 of unit length, in the order given.
+        """Embed pictures in eval mode: (n, D) float32 of unit length on `device`, in the order given.
 
-        A picture is a PIL image, a path, the bytes of an image file, or a uint8 array (H, W), (H, W, 3).
-        batch_size changes the speed only; the result is put on `device`.
-        Raises ValueError naming the path of a picture that cannot be read, or its place in the list.
+        A picture is a PIL image, a path, the bytes of an image file, or a uint8 array (H, W) or (H, W, 3).
+        batch_size changes the speed only.
+        Raises ValueError with the path or list position of a picture that cannot be read, or if batch_size is not a
+        positive integer.
         """
+        _check_batch_size(batch_size)
         if not isinstance(images, (list, tuple)):
             images = [images]
         parts = []
-        with _evaluating(self):
+        with evaluating(self):
             for start in range(0, len(images), batch_size):
                 batch = [
                     pixels(images[number], self.config.image_size, f"images[{number}]")
@@ -134,26 +129,19 @@ class D2SModel(nn.Module):
     def encode_text(
         self, texts: str | Sequence[str], batch_size: int = 128, device: str | torch.device = "cpu"
     ) -> Tensor:
-        """Embed texts in eval mode: (n, D) float32 of unit length, in the order given.
+        """Embed texts in eval mode: (n, D) float32 of unit length on `device`, in the order given.
 
         With a decoder this is t + p, the embedding that training aligns. Texts longer than `max_words` word
-        pieces are cut. batch_size changes the speed only; the result is put on `device`.
-        Raises ValueError naming the place of what is not a string, or not one that UTF-8 can write.
+        pieces are cut. batch_size changes the speed only.
+        Raises ValueError if `texts` has no order (a dictionary, a set), with the list position of an item that is no
+        string or cannot be encoded in UTF-8, or if batch_size is not a positive integer.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"texts[{number}] is a {type(text).__name__}: give strings")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"texts[{number}] has half of a surrogate pair at character {error.start}: take it out"
-                ) from None
+        _check_batch_size(batch_size)
+        texts = _text_list(texts)
         out = torch.zeros(len(texts), self.config.width)
-        # Texts of like length share a batch: less padding, the same embeddings.
+        # Texts of similar length share a batch: less padding, the same embeddings.
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-        with _evaluating(self):
+        with evaluating(self):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 ids, mask = self._pieces([texts[row] for row in rows])
@@ -168,27 +156,67 @@ class D2SModel(nn.Module):
         return coded["input_ids"], coded["attention_mask"].bool()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors, config.json and the tokenizer to `folder`, made if it is missing."""
-        files.save(self, Path(folder))
+        """Write model.safetensors, config.json and the tokenizer to `folder`, which is created if missing."""
+        towers = self.image_encoder.tower, self.text_encoder.tower
+        config = saving.self_contained(self.config, *towers)
+        saving.write(Path(folder), config, self.tokenizer, saving.hub_state(self))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **changes: object) -> D2SModel:
+    def from_pretrained(cls, name: str | Path, **changes: object) -> Self:
         """Load a saved model, in eval mode, from a folder or from the hub.
 
         `changes` replace fields of its `ModelConfig`. A decoder that the saved model lacks starts from random
         weights; another image_size resizes the position embeddings.
-        Raises ValueError in one line where there is no such model or the files are not one.
+        Raises ValueError in one line if there is no such model or its files are damaged.
         """
-        return files.load(cls, name, changes)
+        saved = saving.read(name)
+        config = dataclasses.replace(saved.config, **changes)
+        with warnings.catch_warnings():
+            # Warnings on random weights are wrong here: the weights are loaded below.
+            warnings.simplefilter("ignore", IdleSetting)
+            model = cls(config, saved.tokenizer)
+        for line in idle_settings(config, changes.keys()):
+            warnings.warn(line, IdleSetting, stacklevel=2)
+        saving.load_hub_state(model, saved.state, saved.source)
+        return model.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload what `save_pretrained` writes to the hub, and return the address."""
-        return files.push(self, repo_id, private=private, token=token)
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        return str(address)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: give a whole number of at least 1")
+
+
+def _text_list(texts: str | Iterable[str]) -> list[str]:
+    """The texts as a list. Raises ValueError as `encode_text` says."""
+    if isinstance(texts, (Mapping, set, frozenset)) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts is a {type(texts).__name__}: give a text or a list of texts")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{number}] is a {type(text).__name__}: give strings")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"texts[{number}] has half of a surrogate pair at character {error.start}: take it out"
+            ) from None
+    return texts
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the old mode afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, the previous mode afterwards."""
     training = model.training
     model.eval()
     try:

@@ -1,6 +1,7 @@
-"""The decoder of stage 2: mask tokens that stand for the words a sparse caption leaves out."""
+"""The decoder of stage 2, whose mask tokens represent the words that a sparse caption leaves out.
 
-from __future__ import annotations
+Source: Liu et al., ICCV 2025 (D2S-VSE), arXiv 2503.14953.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend from x (B, K, D) to the tokens of x where mask (B, 1, 1, K) is true."""
+        """Attend from every token of x (B, K, D) to those where mask (B, 1, 1, K) is true; None masks nothing."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -28,7 +29,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block: attention, then an MLP with GELU, each with a residual connection."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -39,28 +40,31 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Map x (B, K, D) to (B, K, D)."""
+        """Map x (B, K, D) to (B, K, D). See `Attention` for mask."""
         x = x + self.attn(self.norm1(x), mask)
         return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
 
 
 class Decoder(nn.Module):
-    """Reads word features together with learnable mask tokens and returns the prompt p."""
+    """Transforms word features together with learnable mask tokens, whose mean is the prompt p.
+
+    attend_padding: attention includes padded words, as in the authors' release.
+    """
 
     def __init__(self, config: DecoderConfig, width: int, attend_padding: bool = False) -> None:
         super().__init__()
         self.attend_padding = attend_padding
-        half = {"surround": config.tokens // 2, "prefix": config.tokens, "postfix": 0}
-        self.before = half[config.layout]
+        before = {"surround": config.tokens // 2, "prefix": config.tokens, "postfix": 0}
+        self.before = before[config.layout]
         self.tokens = nn.Parameter(torch.empty(config.tokens, width))
-        # Spread as wide as the word features: the prompt is their mean, so it starts small beside t.
+        # Standard deviation 1, like the word features; the prompt is a mean of tokens, so it starts small next to t.
         nn.init.normal_(self.tokens)
         hidden = int(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        """Prompt p (B, D) of word features (B, L, D), whose real words are where mask (B, L) is true."""
+        """Prompt p (B, D) of word features (B, L, D); mask (B, L) is false at padding."""
         batch, length = mask.shape
         tokens = self.tokens.to(words.dtype).expand(batch, -1, -1)
         x = torch.cat([tokens[:, : self.before], words, tokens[:, self.before :]], dim=1)

@@ -1,16 +1,18 @@
-"""Generalised pooling: sort every channel, then a weighted sum whose weights depend on the length only.
+"""Generalised pooling operator (GPO): sort each channel, then take a weighted sum.
+
+The weights depend on the number of tokens only.
 
 Source: Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding", CVPR 2021.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from d2s.kernels import gpo_pool
 from d2s.kernels.gru import position_gru
 
 DIRECTIONS = ("ahead", "back")
@@ -27,10 +29,10 @@ def position_code(length: int, width: int, device: torch.device, dtype: torch.dt
 
 
 class LengthWeights(nn.Module):
-    """The pooling weights of a length: a bidirectional GRU over the position code, a score, a softmax.
+    """Pooling weights for a number of tokens: a bidirectional GRU over the position code, a score, a softmax.
 
-    Two one-way GRUs: the forward one reads a shorter sequence as the start of a longer one, so it runs once over
-    the longest; only the backward one depends on where the sequence ends. All parameters belong to this module
+    It consists of two one-way GRUs. The forward one runs once over the longest sequence, because shorter sequences
+    are its first steps; the backward one depends on where a sequence ends. All parameters belong to this module
     itself, because ZeRO stage 3 gathers those of the module whose forward runs.
     """
 
@@ -45,14 +47,14 @@ class LengthWeights(nn.Module):
         self.score = nn.Parameter(nn.Linear(width, 1, bias=False).weight.detach())
 
     def _gru(self, name: str, data: Tensor, counts: list[int]) -> Tensor:
-        """One direction: states (T, n, width), see `position_gru`; in the dtype of the data (T, width)."""
+        """States (T, n, width) of one direction for data (T, width), in its dtype; see `position_gru`."""
         weights = [getattr(self, f"{name}_{key}").to(data.dtype) for key in GRU_WEIGHTS]
         return position_gru(data, counts, *weights)
 
     def forward(self, lengths: list[int]) -> Tensor:
-        """Weights of distinct lengths, longest first: (len(lengths), max(lengths)), zero past the length.
+        """Weights (len(lengths), max(lengths)), zero beyond each length; `lengths` are distinct, longest first.
 
-        float32 at least, and float64 for a float64 model.
+        float64 for a float64 model, else float32.
         """
         assert lengths == sorted(set(lengths), reverse=True), "distinct lengths, longest first"
         assert lengths[-1] >= 1, "nothing to pool"
@@ -72,43 +74,41 @@ class LengthWeights(nn.Module):
 class GPO(nn.Module):
     """Generalised pooling operator.
 
-    The weights of a length come from a bidirectional GRU over the position code alone. They are computed once
-    per distinct length of a batch, and in eval mode without gradients once per length.
+    Weights are computed once for each distinct length of a batch, and only once in all in eval mode without
+    gradients, where they are cached until the parameters change.
     """
 
     def __init__(self, width: int = 32, temperature: float = 0.1) -> None:
         super().__init__()
         self.weights = LengthWeights(width, temperature)
-        self._kept: dict[tuple, Tensor] = {}
+        self._cache: dict[tuple, Tensor] = {}
 
-    def train(self, mode: bool = True) -> GPO:
-        """Set the mode; kept weights are forgotten."""
-        self._kept.clear()
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode and empty the cache."""
+        self._cache.clear()
         return super().train(mode)
 
-    def _apply(self, *args, **kwargs) -> GPO:
-        self._kept.clear()
+    def _apply(self, *args, **kwargs) -> Self:
+        self._cache.clear()
         return super()._apply(*args, **kwargs)
 
-    def _kept_weights(self, lengths: list[int]) -> Tensor:
-        """The weights of these lengths, each length computed once as long as the parameters stay as they are."""
+    def _cached_weights(self, lengths: list[int]) -> Tensor:
+        """`LengthWeights` of these lengths, from the cache or added to it."""
         versions = tuple(parameter._version for parameter in self.parameters())
-        missing = [length for length in lengths if (length, versions) not in self._kept]
+        missing = [length for length in lengths if (length, versions) not in self._cache]
         if missing:
             for length, row in zip(missing, self.weights(missing), strict=True):
-                self._kept[length, versions] = row[:length].clone()
-        rows = [self._kept[length, versions] for length in lengths]
+                self._cache[length, versions] = row[:length].clone()
+        rows = [self._cache[length, versions] for length in lengths]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Pool (B, K, D) features over the tokens where mask (B, K) is true: (B, D)."""
-        from d2s.kernels import gpo_pool
-
+        """Pool features (B, K, D) over the tokens where mask (B, K) is true: (B, D)."""
         counts = mask.sum(1)
         distinct, which = torch.unique(counts, return_inverse=True)
         lengths = distinct.flip(0).tolist()
         which = len(lengths) - 1 - which
-        keep = not self.training and not torch.is_grad_enabled()
-        table = self._kept_weights(lengths) if keep else self.weights(lengths)
+        cached = not self.training and not torch.is_grad_enabled()
+        table = self._cached_weights(lengths) if cached else self.weights(lengths)
         weights = nn.functional.pad(table, (0, mask.shape[1] - table.shape[1]))[which]
         return gpo_pool(features, weights, mask)

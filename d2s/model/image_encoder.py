@@ -1,20 +1,19 @@
 """From pixels to an image embedding."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from d2s.model.config import ModelConfig
 from d2s.model.gpo import GPO
-from d2s.model.sample_draws import kept_tokens
+from d2s.model.sample_draws import token_mask
 from d2s.model.towers import build_tower, tower_width
 
 
 class ImageEncoder(nn.Module):
-    """Normalisation, tower, size augmentation, linear map, pooling, unit length."""
+    """Pixels to embedding: normalisation, tower, linear map, size augmentation, pooling, unit length."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -22,13 +21,13 @@ class ImageEncoder(nn.Module):
         self.frozen = config.image_encoder.freeze
         self.tower = build_tower(config.image_encoder, "vision", image_size=config.image_size)
         self.linear = nn.Linear(tower_width(self.tower), config.width)
-        # ConvNeXt's last norm stands behind its average pooling; here it is put on the tokens.
+        # ConvNeXt's last norm follows its average pooling; here it is applied to the tokens.
         self.map_norm = self.tower.config.model_type in ("convnext", "convnextv2")
         self.pool = GPO(config.gpo_width, config.gpo_temperature)
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def train(self, mode: bool = True) -> ImageEncoder:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode; a frozen tower stays in eval mode."""
         super().train(mode)
         if self.frozen:
@@ -36,7 +35,7 @@ class ImageEncoder(nn.Module):
         return self
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) as (x / 255 - mean) / std, in the dtype of the weights."""
+        """(x / 255 - mean) / std of uint8 x (B, 3, H, W), in the dtype of the weights."""
         dtype = self.linear.weight.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         mean = torch.tensor(self.config.image_mean, dtype=wide, device=images.device).view(3, 1, 1)
@@ -47,7 +46,7 @@ class ImageEncoder(nn.Module):
         return normal.contiguous(memory_format=torch.channels_last)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Tokens (B, K, C) that the tower gives for uint8 images (B, 3, H, W)."""
+        """The tower's tokens (B, K, C) for uint8 images (B, 3, H, W)."""
         with torch.no_grad() if self.frozen else nullcontext():
             out = self.tower(pixel_values=self.normalise(images)).last_hidden_state
         if out.ndim == 4:
@@ -57,11 +56,11 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor, draw_seeds: Tensor | None = None) -> Tensor:
         """Embed uint8 images (B, 3, H, W): (B, D) of unit length.
 
-        draw_seeds (B,) int64 decide which tokens are dropped in training; None drops nothing.
+        draw_seeds (B,) int64: in training, they decide which tokens each image loses; None drops no token.
         """
         tokens = self.tokens(images)
         if self.training and draw_seeds is not None and self.config.token_dropout > 0:
-            mask = kept_tokens(draw_seeds, tokens.shape[1], self.config)
+            mask = token_mask(draw_seeds, tokens.shape[1], self.config)
         else:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return nn.functional.normalize(self.pool(self.linear(tokens), mask), dim=1)

@@ -1,7 +1,7 @@
-"""Running statistics of BatchNorm: what a forward pass in training moves, though no optimizer looks after it.
+"""Running statistics of BatchNorm, which every training forward changes although no optimizer manages them.
 
-A forward pass moves them before anybody knows whether its step will count, and where each worker computes its own
-(model.compat_batch_norm) they drift apart. Both are mended here, from outside, for every kind of BatchNorm alike.
+Two problems are solved here for every kind of BatchNorm: a forward changes them before anybody knows whether its
+step will be skipped, and workers that compute their own (model.compat_batch_norm) drift apart.
 """
 
 from collections.abc import Iterator
@@ -14,60 +14,60 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from d2s.workers.exchange import world_size
 
 
-def _by_type(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The statistics inside `module`, those of one dtype at a time: a copy of many tensors is then one of one."""
+def _buffers_by_dtype(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The statistics inside `module`, one list for each dtype, so that a list is copied as one tensor."""
     norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
     for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
         yield [buffer for buffer in buffers if buffer.dtype == dtype]
 
 
-def _joined(buffers: list[Tensor]) -> Tensor:
+def _flatten(buffers: list[Tensor]) -> Tensor:
     return torch.cat([buffer.detach().view(-1) for buffer in buffers])
 
 
 @torch.no_grad()
-def _fill(buffers: list[Tensor], joined: Tensor) -> None:
-    parts = joined.split([buffer.numel() for buffer in buffers])
+def _copy_into(buffers: list[Tensor], flat: Tensor) -> None:
+    parts = flat.split([buffer.numel() for buffer in buffers])
     torch._foreach_copy_([buffer.view(-1) for buffer in buffers], list(parts))
 
 
 class RunningStatistics:
-    """Lets the statistics of a module follow the steps that count, and only with finite numbers.
+    """Undoes what a skipped step changed in a module's statistics, and keeps numbers that are not finite out.
 
-    One that is inf or NaN would stay so: an average that follows adds to what it is. Nothing here waits for the
-    device, and where all is finite not a bit changes. Make it once the module lies where it is trained.
+    A running average that is inf or NaN once stays so. Nothing here waits for the device, and finite statistics keep
+    every bit. Create it when the module is on the device on which it is trained.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._groups = list(_by_type(module))
-        self._kept: list[Tensor] = []
+        self._groups = list(_buffers_by_dtype(module))
+        self._before: list[Tensor] = []
 
     def keep(self) -> None:
-        """To be called before the forward pass of a step."""
-        self._kept = [_joined(buffers) for buffers in self._groups]
+        """Remember the statistics; call it before the forward of a step."""
+        self._before = [_flatten(buffers) for buffers in self._groups]
 
     def put_back(self) -> None:
-        """The step is skipped: it leaves no trace."""
-        for buffers, kept in zip(self._groups, self._kept, strict=True):
-            _fill(buffers, kept)
+        """Restore all statistics: the step is skipped."""
+        for buffers, before in zip(self._groups, self._before, strict=True):
+            _copy_into(buffers, before)
 
     def settle(self) -> None:
-        """The step is done: numbers that are not finite (a variance overflows before a loss does) are as before."""
-        for buffers, kept in zip(self._groups, self._kept, strict=True):
-            now = _joined(buffers)
-            _fill(buffers, torch.where(now.isfinite(), now, kept))
+        """Restore the entries that are not finite after a step: a variance overflows before a loss does."""
+        for buffers, before in zip(self._groups, self._before, strict=True):
+            now = _flatten(buffers)
+            _copy_into(buffers, torch.where(now.isfinite(), now, before))
 
 
 def broadcast_running_statistics(module: nn.Module) -> None:
-    """Gives all workers, which call it together, the first one's running statistics.
+    """Give every worker the running statistics of worker 0; all workers call it together.
 
-    To be called before anybody looks at them. Training never does, so those of the first worker are the same however
-    often it is called, and a run that was interrupted ends as one that was not.
+    Call it before statistics are saved or used in eval mode. Training does not read them, so how often it is called
+    changes nothing in those of worker 0, and a resumed run ends with the bits of an uninterrupted one.
     """
     if world_size() == 1:
         return
-    for buffers in _by_type(module):
-        joined = _joined(buffers)
-        dist.broadcast(joined, 0)
-        _fill(buffers, joined)
+    for buffers in _buffers_by_dtype(module):
+        flat = _flatten(buffers)
+        dist.broadcast(flat, 0)
+        _copy_into(buffers, flat)

@@ -1,9 +1,7 @@
-"""Random numbers that belong to a sample and not to its batch: a counter-based hash on the device.
+"""Random numbers that depend on a sample's seed and not on its batch: a counter-based hash on the device.
 
-The twin of `expand` and `to_uniform` in `d2s.shards.order.draws`, bit for bit: a sample's seed is its state there.
+They equal those of `expand` and `to_uniform` in `d2s.shards.order.draws` bit for bit; a seed is a state there.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -11,41 +9,45 @@ from torch import Tensor
 from d2s.model.config import ModelConfig
 
 
-def _wrapped(value: int) -> int:
-    """A 64-bit number as the signed integer with the same bits, which is what torch can hold."""
+def _as_int64(value: int) -> int:
+    """The signed integer with the bits of an unsigned 64-bit one: torch computes with signed integers."""
     return value - 2**64 if value >= 2**63 else value
 
 
-_GOLDEN = _wrapped(0x9E3779B97F4A7C15)
-_FIRST = _wrapped(0xBF58476D1CE4E5B9)
-_SECOND = _wrapped(0x94D049BB133111EB)
-_DROPOUT = _wrapped(0xD6E8FEB86659FD93)
+_GOLDEN = _as_int64(0x9E3779B97F4A7C15)
+_FIRST_FACTOR = _as_int64(0xBF58476D1CE4E5B9)
+_SECOND_FACTOR = _as_int64(0x94D049BB133111EB)
+_DROPOUT_STREAM = _as_int64(0xD6E8FEB86659FD93)
 
 
-def _right(value: Tensor, by: int) -> Tensor:
-    """Logical shift to the right: torch's own carries the sign along."""
+def _shift_right(value: Tensor, by: int) -> Tensor:
+    """Logical shift to the right; torch's own shift copies the sign bit."""
     return (value >> by) & ((1 << (64 - by)) - 1)
 
 
-def mix(value: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64 tensors, bit for bit (Steele, Lea, Flood, OOPSLA 2014)."""
-    value = (value ^ _right(value, 30)) * _FIRST
-    value = (value ^ _right(value, 27)) * _SECOND
-    return value ^ _right(value, 31)
+def splitmix64(value: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64 tensors of any shape (Steele, Lea, Flood, OOPSLA 2014)."""
+    value = (value ^ _shift_right(value, 30)) * _FIRST_FACTOR
+    value = (value ^ _shift_right(value, 27)) * _SECOND_FACTOR
+    return value ^ _shift_right(value, 31)
+
+
+def _hashes(seeds: Tensor, count: int) -> Tensor:
+    """Hashes (B, count) int64; row b depends on seeds[b] alone."""
+    counter = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64)
+    return splitmix64(seeds[:, None] + counter * _GOLDEN)
 
 
 def uniforms(seeds: Tensor, count: int) -> Tensor:
-    """Numbers in [0, 1): (B, count) float64, row b a function of seeds[b] (int64) alone."""
-    counter = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64)
-    bits = mix(seeds[:, None] + counter * _GOLDEN)
-    return _right(bits, 11).double() * 2.0**-53
+    """Uniform numbers in [0, 1): (B, count) float64; row b depends on seeds[b] (int64) alone."""
+    return _shift_right(_hashes(seeds, count), 11).double() * 2.0**-53
 
 
 def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
-    """Dropout whose draws belong to the sample: values (B, ...), of which row b draws from seeds[b] (int64) alone.
+    """Dropout of values (B, ...) in which row b draws from seeds[b] (int64) alone.
 
-    An entry's draw depends on its place within the row, counted from the front, and not on the row's length. The
-    rate is kept to 1 / 65536: one hash serves four entries.
+    What happens to an entry depends on its position in the row and not on the row's length. The rate is rounded to
+    a multiple of 1 / 65536, because one 64-bit hash serves four entries.
     """
     if rate <= 0:
         return values
@@ -53,21 +55,20 @@ def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
     if steps >= 65536:
         return torch.zeros_like(values)
     flat = values.flatten(1)
-    counter = torch.arange(1, -(-flat.shape[1] // 4) + 1, device=seeds.device, dtype=torch.int64)
-    # A stream of its own: `uniforms` draws from the seeds themselves.
-    bits = mix((seeds ^ _DROPOUT)[:, None] + counter * _GOLDEN)
-    kept = bits.view(torch.int16)[:, : flat.shape[1]] >= steps - 32768
-    return (flat * (kept.to(values.dtype) * (65536 / (65536 - steps)))).view_as(values)
+    # Another stream than that of `uniforms`, which hashes the seeds themselves.
+    hashes = _hashes(seeds ^ _DROPOUT_STREAM, -(-flat.shape[1] // 4))
+    keep = hashes.view(torch.int16)[:, : flat.shape[1]] >= steps - 32768
+    return (flat * (keep.to(values.dtype) * (65536 / (65536 - steps)))).view_as(values)
 
 
-def kept_tokens(seeds: Tensor, tokens: int, config: ModelConfig) -> Tensor:
-    """Size augmentation: which tokens of each image stay, (B, tokens) bool.
+def token_mask(seeds: Tensor, tokens: int, config: ModelConfig) -> Tensor:
+    """Size augmentation: (B, tokens) bool, false for the tokens that an image loses. One token always stays.
 
-    A share `token_dropout` of the images loses each token with a rate drawn between `token_dropout_min` and
-    `token_dropout_max`; the others lose none. One token always stays.
+    A share `token_dropout` of the images loses each token at a rate drawn between `token_dropout_min` and
+    `token_dropout_max`; the others lose none. Source: Chen et al., CVPR 2021.
     """
     draws = uniforms(seeds, tokens + 2)
-    touched, rate, each = draws[:, :1], draws[:, 1:2], draws[:, 2:]
+    per_image, rate, per_token = draws[:, :1], draws[:, 1:2], draws[:, 2:]
     rate = config.token_dropout_min + (config.token_dropout_max - config.token_dropout_min) * rate
-    kept = (touched >= config.token_dropout) | (each >= rate)
-    return kept | (each == each.amax(1, keepdim=True))
+    keep = (per_image >= config.token_dropout) | (per_token >= rate)
+    return keep | (per_token == per_token.amax(1, keepdim=True))

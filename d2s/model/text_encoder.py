@@ -1,6 +1,6 @@
-"""From word pieces to a text embedding and the word features that the decoder reads."""
+"""From word pieces to a text embedding, and to the word features that the decoder reads."""
 
-from __future__ import annotations
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from d2s.model.gpo import GPO
 from d2s.model.sample_draws import dropout
 from d2s.model.towers import build_tower, tower_width
 
-_GROUP = 32
+_GROUP = 32  # rows that a frozen tower embeds at a time on a CPU
 
 
 class WordMLP(nn.Module):
@@ -29,7 +29,7 @@ class WordMLP(nn.Module):
             self.norm.across_workers = False
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Map hidden (B, L, H) to (B, L, D). mask (B, L) says which words are real."""
+        """Map hidden (B, L, H) to (B, L, D); mask (B, L) is false at padding."""
         inner = self.inner(hidden)
         flat = inner.flatten(0, 1)
         if self.pads or not (self.training and isinstance(self.norm, WordBatchNorm)):
@@ -57,7 +57,7 @@ class TextEncoder(nn.Module):
         self.pool = GPO(config.gpo_width, config.gpo_temperature)
         self.norm = nn.LayerNorm(config.width) if config.text_norm else nn.Identity()
 
-    def train(self, mode: bool = True) -> TextEncoder:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode; a frozen tower stays in eval mode."""
         super().train(mode)
         if self.frozen:
@@ -67,8 +67,7 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Text embedding t (B, D), not of unit length, and word features (B, L, D) of ids (B, L).
 
-        draw_seeds (B,) int64 decide what dropout drops in training, each sample by itself; without them the place
-        in the batch does, by torch's generator.
+        draw_seeds (B,) int64: in training, dropout depends on each sample's seed; None uses torch's generator.
         """
         hidden = self._frozen_hidden(ids, mask) if self.frozen else self._hidden(ids, mask)
         if draw_seeds is None or not self.training:
@@ -83,14 +82,14 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def _frozen_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The tower's hidden states (B, L, H), on a CPU in groups of like length.
+        """The tower's hidden states (B, L, H), computed on a CPU in groups of similar length.
 
-        Captions differ in length, and padding costs a CPU what words cost. Nothing is kept for a backward pass,
-        so the groups' results go straight to their places; padded places stay 0 and are masked out behind.
+        Padding costs a CPU as much time as words do. Positions beyond a group's longest text stay 0; the mask
+        excludes them later.
         """
         if ids.device.type != "cpu" or len(ids) <= _GROUP:
             return self._hidden(ids, mask)
-        lengths = mask.shape[1] - mask.flip(1).int().argmax(1)  # up to the last real word
+        lengths = mask.shape[1] - mask.flip(1).int().argmax(1)  # position of the last real word, plus 1
         out: Tensor | None = None
         for rows in lengths.argsort(stable=True).split(_GROUP):
             width = int(lengths[rows].max())

@@ -1,14 +1,12 @@
-"""Tokenizers: the one that belongs to a text tower, or a vocabulary of words made from captions."""
-
-from __future__ import annotations
+"""Tokenizers: the one that belongs to a text tower, or a word vocabulary built from captions."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import normalizers, pre_tokenizers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from d2s.model.config import TowerConfig
 from d2s.model.towers import one_line, quiet, reachable
@@ -19,13 +17,13 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 def build_word_tokenizer(
     captions: Iterable[str], *, min_count: int = 2, max_words: int = 30_000
-) -> PreTrainedTokenizerFast:
-    """A lower-case word tokenizer for text towers with random weights; the same captions give the same one.
+) -> BertTokenizer:
+    """A lower-case word tokenizer for text towers with random weights; equal captions give equal tokenizers.
 
-    Words that occur `min_count` times or more, the most frequent `max_words` of them, are one piece each; any
-    other word is spelt by the longest pieces that fit, down to single characters (inside a word with `##`), and
-    only a word with a character that no caption has becomes [UNK].
-    Raises ValueError where there is no caption with a word in it.
+    The `max_words` most frequent words among those that occur at least `min_count` times are one piece each. Other
+    words are split into the longest pieces that fit, down to single characters (marked ## inside a word). A word with
+    a character that no caption has becomes [UNK].
+    Raises ValueError if no caption has a word.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
@@ -38,26 +36,11 @@ def build_word_tokenizer(
     frequent = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
     pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters), *frequent[:max_words]]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    return _word_piece(vocabulary, normalizer, splitter)
-
-
-def _word_piece(
-    vocabulary: dict[str, int], normalizer: normalizers.Normalizer, splitter: pre_tokenizers.PreTokenizer
-) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    backend.normalizer = normalizer
-    backend.pre_tokenizer = splitter
-    backend.decoder = decoders.WordPiece(prefix="##")
-    cls, sep = vocabulary["[CLS]"], vocabulary["[SEP]"]
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
-    )
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **dict(zip(names, SPECIAL, strict=True)))
+    return BertTokenizer(vocab=vocabulary)
 
 
 def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that the text tower names. Raises ValueError where there is none to be had."""
+    """The tokenizer that the text tower names. Raises ValueError if it names none or it cannot be loaded."""
     name = tower.tokenizer or tower.name
     if name is None or name == WORDS:
         raise ValueError(
@@ -70,28 +53,23 @@ def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:
 def read_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a name on the hub.
 
-    Raises ValueError, in one line that begins with `what`, where there is none or its files are damaged.
+    Raises ValueError in one line that begins with `what` if there is none or its files are damaged.
     """
-    with quiet(), _Damage(f"{what}: no tokenizer"):
+    with quiet(), _damage_as_value_error(f"{what}: no tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
-        # Texts of different lengths need padding; the mask keeps it out of every result.
+        # Texts of different lengths need padding; the mask excludes it from every result.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 
 
-class _Damage:
-    """Turns what a damaged tokenizer raises into a ValueError in one line."""
-
-    KINDS = (OSError, ValueError, LookupError, TypeError, AttributeError)
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # The tokenizers library raises Exception itself, which no `except` catches without all that derives from it.
-        if kind is Exception or isinstance(error, self.KINDS):
-            raise ValueError(f"{self._what}, {kind.__name__}: {one_line(error)}") from error
+@contextmanager
+def _damage_as_value_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        known = (OSError, ValueError, LookupError, TypeError, AttributeError)
+        # The tokenizers library raises the class Exception itself.
+        if type(error) is not Exception and not isinstance(error, known):
+            raise
+        raise ValueError(f"{what}, {type(error).__name__}: {one_line(error)}") from error

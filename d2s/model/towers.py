@@ -1,6 +1,4 @@
-"""Towers: encoders of Hugging Face, by name, by folder, from inside a package, or from random weights."""
-
-from __future__ import annotations
+"""Towers: Hugging Face encoders by name, from a folder, from inside a package, or with random weights."""
 
 import socket
 from collections.abc import Iterator
@@ -18,25 +16,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from d2s.model.batch_norm import across_workers
+from d2s.model.batch_norm import share_statistics
 from d2s.model.config import TowerConfig
 
 PACKAGE = "package:"
-_IMPOSSIBLE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    AssertionError,
-)
-"""What transformers and torch raise while they build a model whose sizes do not fit each other."""
+# What transformers and torch raise while they build a model whose sizes do not fit each other.
+_BUILD_ERRORS = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
+)  # fmt: skip
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no list of unused heads while transformers loads weights."""
+    """Silence transformers' progress bars and its list of unused heads while weights are loaded."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -49,15 +41,15 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's text."""
+    """The first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def locate(name: str) -> str:
-    """Turn `package:<module>/<folder>` into the folder's path; other names are returned as they are.
+    """The path of `package:<module>/<folder>`; other names are returned unchanged.
 
-    Raises ValueError where the package is not installed or has no such folder.
+    Raises ValueError if the package is not installed or has no such folder.
     """
     if not name.startswith(PACKAGE):
         return name
@@ -72,32 +64,27 @@ def locate(name: str) -> str:
 
 
 def reachable(name: str) -> str:
-    """`locate(name)`, and where that is no local folder, a quick look whether the hub can have it.
+    """`locate(name)`, after a quick check that it is a folder, in the cache, or on a hub that can be reached.
 
-    The hub's own client tries for half a minute before it gives up. Raises ValueError where the name is not in
-    the cache and the hub's address does not resolve.
+    Without a network the hub's own client fails only after half a minute. Raises ValueError if the check fails.
     """
-    path = locate(name)
+    path, host = locate(name), urlsplit(ENDPOINT).hostname
     if Path(path).is_dir() or HF_HUB_OFFLINE or "https" in getproxies():
         return path
     try:
-        if try_to_load_from_cache(path, "config.json"):
-            return path
+        if not try_to_load_from_cache(path, "config.json"):
+            socket.getaddrinfo(host, 443)
     except HFValidationError as error:
-        raise ValueError(
-            f"tower name {name!r}: there is no such folder, and no such name on the hub"
-        ) from error
-    host = urlsplit(ENDPOINT).hostname
-    try:
-        socket.getaddrinfo(host, 443)
+        reason = "there is no such folder, and no such name on the hub"
+        raise ValueError(f"tower name {name!r}: {reason}") from error
     except OSError as error:
-        raise ValueError(
-            f"tower name {name!r}: not a folder, not in the cache, and {host} cannot be reached"
-        ) from error
+        reason = f"not a folder, not in the cache, and {host} cannot be reached"
+        raise ValueError(f"tower name {name!r}: {reason}") from error
     return path
 
 
-def _base_config(tower: TowerConfig) -> PreTrainedConfig:
+def _named_config(tower: TowerConfig) -> PreTrainedConfig:
+    """The configuration of the tower's model type, or that of its name, without changes."""
     if tower.config is not None:
         fields = {key: value for key, value in tower.config.items() if key != "model_type"}
         try:
@@ -110,22 +97,21 @@ def _base_config(tower: TowerConfig) -> PreTrainedConfig:
         with quiet():
             return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tower name {tower.name!r}: not a folder, and not to be had from the hub ({one_line(error)})"
-        ) from error
+        reason = f"not a folder, and not available from the hub ({one_line(error)})"
+        raise ValueError(f"tower name {tower.name!r}: {reason}") from error
 
 
 def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
     """The full Hugging Face configuration of a tower.
 
-    `changes` (image_size, vocab_size) are made where the configuration has such a field and the weights are
-    random. Raises ValueError on an unknown name, model type or field.
+    `changes` (image_size, vocab_size) apply to random weights only, and to fields that the configuration has.
+    Raises ValueError on an unknown name, model type or field, or if the tower has fewer than `tower.layers` layers.
     """
-    config = _base_config(tower)
+    config = _named_config(tower)
     if tower.layers is not None:
-        have = getattr(config, "num_hidden_layers", None)
-        if have is None or tower.layers > have:
-            raise ValueError(f"tower.layers={tower.layers!r}: {config.model_type} has {have} layers to keep")
+        count = getattr(config, "num_hidden_layers", None)
+        if count is None or tower.layers > count:
+            raise ValueError(f"tower.layers={tower.layers!r}: {config.model_type} has {count} layers to keep")
         config.num_hidden_layers = tower.layers
     if tower.name is None or not tower.pretrained:
         for key, value in changes.items():
@@ -134,8 +120,8 @@ def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
     return config
 
 
-def _part(model: nn.Module, kind: str) -> nn.Module:
-    """The tower itself: half of a two-tower model (CLIP, SigLIP), or the encoder of an encoder-decoder."""
+def _encoder(model: nn.Module, kind: str) -> nn.Module:
+    """The encoder in a model: half of a two-tower model (CLIP, SigLIP), or the encoder of an encoder-decoder."""
     half = getattr(model, f"{kind}_model", None)
     if isinstance(half, nn.Module) and hasattr(model, "logit_scale"):
         return half
@@ -144,8 +130,8 @@ def _part(model: nn.Module, kind: str) -> nn.Module:
     return model
 
 
-def _without_unused(model: nn.Module) -> nn.Module:
-    """Take out what the tokens do not pass through: parameters that get no gradient trouble the optimizer."""
+def _remove_unused(model: nn.Module) -> nn.Module:
+    """Remove or freeze parameters that do not affect the tokens, because they would never get a gradient."""
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
         model.pooler = None
@@ -158,14 +144,14 @@ def _without_unused(model: nn.Module) -> nn.Module:
 def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedModel:
     """Build the encoder that `tower` describes; `kind` is "vision" or "text". See `tower_config` for changes.
 
-    A pretrained vision tower is brought to `changes["image_size"]` by resizing its position embeddings.
-    Raises ValueError on an unknown name, model type or field.
+    The position embeddings of a pretrained vision tower are resized to `changes["image_size"]` pixels.
+    Raises ValueError on an unknown name, model type or field, or on sizes that do not fit each other.
     """
     config = tower_config(tower, **changes)
     with quiet():
         if tower.name is not None and tower.pretrained:
             try:
-                # The checkpoint's own dtype may be a half; training wants full weights.
+                # Checkpoints may be stored in half precision; training needs float32 weights.
                 model = AutoModel.from_pretrained(
                     locate(tower.name), config=config, dtype=torch.float32, trust_remote_code=False
                 )
@@ -174,22 +160,20 @@ def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedMode
         else:
             try:
                 model = AutoModel.from_config(config, dtype=torch.float32)
-            except _IMPOSSIBLE as error:
-                reason = one_line(error)
-                raise ValueError(
-                    f"tower.config of a {config.model_type}: no such model ({reason})"
-                ) from error
-    model = _part(model, kind)
+            except _BUILD_ERRORS as error:
+                what = f"tower.config of a {config.model_type}"
+                raise ValueError(f"{what}: no such model ({one_line(error)})") from error
+    model = _encoder(model, kind)
     if kind == "vision":
-        model = across_workers(at_size(model, changes["image_size"]))
-    model = _without_unused(model)
+        model = share_statistics(resize_input(model, changes["image_size"]))
+    model = _remove_unused(model)
     if tower.freeze:
         model.requires_grad_(False)
     return model
 
 
-def at_size(model: PreTrainedModel, size: int) -> PreTrainedModel:
-    """The same tower for square images of `size` pixels: position embeddings are resized (bicubic), once."""
+def resize_input(model: PreTrainedModel, size: int) -> PreTrainedModel:
+    """The same tower for square images of `size` pixels; its position embeddings are resized."""
     before = getattr(model.config, "image_size", None)
     if before is None or before in (size, [size, size], (size, size)):
         return model
@@ -205,7 +189,10 @@ def at_size(model: PreTrainedModel, size: int) -> PreTrainedModel:
 
 
 def resize_positions(table: Tensor, count: int) -> Tensor:
-    """Resize position embeddings (..., n, C), a square grid behind extra tokens (CLS), to `count` rows."""
+    """Resize position embeddings (..., n, C), extra tokens (CLS) and then a square grid, to (..., count, C).
+
+    Bicubic; the extra tokens stay. Raises ValueError if neither grid is square.
+    """
     rows, channels = table.shape[-2:]
     old, new = int(rows**0.5), int(count**0.5)
     extra = rows - old * old
@@ -219,7 +206,7 @@ def resize_positions(table: Tensor, count: int) -> Tensor:
 
 
 def tower_width(model: PreTrainedModel) -> int:
-    """Width C of the tokens that a tower gives."""
+    """Width C of the tower's output tokens. Raises ValueError if its configuration does not tell."""
     config = model.config
     sizes = getattr(config, "hidden_sizes", None) or getattr(config, "channels", None)
     width = sizes[-1] if isinstance(sizes, (list, tuple)) else getattr(config, "hidden_size", None)

@@ -15,7 +15,8 @@ from rich.console import Console
 from d2s.common import command
 from d2s.common.files import atomic_file
 from d2s.evaluate.embed import embed_split
-from d2s.evaluate.evaluation import choose_device, data_config_of, evaluate_embeddings, load_model
+from d2s.evaluate.evaluation import evaluate_embeddings
+from d2s.evaluate.inputs import choose_device, data_config_of, load_model
 from d2s.evaluate.tables import recall_table
 from d2s.report.gallery import Gallery, make_gallery
 from d2s.report.page import page

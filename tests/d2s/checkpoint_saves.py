@@ -16,10 +16,10 @@ STATE = {"to_validate": False, "best": {}, "damaged": 0, "truncated": 0, "skippe
 
 
 class Saves:
-    """An engine that knows its states after steps 1 and 2, and a run with checkpoints of the first `keep` of them."""
+    """An engine with its states after steps 1 and 2, and a run with checkpoints of the first `keep` of them."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.run, self.kept = folder / "run", folder / "kept"
+        self.run, self.copy = folder / "run", folder / "copy"
         self.keep, self.workers = keep, start_workers()
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)).to(self.workers.device)
@@ -33,19 +33,19 @@ class Saves:
             self.states[step] = self.snapshot()
             if step <= self.keep:
                 self.save(step)
-        self.run.rename(self.kept)
+        self.run.rename(self.copy)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        pieces = ZeroState(self.engine).pieces()
-        return {piece.name: piece.values.clone() for piece in pieces}
+        slices = ZeroState(self.engine).slices()
+        return {one.name: one.values.clone() for one in slices}
 
     def save(self, step: int) -> None:
         checkpoint.save(self.run, step, {**STATE, "step": step}, self.engine, self.workers, keep=self.keep)
 
     def restored(self) -> int:
-        """The step that a restart goes on from, after a look at every bit of it."""
-        for piece in ZeroState(self.engine).pieces():
-            piece.values.fill_(7)
+        """The step from which a restart continues; every bit of its state is checked."""
+        for one in ZeroState(self.engine).slices():
+            one.values.fill_(7)
         state = checkpoint.load(self.run, self.engine, self.workers)
         assert state is not None, "no checkpoint was found"
         found = self.snapshot()
@@ -55,8 +55,8 @@ class Saves:
 
     def put_back(self) -> None:
         shutil.rmtree(self.run, ignore_errors=True)
-        shutil.copytree(self.kept, self.run)
+        shutil.copytree(self.copy, self.run)
 
     def fill(self, step: int) -> None:
-        for piece in ZeroState(self.engine).pieces():
-            piece.values.copy_(self.states[step][piece.name])
+        for one in ZeroState(self.engine).slices():
+            one.values.copy_(self.states[step][one.name])

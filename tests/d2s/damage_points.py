@@ -1,4 +1,4 @@
-"""Damages checkpoints and fills disks, and looks at what a restart says and finds: started by test_checkpoint.py.
+"""Damages checkpoints and fills disks, and checks what a restart reports and restores; test_store.py starts it.
 
 damage_points.py FOLDER
 """
@@ -20,7 +20,7 @@ from checkpoint_saves import STATE, Saves
 from d2s.checkpoint import store as checkpoint
 from d2s.workers.group import leave
 
-SHARE, MARKER = "worker-00000.safetensors", "complete.json"
+WEIGHTS, MARKER = "worker-00000.safetensors", "complete.json"
 
 
 class Evil:
@@ -51,18 +51,18 @@ def outside(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "a flipped bit in the first byte": (SHARE, lambda path: flip(path, 0), "differs from its checksum"),
-    "a flipped bit in the last byte": (SHARE, lambda path: flip(path, -1), "differs from its checksum"),
+    "a flipped bit in the first byte": (WEIGHTS, lambda path: flip(path, 0), "differs from its checksum"),
+    "a flipped bit in the last byte": (WEIGHTS, lambda path: flip(path, -1), "differs from its checksum"),
     "half a file": (
-        SHARE,
+        WEIGHTS,
         lambda path: path.write_bytes(path.read_bytes()[:500]),
         "differs from its checksum",
     ),
-    "a vanished file": (SHARE, Path.unlink, SHARE),
-    "a pickle": (SHARE, unpickled, SHARE),
+    "a vanished file": (WEIGHTS, Path.unlink, WEIGHTS),
+    "a pickle": (WEIGHTS, unpickled, WEIGHTS),
     "half a marker": (MARKER, lambda path: path.write_text(path.read_text()[:40]), "Expecting"),
     "a marker that lacks state": (MARKER, lambda path: path.write_text('{"step": 2}'), "lacks some of"),
-    "a marker that leads outside": (MARKER, outside, "outside of its folder"),
+    "a marker that leads outside": (MARKER, outside, "elsewhere"),
 }
 
 
@@ -70,10 +70,10 @@ def try_damage(saves: Saves) -> None:
     for what, (name, damage, words) in DAMAGE.items():
         saves.put_back()
         damage(saves.run / "checkpoints" / "step-00000002" / name)
-        told = io.StringIO()
-        with contextlib.redirect_stderr(told):
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
             assert saves.restored() == 1, what
-        lines = told.getvalue().splitlines()
+        lines = printed.getvalue().splitlines()
         assert len(lines) == 1, lines
         assert "step-00000002 is damaged" in lines[0], lines
         assert words in lines[0], lines
@@ -84,7 +84,7 @@ def try_damage(saves: Saves) -> None:
         print(f"{what}: {lines[0].split('damaged ')[1]}")
     saves.put_back()
     for step in (1, 2):
-        flip(saves.run / "checkpoints" / f"step-{step:08d}" / SHARE, 200)
+        flip(saves.run / "checkpoints" / f"step-{step:08d}" / WEIGHTS, 200)
     message = refused(saves.restored)
     assert "there is no older one: remove" in message, message
     print(f"all damaged: {message}")
@@ -120,7 +120,7 @@ def main(folder: Path) -> None:
     saves.put_back()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, limit[1]))
-    try_full(saves, "a limit on the size of files", "worker 0: File too large")
+    try_full(saves, "a limit on the size of files", "File too large")
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     saves.run = folder / "small"
     saves.run.mkdir()
@@ -128,11 +128,11 @@ def main(folder: Path) -> None:
         print("a full disk: not tried, mounting one is not permitted")
     else:
         try:
-            shutil.copytree(saves.kept, saves.run, dirs_exist_ok=True)
+            shutil.copytree(saves.copy, saves.run, dirs_exist_ok=True)
             with contextlib.suppress(OSError), open(saves.run / "filler", "wb") as filler:
                 while filler.write(bytes(4096)):
                     filler.flush()
-            try_full(saves, "a full disk", "worker 0: No space left on device")
+            try_full(saves, "a full disk", "No space left on device")
         finally:
             subprocess.run(["umount", saves.run], check=True)
     saves.run = folder / "blocked"

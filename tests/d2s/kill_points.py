@@ -1,4 +1,4 @@
-"""Kills a process at every system call of a save, and looks at what a restart finds: started by test_checkpoint.py.
+"""Kills a process at every system call of a save and checks what a restart finds; test_store.py starts it.
 
     kill_points.py FOLDER
 

@@ -1,4 +1,4 @@
-"""One group of workers, many cases: started by test_zero.py, under a launcher or alone.
+"""Runs many cases in one group of workers; test_zero_stages.py starts it, with a launcher or alone.
 
     zero_workers.py CASES.json OUT.json
 

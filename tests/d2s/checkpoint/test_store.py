@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from d2s.checkpoint.store import newest
-from d2s.checkpoint.worker_file import Shares, own_share, write_share
-from d2s.checkpoint.zero_state import Piece
+from d2s.checkpoint.worker_file import WorkerFiles, slices_to_write, write_slices
+from d2s.checkpoint.zero_state import TensorSlice
 from d2s.common import folders
 
 HERE = Path(__file__).parents[1]
@@ -48,30 +48,30 @@ def test_damage_and_full_disks_are_one_line_and_the_last_good_one_stays(tmp_path
     assert "an unwritable folder" in done.stdout
 
 
-def test_shares_of_any_number_of_workers_hold_everything_once(tmp_path: Path) -> None:
+def test_files_of_any_number_of_workers_hold_everything_once(tmp_path: Path) -> None:
     whole = {"weight/a": torch.randn(10), "buffer/b": torch.arange(3), "weight/c": torch.randn(1).bfloat16()}
     for world in (1, 3, 4):
         files = [tmp_path / f"{world}-{rank}" for rank in range(world)]
         for rank, path in enumerate(files):
-            pieces = [Piece(name, 0, values, True) for name, values in whole.items()]
-            write_share(path, own_share(pieces, rank, world))
+            slices = [TensorSlice(name, 0, values, True) for name, values in whole.items()]
+            write_slices(path, slices_to_write(slices, rank, world))
             load_file(path)  # the library reads what was written
-        with Shares(files) as shares:
-            assert shares.sizes() == {name: len(values) for name, values in whole.items()}
+        with WorkerFiles(files) as opened:
+            assert opened.element_counts() == {name: len(values) for name, values in whole.items()}
             for name, values in whole.items():
                 for start in range(len(values)):
-                    part = Piece(name, start, torch.zeros_like(values[start:]), False)
-                    shares.fill(part)
+                    part = TensorSlice(name, start, torch.zeros_like(values[start:]), False)
+                    opened.read_into(part)
                     assert torch.equal(part.values, values[start:])
 
 
-def test_a_share_that_lacks_elements_is_refused(tmp_path: Path) -> None:
-    write_share(tmp_path / "one", [Piece("weight/a", 0, torch.randn(4), False)])
+def test_a_file_that_lacks_elements_is_refused(tmp_path: Path) -> None:
+    write_slices(tmp_path / "one", [TensorSlice("weight/a", 0, torch.randn(4), False)])
     with (
-        Shares([tmp_path / "one"]) as shares,
+        WorkerFiles([tmp_path / "one"]) as opened,
         pytest.raises(ValueError, match="has 2 of 4 elements from 2 on"),
     ):
-        shares.fill(Piece("weight/a", 2, torch.zeros(4), False))
+        opened.read_into(TensorSlice("weight/a", 2, torch.zeros(4), False))
 
 
 def test_a_checkpoint_set_aside_counts_until_it_is_brought_back(tmp_path: Path) -> None:

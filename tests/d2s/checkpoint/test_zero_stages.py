@@ -154,7 +154,7 @@ def test_bf16_is_alike_at_every_stage(group: Group, number: int) -> None:
 @pytest.mark.dist
 def test_a_worker_whose_disk_is_full_stops_all_and_training_may_go_on(group: Group) -> None:
     full = group.results["full"]
-    assert re.search(r"step-00000002 could not be written \(worker 1: File too large\)", full["refused"])
+    assert re.search(r"step-00000002 could not be written \(worker 1: .*File too large", full["refused"])
     assert close(full["losses"], group.results["two-1"]["losses"])
 
 

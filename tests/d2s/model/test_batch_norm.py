@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
-from d2s.model.batch_norm import MapBatchNorm, WordBatchNorm, across_workers
+from d2s.model.batch_norm import MapBatchNorm, WordBatchNorm, share_statistics
 
 
 def test_equals_torch_on_one_worker():
@@ -30,7 +30,7 @@ def test_equals_torch_on_one_worker():
 
 
 def test_every_map_norm_is_exchanged():
-    model = across_workers(nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3))))
+    model = share_statistics(nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3))))
     assert [type(norm) for norm in (model[0], model[1][0])] == [MapBatchNorm] * 2
 
 

@@ -112,7 +112,7 @@ def test_kept_weights_follow_the_parameters():
     features, mask = torch.randn(2, 5, 3, dtype=torch.float64), torch.ones(2, 5, dtype=torch.bool)
     with torch.no_grad():
         first = pool(features, mask)
-        assert len(pool._kept) == 1
+        assert len(pool._cache) == 1
         assert torch.equal(first, pool(features, mask))
         pool.weights.score.add_(1.0)
         changed = pool(features, mask)

@@ -61,13 +61,12 @@ def test_text_embedding_is_text_plus_prompt():
     ids, mask = pieces(model, CAPTIONS)
     out = model.forward_text(ids, mask)
     torch.testing.assert_close(out.embedding, out.text + out.prompt)
-    plain = model.forward_text(ids, mask, decoder=False)
-    assert plain.prompt is None
-    torch.testing.assert_close(plain.embedding, out.text)
     encoded = model.encode_text(CAPTIONS)
     torch.testing.assert_close(encoded, nn.functional.normalize(out.embedding, dim=1), atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="no decoder"):
-        tiny_model(decoder=None).forward_text(ids, mask, decoder=True)
+    model.decoder = None
+    plain = model.forward_text(ids, mask)
+    assert plain.prompt is None
+    torch.testing.assert_close(plain.embedding, out.text)
 
 
 @torch.no_grad()

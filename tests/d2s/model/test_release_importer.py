@@ -10,8 +10,9 @@ import torch
 from model_towers import CAPTIONS, pictures, pieces
 from torch import nn
 
+from d2s.compat import main
 from d2s.model import D2SModel, build_word_tokenizer
-from d2s.model import release_importer as compat
+from d2s.model.release_importer import convert
 
 WIDTH, HIDDEN, SIZE = 16, 64, 32
 
@@ -170,7 +171,7 @@ def test_text_side_gives_what_the_release_evaluates(tokenizer, tmp_path):
     name, words = tokenizer
     content = release_checkpoint(words)
     torch.save(content, tmp_path / "model_best.pth")
-    model = compat.convert(tmp_path / "model_best.pth", tokenizer=name)
+    model = convert(tmp_path / "model_best.pth", tokenizer=name)
     state = {name.removeprefix("module."): value for name, value in content["model"].items()}
     ids, mask = pieces(model, CAPTIONS)
     hidden = model.text_encoder.tower(input_ids=ids, attention_mask=mask.long()).last_hidden_state
@@ -192,7 +193,7 @@ def test_every_weight_arrives(vision, stage, tokenizer, tmp_path):
     name, words = tokenizer
     content = release_checkpoint(words, vision=vision, stage=stage, prefix="" if stage == 1 else "module.")
     torch.save(content, tmp_path / "c.pth")
-    model = compat.convert(tmp_path / "c.pth", tokenizer=name)
+    model = convert(tmp_path / "c.pth", tokenizer=name)
     arrived = {tuple(value.flatten()[:50].tolist()) for value in model.state_dict().values()}
     unused = (
         "pooler",
@@ -216,7 +217,7 @@ def test_command_writes_a_model_with_the_switches_on(tokenizer, tmp_path, capsys
     # The release feeds 384 pixels to a tower of 224: the table is smaller than the input's grid.
     torch.save(release_checkpoint(words, grid=2), tmp_path / "c.pth")
     out = tmp_path / "out"
-    assert compat.main([str(tmp_path / "c.pth"), "--out", str(out), "--tokenizer", name]) == 0
+    assert main([str(tmp_path / "c.pth"), "--out", str(out), "--tokenizer", name]) == 0
     model = D2SModel.from_pretrained(out)
     config = model.config
     assert (config.compat_decoder_padding, config.compat_unit_prompt, config.compat_batch_norm) == (True,) * 3
@@ -224,9 +225,9 @@ def test_command_writes_a_model_with_the_switches_on(tokenizer, tmp_path, capsys
     assert config.image_size == SIZE
     assert model.image_encoder.tower.embeddings.position_embeddings.shape[1] == 17
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pth", "out"]
-    assert compat.main([str(tmp_path / "c.pth"), "--out", str(out), "--tokenizer", name]) == 2
+    assert main([str(tmp_path / "c.pth"), "--out", str(out), "--tokenizer", name]) == 2
     assert "--out" in capsys.readouterr().err
-    ours = compat.convert(tmp_path / "c.pth", tokenizer=name, ours=True).config
+    ours = convert(tmp_path / "c.pth", tokenizer=name, ours=True).config
     assert not ours.compat_unit_prompt
 
 
@@ -248,7 +249,7 @@ def test_a_malicious_pickle_is_refused(writer, tmp_path, capsys):
         path.write_bytes(pickle.dumps(content["opt"], protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=writer == "zip")
-    assert compat.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    assert main([str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "refused" in error
@@ -273,15 +274,15 @@ def test_wrong_files_are_named_in_one_line(tokenizer, tmp_path):
     for words_in_error, content in wrong.items():
         torch.save(content, tmp_path / "c.pth")
         with pytest.raises(ValueError, match=words_in_error) as caught:
-            compat.convert(tmp_path / "c.pth", tokenizer=name)
+            convert(tmp_path / "c.pth", tokenizer=name)
         assert "\n" not in str(caught.value)
     torch.save(good, tmp_path / "c.pth")
     data = (tmp_path / "c.pth").read_bytes()
     (tmp_path / "c.pth").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"damaged|refused"):
-        compat.convert(tmp_path / "c.pth", tokenizer=name)
+        convert(tmp_path / "c.pth", tokenizer=name)
     with pytest.raises(ValueError, match="no such file"):
-        compat.convert(tmp_path / "none.pth", tokenizer=name)
+        convert(tmp_path / "none.pth", tokenizer=name)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_weights_of_a_wrong_shape_are_named_in_one_line(tokenizer, tmp_path, cap
     content = release_checkpoint(words)
     content["model"]["module." + name] = change(content["model"]["module." + name]).clone()
     torch.save(content, tmp_path / "c.pth")
-    assert compat.main([str(tmp_path / "c.pth"), "--out", str(tmp_path / "out"), "--tokenizer", folder]) == 2
+    assert main([str(tmp_path / "c.pth"), "--out", str(tmp_path / "out"), "--tokenizer", folder]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "shape" in error or "plain tensor" in error
@@ -317,20 +318,20 @@ def test_half_a_decoder_is_refused(tokenizer, tmp_path, name):
     del content["model"]["module." + name]
     torch.save(content, tmp_path / "c.pth")
     with pytest.raises(ValueError, match=r"has no( weight 'decoder.tokens'| decoder.norm.weight)"):
-        compat.convert(tmp_path / "c.pth", tokenizer=folder)
+        convert(tmp_path / "c.pth", tokenizer=folder)
 
 
 def test_a_usage_error_and_a_place_that_cannot_be_are_one_line(tokenizer, tmp_path, capsys):
     for arguments in ([], ["c.pth"], ["c.pth", "--out", "o", "--image-size", "0"]):
         with pytest.raises(SystemExit) as stop:
-            compat.main(arguments)
+            main(arguments)
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
     folder, words = tokenizer
     torch.save(release_checkpoint(words, stage=1), tmp_path / "c.pth")
     (tmp_path / "file").write_text("")
     given = [str(tmp_path / "c.pth"), "--out", str(tmp_path / "file" / "out"), "--tokenizer", folder]
-    assert compat.main(given) == 2
+    assert main(given) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert str(tmp_path / "file") in error

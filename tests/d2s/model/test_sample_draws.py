@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_towers import pictures, tiny_config, tiny_model
 
-from d2s.model.sample_draws import kept_tokens, uniforms
+from d2s.model.sample_draws import token_mask, uniforms
 from d2s.shards.order import draws
 
 
@@ -25,7 +25,7 @@ def seeds(count: int, seed: int = 3) -> torch.Tensor:
 
 def test_shares_of_dropped_tokens():
     config = tiny_config()
-    kept = kept_tokens(seeds(4000), 200, config)
+    kept = token_mask(seeds(4000), 200, config)
     rate = 1 - kept.double().mean(1)
     touched = rate > 0
     # 4000 draws of p = 0.8 lie within 0.02 but for one time in 600.
@@ -36,7 +36,7 @@ def test_shares_of_dropped_tokens():
 
 def test_one_token_always_stays():
     config = tiny_config(token_dropout=1.0, token_dropout_min=1.0, token_dropout_max=1.0)
-    assert kept_tokens(seeds(50), 9, config).sum(1).tolist() == [1] * 50
+    assert token_mask(seeds(50), 9, config).sum(1).tolist() == [1] * 50
 
 
 def test_draws_belong_to_the_sample_not_the_batch():

@@ -165,6 +165,33 @@ def test_bad_texts_are_named():
         model.encode_text(["a", "a \ud83d"])
 
 
+@pytest.mark.parametrize("texts", [{"q1": "a dog", "q2": "a cat"}, {"a dog", "a cat"}, None, 3])
+def test_what_is_no_list_of_texts_is_refused(texts):
+    with pytest.raises(
+        ValueError, match=f"^texts is a {type(texts).__name__}: give a text or a list of texts"
+    ):
+        tiny_model("resnet").encode_text(texts)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, True, 2.5, "8"])
+def test_a_batch_size_that_is_no_count_is_refused(batch_size):
+    model = tiny_model("resnet")
+    for encode, items in (
+        (model.encode_text, ["a dog"]),
+        (model.encode_image, [np.zeros((8, 8, 3), np.uint8)]),
+    ):
+        with pytest.raises(ValueError, match=r"^batch_size=.*: give a whole number") as caught:
+            encode(items, batch_size=batch_size)
+        assert "\n" not in str(caught.value)
+
+
+def test_every_usual_list_of_texts_is_read():
+    model, texts = tiny_model("resnet"), ["a dog", "the dog runs"]
+    expected = model.encode_text(texts)
+    for given in (tuple(texts), np.array(texts), (text for text in texts), dict.fromkeys(texts).keys()):
+        assert torch.equal(model.encode_text(given, batch_size=np.int64(8)), expected)
+
+
 def test_long_texts_are_cut():
     model = tiny_model("resnet", max_words=5)
     torch.testing.assert_close(model.encode_text("a dog runs on the grass"), model.encode_text("a dog runs"))
@@ -211,7 +238,7 @@ def test_settings_of_a_wrong_type(saved, content):
 
 def test_missing_settings_are_named(tmp_path):
     (tmp_path / "config.json").mkdir()
-    for folder, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+    for folder, reason in ((tmp_path / "none", "no such file"), (tmp_path, "is a folder, not a file")):
         with pytest.raises(ValueError, match=reason) as caught:
             read_config(folder)
         assert str(caught.value).startswith(str(folder / "config.json"))

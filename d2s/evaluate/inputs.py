@@ -1,0 +1,59 @@
+"""What an evaluation starts from: a device, a trained model, and how the model was fed in training."""
+
+from pathlib import Path
+
+import torch
+
+from d2s.common.files import read_json
+from d2s.data.batches import DataConfig
+from d2s.model import D2SModel
+from d2s.workers.group import in_full_precision
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for an empty name CUDA if there is one, otherwise the CPU. Turns TF32 off.
+
+    Raises:
+        ValueError: the device does not exist or cannot be used.
+    """
+    in_full_precision()
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError):
+        count = torch.cuda.device_count()
+        raise ValueError(
+            f"--device {name}: cannot be used here ({count} CUDA devices): use cpu, cuda or cuda:N"
+        ) from None
+    return device
+
+
+def load_model(folder: Path) -> D2SModel:
+    """The model in a folder that `save_pretrained` wrote, in eval mode.
+
+    Raises:
+        ValueError: the folder holds no model; the message tells if it is a run.
+    """
+    if (folder / "best" / "config.json").is_file():
+        raise ValueError(f"--model {folder} is a run, not a model: use {folder / 'best'}")
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is no folder"
+        raise ValueError(f"--model {folder} {what}: give a folder of save_pretrained, such as runs/NAME/best")
+    return D2SModel.from_pretrained(folder)
+
+
+def data_config_of(folder: Path, model: D2SModel) -> DataConfig:
+    """The word limits and loader processes of the run that contains the model's folder, or the defaults.
+
+    The image size is always the model's own.
+
+    Raises:
+        ValueError: the run's config.json is not JSON or has an impossible value.
+    """
+    path = folder.resolve().parent / "config.json"
+    values = read_json(path).get("config", {}).get("data", {}) if path.is_file() else {}
+    names = ("max_words_sparse", "max_words_dense", "loader_workers")
+    chosen = {name: values[name] for name in names if name in values}
+    return DataConfig(image_size=model.config.image_size, **chosen)
