@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from d2s.data.batches import DataConfig, eval_images, eval_texts
+from d2s.data.eval_batches import eval_images, eval_texts
+from d2s.data.loader import DataConfig
 from d2s.model import D2SModel
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.read.index import ShardIndex
-from d2s.workers.group import all_gather
+from d2s.workers.collectives import all_gather
 
 Kind = Literal["sparse", "dense"]
 Poll = Callable[[], None] | None

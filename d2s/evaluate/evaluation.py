@@ -28,7 +28,7 @@ from d2s.evaluate.metrics import Retrieval, fold_report, normalize, recall_repor
 from d2s.evaluate.tables import capacity_table, recall_table
 from d2s.model import D2SModel
 from d2s.shards.read.index import ShardIndex
-from d2s.workers.group import in_full_precision
+from d2s.workers.devices import in_full_precision
 
 FOLD = 1000
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
+from d2s.workers.group import several_workers
+
 
 class _SumOverWorkers(torch.autograd.Function):
     """Each worker's loss depends on every worker's addend, so the gradient is a sum over workers too."""
@@ -23,11 +25,6 @@ class _SumOverWorkers(torch.autograd.Function):
         out = grad.clone()
         dist.all_reduce(out)
         return out
-
-
-def several_workers() -> bool:
-    """Whether this process is one of several workers."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def total(value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import distributed as dist
 from worker_cases import build, run, start
 
-from d2s.workers.group import in_full_precision, refuse_shared_devices
+from d2s.workers.devices import in_full_precision, refuse_shared_devices
 
 
 @pytest.mark.parametrize("devices", [["cpu"] * 3, ["a GPU 1", "a GPU 2", "b GPU 1"]])
