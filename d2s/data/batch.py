@@ -73,15 +73,11 @@ class BatchBuilder:
         captions: the text to align: "sparse"; "dense"; or "both", sparse with a dense one of the same image for the
             teacher.
         dense_text: with "both", tokenise the dense caption too.
-    Raises:
-        ValueError: an unknown value of `captions`.
     """
 
     def __init__(
         self, config: DataConfig, pipeline: TextPipeline, *, captions: Captions, seed: int, dense_text: bool
     ) -> None:
-        if captions not in ("sparse", "dense", "both"):
-            raise ValueError(f"captions is {captions!r}: use 'sparse', 'dense' or 'both'")
         self.config, self.pipeline, self.captions = config, pipeline, captions
         self.seed, self.dense_text = seed, dense_text
 
@@ -93,17 +89,23 @@ class BatchBuilder:
         epoch: int,
         *,
         sparse: I64,
-        dense: I64,
         samples: I64,
-        dense_index: I64,
+        dense_start: I64 | None,
         damaged: list[str],
     ) -> Batch:
         """A batch of B records, their images (B, 3, H, W) and the items (B,) that seed the draws.
 
-        sparse, dense: (B,) which of each record's captions to take. The rest enters the batch as it is.
+        sparse: (B,) which of each record's sparse captions to take. samples: (B,) global rows. dense_start: (B,)
+        number in the data set of each record's first dense caption, None in a stream. damaged: as in the batch.
         """
         config, seed, cut_before = self.config, self.seed, self.pipeline.truncated
-        long = [] if self.captions == "sparse" else [r.dense[j] for r, j in zip(records, dense, strict=True)]
+        dense_index, long = np.full(len(records), -1), []
+        if self.captions != "sparse":
+            n_dense = np.array([len(record.dense) for record in records])
+            dense = draw_one(n_dense, seed, epoch, items, "dense")
+            long = [record.dense[j] for record, j in zip(records, dense, strict=True)]
+            if dense_start is not None:
+                dense_index = dense_start + dense
         if self.captions != "dense":
             texts = [r.sparse[j] for r, j in zip(records, sparse, strict=True)]
             max_length = config.max_words_sparse

@@ -142,13 +142,9 @@ class _TrainSteps(Dataset):
             place = (rows[i], sparse[i])
             rows[i], sparse[i], record = self._read(item, place, crops[i], epoch, images[i], damaged)
             records.append(record)
-        dense = dense_index = np.full(len(rows), -1)
-        if items.captions != "sparse":
-            dense = draw_one(items.index.take("n_dense", rows), seed, epoch, numbers, "dense")
-            dense_index = items.index.take("dense_start", rows) + dense
         return self.builder.build(
             records, images, numbers, epoch,
-            sparse=sparse, dense=dense, samples=rows, dense_index=dense_index, damaged=damaged,
+            sparse=sparse, samples=rows, dense_start=items.index.take("dense_start", rows), damaged=damaged,
         )  # fmt: skip
 
     def _read(

@@ -18,10 +18,9 @@ def _sample(line: str) -> str:
 
 def add_new(known: list[str], lines: Iterable[str]) -> None:
     """Adds to `known`, in place, the lines about samples that it does not name yet."""
-    samples = None
+    lines = list(lines)
+    samples = {_sample(other) for other in known} if lines else set()
     for line in lines:
-        if samples is None:
-            samples = {_sample(other) for other in known}
         if _sample(line) not in samples:
             samples.add(_sample(line))
             known.append(line)

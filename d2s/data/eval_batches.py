@@ -37,44 +37,6 @@ class _ImageSteps(Dataset):
         return torch.from_numpy(rows), torch.from_numpy(images), torch.from_numpy(valid)
 
 
-class _TextSteps(Dataset):
-    def __init__(
-        self,
-        index: ShardIndex,
-        split: str,
-        pipeline: TextPipeline,
-        kind: str,
-        max_length: int | None,
-        batch: tuple[int, int, int],
-        skip_damaged: bool,
-    ) -> None:
-        self.index, self.split, self.pipeline, self.kind = index, split, pipeline, kind
-        self.max_length, self.batch, self.skip_damaged = max_length, batch, skip_damaged
-        self.total = index.total(split, kind)
-        self.reader = ShardReader(index)
-
-    def _captions(self, row: int) -> tuple[str, ...] | None:
-        try:
-            return self.reader.captions(row)[1 + (self.kind == "dense")]
-        except DamagedSample:
-            if self.skip_damaged:
-                return None
-            raise
-
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
-        numbers, valid = _numbers(self.total, step, *self.batch)
-        rows, which = self.index.pair(self.split, np.minimum(numbers, self.total - 1), self.kind)
-        captions = {row: self._captions(row) for row in dict.fromkeys(rows.tolist())}
-        valid &= [captions[row] is not None for row in rows.tolist()]
-        places = zip(rows.tolist(), which, valid, strict=True)
-        ids, mask = self.pipeline.encode(
-            [captions[row][j] if there else "" for row, j, there in places], self.max_length
-        )
-        arrays = (np.where(valid, numbers, -1), np.where(valid, rows, -1), valid)
-        numbers_, rows_, valid_ = map(torch.from_numpy, arrays)
-        return numbers_, rows_, ids, mask, valid_
-
-
 def _numbers(n: int, step: int, local: int, rank: int, world: int) -> tuple[I64, NDArray[np.bool_]]:
     """Which of n things a worker handles at a step (local,), and whether they exist (local,)."""
     positions = batch_positions(step, local * world, rank, world)
@@ -109,14 +71,12 @@ def eval_texts(
     rank: int = 0,
     world: int = 1,
     *,
-    max_length: int | None = None,
-    loader_workers: int = 0,
     skip_damaged: bool = False,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Every caption of one kind of a split once, without augmentation, in the same number of steps on each worker.
 
     Args:
-        batch_size: B, captions of a worker in a step. max_length: tokens at most; None for the pipeline's.
+        batch_size: B, captions of a worker in a step.
         skip_damaged: mark the captions of a sample that cannot be read as not valid, instead of raising.
     Yields:
         Caption numbers within the split int64 (B,), global image rows int64 (B,), ids int64 (B, L), mask bool
@@ -124,9 +84,27 @@ def eval_texts(
     Raises:
         ValueError: no such split, no captions of this kind in it, or a damaged sample.
     """
-    if index.total(split, kind) == 0:
+    total, reader = index.total(split, kind), ShardReader(index)
+    if total == 0:
         raise ValueError(
             f"split {split!r} of {index.root} has no {kind} captions: evaluate another kind or split"
         )
-    dataset = _TextSteps(index, split, pipeline, kind, max_length, (batch_size, rank, world), skip_damaged)
-    yield from StepLoader(dataset, loader_workers).run(range(-(-dataset.total // (batch_size * world))))
+
+    def captions_of(row: int) -> tuple[str, ...] | None:
+        try:
+            return reader.captions(row)[1 + (kind == "dense")]
+        except DamagedSample:
+            if skip_damaged:
+                return None
+            raise
+
+    for step in range(-(-total // (batch_size * world))):
+        numbers, valid = _numbers(total, step, batch_size, rank, world)
+        rows, which = index.pair(split, np.minimum(numbers, total - 1), kind)
+        captions = {row: captions_of(row) for row in dict.fromkeys(rows.tolist())}
+        valid &= [captions[row] is not None for row in rows.tolist()]
+        places = zip(rows.tolist(), which, valid, strict=True)
+        ids, mask = pipeline.encode([captions[row][j] if there else "" for row, j, there in places])
+        arrays = (np.where(valid, numbers, -1), np.where(valid, rows, -1), valid)
+        numbers_, rows_, valid_ = map(torch.from_numpy, arrays)
+        yield numbers_, rows_, ids, mask, valid_

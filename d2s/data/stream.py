@@ -149,13 +149,10 @@ class _StreamSteps(IterableDataset):
             if len(items) == count:
                 break
         damaged, stream.notes = stream.notes, []
-        numbers, none = np.array(items, np.int64), np.full(count, -1)
-        n_sparse, n_dense = (
-            np.array([len(getattr(record, kind)) for record in records]) for kind in ("sparse", "dense")
-        )
+        numbers = np.array(items, np.int64)
+        n_sparse = np.array([len(record.sparse) for record in records])
         return self.builder.build(
             records, images, numbers, epoch,
             sparse=draw_one(n_sparse, seed, epoch, numbers, "caption"),
-            dense=draw_one(n_dense, seed, epoch, numbers, "dense"),
-            samples=none, dense_index=none, damaged=damaged,
+            samples=np.full(count, -1), dense_start=None, damaged=damaged,
         )  # fmt: skip

@@ -302,8 +302,6 @@ def test_missing_captions_and_sizes_are_named_at_the_start(tmp_path):
         batches(index, "sparse", 10)
     with pytest.raises(ValueError, match="batch_size is 9, which 2 workers"):
         batches(index, "sparse", 9, rank=0, world=2)
-    with pytest.raises(ValueError, match="captions is 'all'"):
-        batches(index, "all")
     with pytest.raises(ValueError, match=r"split 'val' of .* has no image"):
         list(eval_images(index, "val", config(), 2))
 

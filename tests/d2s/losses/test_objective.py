@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from d2s.kernels import functional as F
 from d2s.losses.objective import LossConfig, Objective
+from d2s.losses.table import DISTILLATIONS, LOSSES
 from d2s.workers.collectives import all_gather
 
 N, D = 16, 12
@@ -116,6 +118,15 @@ def test_loss_and_gradients_do_not_depend_on_workers(world: int, tmp_path: Path)
     for exchange, sides in results["ties"].items():
         for own, other in zip(wanted, sides, strict=True):
             assert (own - other).abs().max() <= 1e-10, exchange
+
+
+def test_every_loss_of_the_table_is_a_choice_of_the_settings_and_a_case_above() -> None:
+    choices = get_type_hints(LossConfig)
+    assert get_args(choices["align"]) == tuple(LOSSES)
+    assert get_args(choices["distill"]) == tuple(DISTILLATIONS)
+    configs = [config for config, _ in CASES.values()]
+    assert {config.align for config in configs} == LOSSES.keys()
+    assert {config.distill for config in configs if config.distill_weight} == DISTILLATIONS.keys()
 
 
 def test_at_a_batch_of_128_it_is_the_papers_sum_and_mean() -> None:
