@@ -2,7 +2,7 @@
 
 import atexit
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
@@ -91,12 +91,11 @@ class StepLoader:
                 self._dataset, self._processes, sampler=self._items, persistent_workers=self._processes > 0
             )
         self._items[:] = items
-        for result in results_of(self._loader):
-            if isinstance(result, ValueError):
-                # Only this loop refers to the processes now, so they stop when it is left. In a reference cycle with
-                # the error they would wait for the garbage collector, which stops them after ten seconds.
-                self._loader = None
-            yield from raise_errors([result])
+        try:
+            yield from results_of(self._loader)
+        except ValueError:
+            self._loader = None  # the last reference to the processes, which stop now
+            raise
 
 
 def new_loader(dataset: Dataset, processes: int, **settings: Any) -> DataLoader:
@@ -118,16 +117,25 @@ def _ignore_stop_signals(process: int) -> None:
 
 
 def results_of(loader: DataLoader) -> Iterator[Any]:
-    """iter(loader), whose processes end with this one at the latest.
+    """Yields a loader's results, and raises a ValueError among them. Its processes end with this one at the latest.
 
-    Python ends child processes at exit by TERM, which these ignore, and waits for them forever.
+    A process returns its ValueError as a result, because torch would raise it with two tracebacks in the message.
     """
     results = iter(loader)
+    # Python ends child processes at exit by TERM, which these ignore, and waits for them forever. Registered anew, to
+    # be called before torch's own handler, which waits seconds for each process.
     _PROCESSES.update(getattr(results, "_workers", ()))
-    # Registered anew, to be called before torch's own handler, which waits seconds for each process.
     atexit.unregister(_kill_processes)
     atexit.register(_kill_processes)
-    return results
+    for result in results:
+        if isinstance(result, ValueError):
+            try:
+                raise result
+            finally:
+                # The error refers to this frame. If the frame referred to the processes, they would run on until the
+                # error is forgotten.
+                del result, results, loader
+        yield result
 
 
 def _kill_processes() -> None:
@@ -137,7 +145,7 @@ def _kill_processes() -> None:
 
 
 class _ErrorsAsResults(Dataset):
-    """Returns ValueErrors instead of raising them, for :func:`raise_errors`."""
+    """Returns ValueErrors instead of raising them, for :func:`results_of`."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -147,17 +155,3 @@ class _ErrorsAsResults(Dataset):
             return self.dataset[item]
         except ValueError as error:
             return error
-
-
-def raise_errors(results: Iterable[Any]) -> Iterator[Any]:
-    """Passes results on, and raises a ValueError among them.
-
-    Raised in a loader process, it would reach the user with two tracebacks in its message instead of one line.
-    """
-    for result in results:
-        if isinstance(result, ValueError):
-            try:
-                raise result
-            finally:
-                del result  # the error refers to this frame: breaks the reference cycle
-        yield result

@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from d2s.data.batch import Batch, BatchBuilder, Captions, draw_one
 from d2s.data.damage import count_damage
-from d2s.data.loader import DataConfig, new_loader, raise_errors, results_of
+from d2s.data.loader import DataConfig, new_loader, results_of
 from d2s.preprocess.images import CROP_DRAWS, train_image
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.order import draws
@@ -79,7 +79,7 @@ class StreamBatches:
         """
         self._dataset.steps = (epoch, start_step, self.steps_per_epoch)
         results = results_of(new_loader(self._dataset, self.config.loader_workers))
-        return count_damage(raise_errors(results), self.damaged, self.config.damage_budget)
+        return count_damage(results, self.damaged, self.config.damage_budget)
 
 
 class _StreamSteps(IterableDataset):
@@ -117,7 +117,7 @@ class _StreamSteps(IterableDataset):
         for _ in range(start + process, stop, processes):
             try:
                 yield self._batch(samples, stream, global_batch // world, epoch)
-            except ValueError as error:  # for raise_errors
+            except ValueError as error:  # for results_of
                 yield error
                 return
 
