@@ -35,7 +35,7 @@ class StepSizes(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """Rows and columns of the similarities S = rows @ columns.T, and the images that they belong to."""
+    """Rows and columns of the similarities S = rows @ columns.T: the arguments of `d2s.kernels.functional`."""
 
     rows: Tensor
     """(B, D): images or captions of this worker."""

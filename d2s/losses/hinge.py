@@ -25,15 +25,14 @@ class Hinge(Alignment):
     def value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
         hardest = warmup >= 1
         loss = F.hinge_loss(
-            sides.rows, sides.columns, sides.row_ids, sides.column_ids,
-            margin=self.config.margin, hardest=hardest, offset=sides.offset, both=sides.both,
-        )  # fmt: skip
+            *sides[:4], margin=self.config.margin, hardest=hardest, offset=sides.offset, both=sides.both
+        )
         return loss if hardest else warmup * loss
 
     def ring_value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
         if warmup >= 1:
-            return _HardestRing.apply(sides.rows, sides.columns, sides.row_ids, self.config.margin)
-        return warmup * ring_loss(_SumRule(self.config.margin), sides.rows, sides.columns, sides.row_ids)
+            return _HardestRing.apply(*sides[:3], self.config.margin)
+        return warmup * ring_loss(_SumRule(self.config.margin), *sides[:3])
 
     def bytes_sent(self, sizes: StepSizes) -> tuple[int, int]:
         """As after the warm-up: one row and its number for each hardest negative go back, on either exchange."""

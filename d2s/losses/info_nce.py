@@ -13,13 +13,10 @@ class InfoNCE(ScaledAlignment):
 
     def value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
         (scale,) = factors
-        return F.info_nce_loss(
-            sides.rows, sides.columns, sides.row_ids, sides.column_ids,
-            scale=scale, offset=sides.offset, both=sides.both,
-        )  # fmt: skip
+        return F.info_nce_loss(*sides[:4], scale=scale, offset=sides.offset, both=sides.both)
 
     def ring_value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
-        return ring_loss(_Rule(), sides.rows, sides.columns, sides.row_ids, *factors)
+        return ring_loss(_Rule(), *sides[:3], *factors)
 
 
 class _Rule:

@@ -25,13 +25,10 @@ class Sigmoid(ScaledAlignment):
 
     def value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
         scale, bias = factors
-        return F.sigmoid_loss(
-            sides.rows, sides.columns, sides.row_ids, sides.column_ids,
-            scale=scale, bias=bias, offset=sides.offset,
-        )  # fmt: skip
+        return F.sigmoid_loss(*sides[:4], scale=scale, bias=bias, offset=sides.offset)
 
     def ring_value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
-        return ring_loss(_Rule(), sides.rows, sides.columns, sides.row_ids, *factors)
+        return ring_loss(_Rule(), *sides[:3], *factors)
 
 
 class _Rule:
