@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from d2s.data.loader import DataConfig
+from d2s.data.config import DataConfig
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.order import draws
 from d2s.shards.read.reader import Record

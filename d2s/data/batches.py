@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from d2s.data.batch import I64, Batch, BatchBuilder, Captions, draw_one
+from d2s.data.config import DataConfig
 from d2s.data.damage import count_damage
-from d2s.data.loader import DataConfig, StepLoader
+from d2s.data.loader import StepLoader
 from d2s.preprocess.images import CROP_DRAWS, train_image
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.order import draws

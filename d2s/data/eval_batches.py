@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from d2s.data.batch import I64
-from d2s.data.loader import DataConfig, StepLoader
+from d2s.data.config import DataConfig
+from d2s.data.loader import StepLoader
 from d2s.preprocess.images import eval_image
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.order.permutation import batch_positions

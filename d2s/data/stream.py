@@ -7,8 +7,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from d2s.data.batch import Batch, BatchBuilder, Captions, draw_one
+from d2s.data.config import DataConfig
 from d2s.data.damage import count_damage
-from d2s.data.loader import DataConfig, new_loader, results_of
+from d2s.data.loader import new_loader, results_of
 from d2s.preprocess.images import CROP_DRAWS, train_image
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.order import draws

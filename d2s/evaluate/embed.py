@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from d2s.data.config import DataConfig
 from d2s.data.eval_batches import eval_images, eval_texts
-from d2s.data.loader import DataConfig
 from d2s.model import D2SModel
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.read.index import ShardIndex

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from d2s.losses.objective import LossConfig
+    from d2s.losses.config import LossConfig
 
 
 class StepSizes(NamedTuple):

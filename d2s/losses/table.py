@@ -12,7 +12,7 @@ from d2s.losses.relational import Relational
 from d2s.losses.sigmoid import Sigmoid
 
 if TYPE_CHECKING:
-    from d2s.losses.objective import LossConfig
+    from d2s.losses.config import LossConfig
 
 LOSSES: dict[str, type[Alignment]] = {"hinge": Hinge, "infonce": InfoNCE, "sigmoid": Sigmoid}
 """Values of --loss.align."""
