@@ -22,8 +22,6 @@ from d2s.shards.order.permutation import BlockPermutation, Permutation, batch_po
 from d2s.shards.read.index import ShardIndex
 from d2s.shards.read.reader import DamagedSample, Record, ShardReader
 
-__all__ = ["Batch", "DataConfig", "TrainBatches"]
-
 _REPLACEMENTS = 16
 
 
