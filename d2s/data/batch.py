@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -50,8 +50,8 @@ class Batch:
         return len(self.images)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
     def rows(self, start: int, stop: int) -> "Batch":
         """The pairs start .. stop - 1, as views; `damaged` and `truncated` stay those of the batch."""

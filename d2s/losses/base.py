@@ -1,37 +1,12 @@
 """What every loss provides: values, ring rule, learned numbers, and its cost for `python -m d2s.plan`."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from math import log
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from d2s.losses.config import LossConfig
-
-
-class StepSizes(NamedTuple):
-    """Sizes of a training step, from which a loss computes what it sends."""
-
-    workers: int
-    local: int
-    """Pairs on each worker."""
-    row_bytes: int
-    """Bytes of one embedding."""
-    ring: bool
-    """Whether columns travel around the ring instead of being gathered."""
-
-    @property
-    def side_bytes(self) -> int:
-        """Bytes that a worker sends until all workers have seen one side, images or captions."""
-        return (self.workers - 1) * self.local * self.row_bytes
-
-    @property
-    def home_bytes(self) -> int:
-        """Bytes of the last hop in a ring, which brings the columns' gradients home."""
-        return self.local * self.row_bytes if self.ring else 0
+from d2s.losses.config import LossConfig
 
 
 class Sides(NamedTuple):
@@ -51,19 +26,29 @@ class Sides(NamedTuple):
     """Add the opposite direction, columns against rows, from the same similarities."""
 
 
-class Alignment(ABC):
-    """A loss on the similarities of images and captions. Other pairs of the same image never count as negatives.
+class Loss:
+    """A term of the objective. Its value is a sum over rows, so the workers' values add up to the global batch's."""
 
-    Every value is a sum over rows, so the values of all workers add up to the loss of the global batch.
-    """
-
-    one_way = False
-    """One direction covers all pairs: local images against all captions. Otherwise both directions are added."""
-    gathered_sides = 4
-    """Tensors of (N, D) that a worker holds when it gathers: both sides and their gradients."""
+    gathered_sides = 0
+    """Tensors of (N, D) that a worker holds when it gathers, gradients included."""
 
     def __init__(self, config: LossConfig) -> None:
         self.config = config
+
+    def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
+        """Bytes of embeddings and bytes of their gradients that one of several workers sends in a step.
+
+        local: pairs of a worker. row: bytes of an embedding.
+        """
+        return 0, 0
+
+
+class Alignment(Loss, ABC):
+    """A loss on the similarities of images and captions. Other pairs of the same image never count as negatives."""
+
+    one_way = False
+    """One direction covers all pairs: local images against all captions. Otherwise both directions are added."""
+    gathered_sides = 4  # both sides and their gradients
 
     def learned(self) -> dict[str, float]:
         """Initial values of the numbers that it learns, by their parameter names in checkpoints."""
@@ -88,12 +73,12 @@ class Alignment(ABC):
     def ring_value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
         """The loss of the rows against all workers' columns around the ring; sides: this worker's pairs. 0-dim."""
 
-    def bytes_sent(self, sizes: StepSizes) -> tuple[int, int]:
-        """Bytes of embeddings and of gradients that a worker sends in a step."""
+    def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
+        side = (workers - 1) * local * row
         columns = 1 if self.one_way else 2
-        side = sizes.side_bytes
-        if sizes.ring:  # the columns travel again in the backward pass, together with their gradients
-            return columns * side, columns * (2 * side + sizes.home_bytes)
+        if self.config.exchange == "ring":
+            # In the backward pass the columns travel again, with their gradients, which take one more hop home.
+            return columns * side, columns * (2 * side + local * row)
         return 2 * side, columns * side
 
 
@@ -107,19 +92,9 @@ class ScaledAlignment(Alignment):
         return (parameters.log_scale.clamp(max=log(self.config.max_logit_scale)).exp(),)
 
 
-class Distillation(ABC):
+class Distillation(Loss, ABC):
     """A loss that draws embeddings of sparse captions to the teacher's embeddings of dense ones."""
-
-    gathered_sides = 0
-    """Tensors of (N, D) that a worker holds when it gathers."""
-
-    def __init__(self, config: LossConfig) -> None:
-        self.config = config
 
     @abstractmethod
     def value(self, text: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of this worker's captions (B, D); teacher (B, D) gets no gradient. 0-dim, a sum over rows."""
-
-    def bytes_sent(self, sizes: StepSizes) -> tuple[int, int]:
-        """Bytes of embeddings and of gradients that a worker sends in a step."""
-        return 0, 0
+        """The loss of this worker's captions (B, D); teacher (B, D) gets no gradient. 0-dim."""

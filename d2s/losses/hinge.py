@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from d2s.kernels import functional as F
-from d2s.losses.base import Alignment, Sides, StepSizes
+from d2s.losses.base import Alignment, Sides
 from d2s.losses.ring import Chunk, around_the_ring, chunks, ring_loss
 from d2s.workers.exchange import send_to_owners
 from d2s.workers.group import rank
@@ -34,11 +34,10 @@ class Hinge(Alignment):
             return _HardestRing.apply(*sides[:3], self.config.margin)
         return warmup * ring_loss(_SumRule(self.config.margin), *sides[:3])
 
-    def bytes_sent(self, sizes: StepSizes) -> tuple[int, int]:
-        """As after the warm-up: one row and its number for each hardest negative go back, on either exchange."""
-        winner = sizes.row_bytes + _INDEX_BYTES
-        back = 2 * (sizes.workers - 1) * sizes.local * winner // sizes.workers
-        return 2 * sizes.side_bytes, back
+    def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
+        # As after the warm-up: each hardest negative's gradient and index are sent to its owner.
+        back = 2 * (workers - 1) * local * (row + _INDEX_BYTES) // workers
+        return 2 * (workers - 1) * local * row, back
 
 
 class _SumRule:

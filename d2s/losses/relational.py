@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d2s.kernels import functional as F
-from d2s.losses.base import Distillation, StepSizes
+from d2s.losses.base import Distillation
 from d2s.losses.ring import Chunk, RunningLogSumExp, ring_loss
 from d2s.workers.collectives import all_gather
 from d2s.workers.exchange import gather_rows
@@ -31,10 +31,10 @@ class Relational(Distillation):
             temperature=temperature,
         )
 
-    def bytes_sent(self, sizes: StepSizes) -> tuple[int, int]:
-        """Captions and the teacher's embeddings, which have no gradient, but travel in both rounds of a ring."""
-        side = sizes.side_bytes
-        return 2 * side, 3 * side + sizes.home_bytes if sizes.ring else side
+    def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
+        # The teacher's embeddings have no gradient, but travel in the backward pass of the ring too.
+        side = (workers - 1) * local * row
+        return 2 * side, 3 * side + local * row if self.config.exchange == "ring" else side
 
 
 class _Rule:

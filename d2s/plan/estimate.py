@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from d2s.data.batch import Batch
 from d2s.kernels.chunked.common import CHUNK_ENTRIES, MIN_ROWS
-from d2s.losses.base import StepSizes
-from d2s.losses.objective import LossConfig, Objective
+from d2s.losses.objective import Objective
 from d2s.losses.table import losses_of
 from d2s.model import D2SModel, build_word_tokenizer
 from d2s.model.config import IdleSetting
@@ -216,22 +215,11 @@ def traffic(config: TrainConfig, sizes: Sizes, workers: int, stage: int, batch: 
     if stage == 3:
         forward = 2 * passes if passes > 1 else 1
         gathered = forward * (learned + frozen) + passes * learned
-    there, back = _exchanged(config.loss, _FP32 * config.model.width, workers, local)
+    row = _FP32 * config.model.width
+    sent = [loss.bytes_sent(workers, local, row) for loss in losses_of(config.loss) if workers > 1]
     return {
         "gradients": int(share * learned * (2 if stage == 0 else passes if stage > 1 else 1)),
         "weights": int(share * gathered),
-        "embeddings": there,
-        "their gradients": back,
+        "embeddings": sum(embeddings for embeddings, _ in sent),
+        "their gradients": sum(gradients for _, gradients in sent),
     }
-
-
-def _exchanged(loss: LossConfig, row: int, workers: int, local: int) -> tuple[int, int]:
-    """Bytes of embeddings that a worker sends in a step, and of their gradients; `row` bytes an embedding.
-
-    The hinge as after its warm-up.
-    """
-    if workers == 1:
-        return 0, 0
-    sizes = StepSizes(workers, local, row, ring=loss.exchange == "ring")
-    sent = [term.bytes_sent(sizes) for term in losses_of(loss)]
-    return sum(embeddings for embeddings, _ in sent), sum(gradients for _, gradients in sent)
