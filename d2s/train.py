@@ -17,7 +17,8 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from d2s.workers.preemption import PREEMPTED, Preempted, Preemption, StalledError, forget_start
+from d2s.checkpoint.restarts import StalledError, forget_start
+from d2s.workers.preemption import PREEMPTED, Preempted, Preemption
 
 if TYPE_CHECKING:
     from d2s.training.trainer import Trainer

@@ -151,7 +151,7 @@ def rendezvous(patience: float) -> None:
     import torch
     import torch.distributed as dist
 
-    from d2s.workers.group import cuda_index
+    from d2s.workers.devices import cuda_index
 
     world = int(os.environ["WORLD_SIZE"])
     cuda = torch.cuda.is_available()

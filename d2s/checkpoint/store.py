@@ -24,7 +24,8 @@ from d2s.checkpoint.zero_state import ZeroState
 from d2s.common.files import file_sha256, sync_folder, write_json
 from d2s.common.folders import discard, put_in_place, recover
 from d2s.model.running_statistics import broadcast_running_statistics
-from d2s.workers.group import Workers, run_on_all
+from d2s.workers.collectives import run_on_all
+from d2s.workers.group import Workers
 
 MARKER = "complete.json"
 STATE = {"step", "to_validate", "best", "damaged", "truncated", "skipped"}

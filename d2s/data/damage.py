@@ -1,33 +1,33 @@
-"""Damaged samples, each counted once: by every worker that meets it, and from one start of a run to the next."""
+"""Damaged samples, each counted once: over all workers that read it, and over all starts of a run."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from d2s.workers.group import run_on_all
+from d2s.data.batch import Batch
+from d2s.workers.collectives import run_on_all
 
-# What names the sample in a line of DamagedSample; the reason behind it may differ from read to read.
+# The part of a DamagedSample line that names the sample; the reason after it may differ from read to read.
 _SAMPLE = re.compile(r".*?\brow \d+\)?(?=: )")
 
 
 def _sample(line: str) -> str:
-    """The sample that a line is about; the line itself where it does not name a row, as those of a stream."""
+    """The sample that a line is about; the line itself if it names no row, as in a stream."""
     found = _SAMPLE.match(line)
     return found[0] if found else line
 
 
 def add_new(known: list[str], lines: Iterable[str]) -> None:
-    """Adds those of the lines that are about other samples than the known ones, in place."""
-    samples = None
+    """Adds to `known`, in place, the lines about samples that it does not name yet."""
+    lines = list(lines)
+    samples = {_sample(other) for other in known} if lines else set()
     for line in lines:
-        if samples is None:
-            samples = {_sample(other) for other in known}
         if _sample(line) not in samples:
             samples.add(_sample(line))
             known.append(line)
 
 
 def check_budget(known: list[str], budget: int) -> None:
-    """Raises ValueError where more samples are damaged than a run may replace."""
+    """Raises ValueError if more samples are damaged than a run may replace."""
     if len(known) > budget:
         raise ValueError(
             f"data.damage_budget is {budget} but {len(known)} samples are damaged, the last: {known[-1]}: "
@@ -35,36 +35,44 @@ def check_budget(known: list[str], budget: int) -> None:
         )
 
 
-class Damage:
-    """What all workers know of damaged samples.
+def count_damage(batches: Iterable[Batch], known: list[str], budget: int) -> Iterator[Batch]:
+    """Passes batches on, and adds their damaged samples to `known`. Raises ValueError above the budget."""
+    for batch in batches:
+        add_new(known, batch.damaged)
+        check_budget(known, budget)
+        yield batch
 
-    known: a line for each sample, to which this worker's loader adds what it meets.
+
+class Damage:
+    """The damaged samples that all workers know of.
+
+    known: a line for each sample; this worker's loader appends to it.
     """
 
     def __init__(self, known: list[str]) -> None:
         self.known = known
-        self._shared = self._said = len(known)
+        self._shared = self._logged = len(known)
 
-    def to_say(self) -> list[str]:
+    def new_lines(self) -> list[str]:
         """This worker's lines since the last call."""
-        new = self.known[self._said :]
-        self._said = len(self.known)
+        new = self.known[self._logged :]
+        self._logged = len(self.known)
         return new
 
     @property
     def unshared(self) -> int:
-        """How many lines the other workers do not know of yet."""
+        """Number of lines that the other workers do not have yet."""
         return len(self.known) - self._shared
 
     def share(self) -> None:
-        """Tells all workers of this one's new lines, all of which call it together: each then knows the same."""
+        """Exchanges the new lines of all workers, which call it together; then all know the same, in one order."""
         mine = self.known[self._shared :]
         del self.known[self._shared :]
         for lines in run_on_all(lambda: mine):
             add_new(self.known, lines)
-        self._shared = self._said = len(self.known)
+        self._shared = self._logged = len(self.known)
 
     def restore(self, lines: list[str]) -> None:
-        """Begins with what a run knew when it was saved."""
+        """Starts from the lines of a checkpoint."""
         self.known[:] = lines
-        self._shared = self._said = len(lines)
+        self._shared = self._logged = len(lines)

@@ -1,41 +1,41 @@
-"""Training batches from tars behind a URL pattern, with the interface of `TrainBatches`."""
+"""Training batches from tars at a URL pattern, with the interface of `TrainBatches`."""
 
 import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from d2s.data.loader import Batch, BatchMaker, Captions, DataConfig, budgeted, choose, unwrap
-from d2s.data.loader_processes import results_of
+from d2s.data.batch import Batch, BatchBuilder, Captions, draw_one
+from d2s.data.config import DataConfig
+from d2s.data.damage import count_damage
+from d2s.data.loader import new_loader, results_of
 from d2s.preprocess.images import CROP_DRAWS, train_image
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.order import draws
 from d2s.shards.order.permutation import batch_positions, steps_per_epoch
 from d2s.shards.read.reader import Record
 from d2s.shards.read.stream import DENSE_COLUMNS, SPARSE_COLUMNS, Stream, expand
-from d2s.workers.preemption import spare_loader
 
 
 class StreamBatches:
     """The training batches of one worker, streamed: an epoch is `samples_per_epoch` visits, not the data once.
 
-    Each visit of an image draws one of its captions. Every worker makes samples_per_epoch // batch_size steps,
-    whatever the tars hold: a reader that comes to the end of its tars begins again.
+    Each visit of an image draws one of its captions. Every worker makes samples_per_epoch // batch_size steps; a
+    reader that has come to the end of its tars begins again.
 
     Args:
         urls: a pattern of tars, `https://host/{00000..00099}.tar`, or several joined by `::`.
-        samples_per_epoch: visits that make an epoch, over all workers.
-        sparse_columns, dense_columns: where captions are looked for, see `Stream`.
-        buffer: samples in each reader's shuffle buffer (they are kept encoded).
+        samples_per_epoch: visits in an epoch, over all workers.
+        sparse_columns, dense_columns: fields that hold captions, see `Stream`.
+        buffer: samples in each reader's shuffle buffer, still encoded.
         config, pipeline, captions, batch_size, seed, rank, world, dense_text: as for `TrainBatches`.
     Attributes:
-        damaged: a line for each sample or tar that this worker could not use, each once.
+        damaged: a line for each sample or tar that this worker could not use.
     Raises:
         ValueError: no tars, too large a batch, or (while iterating) too much damage.
     Warns:
-        UserWarning: a setting of config that a stream cannot follow.
+        UserWarning: a setting of config that has no effect on a stream.
     """
 
     def __init__(
@@ -64,72 +64,67 @@ class StreamBatches:
             warnings.warn("sparse is 'all', but a stream draws one caption a visit: use 'one'", stacklevel=2)
         if config.order == "blocks":
             warnings.warn("order is 'blocks', which has no effect on a stream", stacklevel=2)
-        maker = BatchMaker(config, pipeline, captions=captions, seed=seed, dense_text=dense_text)
+        builder = BatchBuilder(config, pipeline, captions=captions, seed=seed, dense_text=dense_text)
         self._dataset = _StreamSteps(
-            tars, maker, (batch_size, rank, world), buffer, (tuple(sparse_columns), tuple(dense_columns))
+            tars, builder, (batch_size, rank, world), buffer, (tuple(sparse_columns), tuple(dense_columns))
         )
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches of steps start_step .. steps_per_epoch - 1. A later start draws its samples anew.
+        """Batches of steps start_step .. steps_per_epoch - 1. A later start draws other samples.
 
         Raises:
             ValueError: no usable sample, or more damage than config.damage_budget.
         """
-        self._dataset.plan = (epoch, start_step, self.steps_per_epoch)
-        loader = DataLoader(
-            self._dataset,
-            batch_size=None,
-            num_workers=self.config.loader_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=spare_loader,
-        )
-        return budgeted(unwrap(results_of(loader)), self.damaged, self.config.damage_budget)
+        self._dataset.steps = (epoch, start_step, self.steps_per_epoch)
+        results = results_of(new_loader(self._dataset, self.config.loader_workers))
+        return count_damage(results, self.damaged, self.config.damage_budget)
 
 
 class _StreamSteps(IterableDataset):
-    """Process w of k makes steps w, w + k, ...; the DataLoader takes from the processes in turn."""
+    """The batches of `steps`: epoch, first step, end. Process w of k makes steps w, w + k, ..., taken in turn."""
 
     def __init__(
         self,
         tars: list[str],
-        maker: BatchMaker,
+        builder: BatchBuilder,
         batch: tuple[int, int, int],
         buffer: int,
         columns: tuple[tuple[str, ...], tuple[str, ...]],
     ) -> None:
-        self.tars, self.maker, self.batch, self.buffer, self.columns = tars, maker, batch, buffer, columns
-        self.plan = (0, 0, 0)
+        self.tars, self.builder, self.batch = tars, builder, batch
+        self.buffer, self.columns = buffer, columns
+        self.steps = (0, 0, 0)
 
     def __iter__(self) -> Iterator[Batch | ValueError]:
         info = get_worker_info()
         process, processes = (info.id, info.num_workers) if info else (0, 1)
         global_batch, rank, world = self.batch
-        epoch, start, stop = self.plan
-        # A later start is another sequence: going through the skipped samples would cost what they cost.
+        epoch, start, stop = self.steps
+        # A later start is another sequence: reading past the skipped samples would cost as much as using them.
         stream = Stream(
             self.tars,
-            seed=int(draws.bits(self.maker.seed, epoch, [start], "stream")[0, 0]),
+            seed=int(draws.bits(self.builder.seed, epoch, [start], "stream")[0, 0]),
             reader=rank * processes + process,
             readers=world * processes,
             buffer=self.buffer,
-            budget=self.maker.config.damage_budget,
+            budget=self.builder.config.damage_budget,
             sparse_columns=self.columns[0],
             dense_columns=self.columns[1],
         )
-        samples = stream.samples(epoch, self._reason)
+        samples = stream.samples(epoch, self._missing)
         for _ in range(start + process, stop, processes):
             try:
                 yield self._batch(samples, stream, global_batch // world, epoch)
-            except ValueError as error:  # raised where it can be one line: see d2s.data.loader.unwrap
+            except ValueError as error:  # for results_of
                 yield error
                 return
 
-    def _reason(self, record: Record) -> str | None:
-        """Why a record is of no use, or None."""
-        captions = self.maker.captions
+    def _missing(self, record: Record) -> str | None:
+        """What makes a record unusable, or None."""
+        captions = self.builder.captions
         if captions != "dense" and not record.sparse:
             return f"has no sparse caption (looked in {', '.join(self.columns[0])})"
         if captions != "sparse" and not record.dense:
@@ -137,7 +132,7 @@ class _StreamSteps(IterableDataset):
         return None
 
     def _batch(self, samples: Iterator[tuple[int, Record]], stream: Stream, count: int, epoch: int) -> Batch:
-        config, seed = self.maker.config, self.maker.seed
+        config, seed = self.builder.config, self.builder.seed
         images = np.empty((count, 3, config.image_size, config.image_size), np.uint8)
         items: list[int] = []
         records: list[Record] = []
@@ -154,19 +149,11 @@ class _StreamSteps(IterableDataset):
             records.append(record)
             if len(items) == count:
                 break
-        notes, stream.notes = stream.notes, []
-        numbers, none = np.array(items, np.int64), np.full(count, -1)
-        counts = [
-            np.array([len(getattr(record, kind)) for record in records]) for kind in ("sparse", "dense")
-        ]
-        return self.maker.make(
-            records,
-            images,
-            numbers,
-            epoch,
-            sparse=choose(counts[0], seed, epoch, numbers, "caption"),
-            dense=choose(counts[1], seed, epoch, numbers, "dense"),
-            samples=none,
-            dense_index=none,
-            damaged=notes,
-        )
+        damaged, stream.notes = stream.notes, []
+        numbers = np.array(items, np.int64)
+        n_sparse = np.array([len(record.sparse) for record in records])
+        return self.builder.build(
+            records, images, numbers, epoch,
+            sparse=draw_one(n_sparse, seed, epoch, numbers, "caption"),
+            samples=np.full(count, -1), dense_start=None, damaged=damaged,
+        )  # fmt: skip

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2s.data.batches import DataConfig, eval_images, eval_texts
+from d2s.data.config import DataConfig
+from d2s.data.eval_batches import eval_images, eval_texts
 from d2s.model import D2SModel
 from d2s.model.d2s_model import evaluating
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.read.index import ShardIndex
-from d2s.workers.group import all_gather
+from d2s.workers.collectives import all_gather
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import torch
 from d2s.common.files import read_json
 from d2s.data.batches import DataConfig
 from d2s.model import D2SModel
-from d2s.workers.group import in_full_precision
+from d2s.workers.devices import in_full_precision
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,89 +1,36 @@
-"""What is minimised: alignment of images with captions, plus distillation of the dense caption's embedding.
+"""The total that is minimised: alignment of images with captions, plus distillation of the dense caption's embedding.
 
-Every term is a sum over the global batch of N pairs, and the total is stated at a reference batch of 128, the
-paper's:
+Every term is a sum over the global batch of N pairs, and its weight is stated at a batch of 128, the paper's:
 
     loss = 128 / N * (align_weight * align + distill_weight / 128 * distill)
 
-so that at N = 128 it is the paper's `align + distill` (a sum and a mean), and the ratio of the two terms and
-the meaning of a clipping norm stay the same at any batch size and any number of workers.
+At N = 128 it is the paper's `align + distill` (a sum and a mean). The ratio of the two terms and the meaning of a
+clipping norm are the same at any batch size and number of workers.
 
-Each worker computes its share (its rows against the columns of all workers, gathered or handed around the ring);
-the shares add up to the loss, and the columns carry gradient home. An engine that averages gradients over W
-workers therefore needs W times the share.
+Each worker computes the part of its own rows against the columns of all workers. The parts add up to the loss, and
+gradients flow to the columns of every worker. An engine that averages gradients over W workers therefore needs W
+times this worker's part.
 """
 
-from dataclasses import dataclass
-from math import isfinite, log
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from d2s.kernels import functional as F
-from d2s.losses import ring
-from d2s.workers.exchange import gather_rows, rank, world_size
-from d2s.workers.group import all_gather
+from d2s.losses.base import Sides
+from d2s.losses.config import LossConfig
+from d2s.losses.table import DISTILLATIONS, LOSSES
+from d2s.workers.collectives import all_gather
+from d2s.workers.exchange import gather_rows
+from d2s.workers.group import rank, several_workers, world_size
 
 REFERENCE_BATCH = 128
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The terms of the objective and their weights, stated at a batch of 128 pairs."""
-
-    align: Literal["hinge", "infonce", "sigmoid"] = "hinge"
-    """The alignment loss: VSE++ hinge, symmetric InfoNCE, or SigLIP's sigmoid."""
-    align_weight: float = 1.0
-    """Weight of the alignment term; 0 leaves it out."""
-    margin: float = 0.2
-    """Margin of the hinge, in cosine similarity."""
-    warmup_epochs: float = 1.0
-    """Epochs of the hinge's sum form, its weight rising from 0 to 1; then the hardest negative alone."""
-    logit_scale: float = 14.2857
-    """Initial inverse temperature of InfoNCE and sigmoid; learned."""
-    max_logit_scale: float = 100.0
-    """Upper bound of the learned inverse temperature."""
-    logit_bias: float = -10.0
-    """Initial bias of the sigmoid loss; learned."""
-    distill: Literal["cosine", "l1", "l2", "relational"] = "cosine"
-    """How the sparse caption's embedding is drawn to the frozen dense caption's embedding."""
-    distill_weight: float = 0.0
-    """Weight of the distillation term; 0 leaves it out, and then no teacher is needed."""
-    distill_temperature: float = 0.05
-    """Temperature of the similarity rows in relational distillation."""
-    teacher: Literal["cached", "online"] = "cached"
-    """Teacher embeddings of the training split are computed once and stored in the run, or at every step."""
-    exchange: Literal["gather", "ring"] = "gather"
-    """How workers see each other's columns: all of them gathered on each worker, or a block at a time on its way
-    around the ring, for global batches that a worker cannot hold; twice the transfers, the same values."""
-    teacher_train_mode: bool = False
-    """As the authors' release: the online teacher keeps its dropout on and its BatchNorm drifting."""
-
-    def __post_init__(self) -> None:
-        for name in ("align_weight", "distill_weight", "margin", "logit_bias", "max_logit_scale"):
-            if not isfinite(getattr(self, name)):
-                raise ValueError(f"loss.{name} is {getattr(self, name)}: it must be finite")
-        for name in ("align_weight", "distill_weight", "warmup_epochs", "margin"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"loss.{name} is {getattr(self, name)}: it must be 0 or more")
-        for name in ("logit_scale", "distill_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"loss.{name} is {getattr(self, name)}: it must be above 0")
-        if self.teacher_train_mode and self.teacher == "cached":
-            raise ValueError("loss.teacher_train_mode is on with loss.teacher 'cached': set it to 'online'")
-        if self.logit_scale > self.max_logit_scale:
-            raise ValueError(
-                f"loss.logit_scale {self.logit_scale} is above loss.max_logit_scale {self.max_logit_scale}"
-            )
-        if not (self.align_weight or self.distill_weight):
-            raise ValueError("loss.align_weight and loss.distill_weight are both 0: nothing would be learned")
-
-
 class Losses(NamedTuple):
-    """This worker's share of the total (0-dim, with gradient) and of its terms (0-dim, detached).
+    """This worker's part of the total (0-dim, with gradient) and of its two terms (0-dim, detached).
 
-    A tuple, because ZeRO 3 looks there for what it has to fetch parameters before the backward of.
+    A tuple, because ZeRO 3 searches tuples for tensors whose backward pass needs parameters.
     """
 
     total: Tensor
@@ -92,25 +39,22 @@ class Losses(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The loss of `config`, with its temperature and bias (of shape (1,): DeepSpeed fails on 0-dim ones)."""
+    """The loss of `config`. Its parameters are the numbers that the alignment loss learns, (1,) each.
+
+    They are not 0-dim, because DeepSpeed fails on 0-dim parameters.
+    """
 
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self.config = config
-        if config.align in ("infonce", "sigmoid"):
-            self.log_scale = nn.Parameter(torch.tensor([log(config.logit_scale)]))
-        if config.align == "sigmoid":
-            self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias]))
-
-    def scale(self) -> Tensor:
-        """The inverse temperature, shape (1,), bounded above."""
-        return self.log_scale.clamp(max=log(self.config.max_logit_scale)).exp()
+        self.alignment = LOSSES[config.align](config)
+        self.distillation = DISTILLATIONS[config.distill](config)
+        for name, value in self.alignment.learned().items():
+            self.register_parameter(name, nn.Parameter(torch.tensor([value])))
 
     def factors(self) -> tuple[Tensor, ...]:
-        """What the loss depends on beside the embeddings, (1,) each: the scale, or the scale and the bias."""
-        if self.config.align == "hinge":
-            return ()
-        return (self.scale(), self.logit_bias) if self.config.align == "sigmoid" else (self.scale(),)
+        """What enters the loss beside the embeddings, (1,) each: nothing, the scale, or the scale and the bias."""
+        return self.alignment.factors(self)
 
     def forward(
         self,
@@ -121,7 +65,7 @@ class Objective(nn.Module):
         warmup: float = 1.0,
         teacher: Tensor | None = None,
     ) -> Losses:
-        """This worker's share of the loss, with the present scale and bias; see :meth:`losses`."""
+        """This worker's part of the loss at the present parameters; see :meth:`losses`."""
         return self.losses(image, text, image_ids, self.factors(), warmup=warmup, teacher=teacher)
 
     def losses(
@@ -134,99 +78,45 @@ class Objective(nn.Module):
         warmup: float = 1.0,
         teacher: Tensor | None = None,
     ) -> Losses:
-        """This worker's share of the loss: a function of its arguments, which reads no parameter.
+        """This worker's part of the loss, as a function of its arguments: it reads no parameter.
 
-        image, text: (B, D), L2-normalised, the local rows, pair i in row i. image_ids: (B,) int64. factors: what
-        :meth:`factors` gives. warmup: how far the sum form of the hinge has come, in [0, 1]; from 1 on the hardest
-        negative alone counts. teacher: (B, D), the frozen embedding of each pair's dense caption; needed where
-        distill_weight > 0.
+        image, text: (B, D), L2-normalised, this worker's pairs. image_ids: (B,) int64. factors: as :meth:`factors`
+        returns them. warmup: progress of the hinge's warm-up, in [0, 1]; from 1 on only the hardest negative counts.
+        teacher: (B, D), frozen embeddings of the dense captions; needed if distill_weight > 0.
         """
         image, text = at_least_fp32(image), at_least_fp32(text)
         pairs = image.shape[0] * world_size()
-        zero = text.new_zeros(())
-        align = self._align(image, text, image_ids, warmup, factors) if self.config.align_weight else zero
-        distill = zero
+        align = distill = text.new_zeros(())
+        if self.config.align_weight:
+            align = self._align(image, text, image_ids, factors, warmup)
         if self.config.distill_weight:
             assert teacher is not None, "distillation without teacher embeddings"
-            distill = self._distill(text, at_least_fp32(teacher))
+            distill = self.distillation.value(text, at_least_fp32(teacher))
         total = REFERENCE_BATCH / pairs * self.config.align_weight * align
         total = total + self.config.distill_weight / pairs * distill
         return Losses(total, align.detach(), distill.detach())
 
     def _align(
-        self, image: Tensor, text: Tensor, ids: Tensor, warmup: float, factors: tuple[Tensor, ...]
+        self, image: Tensor, text: Tensor, ids: Tensor, factors: tuple[Tensor, ...], warmup: float
     ) -> Tensor:
-        if world_size() == 1:
-            return self._align_loss(image, text, ids, None, warmup, factors, both=True)
-        # Rows of either side against the other side of all workers: each row of either direction on one worker only.
-        one_way = self.config.align == "sigmoid"
+        """Local images against all captions, then local captions against all images: each row on one worker only."""
+        loss = self.alignment
+        if not several_workers():
+            return loss.value(Sides(image, text, ids, both=True), factors, warmup)
         if self.config.exchange == "ring":
-            loss = self._ring_loss(image, text, ids, warmup, factors)
-            return loss if one_way else loss + self._ring_loss(text, image, ids, warmup, factors)
-        # The hardest negatives are few: of the gathered side's gradient only their rows travel back.
-        sparse = self.config.align == "hinge" and warmup >= 1
-        all_image, all_text = gather_rows(image, sparse=sparse), gather_rows(text, sparse=sparse)
-        all_ids, offset = all_gather(ids), rank() * image.shape[0]
-        loss = self._align_loss(image, all_text, ids, all_ids, warmup, factors, both=False, offset=offset)
-        if one_way:
-            return loss
-        return loss + self._align_loss(
-            text, all_image, ids, all_ids, warmup, factors, both=False, offset=offset
-        )
-
-    def _align_loss(
-        self,
-        rows: Tensor,
-        columns: Tensor,
-        row_ids: Tensor,
-        column_ids: Tensor | None,
-        warmup: float,
-        factors: tuple[Tensor, ...],
-        *,
-        both: bool,
-        offset: int = 0,
-    ) -> Tensor:
-        config = self.config
-        if config.align == "hinge":
-            hardest = warmup >= 1
-            loss = F.hinge_loss(
-                rows, columns, row_ids, column_ids,
-                margin=config.margin, hardest=hardest, offset=offset, both=both,
+            value, directions = loss.ring_value, (Sides(image, text, ids), Sides(text, image, ids))
+        else:
+            sparse = loss.sparse_gradient(warmup)
+            all_image, all_text = gather_rows(image, sparse=sparse), gather_rows(text, sparse=sparse)
+            all_ids, first = all_gather(ids), rank() * image.shape[0]
+            value = loss.value
+            directions = (
+                Sides(image, all_text, ids, all_ids, first), Sides(text, all_image, ids, all_ids, first)
             )  # fmt: skip
-            return loss if hardest else warmup * loss
-        if config.align == "infonce":
-            return F.info_nce_loss(
-                rows, columns, row_ids, column_ids, scale=factors[0], offset=offset, both=both
-            )
-        scale, bias = factors
-        return F.sigmoid_loss(rows, columns, row_ids, column_ids, scale=scale, bias=bias, offset=offset)
-
-    def _ring_loss(
-        self, rows: Tensor, columns: Tensor, ids: Tensor, warmup: float, factors: tuple[Tensor, ...]
-    ) -> Tensor:
-        margin = self.config.margin
-        if self.config.align == "hinge":
-            if warmup >= 1:
-                return ring.ring_hinge_max(rows, columns, ids, margin)
-            return warmup * ring.ring_loss(ring.HingeSum(margin), rows, columns, ids)
-        rule = ring.InfoNCE() if self.config.align == "infonce" else ring.Sigmoid()
-        return ring.ring_loss(rule, rows, columns, ids, *factors)
-
-    def _distill(self, text: Tensor, teacher: Tensor) -> Tensor:
-        if self.config.distill != "relational":
-            return F.pointwise_distillation(text, teacher, kind=self.config.distill)
-        temperature = self.config.distill_temperature
-        if self.config.exchange == "ring" and world_size() > 1:
-            return ring.ring_relational(text, torch.nn.functional.normalize(teacher, dim=-1), temperature)
-        return F.relational_distillation(
-            text,
-            torch.nn.functional.normalize(teacher, dim=-1),
-            gather_rows(text),
-            torch.nn.functional.normalize(all_gather(teacher), dim=-1),
-            temperature=temperature,
-        )
+        total = value(directions[0], factors, warmup)
+        return total if loss.one_way else total + value(directions[1], factors, warmup)
 
 
 def at_least_fp32(rows: Tensor) -> Tensor:
-    """float64 stays, everything else is float32."""
+    """Rows in float32; float64 stays."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2s.workers.exchange import world_size
-from d2s.workers.group import sum_over_workers
+from d2s.workers.collectives import sum_over_workers
+from d2s.workers.group import several_workers
 
 
 class _SumOverWorkers(torch.autograd.Function):
@@ -26,7 +26,7 @@ def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tenso
 
     Two passes, the second around the mean, because one pass over squares loses digits in float32.
     """
-    total = _SumOverWorkers.apply if across_workers and world_size() > 1 else (lambda value: value)
+    total = _SumOverWorkers.apply if across_workers and several_workers() else (lambda value: value)
     count = values.new_full((1,), float(values.shape[0]))
     sums = total(torch.cat([values.sum(0), count]))
     # The count is summed together with the values to save a collective; it takes no gradient.
@@ -71,7 +71,7 @@ class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, C, H, W)."""
-        if not self.training or world_size() == 1:
+        if not self.training or not several_workers():
             return super().forward(input)
         flat = input.movedim(1, 3)
         return self._normalise(flat.flatten(0, 2)).view(flat.shape).movedim(3, 1)

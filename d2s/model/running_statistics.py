@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from d2s.workers.exchange import world_size
+from d2s.workers.group import world_size
 
 
 def _buffers_by_dtype(module: nn.Module) -> Iterator[list[Tensor]]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from d2s.data.loader import Batch
+from d2s.data.batch import Batch
 from d2s.kernels.chunked.common import CHUNK_ENTRIES, MIN_ROWS
-from d2s.losses.objective import LossConfig, Objective
+from d2s.losses.objective import Objective
+from d2s.losses.table import losses_of
 from d2s.model import D2SModel, build_word_tokenizer
 from d2s.model.config import IdleSetting
 from d2s.model.presets import shape_of
@@ -164,8 +165,7 @@ def memory(
     copies = 3 if stage else 2  # ZeRO's flat fp32 copy beside AdamW's two moments
     offloaded = config.engine.offload_optimizer and stage
     columns = batch if config.loss.exchange == "gather" else 2 * local
-    # Both sides and their gradients; relational distillation brings captions again, their gradient and the teacher's.
-    gathered = 4 + 3 * _relational(config.loss)
+    gathered = sum(loss.gathered_sides for loss in losses_of(config.loss))
     rows = min(local, max(MIN_ROWS, CHUNK_ENTRIES // max(columns, 1)))
     return {
         "weights": teacher + model // (workers if stage == 3 else 1),
@@ -215,42 +215,11 @@ def traffic(config: TrainConfig, sizes: Sizes, workers: int, stage: int, batch: 
     if stage == 3:
         forward = 2 * passes if passes > 1 else 1
         gathered = forward * (learned + frozen) + passes * learned
-    there, back = _exchanged(config.loss, _FP32 * config.model.width, workers, local)
+    row = _FP32 * config.model.width
+    sent = [loss.bytes_sent(workers, local, row) for loss in losses_of(config.loss) if workers > 1]
     return {
         "gradients": int(share * learned * (2 if stage == 0 else passes if stage > 1 else 1)),
         "weights": int(share * gathered),
-        "embeddings": there,
-        "their gradients": back,
+        "embeddings": sum(embeddings for embeddings, _ in sent),
+        "their gradients": sum(gradients for _, gradients in sent),
     }
-
-
-def _relational(loss: LossConfig) -> bool:
-    return bool(loss.distill_weight) and loss.distill == "relational"
-
-
-def _exchanged(loss: LossConfig, row: int, workers: int, local: int) -> tuple[int, int]:
-    """Bytes of embeddings that a worker sends in a step, and of their gradients; `row` bytes an embedding.
-
-    The hinge as after its warm-up.
-    """
-    if workers == 1:
-        return 0, 0
-    ring, there, back = loss.exchange == "ring", 0, 0
-    # What a worker sends of one side, gathered or handed on.
-    side = (workers - 1) * local * row
-    # In the ring the columns go round again and collect their gradients, which take one more hop, home.
-    home = local * row if ring else 0
-    if loss.align_weight:
-        # Of the sigmoid loss captions alone are columns; gathered are both sides even so.
-        columns = 1 if loss.align == "sigmoid" else 2
-        there += (columns if ring else 2) * side
-        if loss.align == "hinge":
-            # One winner a row each way, with its number, whichever exchange brought it.
-            back += 2 * (workers - 1) * local * (row + 8) // workers
-        else:
-            back += columns * (2 * side + home if ring else side)
-    if _relational(loss):
-        # Captions, and what the teacher says of them, which has no gradient.
-        there += 2 * side
-        back += 3 * side + home if ring else side
-    return there, back

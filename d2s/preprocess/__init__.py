@@ -1,1 +1,1 @@
-"""Images and captions to arrays and token ids."""
+"""From image files to pixel arrays, and from captions to token ids."""

@@ -1,9 +1,9 @@
-"""Encoded images to square uint8 arrays. Pillow decodes, torch resizes; normalisation is left to the model.
+"""From encoded images to square uint8 arrays. Pillow decodes, torch resizes; the model normalises.
 
 JPEGs much larger than needed are decoded at a half, quarter or eighth of their size (`Image.draft`). Crop and
-stretch are one antialiased bilinear resize of a box: torch's for bytes gives the same pixels as Pillow's, to one
-level in rounding, in half the time. Where simplejpeg is installed it decodes plain JPEGs a fifth faster to the
-very same pixels (both are libjpeg-turbo); Pillow takes whatever is not plain, and words every error.
+stretch are one antialiased bilinear resize of a box: torch's uint8 resize takes half of Pillow's time, and its pixels
+differ by one level at most. If simplejpeg is installed, it decodes ordinary JPEGs a fifth faster to the same pixels
+(both use libjpeg-turbo); Pillow decodes everything else, and all errors are Pillow's.
 """
 
 import io
@@ -22,20 +22,19 @@ except ImportError:
 
 U8 = NDArray[np.uint8]
 CROP_DRAWS = 4
-"""Draws that `train_image` uses: side ratio, place from the left, place from the top, flip."""
+"""Random numbers that `train_image` uses: side ratio, left edge, top edge, flip."""
 _ORIENTATION = 0x0112
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises on the bytes of a damaged image."""
 
 
 def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """Decodes an image file to RGB, turned as its EXIF orientation says.
+    """Decodes an image file (JPEG, PNG, WebP, ...) to RGB, rotated by its EXIF orientation.
 
     Args:
-        data: a JPEG, PNG, WebP... file's bytes.
         at_least: (width, height) in pixels; a JPEG may be decoded at a fraction of its size, never below this.
     Raises:
-        ValueError: the bytes are no image, are cut short, or are too large to be believed.
+        ValueError: the bytes are no image, are truncated, or describe an image of absurd size.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -49,10 +48,10 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image as RGB: turned as its EXIF orientation says, laid over white, 16 bits a pixel cut to 8.
+    """An opened image as RGB: rotated by its EXIF orientation, on white where it is transparent, 16 bits cut to 8.
 
     Raises:
-        ValueError: its file turns out to be damaged.
+        ValueError: its file is damaged.
     """
     try:
         image.load()
@@ -62,7 +61,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"image cannot be decoded: {error}") from None
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):  # convert() would cut 16 bits off at 255
+    if image.mode.startswith("I;16"):  # convert() would clip at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
@@ -73,31 +72,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def train_image(
     data: bytes, size: int, draws: Sequence[float], *, crop_min: float = 0.6, flip: float = 0.5
 ) -> U8:
-    """A random crop, stretched to a square and flipped by chance.
+    """A random crop of an encoded image, stretched to a square and flipped with probability `flip`.
 
     Args:
-        data: the encoded image.
         size: side of the output in pixels.
-        draws: at least CROP_DRAWS numbers in [0, 1): side ratio (both sides the same), left, top, flip.
+        draws: CROP_DRAWS numbers in [0, 1): side ratio (one for both sides), left edge, top edge, flip.
         crop_min: smallest ratio of the crop's side to the image's; the ratio is uniform in (crop_min, 1).
-        flip: probability of a left-right flip.
     Returns:
         uint8 (3, size, size).
     Raises:
         ValueError: the image cannot be decoded.
     """
     ratio = crop_min + (1 - crop_min) * draws[0]
-    # The whole image must be decoded large enough for its crop to keep `size` pixels a side.
-    whole = int(np.ceil(size / ratio))
-    pixels = _decode_pixels(data, whole)
+    # Large enough for the crop to have `size` pixels a side.
+    pixels = _decode_pixels(data, int(np.ceil(size / ratio)))
     height, width = (max(1, round(ratio * side)) for side in pixels.shape[:2])
-    # + 1: every place from the first to the last is equally likely.
+    # + 1: every position of the crop is equally likely.
     left, top = int(draws[1] * (pixels.shape[1] - width + 1)), int(draws[2] * (pixels.shape[0] - height + 1))
     return _stretch(pixels[top : top + height, left : left + width], size, draws[3] < flip)
 
 
 def eval_image(data: bytes | Image.Image, size: int) -> U8:
-    """The whole image, encoded or opened, stretched to a square: uint8 (3, size, size).
+    """The full image, encoded or opened, stretched to a square: uint8 (3, size, size).
 
     Raises:
         ValueError: the image cannot be decoded.
@@ -107,7 +103,7 @@ def eval_image(data: bytes | Image.Image, size: int) -> U8:
 
 
 def _decode_pixels(data: bytes, at_least: int) -> U8:
-    """uint8 (H, W, 3), neither side below `at_least` unless the image's is.
+    """uint8 (H, W, 3), with sides of `at_least` pixels or more, unless the image is smaller.
 
     Raises:
         ValueError: the image cannot be decoded.
@@ -115,12 +111,11 @@ def _decode_pixels(data: bytes, at_least: int) -> U8:
     if simplejpeg is not None and data[:2] == b"\xff\xd8" and b"Exif\0" not in data[:65536]:
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if (
-                colours in ("YCbCr", "Gray") and min(height, width) < 2 * at_least
-            ):  # else Pillow's draft is faster
+            ordinary = colours in ("YCbCr", "Gray")
+            if ordinary and min(height, width) < 2 * at_least:  # above, Pillow's draft is faster
                 return simplejpeg.decode_jpeg(data, "RGB")
         except ValueError:
-            pass  # Pillow knows more kinds of JPEG, and says what is wrong with a damaged one
+            pass  # Pillow reads more kinds of JPEG, and names what is wrong with a damaged one
     return np.array(decode(data, (at_least, at_least)))
 
 

@@ -1,6 +1,4 @@
-"""Pictures as users have them, to the pixels that the model reads."""
-
-from __future__ import annotations
+"""From images as users have them (files, bytes, arrays, PIL) to the model's pixels."""
 
 from os import PathLike
 from pathlib import Path
@@ -10,17 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from d2s.preprocess.images import eval_image
+
 Picture = Image.Image | str | PathLike | bytes | np.ndarray
 
 
 def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
     """uint8 (3, size, size) of a PIL image, a path, the bytes of a file or an array, stretched to the square.
 
-    Every kind takes the path of `d2s.preprocess.images`. Raises ValueError where it cannot be read, naming the
-    file, or `name` where the picture is none.
+    The same resize as in evaluation. Raises ValueError if it cannot be read, naming the file, or else `name`.
     """
-    from d2s.preprocess.images import eval_image
-
     if isinstance(picture, (str, PathLike)):
         name = f"image {str(picture)!r}"
     try:
@@ -32,7 +29,7 @@ def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
 
 
 def _encoded_or_opened(picture: Picture) -> bytes | Image.Image:
-    """What `d2s.preprocess.images.eval_image` reads. Raises OSError, or ValueError on a picture that is none."""
+    """The picture as `eval_image` takes it. Raises OSError, or ValueError on an unusable type or shape."""
     if isinstance(picture, (str, PathLike)):
         return Path(picture).read_bytes()
     if isinstance(picture, np.ndarray):

@@ -1,4 +1,4 @@
-"""Captions to token ids, whole batches at a time: a fast tokenizer's Rust core, and numpy for the rest."""
+"""From captions to token ids, a batch at a time: the tokenizer's Rust core, and numpy for the rest."""
 
 import json
 import os
@@ -15,20 +15,20 @@ from d2s.shards.order import draws
 
 I64 = NDArray[np.int64]
 _MASKED, _REPLACED = 0.5, 0.1
-"""Of the touched words: shares that become [MASK] or random pieces; the rest are deleted."""
+"""Fractions of the augmented words that become [MASK] or random tokens; the others are deleted."""
 
 
 class TextPipeline:
-    """Tokenises, augments, cuts, adds special tokens and pads. Picklable; the tokenizer given is not changed.
+    """Tokenises, augments, truncates, adds special tokens and pads. Picklable; it copies the tokenizer.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer (PreTrainedTokenizerFast).
-        max_length: positions at most, special tokens included, where a call names no other number.
+        max_length: default maximum of tokens, special tokens included.
     Attributes:
-        truncated: captions that were cut so far, in this process.
-        pad_id: what stands in the padded positions (any id: the mask is what counts).
+        truncated: captions truncated so far, in this process.
+        pad_id: token id of padding, which the mask excludes.
     Raises:
-        ValueError: a tokenizer that is not a fast one, or too short a max_length.
+        ValueError: a tokenizer that is not fast, or too short a max_length.
     """
 
     def __init__(self, tokenizer: Any, max_length: int = 64) -> None:
@@ -37,7 +37,7 @@ class TextPipeline:
             raise ValueError(
                 f"tokenizer is {type(tokenizer).__name__}, which has no fast core: use a PreTrainedTokenizerFast"
             )
-        # A process of the loader has one core, and threads of a forked Rust core can deadlock.
+        # A loader process has one core, and a forked process can deadlock in the tokenizer's threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._core = Tokenizer.from_str(backend.to_str())
         self._core.no_padding()
@@ -54,13 +54,13 @@ class TextPipeline:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else fallback
         # A tokenizer without a mask token (most byte-level ones) masks with its unknown token.
         self._mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else fallback
-        self._continues = _continuing_pieces(self._core)
+        self._continuing = _continuing_pieces(self._core)
         self._pieces = np.setdiff1d(np.arange(self._core.get_vocab_size(with_added_tokens=False)), special)
 
     def encode(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean captions.
+        """Captions without augmentation.
 
         Returns:
             ids int64 (B, L) and mask bool (B, L), True at real tokens, padded to the longest of the batch.
@@ -82,12 +82,12 @@ class TextPipeline:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Captions with words masked, replaced and deleted at random.
 
-        Each word is touched with probability `word_augment`: of the touched, half have every piece masked, a
-        tenth have every piece replaced by a random one, and the rest are deleted. A caption that would lose all
-        its words keeps its first one as it is.
+        Each word is augmented with probability `word_augment`: half of those have every token masked, a tenth have
+        every token replaced by a random one, and the others are deleted. A caption that would lose all its words
+        keeps its first one unchanged.
 
         Args:
-            samples: (B,) what draws; a caption's augmentation depends on (seed, epoch, its sample) alone.
+            samples: (B,); a caption's augmentation depends on (seed, epoch, its sample) alone.
         Returns:
             As `encode`.
         """
@@ -104,9 +104,9 @@ class TextPipeline:
         word_number = np.arange(len(word_row)) - np.searchsorted(word_row, word_row)
         draw = draws.uniform_at(seed, epoch, samples[word_row], "words", word_number) / word_augment
         deleted = (draw >= _MASKED + _REPLACED) & (draw < 1)
-        kept = np.bincount(word_row[~deleted], minlength=len(texts))
-        rescued = (word_number == 0) & (kept[word_row] == 0)
-        draw = np.where(rescued, 1.0, draw)[word]
+        words_left = np.bincount(word_row[~deleted], minlength=len(texts))
+        kept_first = (word_number == 0) & (words_left[word_row] == 0)
+        draw = np.where(kept_first, 1.0, draw)[word]
 
         replaced = np.flatnonzero((draw >= _MASKED) & (draw < _MASKED + _REPLACED))
         ids = np.where(draw < _MASKED, self._mask_id, ids)
@@ -116,12 +116,12 @@ class TextPipeline:
         return self._pack(ids[keep], np.bincount(row[keep], minlength=len(texts)), max_length)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[I64, I64, NDArray[np.bool_]]:
-        """Ids of all captions one after the other (T,), tokens in each (B,), and where a word begins (T,)."""
-        if self._continues is not None:
+        """Ids of all captions concatenated (T,), tokens of each caption (B,), and whether a word begins (T,)."""
+        if self._continuing is not None:
             encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
             ids, lengths = _flat([encoding.ids for encoding in encodings])
-            return ids, lengths, ~self._continues[ids]
-        # encode_batch_fast would be a quarter faster, but leaves word numbers out.
+            return ids, lengths, ~self._continuing[ids]
+        # encode_batch_fast would be a quarter faster, but does not number the words.
         encodings = self._core.encode_batch(list(texts), add_special_tokens=False)
         ids, lengths = _flat([encoding.ids for encoding in encodings])
         numbers, _ = _flat([[-2 if w is None else w for w in e.word_ids] for e in encodings])
@@ -130,10 +130,10 @@ class TextPipeline:
         return ids, lengths, begins
 
     def _pack(self, ids: I64, lengths: I64, max_length: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cuts, adds special tokens and pads: (T,) tokens, lengths (B,) -> (B, L), (B, L)."""
+        """Truncates, adds special tokens and pads: (T,) tokens, lengths (B,) -> ids (B, L), mask (B, L)."""
         before, after = len(self._prefix), len(self._suffix)
         room = (max_length or self.max_length) - before - after
-        if before + after == 0 and (lengths == 0).any():  # not even special tokens: a row must not be empty
+        if before + after == 0 and (lengths == 0).any():  # a row needs one token
             ids = np.insert(ids, (np.cumsum(lengths) - lengths)[lengths == 0], self._unk_id)
             lengths = np.maximum(lengths, 1)
         self.truncated += int((lengths > room).sum())
@@ -152,13 +152,13 @@ class TextPipeline:
 
 
 def _flat(lists: list[list[int]]) -> tuple[I64, I64]:
-    """Lists one after the other, and their lengths."""
+    """The lists concatenated (T,), and their lengths (B,)."""
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
     return np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum())), lengths
 
 
 def _continuing_pieces(core: Tokenizer) -> NDArray[np.bool_] | None:
-    """Which ids go on with a word instead of beginning one, where the ids tell: BERT's tokenizer and its like.
+    """Which ids continue a word instead of beginning one, for BERT's kind of tokenizer; None for others.
 
     BERT's pre-tokenizer makes a word of each "#", so no word begins with the prefix "##".
     """
@@ -173,7 +173,7 @@ def _continuing_pieces(core: Tokenizer) -> NDArray[np.bool_] | None:
 
 
 def _special_tokens(core: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text."""
+    """The ids that the tokenizer adds before and after a text."""
     bare = core.encode("a", add_special_tokens=False).ids
     full = core.encode("a", add_special_tokens=True).ids
     for start in range(len(full) - len(bare) + 1):

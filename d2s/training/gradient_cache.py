@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from d2s.data.loader import Batch
+from d2s.data.batch import Batch
 from d2s.losses.objective import Objective
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from d2s.workers.collectives import all_gather_objects
 
 _KEYS = 8
 
@@ -76,10 +77,7 @@ def report(what: str, steps: int, evidence: int, keys: Sequence[str]) -> str:
     that it came from, the more the higher; keys: of this worker's samples.
     """
     mine = (evidence, list(keys[:_KEYS]), len(keys))
-    found = [mine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        found = [mine] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
+    found = all_gather_objects(mine)
     # Where nothing speaks for any of them it came up between them, in the sum of gradients: all are named.
     named = [rank for rank, other in enumerate(found) if other[0] == max(found)[0]]
     where = "; ".join(f"on worker {rank} with samples {_list(*found[rank][1:])}" for rank in named)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from d2s.checkpoint.full_model import FullModel
+from d2s.checkpoint.restarts import StalledError, count_start, forget_start
 from d2s.data.batches import TrainBatches
 from d2s.data.stream import StreamBatches
 from d2s.losses.objective import Objective
@@ -42,8 +43,9 @@ from d2s.training.recipes import RECIPES
 from d2s.training.run_log import RunLog
 from d2s.training.teacher_table import teacher_table
 from d2s.training.trainer import Trainer
-from d2s.workers.group import Workers, local_batch, run_on_all, start_workers
-from d2s.workers.preemption import Preemption, StalledError, count_start, forget_start
+from d2s.workers.collectives import run_on_all
+from d2s.workers.group import Workers, local_batch, start_workers
+from d2s.workers.preemption import Preemption
 
 TOWERS = ("image_encoder", "text_encoder")
 _TOKENIZER_ROWS = 1_000_000

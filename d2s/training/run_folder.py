@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from d2s.checkpoint import store as checkpoint
+from d2s.checkpoint.restarts import RESTARTS
 from d2s.common.files import write_json
 from d2s.common.folders import recover
 from d2s.training.config import TrainConfig, differences, from_dict, to_dict
-from d2s.workers.preemption import RESTARTS
 
 CONFIG, LOCK = "config.json", ".lock"
 # Left by a command that failed while it was building; neither holds a step of training.

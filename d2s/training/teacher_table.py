@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from d2s.common.files import write_json
-from d2s.data.batches import eval_texts
+from d2s.data.eval_batches import eval_texts
 from d2s.model import Teacher
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.read.index import ShardIndex
-from d2s.workers.group import Workers, run_on_all
+from d2s.workers.collectives import run_on_all
+from d2s.workers.group import Workers
 
 
 class TeacherTable:

@@ -34,7 +34,8 @@ from d2s.training.nonfinite import Origin, report
 from d2s.training.optimizer import lr_factor, set_learning_rate
 from d2s.training.run_log import RunLog
 from d2s.training.teacher_table import TeacherTable
-from d2s.workers.group import Workers, barrier, run_on_all, sum_over_workers
+from d2s.workers.collectives import barrier, run_on_all, sum_over_workers
+from d2s.workers.group import Workers
 from d2s.workers.preemption import Preempted, Preemption
 
 
@@ -151,7 +152,7 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> Tensor:
         """One optimization step; returns (total, align, distill) over all workers, shape (3,)."""
-        for line in self.damage.to_say():  # each worker speaks of its own
+        for line in self.damage.new_lines():  # each worker speaks of its own
             self.log.say(f"damaged sample replaced: {line}")
         self.statistics.keep()
         losses, backward = self._pieces(batch) if self._in_pieces else self._whole(batch)
@@ -195,7 +196,7 @@ class Trainer:
         """
         minutes = self.config.log.save_minutes
         due = self.workers.is_main and minutes and time.monotonic() - self.saved_at >= 60 * minutes
-        flags = losses.new_tensor([bool(self.preemption.asked), bool(due)])
+        flags = losses.new_tensor([bool(self.preemption.received), bool(due)])
         bad = ~torch.isfinite(losses[:1])
         told = sum_over_workers(torch.cat([bad.to(losses.dtype), flags, losses])).cpu()
         bad, asked, due = (bool(flag) for flag in told[:3].tolist())

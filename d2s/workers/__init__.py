@@ -1,1 +1,1 @@
-"""The worker processes of a run: the group, exchanges of tensors, the watchdog, signals."""
+"""The worker processes of a run: their group, collectives, exchange of rows, watchdog and stop signals."""

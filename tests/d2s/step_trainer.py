@@ -50,6 +50,6 @@ def trainer(module: nn.Module, damage_budget: int = 9) -> Step:
         ),
         run=Path(), workers=Workers(rank=0, world=1, local_rank=0, device=torch.device("cpu")),
         index=None, engine=Engine(module), whole=None, batches=SimpleNamespace(damaged=[]), total_steps=9,
-        teacher=None, log=None, preemption=SimpleNamespace(asked=0),
+        teacher=None, log=None, preemption=SimpleNamespace(received=0),
         origin=SimpleNamespace(watch=lambda: None, rest=lambda: None),
     )  # fmt: skip

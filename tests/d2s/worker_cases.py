@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from model_towers import BERT, VISION, tiny_config
 from torch import Tensor
 
-from d2s.data.loader import Batch
+from d2s.data.batch import Batch
 from d2s.losses.objective import LossConfig, Objective
 from d2s.model import D2SModel, DecoderConfig, TowerConfig, build_word_tokenizer
 from d2s.training.gradient_cache import GradientCache
@@ -77,8 +77,11 @@ def pairs() -> tuple[Batch, Tensor]:
 
 
 def set_case(module: TrainingModule, stage: str, name: str) -> float:
-    """Gives the objective the loss of a case; returns the warm-up."""
-    module.objective.config, warmup = CASES[stage][name]
+    """Gives the objective the loss of a case, and keeps its parameters; returns the warm-up."""
+    config, warmup = CASES[stage][name]
+    other = Objective(config)
+    for part in ("config", "alignment", "distillation"):
+        setattr(module.objective, part, getattr(other, part))
     return warmup
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from d2s.training.optimizer import lr_factor, set_learning_rate
 from d2s.training.prepare import plan
 from d2s.training.trainer import Trainer
-from d2s.workers.group import barrier, leave, start_workers
+from d2s.workers.collectives import barrier
+from d2s.workers.group import leave, start_workers
 from d2s.workers.preemption import Preemption
 
 # Without dropout inside of the towers a batch is the same on any number of workers.

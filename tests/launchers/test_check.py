@@ -10,7 +10,7 @@ from cluster import Cluster
 
 from d2s.launchers.check import faults, gathered
 from d2s.launchers.check_rank import rendezvous
-from d2s.workers.group import cuda_index
+from d2s.workers.devices import cuda_index
 
 HERE = [sys.executable, "-m", "d2s.launchers.check", "--cpu", "--min-free", "0"]
 SHAPE = ["--nodelist=n0,n1", "--ntasks-per-node=1", "--cpus-per-task=1"]

@@ -9,8 +9,9 @@ import torch
 from made_shards import captions, make_shards, picture
 from tokenizer_made import wordpiece
 
-from d2s.data.batches import DataConfig, TrainBatches, eval_images, eval_texts
-from d2s.data.loader import some_sentences
+from d2s.data.batch import random_sentences
+from d2s.data.batches import DataConfig, TrainBatches
+from d2s.data.eval_batches import eval_images, eval_texts
 from d2s.data.stream import StreamBatches
 from d2s.preprocess.images import CROP_DRAWS, eval_image, train_image
 from d2s.preprocess.text import TextPipeline
@@ -151,16 +152,16 @@ def test_every_caption_gets_its_turn(index):
     assert seen == set(range(index.total("train", "dense")))
 
 
-def test_some_sentences_keeps_order_and_at_least_one():
+def test_random_sentences_keeps_order_and_at_least_one():
     text = "One a. Two b! Three c? Four d."
     parts = ["One a.", "Two b!", "Three c?", "Four d."]
-    made = {some_sentences(text, 0, 0, item) for item in range(400)}
+    made = {random_sentences(text, 0, 0, item) for item in range(400)}
     for variant in made:
         kept = [part for part in parts if part in variant]
         assert " ".join(kept) == variant
         assert kept
     assert len(made) == 15  # all non-empty subsets
-    assert some_sentences("just one", 0, 0, 0) == "just one"
+    assert random_sentences("just one", 0, 0, 0) == "just one"
 
 
 def damage(folder, row):
@@ -172,7 +173,7 @@ def damage(folder, row):
 
 HELD = """
 import sys
-from d2s.data.loader import DataConfig, StepLoader
+from d2s.data.loader import StepLoader
 from torch.utils.data import DataLoader, Dataset
 
 class Numbers(Dataset):
@@ -301,8 +302,6 @@ def test_missing_captions_and_sizes_are_named_at_the_start(tmp_path):
         batches(index, "sparse", 10)
     with pytest.raises(ValueError, match="batch_size is 9, which 2 workers"):
         batches(index, "sparse", 9, rank=0, world=2)
-    with pytest.raises(ValueError, match="captions is 'all'"):
-        batches(index, "all")
     with pytest.raises(ValueError, match=r"split 'val' of .* has no image"):
         list(eval_images(index, "val", config(), 2))
 

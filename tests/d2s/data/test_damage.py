@@ -69,7 +69,7 @@ def test_a_sample_met_again_after_a_restart_is_one(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(checkpoint, "load", lambda *arguments: state)
     after.restore()
     add_new(after.batches.damaged, [line(2, "cannot be read"), line(3)])
-    assert after.damage.to_say() == [line(3)]
+    assert after.damage.new_lines() == [line(3)]
     assert after._count_over_workers() == (3, 5)
     # A checkpoint of an earlier version has their number only.
     monkeypatch.setattr(checkpoint, "load", lambda *arguments: {**state, "damaged_samples": []})
@@ -80,9 +80,9 @@ def test_a_sample_met_again_after_a_restart_is_one(monkeypatch: pytest.MonkeyPat
 def test_what_one_worker_was_told_of_it_does_not_say() -> None:
     damage = Damage([])
     damage.known.append(line(1))
-    assert damage.to_say() == [line(1)]
+    assert damage.new_lines() == [line(1)]
     damage.share()
-    assert (damage.to_say(), damage.unshared) == ([], 0)
+    assert (damage.new_lines(), damage.unshared) == ([], 0)
 
 
 def test_the_cut_captions_of_a_step_that_a_signal_ended_are_not_counted() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from d2s.kernels import functional as F
 from d2s.losses.objective import LossConfig, Objective
-from d2s.workers.group import all_gather
+from d2s.losses.table import DISTILLATIONS, LOSSES
+from d2s.workers.collectives import all_gather
 
 N, D = 16, 12
 EXCHANGES = ("gather", "ring")
@@ -118,6 +120,15 @@ def test_loss_and_gradients_do_not_depend_on_workers(world: int, tmp_path: Path)
             assert (own - other).abs().max() <= 1e-10, exchange
 
 
+def test_every_loss_of_the_table_is_a_choice_of_the_settings_and_a_case_above() -> None:
+    choices = get_type_hints(LossConfig)
+    assert get_args(choices["align"]) == tuple(LOSSES)
+    assert get_args(choices["distill"]) == tuple(DISTILLATIONS)
+    configs = [config for config, _ in CASES.values()]
+    assert {config.align for config in configs} == LOSSES.keys()
+    assert {config.distill for config in configs if config.distill_weight} == DISTILLATIONS.keys()
+
+
 def test_at_a_batch_of_128_it_is_the_papers_sum_and_mean() -> None:
     torch.manual_seed(0)
     image, text, teacher = (nn.functional.normalize(torch.randn(128, 8), dim=-1) for _ in range(3))
@@ -139,4 +150,4 @@ def test_the_ratio_of_the_terms_does_not_depend_on_the_batch() -> None:
 def test_the_temperature_is_bounded() -> None:
     objective = Objective(LossConfig(align="infonce", logit_scale=99.0))
     nn.init.constant_(objective.log_scale, 50.0)
-    assert objective.scale().item() == pytest.approx(100.0)
+    assert objective.factors()[0].item() == pytest.approx(100.0)

@@ -12,6 +12,7 @@ from d2s.training.engine import EngineConfig, bucket_size, engine_settings, star
 from d2s.training.prepare import find_recipe
 from d2s.training.recipes import RECIPES
 from d2s.workers import group as distributed
+from d2s.workers.devices import share_cores
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -133,7 +134,7 @@ def test_an_engine_that_no_checkpoint_keeps_is_refused_at_its_start(monkeypatch:
 def test_a_wrong_number_of_threads_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("D2S_THREADS", text)
     with pytest.raises(ValueError, match=f"D2S_THREADS is '{text}': give a number of threads"):
-        distributed._share_cores()
+        share_cores()
 
 
 @pytest.mark.parametrize("batch, workers, near", [(128, 3, "126 or 129"), (2, 3, "3"), (7, 4, "4 or 8")])

@@ -1,11 +1,16 @@
-"""What workers settle before they compute: devices of their own, float32 that stays so, how long they wait."""
+"""Joining the group: devices of their own, exact float32, waiting times, torchrun's own port."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import distributed as dist
 from worker_cases import build, run, start
 
-from d2s.workers.group import in_full_precision, refuse_shared_devices
+from d2s.common.ports import free_port
+from d2s.workers.devices import in_full_precision, refuse_shared_devices
 
 
 @pytest.mark.parametrize("devices", [["cpu"] * 3, ["a GPU 1", "a GPU 2", "b GPU 1"]])
@@ -51,3 +56,27 @@ def test_the_engine_waits_as_long_as_everything_else(tmp_path, monkeypatch):
     found = run(_waiting, 2, tmp_path)
     assert not found["all"], "the start gives its own group the same, and this is about the engine's"
     assert found["minutes"] == 7
+
+
+ALONE = """
+from d2s.workers.collectives import sum_over_workers
+from d2s.workers.group import leave, start_workers
+import torch
+workers = start_workers()
+print(workers.rank, workers.world, sum_over_workers(torch.ones(())).item(), flush=True)
+leave(0, ordered=True)
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("rendezvous", ["c10d", "static"])
+def test_torchrun_with_a_single_process(rendezvous, tmp_path):
+    """torchrun may serve the store itself: its port must be kept."""
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    place = ["--standalone"] if rendezvous == "c10d" else ["--master_port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *place, "--nproc_per_node", "1", str(script)],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "D2S_TIMEOUT": "1"}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, "0 1 1.0"), done.stderr[-2000:]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from d2s.shards.cli import main as shard
 from d2s.training.run_log import read_rows
-from d2s.workers.preemption import Preemption, StalledError, count_start, forget_start
+from d2s.workers.preemption import Preemption
 
 pytestmark = pytest.mark.timeout(600)  # the first case waits for a group that goes through all of them
 ROOT = Path(__file__).resolve().parents[3]
@@ -192,22 +192,4 @@ def test_term_counts_most_in_whatever_order_signals_come() -> None:
         assert preemption.agreed() == 0
         for number in numbers:
             preemption._note(number, None)
-        assert preemption.agreed() == preemption.asked == term
-
-
-def test_restarts_count_only_where_nothing_new_was_saved(tmp_path: Path) -> None:
-    place = tmp_path / "checkpoints" / "step-00000006"
-    place.mkdir(parents=True)
-    (place / "complete.json").write_text('{"to_validate": true}')
-    for _ in range(2):
-        count_start(tmp_path, place, 2)
-    with pytest.raises(StalledError, match="2 starts in a row began at step-00000006"):
-        count_start(tmp_path, place, 2)
-    # Its evaluation got done: that is something new.
-    (place / "complete.json").write_text('{"to_validate": false}')
-    count_start(tmp_path, place, 2)
-    forget_start(tmp_path)
-    for _ in range(9):
-        count_start(tmp_path, place, 0)
-    (tmp_path / "restarts.json").write_text("[broken")
-    count_start(tmp_path, place, 2)
+        assert preemption.agreed() == preemption.received == term

@@ -79,7 +79,7 @@ def test_twenty_of_twenty_jobs_end_in_time(trials: list[dict[str, Any]]) -> None
         if fault["kind"] == "raise":
             assert last_line(trial) == f"[rank{rank}]: KeyError: 'boom: a planted fault'"
         else:
-            assert f"worker {rank} left without a word" in last_line(trial)
+            assert f"worker {rank} ended without an error message" in last_line(trial)
     print(
         f"\n20 of 20 ended, the slowest {max(trial['seconds'] for trial in dead):.1f} s after the first worker"
     )
@@ -101,10 +101,10 @@ def test_an_ordered_end_is_no_death(trials: list[dict[str, Any]]) -> None:
     "launcher, kind, rank, shown",
     [
         # It takes a worker that leaves with 0 for one that is done.
-        ("torchrun", "exit", 1, "worker 1 left without a word"),
+        ("torchrun", "exit", 1, "worker 1 ended without an error message"),
         # It closes with a table, which holds the error.
         ("torchrun", "raise", 1, "KeyError: 'boom: a planted fault'"),
-        ("deepspeed", "kill", 0, "worker 0 left without a word"),
+        ("deepspeed", "kill", 0, "worker 0 ended without an error message"),
     ],
 )
 def test_under_a_launcher(
@@ -131,7 +131,8 @@ def test_under_a_launcher(
 
 STUCK = """
 import os, sys, time
-from d2s.workers.group import barrier, start_workers
+from d2s.workers.collectives import barrier
+from d2s.workers.group import start_workers
 workers = start_workers()
 barrier()
 if workers.rank == 2:
@@ -156,7 +157,7 @@ def test_the_watch_alone_ends_workers_that_are_stuck() -> None:
     shown = [job.communicate(timeout=BOUND)[1] for job in jobs]
     assert time.monotonic() - start < BOUND
     assert [job.returncode for job in jobs] == [1, 1, 0, 1]
-    assert "worker 2 left without a word" in shown[0]
+    assert "worker 2 ended without an error message" in shown[0]
     assert shown[1:] == ["", "", ""]  # said once
 
 

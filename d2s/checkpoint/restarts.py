@@ -1,0 +1,52 @@
+"""Counts a run's starts without progress, so that one that is requeued again and again ends at last.
+
+`restarts.json` in the run folder holds the checkpoint of the last start, and how many starts in a row began there.
+This file needs no torch: train.py imports it before its signal handlers are installed.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from d2s.common.files import write_json
+
+RESTARTS = "restarts.json"
+
+
+class StalledError(Exception):
+    """Several starts in a row began at the same checkpoint and saved nothing after it."""
+
+
+def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
+    """Counts a start at `checkpoint` (None: at the first step). One worker calls it.
+
+    Raises StalledError if the last `limit` starts began there too and saved nothing newer; limit 0 allows any number.
+    """
+    place = _place(checkpoint)
+    path = run / RESTARTS
+    last = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    starts = last.pop("starts", 0)
+    if last != place:
+        starts = 0
+    if limit and starts >= limit:
+        raise StalledError(
+            f"{starts} starts in a row began at {place['from']} and saved nothing after it: the next would not get "
+            "further. Save more often (log.save_steps, log.save_minutes) or give the job more time, and "
+            "resume with --log.max_stalled_restarts 0"
+        )
+    write_json(path, {**place, "starts": starts + 1})
+
+
+def forget_start(run: Path) -> None:
+    """Resets the count, as after an interrupt by the user: that is no requeue without progress."""
+    (run / RESTARTS).unlink(missing_ok=True)
+
+
+def _place(checkpoint: Path | None) -> dict[str, str]:
+    """Name of a checkpoint and digest of its marker, which is rewritten when the checkpoint has been validated."""
+    if checkpoint is None:
+        return {"from": "the beginning", "digest": ""}
+    from d2s.checkpoint.store import MARKER
+
+    digest = hashlib.sha256((checkpoint / MARKER).read_bytes()).hexdigest()
+    return {"from": checkpoint.name, "digest": digest[:16]}

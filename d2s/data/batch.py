@@ -1,0 +1,149 @@
+"""A training batch, and how it is built from records."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from d2s.data.config import DataConfig
+from d2s.preprocess.text import TextPipeline
+from d2s.shards.order import draws
+from d2s.shards.read.reader import Record
+
+I64 = NDArray[np.int64]
+Captions = Literal["sparse", "dense", "both"]
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One worker's part of a global batch: B pairs of an image and a caption."""
+
+    images: torch.Tensor
+    """uint8 (B, 3, H, W), H = W = image_size."""
+    text_ids: torch.Tensor
+    """int64 (B, L): the augmented caption to align; sparse, or dense if captions is "dense"."""
+    text_mask: torch.Tensor
+    """bool (B, L), True at real tokens."""
+    dense_ids: torch.Tensor | None = None
+    """int64 (B, K): the dense caption for the teacher, without augmentation, or None."""
+    dense_mask: torch.Tensor | None = None
+    """bool (B, K)."""
+    image_ids: torch.Tensor
+    """int64 (B,): captions of images with the same id are never negatives of each other."""
+    samples: torch.Tensor
+    """int64 (B,): global rows; -1 in a stream."""
+    dense_index: torch.Tensor
+    """int64 (B,): number of the dense caption in the whole data set (a row of the teacher table), or -1."""
+    draw_seeds: torch.Tensor
+    """int64 (B,): 64 random bits for each sample, for draws inside the model."""
+    damaged: list[str] = field(default_factory=list)
+    """A line for each damaged sample that was replaced."""
+    truncated: int = 0
+    """Captions that were cut."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The pairs start .. stop - 1, as views; `damaged` and `truncated` stay those of the batch."""
+        return self._map(lambda tensor: tensor[start:stop])
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device; copies from pinned memory are asynchronous."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned memory; the DataLoader calls it."""
+        return self._map(torch.Tensor.pin_memory)
+
+
+class BatchBuilder:
+    """Builds batches from records and images. Each random draw depends on (seed, epoch, item) alone.
+
+    Args:
+        captions: the text to align: "sparse"; "dense"; or "both", sparse with a dense one of the same image for the
+            teacher.
+        dense_text: with "both", tokenise the dense caption too.
+    """
+
+    def __init__(
+        self, config: DataConfig, pipeline: TextPipeline, *, captions: Captions, seed: int, dense_text: bool
+    ) -> None:
+        self.config, self.pipeline, self.captions = config, pipeline, captions
+        self.seed, self.dense_text = seed, dense_text
+
+    def build(
+        self,
+        records: Sequence[Record],
+        images: NDArray[np.uint8],
+        items: I64,
+        epoch: int,
+        *,
+        sparse: I64,
+        samples: I64,
+        dense_start: I64 | None,
+        damaged: list[str],
+    ) -> Batch:
+        """A batch of B records, their images (B, 3, H, W) and the items (B,) that seed the draws.
+
+        sparse: (B,) which of each record's sparse captions to take. samples: (B,) global rows. dense_start: (B,)
+        number in the data set of each record's first dense caption, None in a stream. damaged: as in the batch.
+        """
+        config, seed, cut_before = self.config, self.seed, self.pipeline.truncated
+        dense_index, long = np.full(len(records), -1), []
+        if self.captions != "sparse":
+            n_dense = np.array([len(record.dense) for record in records])
+            dense = draw_one(n_dense, seed, epoch, items, "dense")
+            long = [record.dense[j] for record, j in zip(records, dense, strict=True)]
+            if dense_start is not None:
+                dense_index = dense_start + dense
+        if self.captions != "dense":
+            texts = [r.sparse[j] for r, j in zip(records, sparse, strict=True)]
+            max_length = config.max_words_sparse
+        else:
+            texts, max_length = long, config.max_words_dense
+            if config.dense == "sentences":
+                texts = [random_sentences(t, seed, epoch, i) for t, i in zip(long, items, strict=True)]
+        ids, mask = self.pipeline.augment(
+            texts, seed, epoch, items, word_augment=config.word_augment, max_length=max_length
+        )
+        dense_ids = dense_mask = None
+        if self.captions == "both" and self.dense_text:
+            dense_ids, dense_mask = self.pipeline.encode(long, config.max_words_dense)
+        return Batch(
+            images=torch.from_numpy(images),
+            text_ids=ids,
+            text_mask=mask,
+            dense_ids=dense_ids,
+            dense_mask=dense_mask,
+            image_ids=torch.tensor([record.image_id for record in records], dtype=torch.int64),
+            samples=torch.from_numpy(samples.astype(np.int64)),
+            dense_index=torch.from_numpy(dense_index.astype(np.int64)),
+            draw_seeds=torch.from_numpy(draws.bits(seed, epoch, items, "tokens")[:, 0].astype(np.int64)),
+            damaged=damaged,
+            truncated=self.pipeline.truncated - cut_before,
+        )
+
+
+def draw_one(counts: I64, seed: int, epoch: int, items: I64, stream: str) -> I64:
+    """A random number in 0 .. counts[i] - 1 for each item: int64 (B,)."""
+    return (draws.uniform(seed, epoch, items, stream)[:, 0] * counts).astype(np.int64)
+
+
+def random_sentences(text: str, seed: int, epoch: int, item: int) -> str:
+    """A random number of a text's sentences, at least one, drawn at random and kept in order."""
+    sentences = _SENTENCE_END.split(text.strip())
+    if len(sentences) == 1:
+        return text
+    draw = draws.uniform(seed, epoch, [int(item)], "sentences", len(sentences) + 1)[0]
+    count = 1 + int(draw[0] * len(sentences))
+    return " ".join(sentences[i] for i in np.sort(np.argsort(draw[1:])[:count]))

@@ -1,0 +1,111 @@
+"""Evaluation batches: every image or caption of a split once, over all workers together."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from d2s.data.batch import I64
+from d2s.data.config import DataConfig
+from d2s.data.loader import StepLoader
+from d2s.preprocess.images import eval_image
+from d2s.preprocess.text import TextPipeline
+from d2s.shards.order.permutation import batch_positions
+from d2s.shards.read.index import ShardIndex
+from d2s.shards.read.reader import DamagedSample, ShardReader
+
+
+class _ImageSteps(Dataset):
+    def __init__(self, index: ShardIndex, rows: range, size: int, batch: tuple[int, int, int]) -> None:
+        self.rows, self.size, self.batch = rows, size, batch
+        self.reader = ShardReader(index)
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        numbers, valid = _numbers(len(self.rows), step, *self.batch)
+        images = np.zeros((len(numbers), 3, self.size, self.size), np.uint8)
+        for i, number in enumerate(numbers[valid]):
+            row = self.rows[int(number)]
+            try:
+                images[i] = eval_image(self.reader.record(row).image, self.size)
+            except DamagedSample:
+                raise
+            except ValueError as error:
+                raise self.reader.damaged(row, str(error)) from None
+        rows = np.where(valid, numbers + self.rows.start, -1)
+        return torch.from_numpy(rows), torch.from_numpy(images), torch.from_numpy(valid)
+
+
+def _numbers(n: int, step: int, local: int, rank: int, world: int) -> tuple[I64, NDArray[np.bool_]]:
+    """Which of n things a worker handles at a step (local,), and whether they exist (local,)."""
+    positions = batch_positions(step, local * world, rank, world)
+    numbers = np.arange(positions.start, positions.stop)
+    return numbers, numbers < n
+
+
+def eval_images(
+    index: ShardIndex, split: str, config: DataConfig, batch_size: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Every image of a split once, over all workers together, in the same number of steps on each.
+
+    Args:
+        batch_size: B, images of a worker in a step.
+    Yields:
+        Global rows int64 (B,), images uint8 (B, 3, H, W), valid bool (B,): False (row -1, a black image) beyond the
+        end of the split.
+    Raises:
+        ValueError: no such split, or a damaged sample, which an evaluation does not replace.
+    """
+    rows = index.rows(split)
+    dataset = _ImageSteps(index, rows, config.image_size, (batch_size, rank, world))
+    yield from StepLoader(dataset, config.loader_workers).run(range(-(-len(rows) // (batch_size * world))))
+
+
+def eval_texts(
+    index: ShardIndex,
+    split: str,
+    pipeline: TextPipeline,
+    kind: Literal["sparse", "dense"] = "sparse",
+    batch_size: int = 256,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    skip_damaged: bool = False,
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Every caption of one kind of a split once, without augmentation, in the same number of steps on each worker.
+
+    Args:
+        batch_size: B, captions of a worker in a step.
+        skip_damaged: mark the captions of a sample that cannot be read as not valid, instead of raising.
+    Yields:
+        Caption numbers within the split int64 (B,), global image rows int64 (B,), ids int64 (B, L), mask bool
+        (B, L), valid bool (B,): False (numbers -1, an empty caption) beyond the end of the split.
+    Raises:
+        ValueError: no such split, no captions of this kind in it, or a damaged sample.
+    """
+    total, reader = index.total(split, kind), ShardReader(index)
+    if total == 0:
+        raise ValueError(
+            f"split {split!r} of {index.root} has no {kind} captions: evaluate another kind or split"
+        )
+
+    def captions_of(row: int) -> tuple[str, ...] | None:
+        try:
+            return reader.captions(row)[1 + (kind == "dense")]
+        except DamagedSample:
+            if skip_damaged:
+                return None
+            raise
+
+    for step in range(-(-total // (batch_size * world))):
+        numbers, valid = _numbers(total, step, batch_size, rank, world)
+        rows, which = index.pair(split, np.minimum(numbers, total - 1), kind)
+        captions = {row: captions_of(row) for row in dict.fromkeys(rows.tolist())}
+        valid &= [captions[row] is not None for row in rows.tolist()]
+        places = zip(rows.tolist(), which, valid, strict=True)
+        ids, mask = pipeline.encode([captions[row][j] if there else "" for row, j, there in places])
+        arrays = (np.where(valid, numbers, -1), np.where(valid, rows, -1), valid)
+        numbers_, rows_, valid_ = map(torch.from_numpy, arrays)
+        yield numbers_, rows_, ids, mask, valid_

@@ -1,0 +1,114 @@
+"""The triplet hinge: sum form while it warms up, then the hardest negative alone (VSE++, Faghri et al. 2018)."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from d2s.kernels import functional as F
+from d2s.losses.base import Alignment, Sides
+from d2s.losses.ring import Chunk, around_the_ring, chunks, ring_loss
+from d2s.workers.exchange import send_to_owners
+from d2s.workers.group import rank
+
+_INDEX_BYTES = 8
+
+
+class Hinge(Alignment):
+    """[margin + S_negative - S_positive]+, summed over all negatives or taken at the hardest one of each row.
+
+    warmup below 1: warmup times the sum over all negatives. From 1 on: the hardest negative of each row.
+    """
+
+    def sparse_gradient(self, warmup: float) -> bool:
+        return warmup >= 1
+
+    def value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
+        hardest = warmup >= 1
+        loss = F.hinge_loss(
+            *sides[:4], margin=self.config.margin, hardest=hardest, offset=sides.offset, both=sides.both
+        )
+        return loss if hardest else warmup * loss
+
+    def ring_value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
+        if warmup >= 1:
+            return _HardestRing.apply(*sides[:3], self.config.margin)
+        return warmup * ring_loss(_SumRule(self.config.margin), *sides[:3])
+
+    def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
+        # As after the warm-up: each hardest negative's gradient and index are sent to its owner.
+        back = 2 * (workers - 1) * local * (row + _INDEX_BYTES) // workers
+        return 2 * (workers - 1) * local * row, back
+
+
+class _SumRule:
+    """The hinge over all negatives of a row; active (B,) counts the violations."""
+
+    def __init__(self, margin: float) -> None:
+        self.margin = margin
+
+    def start(self, positive: Tensor) -> None:
+        self.limit = positive - self.margin
+        self.cost, self.active = positive.new_zeros(()), torch.zeros_like(positive)
+
+    def fold(self, chunk: Chunk) -> None:
+        violation = self._violation(chunk)
+        self.cost += violation.sum()
+        self.active[chunk.part] += violation.sign_().sum(1)
+
+    def _violation(self, chunk: Chunk) -> Tensor:
+        return chunk.s.masked_fill_(chunk.same_image, -torch.inf).sub_(self.limit[chunk.part, None]).relu_()
+
+    def loss(self) -> Tensor:
+        return self.cost
+
+    def slope(self, chunk: Chunk) -> Tensor:
+        slope = self._violation(chunk).sign_()
+        if chunk.own:
+            chunk.diagonal(slope).sub_(self.active[chunk.part])
+        return slope
+
+
+class _HardestRing(torch.autograd.Function):
+    """The hinge at the hardest negative, ties to the lowest index. A row keeps its winner, so one round is enough."""
+
+    @staticmethod
+    def forward(ctx, rows, columns, ids, margin: float):
+        rows_, columns_ = rows.detach(), columns.detach()
+        local = rows.shape[0]
+        best, index = rows_.new_full((local,), -torch.inf), ids.new_zeros(local)
+        winner = torch.zeros_like(rows_)
+        with torch.autocast(rows.device.type, enabled=False):
+            for owner, block in around_the_ring(columns_, ids):
+                for chunk in chunks(rows_, ids, *block, own=owner == rank(), width=rows.shape[1]):
+                    part = chunk.part
+                    top, place = chunk.s.masked_fill_(chunk.same_image, -torch.inf).max(1)
+                    place += owner * local
+                    # Blocks do not come in the order of the ranks, so a tie is decided by the index.
+                    better = (top > best[part]) | ((top == best[part]) & (place < index[part]))
+                    better &= top > -torch.inf
+                    best[part] = torch.where(better, top, best[part])
+                    index[part] = torch.where(better, place, index[part])
+                    candidate = block[0][place - owner * local]
+                    winner[part] = torch.where(better[:, None], candidate, winner[part])
+            cost = (margin + best - (rows_ * columns_).sum(1)).clamp_min(0)
+        ctx.save_for_backward(rows_, columns_, winner, index, cost > 0)
+        return cost.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, columns, winner, index, active = ctx.saved_tensors
+        weight = active.to(rows.dtype)[:, None] * grad
+        places, sums = _sum_by_index(index[active], (rows * weight)[active])
+        d_columns = send_to_owners(places, sums, rows.shape[0]) - rows * weight
+        return (winner - columns) * weight, d_columns, None, None
+
+
+def _sum_by_index(index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct values in index (k,), ascending, and for each the sum of its rows (k, D)."""
+    places, inverse, counts = torch.unique(index, return_inverse=True, return_counts=True)
+    if not len(places):
+        return places, rows
+    # One bag for each place, its rows in order: index_add_ on a GPU adds in any order.
+    order = torch.argsort(inverse, stable=True)
+    return places, embedding_bag(order, rows, counts.cumsum(0) - counts, mode="sum")
