@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from d2s.drill import job as drill_job
 from d2s.drill.compare import compare
-from d2s.drill.run import MOMENTS, DrillError, Kill, Tally, draw_kills, saved_step
+from d2s.drill.kill_loop import MOMENTS, DrillError, Kill, Tally, draw_kills, saved_step
+from d2s.workers import local_job as drill_job
 
 
 def finished(run: Path) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from d2s.common import command
 from d2s.drill.compare import TOLERANCE, Comparison, compare, recorded_steps
-from d2s.drill.run import Drill, DrillError, draw_kills, reference
+from d2s.drill.kill_loop import Drill, DrillError, draw_kills, reference
 
 # The smallest training that has all parts: a step takes some ten milliseconds, an epoch thirty steps.
 _SMALL = {

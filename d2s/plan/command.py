@@ -48,7 +48,7 @@ class Request:
 
 def request(options: argparse.Namespace, overrides: list[str]) -> Request:
     """Raises ValueError, in one line, for an unknown recipe or field, and for what does not fit together."""
-    from d2s.plan.estimate import by_shape
+    from d2s.plan.memory import by_shape
     from d2s.training.config import override
     from d2s.training.engine import bucket_size, engine_settings
     from d2s.training.prepare import find_recipe
@@ -107,7 +107,7 @@ def table(names: tuple[str, ...], columns: dict[str, dict[str, int]], unit: int)
 
 def describe(asked: Request, throughput: float | None) -> str:
     """The whole text."""
-    from d2s.plan.estimate import PARTS, STAGES, largest_batch, measure_sizes, memory, traffic
+    from d2s.plan.memory import PARTS, STAGES, largest_batch, measure_sizes, memory, traffic
 
     config, workers, batch = asked.config, asked.workers, asked.config.batch_size
     sizes = measure_sizes(config, asked.words, batch // workers)
@@ -151,8 +151,8 @@ def describe(asked: Request, throughput: float | None) -> str:
 
 def check(asked: Request, options: argparse.Namespace, overrides: list[str]) -> float:
     """Trains a few steps, prints them beside the plan for the configured ZeRO stage; returns pairs a second."""
-    from d2s.plan.estimate import measure_sizes, memory
     from d2s.plan.measure import STEPS, measure
+    from d2s.plan.memory import measure_sizes, memory
 
     with tempfile.TemporaryDirectory(prefix="d2s-plan-") as folder:
         data = options.data or _scenes(Path(folder) / "data", asked.config)

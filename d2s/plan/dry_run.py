@@ -9,7 +9,7 @@ import torch
 
 from d2s.data.batches import TrainBatches
 from d2s.model.config import IdleSetting, idle_settings
-from d2s.plan.estimate import Sizes, by_shape, count, kept_bytes, memory
+from d2s.plan.memory import Sizes, by_shape, count, kept_bytes, memory
 from d2s.preprocess.text import TextPipeline
 from d2s.training.config import to_dict
 from d2s.training.engine import bucket_size, checkpoint_activations

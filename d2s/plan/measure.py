@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2s.drill import job as drill_job
 from d2s.model.presets import shape_of
+from d2s.workers import local_job as drill_job
 
 STEPS = 6
 _LIMIT = 900.0

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from d2s.drill import command as drill
-from d2s.drill import job as drill_job
 from d2s.drill.compare import compare
-from d2s.drill.run import Kill, draw_kills, target_step
+from d2s.drill.kill_loop import Kill, draw_kills, target_step
+from d2s.workers import local_job as drill_job
 
 ROOT = Path(__file__).resolve().parents[3]
 

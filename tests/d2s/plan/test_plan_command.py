@@ -6,7 +6,7 @@ import re
 import pytest
 
 from d2s.plan import command as plan
-from d2s.plan.estimate import PARTS, Sizes, build, largest_batch, measure_sizes, memory, traffic
+from d2s.plan.memory import PARTS, Sizes, build, largest_batch, measure_sizes, memory, traffic
 from d2s.training.recipes import RECIPES
 
 GIB = 2**30

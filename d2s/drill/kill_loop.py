@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from d2s.checkpoint.store import newest
-from d2s.drill import job as drill_job
-from d2s.drill.job import Job
 from d2s.training.run_log import read_rows
+from d2s.workers import local_job as drill_job
+from d2s.workers.local_job import Job
 from d2s.workers.preemption import PREEMPTED
 
 MOMENTS = {"step": "after a step", "save": "while saving", "start": "at a start"}
