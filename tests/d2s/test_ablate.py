@@ -22,7 +22,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_are_the_papers_and_the_controls() -> None:
     assert [row.control for row in ablate.ROWS] == [False] * 5 + [True] * 2
-    made = ablate.parse(["--data", "d", "--out", "o", "--steps", "30", "--pretrain-steps", "20"])
+    made = ablate.Ablation(
+        family="scenes_small", data=Path("d"), out=Path("o"), seeds=3, steps=30, pretrain_steps=20, jobs=1,
+        overrides=(),
+    )  # fmt: skip
     commands = {row.name: " ".join(made.command(row, 1)) for row in ablate.ROWS}
     assert "--max_steps 20" in commands["pre-training alone"]
     assert "--max_steps 50" in commands["align alone, total steps"]
@@ -86,8 +89,8 @@ def test_a_failing_run_ends_the_ablation(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--seeds", "0"], "--seeds is 0"),
-        (["--pretrain-steps", "-5"], "--pretrain-steps is -5"),
+        (["--seeds", "0"], "argument --seeds: '0'"),
+        (["--pretrain-steps", "-5"], "argument --pretrain-steps: '-5'"),
         (["--seed", "5"], "--seed is set by the ablation itself"),
         (["--family", "scenes_smal"], "did you mean 'scenes_small_pretrain'"),
         (["--optim.rl", "1"], "no field 'optim.rl'"),
@@ -98,7 +101,11 @@ def test_a_failing_run_ends_the_ablation(
 def test_mistakes_are_one_line(
     arguments: list[str], message: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert ablate.main(["--data", str(scenes), "--out", str(tmp_path / "out"), *arguments]) == 2
+    try:
+        code = ablate.main(["--data", str(scenes), "--out", str(tmp_path / "out"), *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
