@@ -14,17 +14,24 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
 
 from d2s.checkpoint.store import MARKER, newest
 from d2s.common import command
 from d2s.common.command import positive
 from d2s.common.files import read_json, write_json
+from d2s.evaluate.evaluation import evaluate_model
+from d2s.model import D2SModel
+from d2s.report.ablation import ablation_table
+from d2s.shards.cli import main as shard
 from d2s.shards.order.permutation import steps_per_epoch
 from d2s.shards.read.index import ShardIndex
+from d2s.training.config import from_dict, override
+from d2s.training.prepare import find_recipe
+from d2s.training.run_log import read_rows
 
 TRAIN = Path(__file__).with_name("train.py")
 SCENES = Path("data/scenes")
+_BUILD_SCENES = f"build --source scenes --count train=4000,val=500,test=500 --size 64 --out {SCENES}".split()
 _OWN_FIELDS = ("seed", "max_steps", "stage", "recipe", "epochs")
 
 
@@ -78,24 +85,16 @@ class Ablation:
 
     def settings(self) -> dict[str, object]:
         """The settings that decide the numbers, without the seeds. Runs are reused only if these are the same."""
-        return {
-            "family": self.family,
-            "data": str(self.data),
-            "steps": self.steps,
-            "pretrain_steps": self.pretrain_steps,
-            "overrides": list(self.overrides),
-        }
+        same = {name: getattr(self, name) for name in ("family", "steps", "pretrain_steps")}
+        return {**same, "data": str(self.data), "overrides": list(self.overrides)}
 
     def claim_folder(self) -> None:
         """Writes the settings to the output folder. Raises ValueError where it holds anything else."""
-        path = self.out / "settings.json"
-        if path.is_file():
-            if read_json(path) != self.settings():
-                raise ValueError(
-                    f"--out {self.out} holds an ablation with other settings: choose another folder"
-                )
-        elif self.out.exists() and any(self.out.iterdir()):
-            raise ValueError(f"--out {self.out} is not empty and holds no ablation: choose another folder")
+        path, used = self.out / "settings.json", self.out.exists() and any(self.out.iterdir())
+        if used and not (path.is_file() and read_json(path) == self.settings()):
+            raise ValueError(
+                f"--out {self.out} holds other files, or an ablation with other settings: choose another folder"
+            )
         write_json(path, self.settings())
 
     def run_folder(self, row: Row, seed: int) -> Path:
@@ -119,8 +118,7 @@ class Ablation:
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         log, start = folder.with_name(f"{folder.name}.log"), time.monotonic()
-        cores = max(1, len(os.sched_getaffinity(0)) // self.jobs)
-        threads = os.environ.get("D2S_THREADS", str(cores))
+        threads = os.environ.get("D2S_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.jobs)))
         env = {**os.environ, "D2S_THREADS": threads, "OMP_NUM_THREADS": threads}
         with open(log, "w", encoding="utf-8") as file:
             done = subprocess.run(
@@ -157,27 +155,15 @@ class Ablation:
 
 def evaluate_all(ablation: Ablation) -> list[dict]:
     """Evaluates every run's best model on the test split; returns one result a row."""
-    index = ShardIndex.open(ablation.data)
-    return [
-        {
-            "row": row.name,
-            "control": row.control,
-            "pretrained": row.pretrained,
-            "runs": [
-                {"seed": seed, **_evaluate(ablation.run_folder(row, seed), index)}
-                for seed in range(ablation.seeds)
-            ],
-        }
-        for row in ROWS
-    ]
+    index, results = ShardIndex.open(ablation.data), []
+    for row in ROWS:
+        folders = [ablation.run_folder(row, seed) for seed in range(ablation.seeds)]
+        runs = [{"seed": seed, **_evaluate(folder, index)} for seed, folder in enumerate(folders)]
+        results.append({"row": row.name, "control": row.control, "pretrained": row.pretrained, "runs": runs})
+    return results
 
 
 def _evaluate(folder: Path, index: ShardIndex) -> dict[str, float]:
-    from d2s.evaluate.evaluation import evaluate_model
-    from d2s.model import D2SModel
-    from d2s.training.config import from_dict
-    from d2s.training.run_log import read_rows
-
     config = from_dict(read_json(folder / "config.json")["config"])
     model = D2SModel.from_pretrained(folder / "best")
     test = evaluate_model(model, index, "test", data_config=config.data, dense=False, full=False)
@@ -192,61 +178,27 @@ def _evaluate(folder: Path, index: ShardIndex) -> dict[str, float]:
     }
 
 
-def table(results: list[dict]) -> str:
-    """The results as a Markdown table. Steps and time include pre-training; time is the median over the seeds."""
-    pretraining = results[0]["runs"]
-    lines = ["| row | steps | test rSum | val rSum | training time |", "|---|---|---|---|---|"]
-    for result in results:
-        runs = result["runs"]
-        steps, seconds = runs[0]["steps"], median(run["train_seconds"] for run in runs)
-        if result["pretrained"]:
-            steps += pretraining[0]["steps"]
-            seconds += median(run["train_seconds"] for run in pretraining)
-        name = result["row"] + (" (control)" if result["control"] else "")
-        test, val = (_spread([run[key] for run in runs]) for key in ("test_rsum", "val_rsum"))
-        lines.append(f"| {name} | {steps} | {test} | {val} | {seconds:.0f} s |")
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.1f} +- {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
-
-
 def read_ablation(options: argparse.Namespace, overrides: list[str]) -> Ablation:
     """Raises ValueError for fields that the ablation sets itself, and for a family without its three recipes."""
-    from d2s.training.config import override
-    from d2s.training.prepare import find_recipe
-
     for name in (word.split("=")[0] for word in overrides):
         if name.removeprefix("--") in _OWN_FIELDS:
             raise ValueError(f"{name} is set by the ablation itself: use --seeds, --steps, --pretrain-steps")
-    pretrain, align, finetune = (
-        find_recipe(f"{options.family}_{part}") for part in ("pretrain", "align", "finetune")
-    )
-    for config in (pretrain, align, finetune):
-        override(config, overrides)
+    recipes = [find_recipe(f"{options.family}_{part}") for part in ("pretrain", "align", "finetune")]
+    pretrain, _, finetune = (override(recipe, overrides) for recipe in recipes)
     steps = options.steps or finetune.max_steps
     pretrain_steps = options.pretrain_steps or pretrain.max_steps
     if not (steps and pretrain_steps):
         raise ValueError(f"the recipes of {options.family} count epochs: give --steps and --pretrain-steps")
-    if options.data == SCENES and not SCENES.exists():
-        _build_scenes()
+    if options.data == SCENES and not SCENES.exists() and shard(_BUILD_SCENES):
+        raise ValueError(f"{SCENES}: the scenes could not be built")
     index = ShardIndex.open(options.data)
     for split in ("train", "val", "test"):
         index.rows(split)
-    steps_per_epoch(len(index.rows("train")), override(pretrain, overrides).batch_size)  # too large a batch
+    steps_per_epoch(len(index.rows("train")), pretrain.batch_size)  # raises for too large a batch
     return Ablation(
         family=options.family, data=options.data, out=options.out, seeds=options.seeds, steps=steps,
         pretrain_steps=pretrain_steps, jobs=options.jobs, overrides=tuple(overrides),
     )  # fmt: skip
-
-
-def _build_scenes() -> None:
-    from d2s.shards.cli import main as shard
-
-    counts = "train=4000,val=500,test=500"
-    if shard(["build", "--source", "scenes", "--count", counts, "--size", "64", "--out", str(SCENES)]):
-        raise ValueError(f"{SCENES}: the scenes could not be built")
 
 
 def parser() -> command.Parser:
@@ -287,7 +239,7 @@ def _ablate(options: argparse.Namespace, overrides: list[str]) -> None:
     ablation.claim_folder()
     ablation.train_all()
     results = evaluate_all(ablation)
-    text, minutes = table(results), (time.monotonic() - start) / 60
+    text, minutes = ablation_table(results), (time.monotonic() - start) / 60
     write_json(ablation.out / "ablation.json", {"settings": ablation.settings(), "results": results})
     (ablation.out / "ablation.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{minutes:.1f} minutes; {ablation.out}/ablation.json, ablation.md")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from d2s import ablate
+from d2s.report.ablation import ablation_table
 from d2s.shards.cli import main as shard
 
 SMALL = [
@@ -47,7 +48,7 @@ def test_table_by_hand() -> None:
         return {"row": row.name, "control": row.control, "pretrained": row.pretrained, "runs": found}
 
     first, align, both = ablate.ROWS[0], ablate.ROWS[1], ablate.ROWS[2]
-    lines = ablate.table(
+    lines = ablation_table(
         [result(first, (1, 5), (3, 7)), result(align, (4, 8), (6, 8)), result(both, (7, 1), (7, 3))]
     ).splitlines()
     assert lines[2] == "| pre-training alone | 10 | 2.0 +- 1.4 | 3.0 +- 1.4 | 6 s |"
