@@ -12,11 +12,11 @@ _MOST_POINTS = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line of a chart. x and y have the same length; points that are not finite are left out."""
+    """One line of a chart."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    points: Sequence[tuple[float, float]]
+    """(x, y) in the order of the line; those that are not finite are left out."""
     colour: int = 1
     """1 to 6."""
     smooth: bool = False
@@ -36,15 +36,6 @@ class Shape:
     """As in SVG's polyline: "x,y x,y"."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dot:
-    """A point of a line, drawn as a small circle."""
-
-    x: float
-    y: float
-    colour: int
-
-
 @dataclass(kw_only=True)
 class Chart:
     """A drawing in its own units: x grows to the right, y downwards."""
@@ -56,7 +47,8 @@ class Chart:
     """Where each number under the horizontal axis stands, and the number."""
     y_marks: list[tuple[float, str]]
     shapes: list[Shape] = field(default_factory=list)
-    dots: list[Dot] = field(default_factory=list)
+    dots: list[tuple[float, float, int]] = field(default_factory=list)
+    """(x, y, colour) of each."""
     readings: list[dict] = field(default_factory=list)
     """For the pointer: each line's name, colour and points as [x, y, text of x, text of y]."""
     width, height = 520, 250
@@ -138,7 +130,7 @@ def line_chart(
         heights = [y_axis.place(value) for value in y]
         chart.shapes.append(Shape(kind="line", colour=s.colour, points=_points(places, heights)))
         if s.dots and len(x) <= 60:
-            chart.dots += [Dot(x=a, y=b, colour=s.colour) for a, b in zip(places, heights, strict=True)]
+            chart.dots += [(x, y, s.colour) for x, y in zip(places, heights, strict=True)]
         at = list(zip(places, heights, map(short, x), map(short, y), strict=True))
         chart.readings.append({"name": s.name, "colour": s.colour, "at": at})
     return chart
@@ -181,7 +173,7 @@ def _points(xs: Sequence[float], ys: Sequence[float]) -> str:
 
 def _finite(series: Series) -> tuple[np.ndarray, np.ndarray]:
     """The series' finite points, at most 400 of them."""
-    x, y = np.asarray(series.x, float), np.asarray(series.y, float)
+    x, y = np.asarray(series.points, float).reshape(-1, 2).T
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = x[finite], y[finite]
     if len(x) > _MOST_POINTS:

@@ -44,7 +44,6 @@ def render_page(
         run=runs[0],
         runs=runs,
         rows=rows,
-        ks=KS,
         tiles=_tiles(runs[0], rows),
         run_names=_legend(runs),
         curves=curves(runs),
@@ -52,7 +51,7 @@ def render_page(
         gallery_source=gallery_source,
         no_gallery=no_gallery,
         similarities=_similarities(gallery) if gallery else [],
-        capacity=_capacity(capacity),
+        capacity=capacity,
     )  # fmt: skip
 
 
@@ -81,7 +80,7 @@ def curves(runs: Sequence[Run]) -> list[Figure]:
 
     def figure(title: str, note: str, points: list, *, from_zero: bool = True, **style: bool) -> Figure:
         series = [
-            Series(name=name, colour=colour, x=[x for x, _ in each], y=[y for _, y in each], **style)
+            Series(name=name, colour=colour, points=each, **style)
             for (name, colour), each in zip(_legend(runs), points, strict=True)
         ]
         x_max = max(epochs, default=0.0)
@@ -111,8 +110,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"number": _number, "breaking": _breaking}
-    environment.globals |= {"TOP": TOP, "CHART": Chart}
+    environment.filters |= {"number": _number, "short": short, "breaking": _breaking}
+    environment.globals |= {"TOP": TOP, "CHART": Chart, "KS": KS, "CAPACITY": CAPACITY}
     return environment
 
 
@@ -156,16 +155,3 @@ def _similarities(gallery: Gallery) -> list[Figure]:
         )
         for title, direction in (("Image to text", gallery.i2t), ("Text to image", gallery.t2i))
     ]
-
-
-def _capacity(measures: dict[str, float]) -> list[tuple[str, list[str], str]]:
-    """(name, values of images, sparse and dense captions, meaning) of each measure."""
-    found = []
-    for key, (name, meaning) in CAPACITY.items():
-        keys = ["", "cosine_sparse_dense", ""] if key == "cosine" else [
-            f"{key}_{kind}" for kind in ("images", "sparse", "dense")
-        ]  # fmt: skip
-        values = [short(measures[key]) if key in measures else "" for key in keys]
-        if any(values):
-            found.append((name, values, meaning))
-    return found

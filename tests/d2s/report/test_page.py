@@ -311,10 +311,10 @@ def test_ticks_are_round_and_inside(low, high, wanted):
 
 
 def test_charts_bear_anything():
-    series = charts.Series(name="a", x=[1, 2, 3], y=[1.0, math.nan, math.inf])
+    series = charts.Series(name="a", points=[(1, 1.0), (2, math.nan), (3, math.inf)])
     assert "nan" not in repr(charts.line_chart([series], x_label="epoch"))
     assert charts.line_chart([], x_label="epoch") is None
-    flat = charts.Series(name="flat", x=range(5000), y=[2.0] * 5000, smooth=True)
+    flat = charts.Series(name="flat", points=[(x, 2.0) for x in range(5000)], smooth=True)
     drawn = charts.line_chart([flat], x_label="epoch")
     assert "nan" not in repr(drawn)
     assert len(repr(drawn)) < 60_000
