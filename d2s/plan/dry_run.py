@@ -21,36 +21,36 @@ _GIB = 2**30
 _PAIRS = 2
 
 
-def describe(prepared: Plan) -> str:
+def describe(spec: Plan) -> str:
     """All lines. Builds the model on the CPU and sends two real pairs through it.
 
     The paper's towers are built by their shape with random weights; BERT's vocabulary is then that of the captions.
     """
-    resolved = json.dumps(to_dict(prepared.config), indent=2)
+    resolved = json.dumps(to_dict(spec.config), indent=2)
     # Warn about the towers that were asked for: those built by their shape always have random weights.
-    for line in idle_settings(prepared.config.model, {"decoder"} if prepared.init else None):
+    for line in idle_settings(spec.config.model, {"decoder"} if spec.init else None):
         warnings.warn(line, IdleSetting, stacklevel=2)
-    prepared = dataclasses.replace(prepared, config=by_shape(prepared.config))
-    config = prepared.config
+    spec = dataclasses.replace(spec, config=by_shape(spec.config))
+    config = spec.config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleSetting)
-        model = prepared.build_model()
+        model = spec.build_model()
     if config.engine.activation_checkpointing:
         checkpoint_activations(model)
-    module = prepared.build_module(model)
-    parts = memory_parts(prepared, module)
-    pairs = prepared.captions != "dense" and config.data.sparse == "all"
-    unit = "visits of a stream" if prepared.streams else "image-caption pairs" if pairs else "images"
-    batch = f"{config.batch_size} on {prepared.world} workers, {prepared.local_batch} each"
-    if 0 < config.engine.micro_batch < prepared.local_batch:
+    module = spec.build_module(model)
+    parts = memory_parts(spec, module)
+    pairs = spec.captions != "dense" and config.data.sparse == "all"
+    unit = "visits of a stream" if spec.streams else "image-caption pairs" if pairs else "images"
+    batch = f"{config.batch_size} on {spec.world} workers, {spec.local_batch} each"
+    if 0 < config.engine.micro_batch < spec.local_batch:
         batch += f", embedded {config.engine.micro_batch} at a time"
     lines = [
         resolved,
         "",
         *_parameters(module),
         "",
-        f"an epoch         {prepared.items:,} {unit}",
-        f"steps            {prepared.steps_per_epoch:,} an epoch, {prepared.total_steps:,} in all",
+        f"an epoch         {spec.items:,} {unit}",
+        f"steps            {spec.steps_per_epoch:,} an epoch, {spec.total_steps:,} in all",
         f"batch            {batch}",
         "",
         f"memory a worker  {sum(parts.values()) / _GIB:.2f} GiB, estimated (the allocator's slack not counted)",
@@ -81,28 +81,28 @@ def _parameters(module: TrainingModule) -> list[str]:
     return lines
 
 
-def memory_parts(prepared: Plan, module: TrainingModule) -> dict[str, int]:
+def memory_parts(spec: Plan, module: TrainingModule) -> dict[str, int]:
     """Bytes on one worker by part, as `d2s.plan` counts them, but with the activations of real pairs."""
-    config = prepared.config
+    config = spec.config
     parameters, learned, teacher = count(module, config)
-    per_pair = _saved_per_pair(prepared, module)
+    per_pair = _saved_per_pair(spec, module)
     sizes = Sizes(parameters=parameters, learned=learned, teacher=teacher, saved=0, saved_per_pair=per_pair)
-    bucket = bucket_size(prepared.engine_settings())
-    return memory(config, sizes, prepared.world, config.engine.zero_stage, config.batch_size, bucket)
+    bucket = bucket_size(spec.engine_settings())
+    return memory(config, sizes, spec.world, config.engine.zero_stage, config.batch_size, bucket)
 
 
-def _saved_per_pair(prepared: Plan, module: TrainingModule) -> int:
-    split = "val" if prepared.streams else "train"
-    pairs = min(_PAIRS, len(prepared.index.rows(split)))
-    data = prepared.config.data
+def _saved_per_pair(spec: Plan, module: TrainingModule) -> int:
+    split = "val" if spec.streams else "train"
+    pairs = min(_PAIRS, len(spec.index.rows(split)))
+    data = spec.config.data
     batches = TrainBatches(
-        prepared.index,
+        spec.index,
         split,
         dataclasses.replace(data, loader_workers=0),
         TextPipeline(module.model.tokenizer, data.max_words_dense),
-        captions="dense" if prepared.captions == "dense" else "sparse",
+        captions="dense" if spec.captions == "dense" else "sparse",
         batch_size=pairs,
-        seed=prepared.config.seed,
+        seed=spec.config.seed,
     )
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
     return saved_bytes(module, next(batches.epoch(0))) // pairs

@@ -57,14 +57,14 @@ def main(arguments: list[str]) -> None:
 
     from d2s.train import parse
 
-    prepared = plan(*parse(arguments))
-    prepared = dataclasses.replace(prepared, config=by_shape(prepared.config))
+    spec = plan(*parse(arguments))
+    spec = dataclasses.replace(spec, config=by_shape(spec.config))
     before = peak_memory()
-    with prepared.start(Preemption()) as trainer:
+    with spec.start(Preemption()) as trainer:
         measured = take_steps(trainer)
         measured |= {"resident": peak_memory() - before, "on_cpu": not torch.cuda.is_available()}
         if trainer.workers.is_main:
-            (prepared.run / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
+            (spec.run / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
 
 
 def peak_memory() -> int:
