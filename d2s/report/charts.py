@@ -25,28 +25,19 @@ class Series:
     """A dot at each point: for few points that were measured one by one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A line through `points`, filled where it is an area."""
-
-    kind: str
-    """line, faint, area or mean."""
-    colour: int
-    points: str
-    """As in SVG's polyline: "x,y x,y"."""
-
-
 @dataclass(kw_only=True)
 class Chart:
     """A drawing in its own units: x grows to the right, y downwards."""
 
-    label: str
-    """What the chart shows, for screen readers."""
+    title: str
+    note: str
+    """What the lines are, or the main figure."""
     x_label: str
     x_marks: list[tuple[float, str]]
     """Where each number under the horizontal axis stands, and the number."""
     y_marks: list[tuple[float, str]]
-    shapes: list[Shape] = field(default_factory=list)
+    shapes: list[tuple[str, int, str]] = field(default_factory=list)
+    """(kind, colour, points) of each. Kinds: line, faint, area, mean. Points as in SVG's polyline: "x,y x,y"."""
     dots: list[tuple[float, float, int]] = field(default_factory=list)
     """(x, y, colour) of each."""
     readings: list[dict] = field(default_factory=list)
@@ -105,14 +96,13 @@ def average(values: np.ndarray) -> np.ndarray:
 
 
 def line_chart(
-    series: Sequence[Series], *, x_label: str, x_max: float = 0.0, from_zero: bool = False, label: str = ""
+    series: Sequence[Series], title: str, note: str, *, x_label: str, x_max: float, from_zero: bool
 ) -> Chart | None:
     """A line chart whose horizontal axis starts at 0; None where there is nothing to draw.
 
     Args:
         x_max: the horizontal axis reaches at least this far.
         from_zero: the vertical axis starts at 0 as well.
-        label: what the chart shows, for screen readers.
     """
     lines = [(s, x, y) for s in series for x, y in [_finite(s)] if len(x)]
     if not lines:
@@ -120,15 +110,15 @@ def line_chart(
     xs, ys = np.concatenate([x for _, x, _ in lines]), np.concatenate([y for _, _, y in lines])
     x_axis = Axis(min(0.0, xs.min()), max(xs.max(), x_max), Chart.left, Chart.right)
     y_axis = Axis(min(0.0, ys.min()) if from_zero else ys.min(), ys.max(), Chart.bottom, Chart.top)
-    chart = Chart(label=label, x_label=x_label, x_marks=x_axis.marks(6), y_marks=y_axis.marks(5))
+    marks = {"x_marks": x_axis.marks(6), "y_marks": y_axis.marks(5)}
+    chart = Chart(title=title, note=note, x_label=x_label, **marks)
     for s, x, y in lines:
         places = [x_axis.place(value) for value in x]
         if s.smooth and len(x) > 20:
-            points = _points(places, map(y_axis.place, y))
-            chart.shapes.append(Shape(kind="faint", colour=s.colour, points=points))
+            chart.shapes.append(("faint", s.colour, _points(places, map(y_axis.place, y))))
             y = average(y)
         heights = [y_axis.place(value) for value in y]
-        chart.shapes.append(Shape(kind="line", colour=s.colour, points=_points(places, heights)))
+        chart.shapes.append(("line", s.colour, _points(places, heights)))
         if s.dots and len(x) <= 60:
             chart.dots += [(x, y, s.colour) for x, y in zip(places, heights, strict=True)]
         at = list(zip(places, heights, map(short, x), map(short, y), strict=True))
@@ -137,7 +127,7 @@ def line_chart(
 
 
 def histogram(
-    groups: Sequence[tuple[np.ndarray, int]], *, x_label: str, bins: int = 48, label: str = ""
+    groups: Sequence[tuple[np.ndarray, int]], title: str, note: str, *, x_label: str, bins: int = 48
 ) -> Chart | None:
     """Overlaid histograms of (values, colour) over common bins, each in percent of its group.
 
@@ -155,15 +145,14 @@ def histogram(
     percents = [100 * np.histogram(values, edges)[0] / len(values) for values, _ in groups]
     x_axis = Axis(low, high, Chart.left, Chart.right)
     y_axis = Axis(0.0, 1.05 * max(float(p.max()) for p in percents), Chart.bottom, Chart.top)
-    chart = Chart(label=label, x_label=x_label, x_marks=x_axis.marks(6), y_marks=y_axis.marks(5, " %"))
+    marks = {"x_marks": x_axis.marks(6), "y_marks": y_axis.marks(5, " %")}
+    chart = Chart(title=title, note=note, x_label=x_label, **marks)
     corners = [x_axis.place(edge) for edge in np.repeat(edges, 2)]
     for (values, colour), percent in zip(groups, percents, strict=True):
         heights = [y_axis.place(value) for value in [0.0, *np.repeat(percent, 2), 0.0]]
         mean = x_axis.place(float(values.mean()))
-        chart.shapes += [
-            Shape(kind="area", colour=colour, points=_points(corners, heights)),
-            Shape(kind="mean", colour=colour, points=_points([mean, mean], [Chart.top, Chart.bottom])),
-        ]
+        chart.shapes.append(("area", colour, _points(corners, heights)))
+        chart.shapes.append(("mean", colour, _points([mean, mean], [Chart.top, Chart.bottom])))
     return chart
 
 

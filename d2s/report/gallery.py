@@ -117,8 +117,8 @@ def make_gallery(
 
     images, described = normalize(embedded.images).cpu(), torch.unique(owner)
     captions = _Side(normalize(texts.embeddings).cpu(), owner, caption)
-    t2i = _direction(captions, _Side(images, torch.arange(len(images)), _no_text), per_outcome)
-    i2t = _direction(_Side(images[described], described, _no_text), captions, per_outcome)
+    t2i = _direction(captions, _Side(images, torch.arange(len(images))), per_outcome)
+    i2t = _direction(_Side(images[described], described), captions, per_outcome)
     shown = {query.image for query in [*i2t.queries, *t2i.queries]}
     shown |= {answer.image for query in t2i.queries for answer in query.answers}
     thumbnails = {image: thumbnail(image) for image in sorted(shown)}
@@ -133,12 +133,8 @@ class _Side:
     """(n, D), rows of length 1."""
     images: Tensor
     """(n,) int64, position in the split of each row's picture: equal ones belong together."""
-    text: Callable[[int], str | None]
+    text: Callable[[int], str | None] = lambda row: None
     """Gives a row's caption, None for a picture."""
-
-
-def _no_text(_: int) -> None:
-    return None
 
 
 def _direction(queries: _Side, candidates: _Side, per_outcome: int) -> Direction:

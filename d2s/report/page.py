@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -12,15 +11,6 @@ from d2s.evaluate.tables import CAPACITY
 from d2s.report.charts import COLOURS, Chart, Series, histogram, line_chart, short
 from d2s.report.gallery import TOP, Gallery
 from d2s.report.runs import RecallRow, Run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A chart with its title and a note."""
-
-    title: str
-    note: str
-    chart: Chart
 
 
 def render_page(
@@ -61,7 +51,7 @@ def render_picture(runs: Sequence[Run], gallery: Gallery | None) -> str:
     Raises:
         ValueError: none of the runs has a row of metrics yet.
     """
-    shown = [figure for figure in curves(runs) if figure.title in ("Loss", "Validation rSum")]
+    shown = [chart for chart in curves(runs) if chart.title in ("Loss", "Validation rSum")]
     if not shown:
         raise ValueError(f"{runs[0].path}: metrics.jsonl has no rows yet, so there is nothing to draw")
     by_outcome = {query.outcome: query for query in gallery.t2i.queries} if gallery else {}
@@ -70,22 +60,21 @@ def render_picture(runs: Sequence[Run], gallery: Gallery | None) -> str:
         run_names=_legend(runs),
         queries=list(by_outcome.values()),
         thumbnails=gallery.thumbnails if gallery else {},
-        label=" and ".join(figure.title for figure in shown) + " over the epochs",
+        label=" and ".join(chart.title for chart in shown) + " over the epochs",
     )  # fmt: skip
 
 
-def curves(runs: Sequence[Run]) -> list[Figure]:
+def curves(runs: Sequence[Run]) -> list[Chart]:
     """The charts over the epochs for which the runs have numbers."""
     epochs = [row["epoch"] for run in runs for row in run.rows]
 
-    def figure(title: str, note: str, points: list, *, from_zero: bool = True, **style: bool) -> Figure:
+    def chart(title: str, note: str, points: list, *, from_zero: bool = True, **style: bool) -> Chart | None:
         series = [
             Series(name=name, colour=colour, points=each, **style)
             for (name, colour), each in zip(_legend(runs), points, strict=True)
         ]
         x_max = max(epochs, default=0.0)
-        chart = line_chart(series, x_label="epoch", x_max=x_max, from_zero=from_zero, label=title)
-        return Figure(title=title, note=note, chart=chart)
+        return line_chart(series, title, note, x_label="epoch", x_max=x_max, from_zero=from_zero)
 
     def logged(field: str) -> list:
         return [run.points(field) for run in runs]
@@ -93,14 +82,14 @@ def curves(runs: Sequence[Run]) -> list[Figure]:
     loss_note = "total of a step; faint: as logged, line: mean over a window"
     validations = [run.validations() for run in runs]
     found = [
-        figure("Loss", loss_note, logged("loss"), smooth=True, from_zero=False),
-        figure("Learning rate", "of the heads", logged("lr")),
-        figure("Validation rSum", "of the captions that the stage aligns", validations, dots=True),
-        figure("Speed", "training samples a second", logged("samples_per_s"), smooth=True),
-        figure("Gradient norm", "before clipping", logged("grad_norm"), smooth=True),
-        figure("Distillation loss", "mean over the batch", logged("distill"), smooth=True, from_zero=False),
+        chart("Loss", loss_note, logged("loss"), smooth=True, from_zero=False),
+        chart("Learning rate", "of the heads", logged("lr")),
+        chart("Validation rSum", "of the captions that the stage aligns", validations, dots=True),
+        chart("Speed", "training samples a second", logged("samples_per_s"), smooth=True),
+        chart("Gradient norm", "before clipping", logged("grad_norm"), smooth=True),
+        chart("Distillation loss", "mean over the batch", logged("distill"), smooth=True, from_zero=False),
     ]
-    return [each for each in found if each.chart]
+    return [each for each in found if each]
 
 
 def _environment() -> Environment:
@@ -142,16 +131,13 @@ def _tiles(run: Run, rows: Sequence[RecallRow]) -> list[tuple[str, str, str]]:
     return scores[:2] + run.facts()
 
 
-def _similarities(gallery: Gallery) -> list[Figure]:
+def _similarities(gallery: Gallery) -> list[Chart | None]:
     return [
-        Figure(
-            title=title,
-            note=f"the right answer wins in {direction.won:.1f} % of {len(direction.right):,} queries",
-            chart=histogram(
-                [(direction.right, 1), (direction.wrong, 2)],
-                x_label="cosine similarity",
-                label=f"{title}: similarities of the best right and the best wrong answers",
-            ),
+        histogram(
+            [(direction.right, 1), (direction.wrong, 2)],
+            title,
+            f"the right answer wins in {direction.won:.1f} % of {len(direction.right):,} queries",
+            x_label="cosine similarity",
         )
         for title, direction in (("Image to text", gallery.i2t), ("Text to image", gallery.t2i))
     ]

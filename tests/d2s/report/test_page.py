@@ -311,17 +311,19 @@ def test_ticks_are_round_and_inside(low, high, wanted):
 
 
 def test_charts_bear_anything():
-    series = charts.Series(name="a", points=[(1, 1.0), (2, math.nan), (3, math.inf)])
-    assert "nan" not in repr(charts.line_chart([series], x_label="epoch"))
-    assert charts.line_chart([], x_label="epoch") is None
-    flat = charts.Series(name="flat", points=[(x, 2.0) for x in range(5000)], smooth=True)
-    drawn = charts.line_chart([flat], x_label="epoch")
-    assert "nan" not in repr(drawn)
-    assert len(repr(drawn)) < 60_000
-    same = charts.histogram([(np.full(9, 0.5), 1), (np.full(9, 0.5), 2)], x_label="similarity")
+    def lines(*points, smooth=False):
+        series = charts.Series(name="a", points=points, smooth=smooth)
+        return charts.line_chart([series], "title", "", x_label="epoch", x_max=0.0, from_zero=False)
+
+    assert "nan" not in repr(lines((1, 1.0), (2, math.nan), (3, math.inf)))
+    assert lines() is None
+    flat = repr(lines(*((x, 2.0) for x in range(5000)), smooth=True))
+    assert "nan" not in flat
+    assert len(flat) < 60_000
+    same = charts.histogram([(np.full(9, 0.5), 1), (np.full(9, 0.5), 2)], "title", "", x_label="similarity")
     assert "nan" not in repr(same)
-    assert [shape.kind for shape in same.shapes] == ["area", "mean"] * 2
-    assert charts.histogram([(np.full(9, math.nan), 1)], x_label="similarity") is None
+    assert [kind for kind, _, _ in same.shapes] == ["area", "mean"] * 2
+    assert charts.histogram([(np.full(9, math.nan), 1)], "title", "", x_label="similarity") is None
 
 
 def test_the_picture_is_one_image_with_a_legend(data, model, tmp_path, capsys):
