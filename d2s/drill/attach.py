@@ -1,7 +1,7 @@
-"""Drills a job that somebody else started and starts again: a batch system's, or a launcher's with restarts.
+"""Drills a job that somebody else started and starts again: a batch system, or a launcher with restarts.
 
-Workers of the job on this machine are killed; where a job has several machines, run it on one or on each of them.
-The job's own launcher has to bring it back with `--resume`. Once it is done it is compared with a run left in peace.
+Workers of the job on this machine are killed; for a job on several machines, run it on one or on each of them. The
+job's own launcher has to restart it with `--resume`. The finished run is compared with an uninterrupted one.
 """
 
 import argparse
@@ -10,31 +10,28 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from d2s.drill import job as drill_job
 from d2s.drill.compare import compare
-from d2s.drill.run import MOMENTS, DrillError, Kill, Tally, draw_kills, saved_step
-
-
-def finished(run: Path) -> bool:
-    return (run / "last" / "model.safetensors").is_file()
+from d2s.drill.kills import MOMENTS, DrillError, Kill, Tally, draw_kills
+from d2s.drill.progress import finished, incomplete_checkpoints, last_step, metrics_version, saved_step
+from d2s.drill.victims import kill as kill_processes
+from d2s.drill.victims import workers_of
+from d2s.workers.local_job import wait_until
 
 
 def attach(options: argparse.Namespace) -> bool:
-    """Kills `options.kills` times, waits for the end of the job, prints the verdict; whether it is a yes.
+    """Kills `options.kills` times, waits for the end of the job and prints the verdict; returns whether it passed.
 
-    Raises ValueError where the run is finished already, DrillError where the job gets no further.
+    Raises ValueError where the run is finished already, DrillError where the job makes no progress.
     """
-    from d2s.drill.command import verdict
-
     run: Path = options.run
     if finished(run):
         raise ValueError(f"--run {run} is finished (it has last/): attach to a running job")
     start, tally, rng = time.monotonic(), Tally(), random.Random(options.seed)
     for kill in draw_kills(options.kills, options.seed):
-        if not _strike(run, kill, rng.uniform(0, 2 * options.spread), options.patience):
+        if not _kill(run, kill, rng.uniform(0, 2 * options.spread), options.patience):
             break
         tally.kills.append(kill)
-        reached, saved = drill_job.last_step(run), saved_step(run)
+        reached, saved = last_step(run), saved_step(run)
         tally.lost += max(0, reached - saved)
         print(
             f"kill {len(tally.kills)} of {options.kills}: {MOMENTS[kill.moment]}, at step {reached}; "
@@ -50,31 +47,30 @@ def attach(options: argparse.Namespace) -> bool:
         return survived
     comparison = compare(run, options.against)
     print("\n".join(comparison.lines()))
-    line, good = verdict(comparison, fixed=len(set(options.workers)) == 1, tolerance=options.tolerance)
+    line, passed = comparison.verdict(fixed=len(set(options.workers)) == 1, tolerance=options.tolerance)
     print(line, flush=True)
-    return good and survived
+    return passed and survived
 
 
-def _strike(run: Path, kill: Kill, pause: float, patience: float) -> bool:
-    """Waits until the job gets on again, and `pause` seconds more, and kills; False where the job ended before."""
-    before = drill_job.signature(run / "metrics.jsonl")
-    if not _await(run, lambda: bool(drill_job.workers_of(run)), patience):
+def _kill(run: Path, kill: Kill, pause: float, patience: float) -> bool:
+    """Waits until the job makes progress again, then `pause` seconds, and kills; False where the job ended before."""
+    before = metrics_version(run)
+    if not _await(run, lambda: bool(workers_of(run)), patience):
         return False
     if kill.moment != "start":
-        if not _await(run, lambda: drill_job.signature(run / "metrics.jsonl") != before, patience):
+        if not _await(run, lambda: metrics_version(run) != before, patience):
             return False
-        if drill_job.wait_until(lambda: finished(run), pause):
+        if wait_until(lambda: finished(run), pause):
             return False
-        saving = drill_job.hidden(run).items()
+        old = incomplete_checkpoints(run).items()
         if kill.moment == "save" and not _await(
-            run, lambda: bool(drill_job.hidden(run).items() - saving), patience
+            run, lambda: bool(incomplete_checkpoints(run).items() - old), patience
         ):
             return False
-    workers = drill_job.workers_of(run)
-    victims = workers if kill.everyone else workers[int(kill.who * len(workers)) :][:1]
-    hit = bool(drill_job.kill(victims))
-    drill_job.wait_until(lambda: not set(victims) & set(drill_job.workers_of(run)), patience)
-    return hit and not finished(run)
+    victims = kill.victims(workers_of(run))
+    killed = bool(kill_processes(victims))
+    wait_until(lambda: not set(victims) & set(workers_of(run)), patience)
+    return killed and not finished(run)
 
 
 def _await(run: Path, moment: Callable[[], bool], patience: float) -> bool:
@@ -86,7 +82,7 @@ def _await(run: Path, moment: Callable[[], bool], patience: float) -> bool:
     while not finished(run):
         if moment():
             return True
-        now = (drill_job.signature(run / "metrics.jsonl"), saved_step(run))
+        now = (metrics_version(run), saved_step(run))
         if now != seen:
             seen, since = now, time.monotonic()
         if time.monotonic() - since > patience:

@@ -1,4 +1,4 @@
-"""Two runs beside each other: every loss, and the final weights, bit by bit or within a tolerance."""
+"""Compares two finished runs: every loss and the final weights, bit by bit or within a tolerance."""
 
 import math
 from dataclasses import dataclass
@@ -11,29 +11,29 @@ from d2s.training.run_log import read_rows
 
 COMPARED = ("loss", "align", "distill", "lr", "grad_norm")
 TOLERANCE = 1e-4
-"""Relative, where the number of workers changes: sums of floating-point numbers then have another order.
+"""Relative, for a changed number of workers, with which sums of floating-point numbers have another order.
 
-At the drill's own learning rate that makes about 3e-6 of a loss, and AdamW's first moments lost in one restart
-make 5e-2.
+At the drill's own learning rate that changes a loss by about 3e-6; losing AdamW's first moments in one restart
+changes it by 5e-2.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far two runs are apart."""
+    """The differences between a run and another."""
 
     steps: int
-    """Steps that both have."""
+    """Number of steps that both runs have."""
     missing: tuple[int, ...]
-    """Steps that one of them lacks."""
+    """Steps that only one of them has."""
     loss: float
     """Largest difference of a loss, relative to the other run's."""
     loss_step: int
-    """The step where it is."""
+    """The step of that difference."""
     weights: float
     """Norm of the difference of all weights, relative to the norm of the other run's."""
     unlike: tuple[str, ...]
-    """What is not the same to the bit: "step 3 loss", a tensor's name."""
+    """Numbers and tensors that are not bit-equal: "step 3 loss", a tensor's name."""
 
     @property
     def bit_equal(self) -> bool:
@@ -44,7 +44,7 @@ class Comparison:
         return not self.missing and self.loss <= tolerance and self.weights <= tolerance
 
     def lines(self) -> list[str]:
-        """What there is to say about it, without the verdict."""
+        """The report without the verdict."""
         found = [f"compared            {self.steps} steps, and the weights of last/"]
         if self.missing:
             found.append(f"missing             {_some([str(step) for step in self.missing])} of one run")
@@ -52,9 +52,23 @@ class Comparison:
             found.append(f"not bit-equal       {_some(self.unlike)}")
         return found
 
+    def verdict(self, *, fixed: bool, tolerance: float) -> tuple[str, bool]:
+        """The last line of a drill's report, and whether the drill passed.
+
+        fixed: the number of workers never changed, so the runs have to be bit-equal.
+        """
+        passed = self.bit_equal if fixed else self.within(tolerance)
+        answer = "yes" if passed else "no"
+        if fixed:
+            return f"bit-equal: {answer}", passed
+        return (
+            f"largest difference {self.loss:.1e} of a loss (step {self.loss_step}), "
+            f"{self.weights:.1e} of the weights, within tolerance {tolerance:.0e}: {answer}"
+        ), passed
+
 
 def compare(run: Path, other: Path) -> Comparison:
-    """Compares two finished runs; of a step's rows in metrics.jsonl the last one counts.
+    """Compares two finished runs. If metrics.jsonl has several rows of a step, the last one counts.
 
     Raises ValueError where one of them is not finished, or is no run.
     """
@@ -81,9 +95,9 @@ def compare(run: Path, other: Path) -> Comparison:
 
 
 def recorded_steps(run: Path) -> set[int]:
-    """Steps of a run's rows of training. Raises ValueError where :func:`compare` would for what the run lacks."""
+    """Steps of a finished run's rows of training. Raises ValueError as :func:`compare` does."""
     steps = set(_rows(run))
-    _last(run)
+    _weights_file(run)
     return steps
 
 
@@ -107,7 +121,9 @@ def _relative(a: float, b: float) -> float:
 
 def _weights(run: Path, other: Path) -> tuple[float, list[str]]:
     """The relative difference of all weights together, and the names of the tensors that are not bit-equal."""
-    ours, theirs = _load(run), _load(other)
+    from safetensors.numpy import load_file
+
+    ours, theirs = load_file(_weights_file(run)), load_file(_weights_file(other))
     if ours.keys() != theirs.keys():
         return math.inf, sorted(ours.keys() ^ theirs.keys())
     unlike, difference, norm = [], 0.0, 0.0
@@ -123,13 +139,7 @@ def _weights(run: Path, other: Path) -> tuple[float, list[str]]:
     return far if math.isfinite(far) else math.inf, unlike
 
 
-def _load(run: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    return load_file(_last(run))
-
-
-def _last(run: Path) -> Path:
+def _weights_file(run: Path) -> Path:
     path = run / "last" / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"{run} is not finished (no last/model.safetensors): end it with --resume")

@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the resolved configuration, parameters by part, steps, an estimate of memory."""
+"""What `train.py --dry-run` prints: the configuration, parameters by part, steps, and an estimate of memory."""
 
 import dataclasses
 import json
@@ -9,53 +9,58 @@ import torch
 
 from d2s.data.batches import TrainBatches
 from d2s.model.config import IdleSetting, idle_settings
-from d2s.plan.estimate import Sizes, by_shape, count, kept_bytes, memory
+from d2s.plan.memory import memory
+from d2s.plan.sizes import Sizes, by_shape, count, saved_bytes
 from d2s.preprocess.text import TextPipeline
 from d2s.training.config import to_dict
 from d2s.training.engine import bucket_size, checkpoint_activations
 from d2s.training.module import TrainingModule
 from d2s.training.prepare import Plan
 
-GIB = 1024**3
-_PROBE = 2
+_GIB = 2**30
+_PAIRS = 2
 
 
-def describe(plan: Plan) -> str:
-    """The whole text. Builds the model on the CPU and sends a few real pairs through it.
+def describe(spec: Plan) -> str:
+    """All lines. Builds the model on the CPU and sends two real pairs through it.
 
-    The paper's towers are built by their shape with random weights, BERT's vocabulary being that of the captions.
+    The paper's towers are built by their shape with random weights; BERT's vocabulary is then that of the captions.
     """
-    resolved = json.dumps(to_dict(plan.config), indent=2)
-    # Said of the towers that were asked for: those built by their shape have random weights in any case.
-    for line in idle_settings(plan.config.model, {"decoder"} if plan.init else None):
+    resolved = json.dumps(to_dict(spec.config), indent=2)
+    # Warn about the towers that were asked for: those built by their shape always have random weights.
+    for line in idle_settings(spec.config.model, {"decoder"} if spec.init else None):
         warnings.warn(line, IdleSetting, stacklevel=2)
-    plan = dataclasses.replace(plan, config=by_shape(plan.config))
+    spec = dataclasses.replace(spec, config=by_shape(spec.config))
+    config = spec.config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleSetting)
-        model = plan.build_model()
-    if plan.config.engine.activation_checkpointing:
+        model = spec.build_model()
+    if config.engine.activation_checkpointing:
         checkpoint_activations(model)
-    module = plan.build_module(model)
-    parts = memory_parts(plan, module)
-    lines = [resolved, "", _parameters(module), ""]
-    pairs = plan.captions != "dense" and plan.config.data.sparse == "all"
-    unit = "visits of a stream" if plan.streams else "image-caption pairs" if pairs else "images"
-    lines.append(f"an epoch         {plan.items:,} {unit}")
-    lines.append(f"steps            {plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all")
-    lines.append(
-        f"batch            {plan.config.batch_size} on {plan.world} workers, {plan.local_batch} each"
-    )
-    if 0 < plan.config.engine.micro_batch < plan.local_batch:
-        lines[-1] += f", embedded {plan.config.engine.micro_batch} at a time"
-    lines.append("")
-    lines.append(
-        f"memory a worker  {sum(parts.values()) / GIB:.2f} GiB, estimated (the allocator's slack not counted)"
-    )
-    lines += [f"  {name:<15}{size / GIB:.3f} GiB" for name, size in parts.items()]
+    module = spec.build_module(model)
+    parts = memory_parts(spec, module)
+    pairs = spec.captions != "dense" and config.data.sparse == "all"
+    unit = "visits of a stream" if spec.streams else "image-caption pairs" if pairs else "images"
+    batch = f"{config.batch_size} on {spec.world} workers, {spec.local_batch} each"
+    if 0 < config.engine.micro_batch < spec.local_batch:
+        batch += f", embedded {config.engine.micro_batch} at a time"
+    lines = [
+        resolved,
+        "",
+        *_parameters(module),
+        "",
+        f"an epoch         {spec.items:,} {unit}",
+        f"steps            {spec.steps_per_epoch:,} an epoch, {spec.total_steps:,} in all",
+        f"batch            {batch}",
+        "",
+        f"memory a worker  {sum(parts.values()) / _GIB:.2f} GiB, estimated (the allocator's slack not counted)",
+        *(f"  {name:<15}{size / _GIB:.3f} GiB" for name, size in parts.items()),
+    ]
     return "\n".join(lines)
 
 
-def _parameters(module: TrainingModule) -> str:
+def _parameters(module: TrainingModule) -> list[str]:
+    """A table of the parameters; one that several parts share is counted in the first."""
     model = module.model
     parts = {
         "image tower": model.image_encoder.tower,
@@ -65,39 +70,39 @@ def _parameters(module: TrainingModule) -> str:
         "decoder": model.decoder,
         "objective": module.objective,
     }
-    lines, seen = [f"{'parameters':<17}{'all':>13}{'learned':>13}"], set()
+    lines, counted = [f"{'parameters':<17}{'all':>13}{'learned':>13}"], set()
     for name, part in parts.items():
         if part is None:
             continue
-        fresh = [p for p in part.parameters() if id(p) not in seen]
-        seen |= {id(p) for p in fresh}
-        every, learned = sum(p.numel() for p in fresh), sum(p.numel() for p in fresh if p.requires_grad)
-        lines.append(f"  {name:<15}{every:>13,}{learned:>13,}")
-    return "\n".join(lines)
+        new = [p for p in part.parameters() if id(p) not in counted]
+        counted |= {id(p) for p in new}
+        total, learned = sum(p.numel() for p in new), sum(p.numel() for p in new if p.requires_grad)
+        lines.append(f"  {name:<15}{total:>13,}{learned:>13,}")
+    return lines
 
 
-def memory_parts(plan: Plan, module: TrainingModule) -> dict[str, int]:
-    """Bytes on one worker by part, as d2s.plan counts them, with the activations of a few real pairs."""
-    config = plan.config
-    every, learned, teacher = count(module, config)
-    per_pair = _kept_per_pair(plan, module)
-    sizes = Sizes(every=every, learned=learned, teacher=teacher, kept=0, kept_per_pair=per_pair)
-    bucket = bucket_size(plan.engine_settings())
-    return memory(config, sizes, plan.world, config.engine.zero_stage, config.batch_size, bucket)
+def memory_parts(spec: Plan, module: TrainingModule) -> dict[str, int]:
+    """Bytes on one worker by part, as `d2s.plan` counts them, but with the activations of real pairs."""
+    config = spec.config
+    parameters, learned, teacher = count(module, config)
+    per_pair = _saved_per_pair(spec, module)
+    sizes = Sizes(parameters=parameters, learned=learned, teacher=teacher, saved=0, saved_per_pair=per_pair)
+    bucket = bucket_size(spec.engine_settings())
+    return memory(config, sizes, spec.world, config.engine.zero_stage, config.batch_size, bucket)
 
 
-def _kept_per_pair(plan: Plan, module: TrainingModule) -> int:
-    split = "val" if plan.streams else "train"
-    probe = min(_PROBE, len(plan.index.rows(split)))
-    config = plan.config.data
+def _saved_per_pair(spec: Plan, module: TrainingModule) -> int:
+    split = "val" if spec.streams else "train"
+    pairs = min(_PAIRS, len(spec.index.rows(split)))
+    data = spec.config.data
     batches = TrainBatches(
-        plan.index,
+        spec.index,
         split,
-        type(config)(**{**vars(config), "loader_workers": 0}),
-        TextPipeline(module.model.tokenizer, config.max_words_dense),
-        captions="dense" if plan.captions == "dense" else "sparse",
-        batch_size=probe,
-        seed=plan.config.seed,
+        dataclasses.replace(data, loader_workers=0),
+        TextPipeline(module.model.tokenizer, data.max_words_dense),
+        captions="dense" if spec.captions == "dense" else "sparse",
+        batch_size=pairs,
+        seed=spec.config.seed,
     )
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
-    return kept_bytes(module, next(batches.epoch(0))) // probe
+    return saved_bytes(module, next(batches.epoch(0))) // pairs

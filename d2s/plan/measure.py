@@ -1,6 +1,6 @@
-"""A few real steps of a training on this machine, and what they take: the other side of a plan's figures.
+"""Trains a few real steps on this machine and measures what they take, to compare with the planned figures.
 
-`d2s.plan --check` starts one such process for each worker; the first one writes what it measured as JSON.
+`measure` starts this file as one process for each worker; the first worker writes its figures as JSON.
 """
 
 import dataclasses
@@ -11,167 +11,135 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2s.drill import job as drill_job
-from d2s.model.presets import shape_of
+from d2s.data.batch import Batch
+from d2s.plan.activations import SavedActivations
+from d2s.plan.sizes import by_shape
+from d2s.training.gradient_cache import GradientCache
+from d2s.training.prepare import plan
+from d2s.training.trainer import Trainer
+from d2s.workers.group import leave
+from d2s.workers.local_job import start_job
+from d2s.workers.preemption import Preemption
 
 STEPS = 6
-_LIMIT = 900.0
+_TIMEOUT = 900.0
 
 
 def measure(arguments: list[str], workers: int) -> dict[str, float]:
-    """Trains a few steps as train.py would with `arguments`; bytes on the first worker by part, and "samples_per_s".
+    """Trains STEPS steps of the training that train.py would do with `arguments`.
 
-    Raises ValueError with what a worker said where one failed.
+    Returns bytes on the first worker by part ("weights", "gradients", "optimizer", "activations", "resident"),
+    "samples_per_s" over all workers, "vocabulary" (its size), and "on_cpu". Raises ValueError with a worker's own
+    message where one failed.
     """
     with tempfile.TemporaryDirectory(prefix="d2s-plan-") as folder:
-        out = Path(folder)
-        job = drill_job.start_job(
-            [*arguments, "--max_steps", str(STEPS)], out / "run", workers, out / "log", script=Path(__file__)
-        )
+        run = Path(folder) / "run"
+        command = ["-m", "d2s.plan.measure", *arguments, "--max_steps", str(STEPS), "--run", str(run)]
+        job = start_job(command, workers, Path(folder) / "log")
         try:
-            if not job.wait(_LIMIT) or any(job.codes()):
-                raise ValueError(f"--check: the training failed: {job.complaint()}")
+            if not job.wait(_TIMEOUT) or any(job.codes()):
+                raise ValueError(f"--check: the training failed: {job.error()}")
         finally:
             job.end()
-        return json.loads((out / "run" / "measured.json").read_text(encoding="utf-8"))
+        return json.loads((run / "measured.json").read_text(encoding="utf-8"))
 
 
 def main(arguments: list[str]) -> None:
-    """One worker. `arguments` are train.py's."""
-    import deepspeed  # noqa: F401  # its import is no part of what a training takes
+    """One worker's part. `arguments` are train.py's."""
+    import deepspeed  # noqa: F401  # importing it takes memory that is not the training's
 
     from d2s.train import parse
-    from d2s.training.prepare import plan
-    from d2s.workers.preemption import Preemption
 
-    prepared = plan(*parse(arguments))
-    towers = {
-        name: shape_of(getattr(prepared.config.model, name)) for name in ("image_encoder", "text_encoder")
-    }
-    model = dataclasses.replace(prepared.config.model, **towers)
-    prepared = dataclasses.replace(prepared, config=dataclasses.replace(prepared.config, model=model))
-    before = resident()
-    trainer = prepared.start(Preemption())
-    measured = steps(trainer)
-    measured |= {"resident": resident() - before, "on_cpu": not torch.cuda.is_available()}
-    if trainer.workers.is_main:
-        (prepared.run / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
+    spec = plan(*parse(arguments))
+    spec = dataclasses.replace(spec, config=by_shape(spec.config))
+    before = peak_memory()
+    with spec.start(Preemption()) as trainer:
+        measured = take_steps(trainer)
+        measured |= {"resident": peak_memory() - before, "on_cpu": not torch.cuda.is_available()}
+        if trainer.workers.is_main:
+            (spec.run / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
 
 
-def resident() -> int:
-    """The most memory that this process has had: on the GPU, or else in RAM; bytes."""
+def peak_memory() -> int:
+    """The most bytes that this process has used so far, on the GPU or else in RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def steps(trainer: Any) -> dict[str, float]:
-    """Trains STEPS steps and reads off what they hold."""
-    module, seconds, kept, grads = trainer.engine.module, [], [], []
-    watch = _Kept(module)
-    backward = trainer.engine.backward
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        result = backward(*args, **kwargs)
-        grads.append(gradient_bytes(trainer.engine, module))
-        return result
-
-    trainer.engine.backward = noted
-    trainer.engine.train()
+def take_steps(trainer: Trainer) -> dict[str, float]:
+    """Trains STEPS steps and returns the figures of `measure`."""
+    engine, module = trainer.engine, trainer.engine.module
+    seconds, gradients, saved = [], [], SavedActivations(module)
+    engine.train()
     for number, batch in enumerate(trainer.batches.epoch(0)):
         start = time.monotonic()
-        if number == 1:  # counting slows a step down
-            with watch:
-                trainer._train_step(batch)
-            kept.append(watch.most)
-        else:
-            trainer._train_step(batch)
-            seconds.append(time.monotonic() - start)
-        trainer.step += 1
-        if trainer.step == STEPS:
+        with saved if number == 1 else nullcontext():  # counting slows a step down
+            _backward(trainer, batch)
+        gradients.append(gradient_bytes(engine))
+        engine.step()
+        seconds.append(time.monotonic() - start)
+        if len(seconds) == STEPS:
             break
-    weights = bytes_of(getattr(p, "ds_tensor", p) for p in module.parameters())
     return {
-        "weights": weights,
-        "gradients": max(grads),
-        "optimizer": optimizer_bytes(trainer.engine, module),
-        "activations": max(kept),
-        "samples_per_s": trainer.config.batch_size / statistics.median(seconds[1:]),
-        "tokens": len(trainer.model.tokenizer),
+        "weights": storage_bytes(getattr(p, "ds_tensor", p) for p in module.parameters()),
+        "gradients": max(gradients),
+        "optimizer": optimizer_bytes(engine),
+        "activations": saved.most,
+        "samples_per_s": trainer.config.batch_size / statistics.median(seconds[2:]),
+        "vocabulary": len(trainer.model.tokenizer),
     }
 
 
-def gradient_bytes(engine: Any, module: torch.nn.Module) -> int:
-    """What is there of the gradient after the backward pass: of all weights, or this worker's part of it."""
-    parts = [p.grad for p in module.parameters() if p.grad is not None]
+def _backward(trainer: Trainer, batch: Batch) -> None:
+    """The forward and backward pass of a step, by micro-batches where engine.micro_batch is set."""
+    engine, workers = trainer.engine, trainer.workers
+    micro_batch = trainer.config.engine.micro_batch
+    if 0 < micro_batch < len(batch):
+        cache = GradientCache(
+            engine, batch, micro_batch, workers.device, seed=torch.manual_seed, poll=lambda: None
+        )
+        cache.losses(engine.module.objective, 1.0, lambda part: None)
+        cache.backward(workers.world)
+    else:
+        total, *_ = engine(batch.to(workers.device), 1.0, None)
+        engine.backward(total * workers.world)
+
+
+def gradient_bytes(engine: Any) -> int:
+    """Bytes of the gradient after the backward pass: of all weights, or of this worker's part of them."""
+    parts = [p.grad for p in engine.module.parameters() if p.grad is not None]
     averaged = getattr(engine.optimizer, "averaged_gradients", None) or {}
     parts += [tensor for tensors in averaged.values() for tensor in tensors or [] if tensor is not None]
     flat = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
-    return bytes_of([*parts, flat] if flat is not None else parts)
+    return storage_bytes([*parts, flat] if flat is not None else parts)
 
 
-def optimizer_bytes(engine: Any, module: torch.nn.Module) -> int:
-    """AdamW's moments, and the flat copies of the weights that ZeRO lets it step."""
+def optimizer_bytes(engine: Any) -> int:
+    """Bytes of AdamW's moments, and of the flat copies of the weights that ZeRO updates."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    stepped = [p for group in inner.param_groups for p in group["params"]]
-    copies = list(getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])) or stepped
+    weights = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
+    updated = [p for group in inner.param_groups for p in group["params"]]
+    copies = list(getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])) or updated
     moments = [
         value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)
     ]
-    return bytes_of(t for t in [*copies, *moments] if t.untyped_storage().data_ptr() not in own)
+    return storage_bytes(t for t in [*copies, *moments] if t.untyped_storage().data_ptr() not in weights)
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """What the storages of some tensors hold, each once."""
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages; one that several tensors share counts once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-class _Kept:
-    """Counts what each forward pass of a module saves for the backward, parameters left out."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.most = 0
-        self._module = module
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._handles = [
-            self._module.register_forward_pre_hook(self._begin),
-            self._module.register_forward_hook(self._stop),
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _begin(self, *_: object) -> None:
-        own = {p.untyped_storage().data_ptr() for p in self._module.parameters()}
-        saved = self._saved = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        self._context = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        self._context.__enter__()
-
-    def _stop(self, *_: object) -> None:
-        self._context.__exit__(None, None, None)
-        self.most = max(self.most, sum(self._saved.values()))
-
-
 if __name__ == "__main__":
-    from d2s.workers.group import leave
-
     try:
         main(sys.argv[1:])
     except ValueError as error:

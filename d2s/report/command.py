@@ -1,4 +1,4 @@
-"""Writes a run's report: `python -m d2s.report RUN [RUN ...] [--data DIR] [--split val]`.
+"""Writes a run's report: `python -m d2s.report RUN [RUN ...] [--data DIR] [--split val] [--picture FILE.svg]`.
 
 The page goes to RUN/report.html of the first run; further runs are drawn beside it. Curves and recall come from
 the run's own files; the pictures are made by running its best model on a split.
@@ -13,61 +13,70 @@ import torch
 from rich.console import Console
 
 from d2s.common import command
+from d2s.common.command import positive
 from d2s.common.files import atomic_file
 from d2s.evaluate.embed import embed_split
 from d2s.evaluate.evaluation import evaluate_embeddings
 from d2s.evaluate.inputs import choose_device, data_config_of, load_model
 from d2s.evaluate.tables import recall_table
 from d2s.report.gallery import Gallery, make_gallery
-from d2s.report.page import page
+from d2s.report.page import render_page, render_picture
 from d2s.report.runs import Run, read_run
 from d2s.shards.read.index import ShardIndex
 
 
 def write_report(
-    run_dir: str | Path,
-    *others: str | Path,
-    data: str | Path | None = None,
+    runs: Sequence[Run],
+    *,
+    data: Path | None = None,
     split: str = "val",
     device: str = "",
     batch_size: int = 128,
+    picture: Path | None = None,
 ) -> Path:
-    """Writes `run_dir`/report.html, whole or not at all, and returns its path.
+    """Writes report.html into the folder of the first run, all of it or nothing, and returns its path.
 
     Args:
-        others: further runs, for the curves and the recall table.
-        data: the data set for the pictures; None takes the one that the run was trained on, and where that or the
-            run's best model is not there, the page says so in place of the pictures.
-        split: of the pictures. The default leaves the test split alone.
+        runs: the run that the report is about, then others for the curves and the recall table.
+        data: the data set for the pictures. None takes the one that the run was trained on; if that or the run's
+            best model is missing, the page gives the reason in place of the pictures.
+        split: the pictures' split. The default leaves the test split alone.
         device: as in `d2s.evaluate`.
+        picture: an SVG file to draw curves and a few queries into, for a README.
 
     Raises:
-        ValueError: no run there, a file that cannot be read, or data, split or model that do not fit.
+        ValueError: data, split or model do not fit, a folder has the report's name, or there is nothing to draw.
     """
-    runs = [read_run(Path(path)) for path in (run_dir, *others)]
     run = runs[0]
     target = run.path / "report.html"
     if target.is_dir():
         raise ValueError(f"{target} is a folder, where the report would go: move it away")
-    place = choose_device(device)
+    torch_device = choose_device(device)
     rows = [row for one in runs for row in one.recall_rows()]
-    index, why = _find_data(run, data)
-    gallery, gallery_of, capacity = None, "", {}
+    index, no_gallery = _find_data(run, data)
+    gallery, gallery_source, capacity = None, "", {}
     if index is not None:
-        gallery, numbers = _look(run, index, split, place, batch_size)
-        size = f"{numbers['images']:,} images, {gallery.kind} captions"
-        gallery_of = f"The best model of {run.name} on the {split} split, {size}"
+        gallery, numbers = _evaluate(run, index, split, torch_device, batch_size)
+        gallery_source = (
+            f"The best model of {run.name} on the {split} split, {numbers['images']:,} images, "
+            f"{gallery.kind} captions"
+        )
         capacity = numbers["capacity"]
         if split != "val" and not any(row.run == run.name and row.split == split for row in rows):
             end = sum(row.run == run.name for row in rows)
             rows[end:end] = run.rows_of(split, numbers)
-    text = page(runs, rows, gallery=gallery, gallery_of=gallery_of, capacity=capacity, why_no_gallery=why)
+    text = render_page(
+        runs, rows, gallery=gallery, gallery_source=gallery_source, capacity=capacity, no_gallery=no_gallery
+    )
     with atomic_file(target) as file:
         file.write(text.encode())
+    if picture:
+        with atomic_file(picture) as file:
+            file.write(render_picture(runs, gallery).encode())
     return target
 
 
-def _find_data(run: Run, data: str | Path | None) -> tuple[ShardIndex | None, str]:
+def _find_data(run: Run, data: Path | None) -> tuple[ShardIndex | None, str]:
     """The data set for the pictures, or None and the reason why there is none."""
     if data is not None:
         return ShardIndex.open(data), ""
@@ -79,7 +88,7 @@ def _find_data(run: Run, data: str | Path | None) -> tuple[ShardIndex | None, st
     return ShardIndex.open(known), ""
 
 
-def _look(
+def _evaluate(
     run: Run, index: ShardIndex, split: str, device: torch.device, batch_size: int
 ) -> tuple[Gallery, dict]:
     """The gallery of a split, and the numbers of its evaluation."""
@@ -89,7 +98,7 @@ def _look(
     config = data_config_of(folder, model)
     embedded = embed_split(model, index, split, config=config, batch_size=batch_size)
     numbers = evaluate_embeddings(embedded, index, split).to_dict()
-    # Shown are the captions that the stage aligns: of a model of stage 1, sparse ones say little.
+    # A model of stage 1 has learned dense captions only, so those are shown.
     return make_gallery(index, split, embedded, kind=run.aligned), numbers
 
 
@@ -102,23 +111,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="data set for the pictures (default: the run's own)")
     parser.add_argument("--split", default="val", help="split of the pictures (default: val)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images or captions at a time (128)")
-    arguments = parser.parse_args(argv)
-    return command.run(lambda: _run(arguments))
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    """Writes the report and tells where. Raises ValueError and OSError."""
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size is {arguments.batch_size}: it must be 1 or more")
-    target = write_report(
-        *arguments.runs,
-        data=arguments.data,
-        split=arguments.split,
-        device=arguments.device,
-        batch_size=arguments.batch_size,
+    parser.add_argument("--batch-size", type=positive, default=128, help="images or captions at a time (128)")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE.svg",
+        help="also draw curves and a few queries into one file",
     )
-    runs = [read_run(run) for run in arguments.runs]
+    arguments = parser.parse_args(argv)
+    return command.run(lambda: _report(arguments))
+
+
+def _report(options: argparse.Namespace) -> None:
+    """Writes what was asked for and prints the recall table. Raises ValueError and OSError."""
+    runs = [read_run(path) for path in options.runs]
+    target = write_report(
+        runs,
+        data=options.data,
+        split=options.split,
+        device=options.device,
+        batch_size=options.batch_size,
+        picture=options.picture,
+    )
     rows = [
         (f"{row.run}: {row.split}, {row.captions}", row.retrieval)
         for run in runs
@@ -128,3 +142,5 @@ def _run(arguments: argparse.Namespace) -> None:
     if rows:
         console.print(recall_table(rows, chance=False))
     print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    if options.picture:
+        print(options.picture)

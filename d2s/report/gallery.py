@@ -2,11 +2,11 @@
 
 import base64
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from d2s.evaluate.embed import Embeddings
@@ -17,18 +17,20 @@ from d2s.shards.read.index import ShardIndex
 from d2s.shards.read.reader import ShardReader
 
 TOP = 5
-THUMB = 160
+THUMBNAIL = 160
 _CHUNK = 1024
-# What a query came to, by the 0-based rank of its best right answer.
-OUTCOMES = (("hit", 0, 1), ("near", 1, TOP), ("miss", TOP, 1 << 62))
+# First and last rank, from 1, of the best right answer.
+OUTCOMES = {"hit": (1, 1), "near": (2, TOP), "miss": (TOP + 1, 1 << 62)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One candidate; `text` is None where the candidate is a picture. `image` is its position in the split."""
+    """One candidate of a query."""
 
     image: int
+    """Position in the split of the picture, or of the picture that the caption describes."""
     text: str | None
+    """None where the candidate is a picture."""
     similarity: float
     right: bool
     rank: int
@@ -37,41 +39,37 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """A query with its best answers; `text` is None where the query is a picture."""
+    """A query with its best answers."""
 
     image: int
+    """As in `Answer`."""
     text: str | None
+    """None where the query is a picture."""
     rank: int
     """Of the best right answer, from 1; ties count against the model."""
     outcome: str
     """hit (rank 1), near (2 to 5), or miss."""
     answers: list[Answer]
-    best: Answer
-    """The best right answer, wherever it stands."""
+    """The first five; then the best right one, if it is not among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Direction:
-    """The gallery of one direction."""
+    """Image to text, or text to image. n queries."""
 
     queries: list[Query]
-    shares: dict[str, float]
-    """Of all queries of the split, in percent, by outcome."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """Similarities over all queries of one direction."""
-
-    positive: np.ndarray
-    """(n,) the best right candidate's."""
-    hardest: np.ndarray
-    """(n,) the best wrong candidate's."""
+    """Those shown."""
+    percent: dict[str, float]
+    """Of all queries of the split, by outcome."""
+    right: np.ndarray
+    """(n,) similarity of the best right candidate of each query."""
+    wrong: np.ndarray
+    """(n,) similarity of the best wrong one: the hardest negative."""
 
     @property
     def won(self) -> float:
-        """Percent of queries whose best right candidate lies strictly before every wrong one: R@1."""
-        return 100.0 * float((self.positive > self.hardest).mean())
+        """Percent of queries whose best right candidate is more similar than every wrong one: R@1."""
+        return 100.0 * float((self.right > self.wrong).mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +80,17 @@ class Gallery:
     """Which captions: sparse or dense."""
     i2t: Direction
     t2i: Direction
-    i2t_pairs: Pairs
-    t2i_pairs: Pairs
-    thumbs: dict[int, str]
+    thumbnails: dict[int, str]
     """Base64 JPEG by position in the split, for every picture that is shown."""
 
 
 def make_gallery(
     index: ShardIndex, split: str, embedded: Embeddings, *, kind: str = "sparse", per_outcome: int = 4
 ) -> Gallery:
-    """Chooses queries evenly over the split, so many of each outcome, and finds their top five.
+    """Chooses `per_outcome` queries of each outcome, evenly over the split, and finds their top five.
 
     Args:
-        embedded: of this split.
+        embedded: the embeddings of this split.
         kind: which captions to show, "sparse" or "dense"; the other where the split has none of them.
 
     Raises:
@@ -105,103 +101,95 @@ def make_gallery(
     texts = getattr(embedded, kind)
     if texts is None:
         raise ValueError(f"split {split!r} of {index.root} has no caption to show: choose another split")
-    images, captions = normalize(embedded.images).cpu(), normalize(texts.embeddings).cpu()
-    owner = texts.owner.cpu()
-    asked = torch.nonzero(torch.bincount(owner, minlength=len(images))).squeeze(1)
-    everyone = torch.arange(len(images))
-    words = _Captions(index, split, kind, owner)
-    i2t = _direction(images[asked], captions, asked, owner, per_outcome, words, pictures=False)
-    t2i = _direction(captions, images, owner, everyone, per_outcome, words, pictures=True)
-    shown = {answer.image for query in t2i.queries for answer in [*query.answers, query.best]}
-    shown |= {query.image for query in [*i2t.queries, *t2i.queries]}
-    return Gallery(
-        kind=kind,
-        i2t=i2t,
-        t2i=t2i,
-        i2t_pairs=_pairs(images[asked], captions, asked, owner),
-        t2i_pairs=_pairs(captions, images, owner, everyone),
-        thumbs={position: words.thumb(position) for position in sorted(shown)},
-    )
+    rows, reader, owner = index.rows(split), ShardReader(index), texts.owner.cpu()
+    first = torch.searchsorted(owner, torch.arange(len(rows)))
 
+    def caption(number: int) -> str:
+        image = int(owner[number])
+        return getattr(reader.record(rows[image]), kind)[number - int(first[image])]
 
-class _Captions:
-    """Captions and pictures by position, read from the shards only when asked for."""
-
-    def __init__(self, index: ShardIndex, split: str, kind: str, owner: Tensor) -> None:
-        self._rows, self._kind = index.rows(split), kind
-        self._reader = ShardReader(index)
-        self._first = torch.searchsorted(owner, torch.arange(len(self._rows)))
-
-    def text(self, caption: int, image: int) -> str:
-        record = self._reader.record(self._rows[image])
-        return getattr(record, self._kind)[caption - int(self._first[image])]
-
-    def thumb(self, image: int) -> str:
-        picture: Image.Image = decode(self._reader.record(self._rows[image]).image)
-        picture.thumbnail((2 * THUMB, THUMB))
+    def thumbnail(image: int) -> str:
+        picture = decode(reader.record(rows[image]).image)
+        picture.thumbnail((2 * THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=80)
         return base64.b64encode(buffer.getvalue()).decode()
 
+    images, described = normalize(embedded.images).cpu(), torch.unique(owner)
+    captions = _Side(normalize(texts.embeddings).cpu(), owner, caption)
+    t2i = _direction(captions, _Side(images, torch.arange(len(images))), per_outcome)
+    i2t = _direction(_Side(images[described], described), captions, per_outcome)
+    shown = {query.image for query in [*i2t.queries, *t2i.queries]}
+    shown |= {answer.image for query in t2i.queries for answer in query.answers}
+    thumbnails = {image: thumbnail(image) for image in sorted(shown)}
+    return Gallery(kind=kind, i2t=i2t, t2i=t2i, thumbnails=thumbnails)
 
-def _direction(
-    queries: Tensor,
-    candidates: Tensor,
-    query_ids: Tensor,
-    candidate_ids: Tensor,
-    per_outcome: int,
-    words: _Captions,
-    *,
-    pictures: bool,
-) -> Direction:
-    """pictures: the candidates are images and the queries captions; else the other way round."""
-    ranks = retrieval_ranks(queries, candidates, query_ids=query_ids, candidate_ids=candidate_ids)
-    chosen, shares = [], {}
-    for outcome, low, high in OUTCOMES:
-        members = torch.nonzero((ranks >= low) & (ranks < high)).squeeze(1)
-        shares[outcome] = 100.0 * len(members) / len(ranks)
+
+@dataclass(frozen=True)
+class _Side:
+    """Queries or candidates."""
+
+    embeddings: Tensor
+    """(n, D), rows of length 1."""
+    images: Tensor
+    """(n,) int64, position in the split of each row's picture: equal ones belong together."""
+    text: Callable[[int], str | None] = lambda row: None
+    """Gives a row's caption, None for a picture."""
+
+
+def _direction(queries: _Side, candidates: _Side, per_outcome: int) -> Direction:
+    ranks = 1 + retrieval_ranks(
+        queries.embeddings, candidates.embeddings, query_ids=queries.images, candidate_ids=candidates.images
+    )
+    chosen, percent = [], {}
+    for outcome, (low, high) in OUTCOMES.items():
+        members = torch.nonzero((ranks >= low) & (ranks <= high)).squeeze(1)
+        percent[outcome] = 100.0 * len(members) / len(ranks)
         count = min(per_outcome, len(members))
-        # The middle of each of `count` equal parts: spread over the split, and not picked by anybody.
+        # The middle of each of `count` equal parts.
         places = ((torch.arange(count) + 0.5) * len(members) / max(count, 1)).long()
-        chosen += [(int(q), outcome) for q in members[places]]
-    found = []
-    for number, outcome in chosen:
-        similarity = candidates @ queries[number]
-        image = int(query_ids[number])
-        right = candidate_ids == image
-        order = torch.argsort(similarity, descending=True, stable=True)
-        best = int(torch.argmax(similarity.masked_fill(~right, -torch.inf)))
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))
-
-        def answer(candidate: int, similarity=similarity, right=right, place=place) -> Answer:
-            at = int(candidate_ids[candidate])
-            return Answer(
-                image=at,
-                text=None if pictures else words.text(candidate, at),
-                similarity=float(similarity[candidate]),
-                right=bool(right[candidate]),
-                rank=int(place[candidate]) + 1,
-            )
-
-        found.append(
+        chosen += [
             Query(
-                image=image,
-                text=words.text(number, image) if pictures else None,
-                rank=int(ranks[number]) + 1,
+                image=int(queries.images[number]),
+                text=queries.text(number),
+                rank=int(ranks[number]),
                 outcome=outcome,
-                answers=[answer(int(candidate)) for candidate in order[:TOP]],
-                best=answer(best),
+                answers=_answers(queries.embeddings[number], int(queries.images[number]), candidates),
             )
+            for number in members[places].tolist()
+        ]
+    right, wrong = _best_similarities(queries, candidates)
+    return Direction(queries=chosen, percent=percent, right=right, wrong=wrong)
+
+
+def _answers(query: Tensor, image: int, candidates: _Side) -> list[Answer]:
+    """The first five candidates of a query (D,), and the best right one if it comes later."""
+    similarity = candidates.embeddings @ query
+    right = candidates.images == image
+    order = torch.argsort(similarity, descending=True, stable=True)
+    places = [*range(min(TOP, len(order)))]
+    best = int(torch.nonzero(right[order])[0])
+    if best >= TOP:
+        places.append(best)
+    return [
+        Answer(
+            image=int(candidates.images[number]),
+            text=candidates.text(number),
+            similarity=float(similarity[number]),
+            right=bool(right[number]),
+            rank=place + 1,
         )
-    return Direction(queries=found, shares=shares)
+        for place in places
+        for number in [int(order[place])]
+    ]
 
 
-def _pairs(queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids: Tensor) -> Pairs:
-    positive, hardest = [], []
-    for start in range(0, len(queries), _CHUNK):
-        similarity = queries[start : start + _CHUNK] @ candidates.T
-        right = query_ids[start : start + _CHUNK].unsqueeze(1) == candidate_ids
-        positive.append(similarity.masked_fill(~right, -torch.inf).amax(1))
-        hardest.append(similarity.masked_fill(right, -torch.inf).amax(1))
-    return Pairs(positive=torch.cat(positive).numpy(), hardest=torch.cat(hardest).numpy())
+def _best_similarities(queries: _Side, candidates: _Side) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) and (n,): for each query the similarity of its best right and of its best wrong candidate."""
+    best_right, best_wrong = [], []
+    for start in range(0, len(queries.embeddings), _CHUNK):
+        similarity = queries.embeddings[start : start + _CHUNK] @ candidates.embeddings.T
+        right = queries.images[start : start + _CHUNK].unsqueeze(1) == candidates.images
+        best_right.append(similarity.masked_fill(~right, -torch.inf).amax(1))
+        best_wrong.append(similarity.masked_fill(right, -torch.inf).amax(1))
+    return torch.cat(best_right).numpy(), torch.cat(best_wrong).numpy()

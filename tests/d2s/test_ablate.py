@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from d2s import ablate
+from d2s.report.ablation import ablation_table
 from d2s.shards.cli import main as shard
 
 SMALL = [
@@ -22,7 +23,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_are_the_papers_and_the_controls() -> None:
     assert [row.control for row in ablate.ROWS] == [False] * 5 + [True] * 2
-    made = ablate.parse(["--data", "d", "--out", "o", "--steps", "30", "--pretrain-steps", "20"])
+    made = ablate.Ablation(
+        family="scenes_small", data=Path("d"), out=Path("o"), seeds=3, steps=30, pretrain_steps=20, jobs=1,
+        overrides=(),
+    )  # fmt: skip
     commands = {row.name: " ".join(made.command(row, 1)) for row in ablate.ROWS}
     assert "--max_steps 20" in commands["pre-training alone"]
     assert "--max_steps 50" in commands["align alone, total steps"]
@@ -44,7 +48,7 @@ def test_table_by_hand() -> None:
         return {"row": row.name, "control": row.control, "pretrained": row.pretrained, "runs": found}
 
     first, align, both = ablate.ROWS[0], ablate.ROWS[1], ablate.ROWS[2]
-    lines = ablate.table(
+    lines = ablation_table(
         [result(first, (1, 5), (3, 7)), result(align, (4, 8), (6, 8)), result(both, (7, 1), (7, 3))]
     ).splitlines()
     assert lines[2] == "| pre-training alone | 10 | 2.0 +- 1.4 | 3.0 +- 1.4 | 6 s |"
@@ -86,8 +90,8 @@ def test_a_failing_run_ends_the_ablation(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--seeds", "0"], "--seeds is 0"),
-        (["--pretrain-steps", "-5"], "--pretrain-steps is -5"),
+        (["--seeds", "0"], "argument --seeds: '0'"),
+        (["--pretrain-steps", "-5"], "argument --pretrain-steps: '-5'"),
         (["--seed", "5"], "--seed is set by the ablation itself"),
         (["--family", "scenes_smal"], "did you mean 'scenes_small_pretrain'"),
         (["--optim.rl", "1"], "no field 'optim.rl'"),
@@ -98,7 +102,11 @@ def test_a_failing_run_ends_the_ablation(
 def test_mistakes_are_one_line(
     arguments: list[str], message: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert ablate.main(["--data", str(scenes), "--out", str(tmp_path / "out"), *arguments]) == 2
+    try:
+        code = ablate.main(["--data", str(scenes), "--out", str(tmp_path / "out"), *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error

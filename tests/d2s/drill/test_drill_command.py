@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from d2s.drill import command as drill
-from d2s.drill import job as drill_job
 from d2s.drill.compare import compare
-from d2s.drill.run import Kill, draw_kills, target_step
+from d2s.drill.kills import Kill, draw_kills, target_step
+from d2s.drill.options import check
+from d2s.drill.progress import incomplete_checkpoints
+from d2s.drill.victims import kill, workers_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -132,11 +134,9 @@ def test_a_mistake_is_one_line(
 
 def test_what_to_compare_with_is_looked_at_first(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", dict.fromkeys(range(1, 31), 0.5))
-    drill.check(*drill.parser().parse_known_args(["--kills", "1", "--against", str(run)]))
+    check(*drill.parser().parse_known_args(["--kills", "1", "--against", str(run)]))
     every = make_run(tmp_path / "every", dict.fromkeys((7, 14, 21, 28, 30), 0.5))
-    drill.check(
-        *drill.parser().parse_known_args(["--kills", "1", "--against", str(every), "--log.every", "7"])
-    )
+    check(*drill.parser().parse_known_args(["--kills", "1", "--against", str(every), "--log.every", "7"]))
 
 
 def test_a_seed_names_a_drill() -> None:
@@ -154,8 +154,8 @@ def test_targets_leave_room_for_the_kills_to_come() -> None:
         last = 3 * count + rng.randint(0, 100)
         seen = 0
         for left in range(count, 0, -1):
-            kill = Kill(moment="step", everyone=True, where=rng.random(), delay=0, who=0)
-            target = target_step(kill, seen, last, left)
+            one = Kill(moment="step", everyone=True, where=rng.random(), delay=0, who=0)
+            target = target_step(one, seen, last, left)
             assert seen < target <= last
             seen = target + rng.randint(0, 1)  # a step more before the signal comes
 
@@ -181,10 +181,10 @@ def test_workers_are_found_among_the_processes(tmp_path: Path) -> None:
             )  # fmt: skip
         for process in started:  # the child speaks, too
             assert process.stdout.readline() == process.stdout.readline() == b"up\n"
-        assert drill_job.workers_of(run) == [started[1].pid, started[0].pid]
-        assert drill_job.kill([started[0].pid]) == 1
+        assert workers_of(run) == [started[1].pid, started[0].pid]
+        assert kill([started[0].pid]) == 1
         assert started[0].wait(20) == -signal.SIGKILL
-        assert drill_job.workers_of(other) == [started[2].pid]
+        assert workers_of(other) == [started[2].pid]
     finally:
         for process in started:
             os.killpg(process.pid, signal.SIGKILL)
@@ -193,15 +193,15 @@ def test_workers_are_found_among_the_processes(tmp_path: Path) -> None:
 
 
 def test_a_write_under_a_hidden_name_is_seen(tmp_path: Path) -> None:
-    assert drill_job.hidden(tmp_path) == {}
+    assert incomplete_checkpoints(tmp_path) == {}
     left = tmp_path / "checkpoints" / ".step-00000005"
     left.mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000004").mkdir()
-    before = drill_job.hidden(tmp_path)
+    before = incomplete_checkpoints(tmp_path)
     assert list(before) == [".step-00000005"]
     time.sleep(0.02)
     (left / "engine").mkdir()
-    assert drill_job.hidden(tmp_path).items() - before.items()
+    assert incomplete_checkpoints(tmp_path).items() - before.items()
 
 
 @pytest.mark.dist

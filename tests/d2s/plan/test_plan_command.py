@@ -6,11 +6,13 @@ import re
 import pytest
 
 from d2s.plan import command as plan
-from d2s.plan.estimate import PARTS, Sizes, build, largest_batch, measure_sizes, memory, traffic
+from d2s.plan.memory import PARTS, largest_batch, memory
+from d2s.plan.sizes import Sizes, build, measure_sizes
+from d2s.plan.traffic import traffic
 from d2s.training.recipes import RECIPES
 
 GIB = 2**30
-SIZES = Sizes(every=1000, learned=800, teacher=100, kept=64, kept_per_pair=10)
+SIZES = Sizes(parameters=1000, learned=800, teacher=100, saved=64, saved_per_pair=10)
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +83,14 @@ def _with_loss(config: object, **fields: object) -> object:
     return dataclasses.replace(config, stage="finetune" if loss.distill_weight else config.stage, loss=loss)
 
 
-def test_a_batch_norm_holds_the_batch_to_the_micro_batch(small: object) -> None:
+def test_a_batch_norm_limits_the_batch_to_the_micro_batch(small: object) -> None:
     engine = dataclasses.replace(small.engine, micro_batch=64)
     config = dataclasses.replace(small, engine=engine)
-    sizes = measure_sizes(config, words=100, local=64)  # 65 of a worker's 64 pairs were refused once
-    assert sizes.whole
+    sizes = measure_sizes(config, words=100, local_batch=64)  # 65 of a worker's 64 pairs were refused once
+    assert sizes.batch_norm
     assert largest_batch(config, sizes, 2, 1, 64 * GIB, bucket=1000) == 128
     with pytest.raises(ValueError, match="64 of a worker's 128 pairs"):
-        measure_sizes(config, words=100, local=128)
+        measure_sizes(config, words=100, local_batch=128)
 
 
 def test_settings_that_save_memory_do(small: object) -> None:
@@ -105,7 +107,7 @@ def test_settings_that_save_memory_do(small: object) -> None:
 
 @pytest.mark.parametrize("stage", range(4))
 def test_the_largest_batch_fits_and_the_next_does_not(small: object, stage: int) -> None:
-    sizes = dataclasses.replace(SIZES, kept_per_pair=1 << 20)
+    sizes = dataclasses.replace(SIZES, saved_per_pair=1 << 20)
     found = largest_batch(small, sizes, 4, stage, GIB, bucket=1000)
     assert found % 4 == 0
     takes = [sum(memory(small, sizes, 4, stage, batch, 1000).values()) for batch in (found, found + 4)]
@@ -116,12 +118,12 @@ def test_the_largest_batch_fits_and_the_next_does_not(small: object, stage: int)
 def test_activations_grow_with_the_pairs_and_shrink_with_checkpointing() -> None:
     config = RECIPES["scenes_small_pretrain"]()
     tower = {**config.model.image_encoder.config}
-    sizes = measure_sizes(config, words=100, local=128)
-    assert sizes.every == sizes.learned == sum(p.numel() for p in build(config, 100, 128).parameters())
-    assert sizes.kept_per_pair > 0
+    sizes = measure_sizes(config, words=100, local_batch=128)
+    assert sizes.parameters == sizes.learned == sum(p.numel() for p in build(config, 100, 128).parameters())
+    assert sizes.saved_per_pair > 0
     engine = dataclasses.replace(config.engine, activation_checkpointing=True)
-    less = measure_sizes(dataclasses.replace(config, engine=engine), words=100, local=128)
-    assert less.kept_per_pair < sizes.kept_per_pair
+    less = measure_sizes(dataclasses.replace(config, engine=engine), words=100, local_batch=128)
+    assert less.saved_per_pair < sizes.saved_per_pair
     assert tower == config.model.image_encoder.config
 
 

@@ -1,0 +1,151 @@
+"""Starts a training, kills it and starts it again, until it is done."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from d2s.drill.kills import MOMENTS, DrillError, Kill, Tally, target_step
+from d2s.drill.progress import incomplete_checkpoints, last_step, metrics_version, saved_step
+from d2s.drill.victims import kill as kill_processes
+from d2s.drill.victims import workers_of
+from d2s.workers.local_job import LocalJob, start_job, wait_until
+from d2s.workers.preemption import PREEMPTED
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+# Seconds after the moment was seen, at most.
+_DELAY = {"step": 0.05, "save": 0.2}
+_SECONDS_TO_MEET = 10.0
+
+
+def start_training(arguments: Sequence[str], run: Path, workers: int, log: Path, launcher: str) -> LocalJob:
+    """Starts `train.py ARGUMENTS --run RUN --resume`; see `start_job`."""
+    return start_job([str(TRAIN), *arguments, "--run", str(run), "--resume"], workers, log, launcher)
+
+
+def train_reference(
+    arguments: Sequence[str], run: Path, logs: Path, workers: int, launcher: str, patience: float
+) -> float:
+    """Trains without a kill; returns the seconds from the start to the first step. Raises DrillError."""
+    job = start_training(arguments, run, workers, logs / run.name, launcher)
+    try:
+        wait_until(lambda: job.ended() or last_step(run) > 0, patience)
+        seconds = time.monotonic() - job.started
+        if not job.wait(patience):
+            raise DrillError(f"no end within {patience:.0f} s: {job.error()}")
+        if any(job.codes()):
+            raise DrillError(f"the training failed without a kill: {job.error()}")
+    finally:
+        job.end()
+    return seconds
+
+
+@dataclass(kw_only=True)
+class KillLoop:
+    """One training under fire."""
+
+    arguments: list[str]
+    """Of train.py, without --run."""
+    run: Path
+    logs: Path
+    workers: Sequence[int]
+    """Number of workers of each start in turn."""
+    kills: Sequence[Kill]
+    last: int
+    """No kill is aimed at a later step."""
+    launcher: str
+    grace: float
+    """Seconds that survivors of a killed worker have to end."""
+    patience: float
+    """Seconds without progress after which the drill gives up."""
+    start_seconds: float
+    """From a start to the first step."""
+    tally: Tally = field(default_factory=Tally)
+
+    def go(self) -> None:
+        """Starts, kills and starts again, until the training is done. Raises DrillError."""
+        start = time.monotonic()
+        while not self._start_once():
+            self.tally.restarts += 1
+        self.tally.seconds = time.monotonic() - start
+
+    def _start_once(self) -> bool:
+        """From one start to its end; whether the training is done."""
+        number = self.tally.restarts
+        workers = self.workers[number % len(self.workers)]
+        log = self.logs / f"{self.run.name}-{number:03d}"
+        from_step, before = saved_step(self.run), metrics_version(self.run)
+        job = start_training(self.arguments, self.run, workers, log, self.launcher)
+        try:
+            done = len(self.tally.kills)
+            kill = self.kills[done] if done < len(self.kills) else None
+            killed = kill is not None and self._kill(job, kill)
+            if killed:
+                self._wait_for_survivors(job, kill, trained=metrics_version(self.run) != before)
+            elif not job.wait(self.patience):
+                raise DrillError(f"no end within {self.patience:.0f} s: {job.error()}")
+        finally:
+            job.end()
+        codes = job.codes()
+        if not any(codes):
+            return True
+        if not killed and PREEMPTED in codes:
+            return False  # a batch system stopped it, which is no failure
+        if not killed:
+            raise DrillError(f"the training ended by itself with {codes}: {job.error()}")
+        self.tally.kills.append(kill)
+        reached = last_step(self.run) if metrics_version(self.run) != before else from_step
+        self.tally.lost += max(0, reached - saved_step(self.run))
+        self._print(kill, reached)
+        return False
+
+    def _kill(self, job: LocalJob, kill: Kill) -> bool:
+        """Waits for the moment and kills; False where the job ended before."""
+        if kill.moment == "start":
+            # This start may be quicker than the measured one, so the first row ends the waiting as well.
+            before, until = metrics_version(self.run), job.started + kill.where * self.start_seconds
+            self._await(job, lambda: time.monotonic() >= until or metrics_version(self.run) != before)
+        else:
+            left = len(self.kills) - len(self.tally.kills)
+            target = target_step(kill, last_step(self.run), self.last, left)
+            self._await(job, lambda: last_step(self.run) >= target)
+            if kill.moment == "save":
+                old = incomplete_checkpoints(self.run).items()
+                self._await(job, lambda: bool(incomplete_checkpoints(self.run).items() - old))
+            time.sleep(kill.delay * _DELAY[kill.moment])
+        if job.ended():
+            return False
+        workers = workers_of(self.run) if job.launched else job.pids()
+        if kill_processes(kill.victims(workers)):
+            return True
+        # A launcher that has not started its workers yet is killed in their place.
+        return job.launched and bool(kill_processes(job.pids()))
+
+    def _await(self, job: LocalJob, moment: Callable[[], bool]) -> None:
+        if not wait_until(lambda: job.ended() or moment(), self.patience):
+            raise DrillError(f"nothing happened in {self.patience:.0f} s: {job.error()}")
+
+    def _wait_for_survivors(self, job: LocalJob, kill: Kill, *, trained: bool) -> None:
+        """The survivors of a killed worker have to end by themselves.
+
+        Before the group is formed they cannot notice a death, so the drill ends them then, as a launcher does.
+        """
+        start = time.monotonic()
+        ended = job.wait(self.grace if trained else min(self.grace, _SECONDS_TO_MEET))
+        if kill.everyone or (len(job.logs) == 1 and not job.launched):
+            return
+        if ended:
+            self.tally.slowest = max(self.tally.slowest, time.monotonic() - start)
+        elif trained:
+            self.tally.hung += 1
+        else:
+            self.tally.unmet += 1
+
+    def _print(self, kill: Kill, reached: int) -> None:
+        victims = "all workers" if kill.everyone else "one worker"
+        workers = self.workers[(self.tally.restarts + 1) % len(self.workers)]
+        print(
+            f"kill {len(self.tally.kills)} of {len(self.kills)}: {victims} {MOMENTS[kill.moment]}, "
+            f"at step {reached}; goes on from step {saved_step(self.run)} with {workers}",
+            flush=True,
+        )

@@ -1,0 +1,119 @@
+"""The drill's options: checked before any long work, and turned into the arguments of train.py."""
+
+import argparse
+import math
+import shlex
+from math import lcm
+from pathlib import Path
+
+from d2s.drill.compare import recorded_steps
+from d2s.shards.read.stream import is_pattern
+from d2s.training.config import override
+from d2s.training.prepare import find_recipe
+from d2s.workers.group import local_batch
+
+# The smallest training that has all parts: a step takes some ten milliseconds, an epoch thirty steps.
+_SMALL = {
+    "--model.width": "16", "--data.image_size": "32", "--model.image_size": "32",
+    "--data.loader_workers": "0", "--optim.warmup_steps": "0",
+}  # fmt: skip
+# At a learning rate that suits this model, AdamW amplifies rounding errors until even two undisturbed runs differ as
+# much as those to compare. At this one rounding errors do not grow.
+_SMALL_RATE = {"--optim.lr": "1e-5", "--optim.backbone_lr": "1e-5"}
+
+
+def small_batch(options: argparse.Namespace) -> int:
+    """The smallest batch size of at least 8 that divides among each of the numbers of workers."""
+    common = lcm(*options.workers)
+    return common * -(-8 // common)
+
+
+def training_arguments(options: argparse.Namespace, overrides: list[str], data: Path) -> list[str]:
+    """The arguments of train.py, without --run. Those that the user gave come last and count."""
+    small = options.recipe.startswith("scenes_small") and options.data is None
+    fields = {"--batch_size": str(small_batch(options)), **_SMALL} if small else {}
+    fields |= {
+        "--max_steps": str(options.steps), "--log.every": "1", "--log.save_steps": str(options.save_steps),
+        "--log.max_stalled_restarts": "0",  # a kill while saving or at a start is no sign of a stalled run
+    }  # fmt: skip
+    if len(set(options.workers)) > 1:
+        fields["--model.text_dropout"] = "0"  # it is drawn for each worker, not for each sample
+        fields |= _SMALL_RATE if small else {}
+    given = {argument.split("=", 1)[0] for argument in overrides}
+    arguments = [word for name, value in fields.items() if name not in given for word in (name, value)]
+    return [options.recipe, "--data", str(data), *arguments, *overrides]
+
+
+def check(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Sets `options.steps` where it was not given. Raises ValueError for options that do not fit together."""
+    from d2s.train import parse
+
+    _check_numbers(options)
+    if options.steps is None:
+        options.steps = 20 + 10 * options.kills
+    _, fields = parse(training_arguments(options, overrides, Path()))
+    config = override(find_recipe(options.recipe), fields)
+    if config.max_steps != options.steps:
+        raise ValueError(
+            f"--max_steps {config.max_steps}: the drill sets it; give --steps {config.max_steps} instead"
+        )
+    least = 2 * options.kills + options.save_steps + 2
+    if options.steps < least:
+        raise ValueError(
+            f"--steps {options.steps} is too short for {options.kills} kills: give at least {least}"
+        )
+    _check_folders(options)
+    try:
+        shlex.split(options.launcher)
+    except ValueError as error:
+        raise ValueError(f"--launcher {options.launcher!r}: {error}; quote it as for a shell") from error
+    for workers in () if options.attach else options.workers:
+        local_batch(config.batch_size, workers)
+    if options.against:
+        _check_against(options, config.log.every)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name, least in (("kills", 0), ("seed", 0), ("steps", 1), ("save_steps", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+    for name in ("grace", "patience", "spread", "tolerance"):
+        value = getattr(options, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{name} {value:g}: give a finite number, 0 or more")
+
+
+def _check_folders(options: argparse.Namespace) -> None:
+    if options.out and options.out.exists():
+        if not options.out.is_dir():
+            raise ValueError(f"--out {options.out} is no folder: choose another name")
+        if any(options.out.iterdir()):
+            raise ValueError(f"--out {options.out} is not empty: choose another folder")
+    if options.attach != (options.run is not None):
+        raise ValueError("--attach and --run go together: the run folder of the job to drill")
+    data = options.data
+    if data and not is_pattern(str(data)) and not data.is_dir():
+        raise ValueError(f"--data {data} is no folder: name one made by `python -m d2s.shard build`")
+
+
+def _check_against(options: argparse.Namespace, every: int) -> None:
+    """Refuses, before the first kill, a run that cannot be compared with. every: steps from one row to the next."""
+    run, steps = options.against, options.steps
+    try:
+        found = recorded_steps(run)
+    except ValueError as error:
+        raise ValueError(f"--against: {error}, or leave it out to train one") from error
+    if options.attach:
+        return  # the number of steps of that job is not known here
+    wanted = {step for step in range(1, steps + 1) if step % every == 0 or step == steps}
+    if max(found) != steps:
+        remedy = f"give --steps {max(found)}"
+    elif found != wanted:
+        remedy = f"train it with --log.every {every}"
+    else:
+        return
+    raise ValueError(
+        f"--against {run} has rows of {len(found)} steps up to step {max(found)}, where this drill has {len(wanted)} "
+        f"up to step {steps}: {remedy}, or leave it out to train one"
+    )

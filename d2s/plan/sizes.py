@@ -1,0 +1,134 @@
+"""Counts the parameters of a recipe's model, and what a pair costs in activations, on the CPU.
+
+The model is built with random weights; activations are what sending two and four made-up pairs through it saves,
+with captions at their longest. No GPU and no data are needed.
+"""
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from d2s.data.batch import Batch
+from d2s.losses.objective import Objective
+from d2s.model import D2SModel, build_word_tokenizer
+from d2s.model.config import IdleSetting
+from d2s.model.presets import shape_of
+from d2s.model.tokenizer import WORDS
+from d2s.plan.activations import SavedActivations
+from d2s.training.config import TrainConfig
+from d2s.training.engine import checkpoint_activations
+from d2s.training.gradient_cache import check_norms
+from d2s.training.module import TrainingModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes of a recipe's model."""
+
+    parameters: int
+    """Frozen ones included."""
+    learned: int
+    """Parameters that are trained."""
+    teacher: int
+    """Parameters of the frozen text tower that an online teacher keeps beside the model; 0 without one."""
+    saved: int
+    """Bytes that a forward pass saves for the backward pass, whatever the batch."""
+    saved_per_pair: int
+    """Further bytes for each pair."""
+    batch_norm: bool = False
+    """The model has a BatchNorm that learns, so micro-batches are refused."""
+
+
+def by_shape(config: TrainConfig) -> TrainConfig:
+    """The configuration with the paper's towers replaced by their shapes, so that no weights are downloaded."""
+    model = config.model
+    towers = {name: shape_of(getattr(model, name)) for name in ("image_encoder", "text_encoder")}
+    return dataclasses.replace(config, model=dataclasses.replace(model, **towers))
+
+
+def measure_sizes(config: TrainConfig, words: int, local_batch: int) -> Sizes:
+    """Builds the model of `config` and measures it.
+
+    Args:
+        words: size of the vocabulary, if it is made from captions.
+        local_batch: pairs of the batch on a worker.
+
+    Raises:
+        ValueError: engine.micro_batch is set, and the model has a BatchNorm.
+    """
+    module = build(config, words, local_batch)
+    two, four = (saved_bytes(module, made_up_batch(config, module, pairs)) for pairs in (2, 4))
+    per_pair = (four - two) // 2
+    parameters, learned, teacher = count(module, config)
+    return Sizes(
+        parameters=parameters, learned=learned, teacher=teacher,
+        saved=max(0, two - 2 * per_pair), saved_per_pair=per_pair, batch_norm=_has_batch_norm(module.model),
+    )  # fmt: skip
+
+
+def build(config: TrainConfig, words: int, local_batch: int) -> TrainingModule:
+    """The module that training would wrap in an engine. Arguments and errors as of `measure_sizes`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IdleSetting)
+        made_from_captions = config.model.text_encoder.tokenizer == WORDS
+        model = D2SModel(config.model, vocabulary(words) if made_from_captions else None)
+        check_norms(model, config.engine.micro_batch, local_batch)
+        if config.engine.activation_checkpointing:
+            checkpoint_activations(model)
+    return TrainingModule(model, Objective(config.loss), bf16=config.engine.precision == "bf16")
+
+
+def _has_batch_norm(model: D2SModel) -> bool:
+    try:
+        check_norms(model, 1, 2)
+    except ValueError:
+        return True
+    return False
+
+
+def vocabulary(words: int) -> PreTrainedTokenizerFast:
+    """A made-up tokenizer of `words` pieces, or of the few more that every tokenizer has."""
+    captions = [" ".join(f"w{number}" for number in range(words))]
+    least = len(build_word_tokenizer(captions, max_words=1)) - 1
+    return build_word_tokenizer(captions, min_count=1, max_words=max(1, words - least))
+
+
+def count(module: TrainingModule, config: TrainConfig) -> tuple[int, int, int]:
+    """Parameters of the module, those of them that learn, and those of an online teacher beside it."""
+    parameters = sum(p.numel() for p in module.parameters())
+    learned = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    online = config.loss.distill_weight and config.loss.teacher == "online"
+    teacher = sum(p.numel() for p in module.model.text_encoder.parameters()) if online else 0
+    return parameters, learned, teacher
+
+
+def made_up_batch(config: TrainConfig, module: TrainingModule, pairs: int) -> Batch:
+    """Random pixels, and random captions of the greatest length that the recipe allows."""
+    data, model = config.data, module.model
+    length = data.max_words_dense if config.stage == "pretrain" else data.max_words_sparse
+    length = min(length, model.max_words)
+    draw = torch.Generator().manual_seed(0)
+    numbers = torch.arange(pairs)
+    return Batch(
+        images=torch.randint(0, 256, (pairs, 3, data.image_size, data.image_size), dtype=torch.uint8, generator=draw),
+        text_ids=torch.randint(5, len(model.tokenizer), (pairs, length), generator=draw),
+        text_mask=torch.ones(pairs, length, dtype=torch.bool),
+        image_ids=numbers,
+        samples=numbers,
+        dense_index=numbers,
+        draw_seeds=numbers + 1,
+    )  # fmt: skip
+
+
+def saved_bytes(module: nn.Module, batch: Batch) -> int:
+    """Bytes that a forward pass of the batch saves for the backward pass, without the parameters."""
+    width = module.model.config.width
+    teacher = torch.zeros(len(batch), width) if module.objective.config.distill_weight else None
+    module.train()
+    with SavedActivations(module) as saved:
+        module(batch, 1.0, teacher)
+    return saved.most

@@ -1,0 +1,36 @@
+"""Bytes that a worker sends in a step of training, by part and ZeRO stage."""
+
+from d2s.losses.table import losses_of
+from d2s.plan.sizes import Sizes
+from d2s.training.config import TrainConfig
+
+FP32 = 4
+"""Bytes of a number."""
+
+
+def traffic(config: TrainConfig, sizes: Sizes, workers: int, stage: int, batch: int) -> dict[str, int]:
+    """Bytes that one worker sends in a step, by part, with ZeRO `stage` and a global `batch`.
+
+    Collectives run in a ring: of W workers, each sends (W - 1) / W * M bytes to gather M bytes, and twice that to
+    reduce M bytes to all.
+    """
+    share = (workers - 1) / workers
+    learned, frozen = FP32 * sizes.learned, FP32 * (sizes.parameters - sizes.learned)
+    local = batch // workers
+    pieces = config.engine.micro_batch
+    passes = -(-local // pieces) if 0 < pieces < local else 1
+    # ZeRO 1 and 2 reduce each gradient to one worker and gather the updated weights, together as much as a reduction
+    # to all. ZeRO 3 gathers weights for each forward and each backward pass. A micro-batch takes two forward passes
+    # and a backward one; ZeRO 2 and 3, which divide gradients, reduce them after each of these.
+    gathered = learned if stage in (1, 2) else 0
+    if stage == 3:
+        forward = 2 * passes if passes > 1 else 1
+        gathered = forward * (learned + frozen) + passes * learned
+    row = FP32 * config.model.width
+    sent = [loss.bytes_sent(workers, local, row) for loss in losses_of(config.loss) if workers > 1]
+    return {
+        "gradients": int(share * learned * (2 if stage == 0 else passes if stage > 1 else 1)),
+        "weights": int(share * gathered),
+        "embeddings": sum(embeddings for embeddings, _ in sent),
+        "their gradients": sum(gradients for _, gradients in sent),
+    }
