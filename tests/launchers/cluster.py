@@ -4,13 +4,15 @@ slurmctld, one slurmd a node and munged run as root, each node on a port of its 
 GPUs. Needs Debian's slurm-wlm and munge; no systemd, no database.
 """
 
+import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 
@@ -181,17 +183,11 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--me"], env=self.environment, capture_output=True, timeout=60)
-        for path in sorted((self.folder / "run").glob("*.pid"), key=lambda p: "munged" in p.name):
-            _stop(int(path.read_text()))
-
-
-def _stop(pid: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.kill(pid, number)
-            end = time.monotonic() + 10
-            while time.monotonic() < end:
-                os.kill(pid, 0)
-                time.sleep(0.05)
-        except ProcessLookupError:
-            return
+        daemons = []
+        for file in (self.folder / "run").glob("*.pid"):
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                daemons.append(psutil.Process(int(file.read_text())))
+                daemons[-1].terminate()
+        _, alive = psutil.wait_procs(daemons, timeout=10)
+        for daemon in alive:
+            daemon.kill()
