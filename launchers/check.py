@@ -101,11 +101,11 @@ def _differences(reports: Reports) -> list[str]:
 
 def _shared_gpus(reports: Reports) -> list[str]:
     """One line for each node that has fewer GPUs than ranks; each rank needs its own."""
-    ranks = Counter(_node(report) for report in reports.values())
+    ranks = Counter(report["node"] for report in reports.values())
     # Counted by unique name, since ranks may all see the same GPUs or only one each.
     gpus: dict[str, set[str]] = {}
     for report in reports.values():
-        gpus.setdefault(_node(report), set()).update(report.get("gpus", ()))
+        gpus.setdefault(report["node"], set()).update(report.get("gpus", ()))
     return [
         f"node {node}: {count} ranks on a node that shows {len(gpus[node])} GPUs; "
         "--ntasks-per-node and --gres=gpu:N must name the same number"
@@ -114,13 +114,9 @@ def _shared_gpus(reports: Reports) -> list[str]:
     ]
 
 
-def _node(report: dict[str, Any]) -> str:
-    return str(report.get("node", "?"))
-
-
 def _on(reports: Reports, ranks: Iterable[int]) -> str:
     """The nodes of these ranks: "node a" or "nodes a, b"."""
-    names = sorted({_node(reports[rank]) for rank in ranks})
+    names = sorted({reports[rank]["node"] for rank in ranks})
     return f"node{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
@@ -130,7 +126,7 @@ def _list(ranks: list[int]) -> str:
 
 def summary(reports: Reports) -> list[str]:
     """A line each on ranks, GPUs, network and disk."""
-    nodes = Counter(map(_node, reports.values()))
+    nodes = Counter(report["node"] for report in reports.values())
     per_node = ", ".join(f"{name}: {count}" for name, count in sorted(nodes.items()))
     gpus = sorted({str(len(report["gpus"])) for report in reports.values() if "gpus" in report})
     rates = [report["bytes_per_second"] for report in reports.values() if report.get("bytes_per_second")]

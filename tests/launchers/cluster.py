@@ -21,7 +21,7 @@ def missing() -> str:
     """Why no cluster can be started here; empty where one can."""
     absent = [name for name in PROGRAMS if _program(name) is None]
     if absent:
-        return f"no {', '.join(absent)}: install slurm-wlm and munge"
+        return f"SLURM is not installed (no {', '.join(absent)}): apt-get install slurm-wlm munge"
     return "" if os.geteuid() == 0 else "a cluster of fake nodes needs root"
 
 
@@ -188,6 +188,15 @@ class Cluster:
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
                 daemons.append(psutil.Process(int(file.read_text())))
                 daemons[-1].terminate()
-        _, alive = psutil.wait_procs(daemons, timeout=10)
-        for daemon in alive:
-            daemon.kill()
+        end = time.monotonic() + 10
+        while any(map(_alive, daemons)):
+            if time.monotonic() > end:
+                raise RuntimeError(f"left behind: {daemons}")
+            time.sleep(0.05)
+
+
+def _alive(process: psutil.Process) -> bool:
+    # In a container nobody may collect the daemons, which stay behind as zombies.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False

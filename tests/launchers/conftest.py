@@ -3,9 +3,9 @@
 Without SLURM these tests skip, unless D2S_REQUIRE_SLURM is set.
 """
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -64,28 +64,17 @@ def ranks(project: Path, job: str | None = None) -> list[psutil.Process]:
 
 
 @contextmanager
-def paused(project: Path, job: str) -> Iterator[list[psutil.Process]]:
-    """Stops a job's ranks, so that what the block does reaches them before their next step."""
+def paused(project: Path, job: str) -> Iterator[None]:
+    """Stops a job's ranks, so that a signal sent in the block comes before their next step. SLURM wakes them."""
     processes = ranks(project, job)
     for process in processes:
         process.suspend()
     try:
-        yield processes
+        yield
     finally:
         for process in processes:
-            process.resume()
-
-
-def wait_for_signal(process: psutil.Process, number: signal.Signals, seconds: float = 90) -> None:
-    """Until the signal is pending for a paused process."""
-    end = time.monotonic() + seconds
-    while True:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        pending = [int(line.split()[1], 16) for line in status.splitlines() if "Pnd:" in line]
-        if any(mask >> (number - 1) & 1 for mask in pending):
-            return
-        assert time.monotonic() < end, f"{number!r} did not come"
-        time.sleep(0.1)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 @pytest.fixture(scope="session")

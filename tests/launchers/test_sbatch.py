@@ -2,7 +2,6 @@
 
 import math
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from conftest import ROOT, TRAIN, losses, paused, ranks, wait_for_signal, wait_for_step, weights
+from conftest import ROOT, TRAIN, losses, paused, ranks, wait_for_step, weights
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 SHAPE = ["--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1"]
@@ -37,7 +36,7 @@ def test_time_limit_requeue_and_lost_node(cluster: Cluster, project: Path) -> No
     run, alone = project / "runs/interrupted", project / "runs/torchrun"
     number = submit(cluster, project, "interrupted", "--exclude=n3", "--signal=USR2@60")
     wait_for_step(run, 3)
-    with paused(project, number) as processes:
+    with paused(project, number):
         hours, minutes, seconds = map(int, cluster.job(number)["RunTime"].split(":"))
         # The nearest limit that the controller, which looks every 30 seconds, cannot miss.
         limit = math.ceil(60 * hours + minutes + (seconds + 45) / 60)
@@ -47,8 +46,7 @@ def test_time_limit_requeue_and_lost_node(cluster: Cluster, project: Path) -> No
              ROOT / "d2s/train.py", *TRAIN, "--run", alone],
             cwd=project, env=cluster.environment, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        wait_for_signal(processes[0], signal.SIGUSR2)
-    cluster.wait_job(number, ("PENDING",))
+        cluster.wait_job(number, ("PENDING",))
     cluster.call("scontrol", "update", f"jobid={number}", "TimeLimit=30")
     wait_for_step(run, 8)
     with paused(project, number):

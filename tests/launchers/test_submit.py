@@ -165,11 +165,11 @@ def test_mistakes_are_one_line(
 def test_dry_run_prints_the_scripts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from d2s.launchers import jobs, submit
+    from d2s.launchers import executors, submit
 
     if not submit.shutil.which("sbatch"):
         monkeypatch.setattr(submit.shutil, "which", lambda name: f"/usr/bin/{name}")
-        monkeypatch.setattr(jobs.submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
+        monkeypatch.setattr(executors.submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
     (tmp_path / "launchers").symlink_to(Path(__file__).parents[2] / "launchers")
     monkeypatch.chdir(tmp_path)
     assert main(["pipeline", "--cluster", "slurm", "--nodes", "2", "--tasks", "8", "--dry-run"]) == 0
