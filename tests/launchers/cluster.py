@@ -183,6 +183,9 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--me"], env=self.environment, capture_output=True, timeout=60)
+        end = time.monotonic() + 20
+        while self.call("squeue", "-h", check=False).strip() and time.monotonic() < end:
+            time.sleep(0.2)  # or their processes outlive the daemons
         daemons = []
         for file in (self.folder / "run").glob("*.pid"):
             with contextlib.suppress(OSError, psutil.NoSuchProcess):

@@ -14,6 +14,7 @@ from d2s.launchers.check_rank import PORT, check_gpus, rendezvous, write_token
 from d2s.workers.group import cuda_index
 
 HERE = [sys.executable, "-m", "d2s.launchers.check", "--cpu", "--min-free", "0"]
+HERE += ["--patience", "60", "--limit", "150"]  # for a busy machine
 SHAPE = ["--nodelist=n0,n1", "--ntasks-per-node=1", "--cpus-per-task=1"]
 
 
@@ -56,7 +57,7 @@ exec unshare --mount bash -c 'mount -t tmpfs none data/scenes && exec {sys.execu
     python.chmod(0o755)
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = check(cluster, project, "--patience", "8", D2S_ENV=f"venv:{tmp_path}", D2S_PORT=port)
+        done = check(cluster, project, D2S_ENV=f"venv:{tmp_path}", D2S_PORT=port)
     assert done.returncode == 1, done
     assert "FAULT    node n1: data unreadable: data/scenes has no manifest.parquet" in done.stdout
     assert "FAULT    node n1: version of transformers is 0.0.1, elsewhere" in done.stdout
