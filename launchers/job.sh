@@ -1,11 +1,13 @@
 # shellcheck shell=bash
-# What the job scripts share; sourced by them, from the folder that sbatch was called in.
+# Sourced by the job scripts, in the folder that sbatch was called in: sets up the environment and the rendezvous.
 
 set -euo pipefail
+# The exit code of a training that was asked to stop: PREEMPTED in d2s/workers/preemption.py; a test compares them.
+preempted=75
 fail() { echo "error: $*" >&2; exit 2; }
 
 [ -f launchers/task.py ] || fail "$PWD holds no launchers/task.py: call sbatch in the project's folder"
-# What others have written need not mind unset variables: modules and conda do not.
+# set +u around code of others, here and below: modules and conda use unset variables.
 if [ -f launchers/site.env ]; then
   set +u -a
   # shellcheck source=/dev/null
@@ -20,8 +22,8 @@ if [ -n "${D2S_MODULES:-}" ]; then
   set -u
 fi
 
-# What srun starts in each task. A container's runtime replaces itself by python, or hands signals on: what
-# must never stand between a signal and a rank is a launcher that handles it itself.
+# What srun starts in each task. Nothing here may swallow signals on their way to the rank: container runtimes
+# replace themselves by python or forward signals.
 python=(python3)
 container=()
 case ${D2S_ENV:-venv:.venv} in
@@ -31,7 +33,7 @@ case ${D2S_ENV:-venv:.venv} in
     python=("$venv/bin/python") ;;
   conda:*)
     command -v conda >/dev/null || fail "D2S_ENV: conda is not on the path; load its module in launchers/site.env"
-    # Packages bring scripts of their own, which conda sources.
+    # conda sources the activation scripts of packages.
     set +eu
     eval "$(conda shell.bash hook)"
     conda activate "${D2S_ENV#conda:}" || fail "D2S_ENV: conda activate ${D2S_ENV#conda:} failed; see conda env list"
@@ -47,23 +49,23 @@ esac
 extra=()
 read -ra extra <<<"${D2S_SRUN_ARGS:-}"
 
-# Nodes may have names that only SLURM can resolve: the address is the one it reaches the first node by.
+# The address by which SLURM reaches the first node; its name may not resolve outside of SLURM.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' | head -n 1)
-# A port of this job's own, another one after a requeue: the last one may linger in the kernel.
+# A port for this job alone, and a new one after each requeue, since the kernel may still hold the old one.
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
 export MASTER_ADDR=${MASTER_ADDR:-$first}
 export MASTER_PORT=${D2S_PORT:-$MASTER_PORT}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-# After sbatch --export=NONE srun would keep all of this from the ranks.
+# Otherwise, after sbatch --export=NONE, srun would not pass these variables to the ranks.
 export SLURM_EXPORT_ENV=ALL
 
-# Rank 0 writes this file to have the job requeued. In this folder, which containers see too.
+# Rank 0 creates this file to have the job requeued. In this folder, because containers see it too.
 export D2S_REQUEUE=$PWD/.requeue-$SLURM_JOB_ID
 rm -f "$D2S_REQUEUE"
 
-# tasks COMMAND ARGUMENT...: one rank a task, its output in a file of its own, the first failure ends all.
-# srun does not inherit --cpus-per-task from sbatch since SLURM 22.05.
+# tasks COMMAND ARGUMENT...: starts one rank per task, each with its own log file; the first failure ends all.
+# Since SLURM 22.05 srun does not inherit --cpus-per-task from sbatch.
 tasks() {
   logs=${D2S_LOGS:-logs}/${SLURM_JOB_NAME}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
   mkdir -p "$logs"
@@ -73,17 +75,17 @@ tasks() {
     "${container[@]}" "${extra[@]}" "${python[@]}" -m d2s.launchers.task "$@"
 }
 
-# ended CODE: puts the job back into the queue where rank 0 asked for it; else it ends with that code. A scancel
-# ends this shell, too, before it comes here. A rank's last words belong where the user looks first.
+# ended CODE: requeues the job if rank 0 asked for it, else exits with CODE, after copying the ranks' last error
+# messages to the job's own output. After scancel it is never reached, because scancel ends this shell, too.
 ended() {
   if [ -e "$D2S_REQUEUE" ]; then
     rm -f "$D2S_REQUEUE"
     echo "requeueing job $SLURM_JOB_ID" >&2
     scontrol requeue "$SLURM_JOB_ID" ||
       echo "error: job $SLURM_JOB_ID was not requeued, its checkpoint is complete: submit it again, with --resume" >&2
-    exit 75
+    exit "$preempted"
   fi
-  if [ "$1" -ne 0 ] && [ "$1" -ne 75 ]; then
+  if [ "$1" -ne 0 ] && [ "$1" -ne "$preempted" ]; then
     if [ -n "${logs:-}" ]; then
       grep -hiE "error(:|$)" "$logs"/rank-*.log | tail -n 5 >&2 || true
     fi

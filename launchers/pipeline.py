@@ -1,181 +1,143 @@
-"""Which jobs a pipeline and a sweep are made of. Everything that can be wrong is said before any is submitted."""
+"""The steps of a pipeline and of a sweep, checked before anything is submitted."""
 
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from d2s.common.files import read_json
 from d2s.launchers.executors import Step
-from d2s.training.config import TrainConfig, override
+from d2s.training.config import override
 from d2s.training.prepare import find_recipe
 from d2s.training.recipes import RECIPES
 
 SCENES = ["--source", "scenes", "--count", "train=4000,val=500,test=500", "--size", "64"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where the data is, or how it is built: the arguments of `d2s.shard build` other than --out and --workers."""
+def find_data(
+    recipe: str, data: Path | None, build: list[str], out: Path, workers: int
+) -> tuple[Path, list[Step]]:
+    """The data set for a recipe, and the step that builds it: none if it exists.
 
-    data: Path
-    build: tuple[str, ...] = ()
-    workers: int = 1
+    data: the data set or, with `build`, the folder to build it in (default: `out`/data).
+    build: arguments of `d2s.shard build`; a scenes recipe without `data` has them by default.
+    workers: processes that build.
 
-    def steps(self) -> list[Step]:
-        """The job that builds the data, where there is something to build."""
-        if not self.build:
-            return []
-        command = ["shard", "build", *self.build, "--out", str(self.data), "--workers", str(self.workers)]
-        return [Step("shards", [[*command, "--resume"]])]
-
-
-def source(recipe: str, data: Path | None, build: list[str], out: Path, workers: int) -> Source:
-    """The data for a recipe: that of --data, or built by --build, or scenes where the recipe is made for them."""
-    if build:
-        for option in ("--out", "--workers", "--resume"):
-            if option in build:
-                raise ValueError(
-                    f"--build: {option} is set by the pipeline; leave it out (--data names the folder)"
-                )
-        return Source(data=data or out / "data", build=tuple(build), workers=workers)
-    if data is not None:
+    Raises ValueError if `data` is no data set, if there is no data, or if `build` has options set here.
+    """
+    if not build and data is not None:
         if not (data / "manifest.parquet").is_file():
             raise ValueError(
                 f"--data {data}: has no manifest.parquet; name a data set, or say how to --build it"
             )
-        return Source(data=data)
-    if recipe.startswith("scenes_"):
-        return Source(data=out / "data", build=tuple(SCENES), workers=workers)
-    raise ValueError(
-        f"--data: missing; {recipe} needs a data set, or --build with the arguments of d2s.shard build"
-    )
-
-
-def stage(recipe: str, settings: list[str]) -> TrainConfig:
-    """The configuration of a recipe under settings `FIELD=VALUE`; ValueError for what does not exist or fit."""
-    return override(find_recipe(recipe), as_options(settings))
+        return data, []
+    if not build and not recipe.startswith("scenes_"):
+        raise ValueError(
+            f"--data: missing; {recipe} needs a data set, or --build with the arguments of d2s.shard build"
+        )
+    for option in ("--out", "--workers", "--resume"):
+        if option in build:
+            raise ValueError(
+                f"--build: {option} is set by the pipeline; leave it out (--data names the folder)"
+            )
+    data = data or out / "data"
+    command = [
+        "shard",
+        "build",
+        *(build or SCENES),
+        "--out",
+        str(data),
+        "--workers",
+        str(workers),
+        "--resume",
+    ]
+    return data, [Step("shards", [command])]
 
 
 def as_options(settings: list[str]) -> list[str]:
-    """`FIELD=VALUE` as the training command takes it."""
+    """`FIELD=VALUE` settings as options of the training command. Raises ValueError without a `=`."""
     for setting in settings:
         if "=" not in setting:
             raise ValueError(f"{setting!r}: is not FIELD=VALUE, as in optim.lr=1e-4")
     return [f"--{setting}" for setting in settings]
 
 
-def pipeline(recipe: str, found: Source, out: Path, settings: list[str]) -> list[Step]:
-    """Shards, pre-training, fine-tuning, evaluation. `recipe` is the common beginning: scenes_small.
+def pipeline(recipe: str, data: Path, steps: list[Step], out: Path, options: list[str]) -> list[Step]:
+    """`steps` followed by pretrain, finetune and evaluate.
 
-    Raises ValueError where there are no two such recipes, or a setting does not fit one of them.
+    recipe: common prefix of the two recipes, as in scenes_small.
+    options: overrides of fields, for both.
+
+    Raises ValueError if one of the recipes does not exist or an option does not fit both.
     """
     for suffix in ("pretrain", "finetune"):
         if f"{recipe}_{suffix}" not in RECIPES:
-            stem = {name.rsplit("_", 1)[0] for name in RECIPES if name.endswith("_pretrain")}
+            prefixes = {name.rsplit("_", 1)[0] for name in RECIPES if name.endswith("_pretrain")}
             raise ValueError(
-                f"recipe {recipe!r}: no {recipe}_{suffix}; a pipeline takes one of {', '.join(sorted(stem))}"
+                f"recipe {recipe!r}: no {recipe}_{suffix}; a pipeline takes one of {', '.join(sorted(prefixes))}"
             )
-        stage(f"{recipe}_{suffix}", settings)
-    steps = found.steps()
-    options = as_options(settings)
+        override(find_recipe(f"{recipe}_{suffix}"), options)
     pretrain, finetune = out / "pretrain", out / "finetune"
-    steps.append(
-        _train("pretrain", f"{recipe}_pretrain", pretrain, ["--data", str(found.data), *options], steps)
-    )
-    steps.append(
-        _train("finetune", f"{recipe}_finetune", finetune, ["--init", str(pretrain), *options], steps)
-    )
-    table = ["evaluate", "--model", str(finetune / "best"), "--data", str(found.data), "--split", "test"]
-    steps.append(Step("evaluate", [[*table, "--json", str(out / "test.json")]], after=["finetune"], gpu=True))
-    return steps
+    first = _training(f"{recipe}_pretrain", pretrain, ["--data", str(data), *options])
+    second = _training(f"{recipe}_finetune", finetune, ["--init", str(pretrain), *options])
+    evaluate = ["evaluate", "--model", str(finetune / "best"), "--data", str(data), "--split", "test"]
+    evaluate += ["--json", str(out / "test.json")]
+    return [
+        *steps,
+        Step("pretrain", [first], after=[step.name for step in steps], wide=True),
+        Step("finetune", [second], after=["pretrain"], wide=True),
+        Step("evaluate", [evaluate], after=["finetune"], gpu=True),
+    ]
 
 
-def _train(name: str, recipe: str, run: Path, arguments: list[str], before: list[Step]) -> Step:
-    command = ["train", recipe, *arguments, "--run", str(run), "--resume"]
-    return Step(name, [command], after=[step.name for step in before[-1:]], wide=True)
+def _training(recipe: str, run: Path, options: list[str]) -> list[str]:
+    return ["train", recipe, *options, "--run", str(run), "--resume"]
 
 
 def sweep(
-    recipe: str, found: Source | None, init: Path | None, out: Path, grid: list[str], settings: list[str]
-) -> tuple[list[Step], list[dict[str, str]]]:
-    """An array of trainings over the grid, and what each point sets.
+    recipe: str, data: Path | None, steps: list[Step], init: Path | None, out: Path,
+    points: list[dict[str, str]], options: list[str],
+) -> list[Step]:  # fmt: skip
+    """`steps` followed by an array of trainings, one for each grid point.
 
-    grid: `FIELD=V1,V2,...` each. A fine-tuning recipe without `init` is preceded by its pre-training, once.
-    found: None for the data of `init`.
-    Raises ValueError for a recipe, a field or a value that does not fit, before anything runs.
+    data: None to use that of `init`.
+    init: stage-1 run to start from; without it a fine-tuning recipe gets one pre-training step for all points.
+    points: the fields that each training overrides, in addition to `options`.
+
+    Raises ValueError if the recipe does not exist, a field or value does not fit it, or `init` is no run.
     """
-    points = grid_points(grid)
-    for point in points:
-        config = stage(recipe, [*settings, *(f"{name}={value}" for name, value in point.items())])
-    steps = found.steps() if found else []
-    arguments = ["--data", str(found.data)] if found else []
-    if config.stage == "finetune" and not recipe.endswith("_align"):
+    options_of = [[*options, *as_options([f"{k}={v}" for k, v in point.items()])] for point in points]
+    configs = [override(find_recipe(recipe), point_options) for point_options in options_of]
+    inputs = ["--data", str(data)] if data else []
+    if configs[0].stage == "finetune" and not recipe.endswith("_align"):
         if init is None:
             sibling = recipe.replace("finetune", "pretrain")
             if sibling not in RECIPES:
                 raise ValueError(f"--init: missing; {recipe} starts from a stage-1 run")
+            override(find_recipe(sibling), options)
             init = out / "pretrain"
-            stage(sibling, settings)
-            steps.append(_train("pretrain", sibling, init, [*arguments, *as_options(settings)], steps))
+            pretrain = _training(sibling, init, [*inputs, *options])
+            steps = [*steps, Step("pretrain", [pretrain], after=[step.name for step in steps], wide=True)]
         elif not (init / "config.json").is_file():
             raise ValueError(f"--init {init}: holds no run or model")
-        arguments = ["--init", str(init), *arguments]
+        inputs = ["--init", str(init), *inputs]
     elif init is not None:
         raise ValueError(f"--init {init}: {recipe} starts from no other run; leave it out")
-    commands = []
-    for number, point in enumerate(points):
-        options = as_options([*settings, *(f"{name}={value}" for name, value in point.items())])
-        commands.append(
-            ["train", recipe, *arguments, *options, "--run", str(out / f"run-{number}"), "--resume"]
-        )
-    steps.append(Step("train", commands, after=[step.name for step in steps[-1:]], wide=True))
-    return steps, points
+    commands = [
+        _training(recipe, out / f"run-{number}", [*inputs, *point_options])
+        for number, point_options in enumerate(options_of)
+    ]
+    return [*steps, Step("train", commands, after=[step.name for step in steps[-1:]], wide=True)]
 
 
 def grid_points(grid: list[str]) -> list[dict[str, str]]:
-    """Every combination of the values of `FIELD=V1,V2,...`, the last field changing fastest."""
+    """Every combination of the values of `FIELD=V1,V2,...`; the last field changes fastest."""
     if not grid:
         raise ValueError("--grid: missing; name at least one field and its values, as in optim.lr=1e-4,2e-4")
-    axes = []
+    axes: dict[str, list[str]] = {}
     for axis in grid:
-        name, equals, values = axis.partition("=")
-        choices = [value for value in values.split(",") if value]
-        if not equals or not choices:
+        name, equals, text = axis.partition("=")
+        values = [value for value in text.split(",") if value]
+        if not equals or not values:
             raise ValueError(f"--grid {axis!r}: is not FIELD=VALUE,VALUE,...")
-        if name in [known for known, _ in axes]:
+        if name in axes:
             raise ValueError(f"--grid: {name} is given twice; put all its values into one")
-        axes.append((name, choices))
-    names = [name for name, _ in axes]
-    return [dict(zip(names, values, strict=True)) for values in product(*(choices for _, choices in axes))]
-
-
-def sweep_table(points: list[dict[str, str]], out: Path) -> str:
-    """What each point reached on the validation split (never the test split: it is what one chooses by)."""
-    names = list(points[0])
-    rows = [[*names, "val rSum", "at step", "steps", "run"]]
-    best: list[float | None] = []
-    for number, point in enumerate(points):
-        run = out / f"run-{number}"
-        score, step, last = _scores(run)
-        best.append(score)
-        shown = ["-" if value is None else f"{value:g}" for value in (score, step, last)]
-        if score is not None:
-            shown[0] = f"{score:.1f}"
-        rows.append([*(point[name] for name in names), *shown, str(run)])
-    known = [score for score in best if score is not None]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row, score in zip(rows, [None, *best], strict=True):
-        mark = "  best" if known and score == max(known) and score is not None else ""
-        lines.append("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) + mark)
-    return "\n".join(lines)
-
-
-def _scores(run: Path) -> tuple[float | None, int | None, int | None]:
-    """Best rSum on val and its step, by the run's newest checkpoint, and the step it came to."""
-    markers = sorted(run.glob("checkpoints/step-*/complete.json"))
-    if not markers:
-        return None, None, None
-    state = read_json(markers[-1])
-    best = state.get("best") or {}
-    return best.get("rsum"), best.get("step"), state.get("step")
+        axes[name] = values
+    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]

@@ -1,6 +1,5 @@
-"""What became of jobs: asked of SLURM, of the results that tasks leave, or of a process of this machine."""
+"""The states of jobs, from SLURM, from the results that tasks leave, or from a process of this machine."""
 
-import re
 import subprocess
 from pathlib import Path
 
@@ -9,35 +8,37 @@ import submitit
 
 LOGS = "submitit"
 UNKNOWN = "UNKNOWN"
-"""SLURM could not be asked: neither running nor ended as far as anybody here knows."""
+"""SLURM did not answer: the job may be running or have ended."""
 ENDED = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
     "PREEMPTED", "REVOKED",
 )  # fmt: skip
 
 
-def slurm_states(numbers: list[str], folder: Path) -> list[str]:
-    """The states of one job, or of the jobs of one array, in the order of `numbers`.
+def slurm_states(ids: list[str], folder: Path) -> list[str]:
+    """The states of one job, or of the jobs of one array, in the order of `ids`.
 
-    By the controller's memory, or accounting, or, where neither knows the job any more, the results that its tasks
-    left; UNKNOWN where SLURM does not answer.
+    Asks the controller, then accounting. If neither knows the job any more, the results that its tasks left in
+    `folder` decide between COMPLETED and FAILED. UNKNOWN if SLURM does not answer.
     """
-    if not numbers:
+    if not ids:
         return []
-    main = numbers[0].partition("_")[0]
-    code, shown, complaint = _ask(["scontrol", "show", "job", "-o", main])
-    known = _by_controller(shown)
-    if set(numbers) - set(known):
-        _, told, _ = _ask(["sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", main])
-        known = _by_accounting(told) | known
-    # The controller answers, and has forgotten the job; or knows other jobs of the array.
-    forgotten = code == 0 or "Invalid job id" in complaint
-    return [
-        known.get(number) or (_by_results(folder, number) if forgotten else UNKNOWN) for number in numbers
-    ]
+    array = ids[0].partition("_")[0]
+    code, output, errors = _query(["squeue", "-h", "-r", "-t", "all", "-o", "%i %T", "-j", array])
+    known = dict(line.split() for line in output.splitlines())
+    if set(ids) - set(known):
+        _, output, _ = _query(["sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", array])
+        # "CANCELLED by 1000" is CANCELLED.
+        rows = (line.replace("|", " ").split() for line in output.splitlines())
+        known = {row[0]: row[1].rstrip("+") for row in rows if len(row) > 1} | known
+    # A controller that answers has forgotten the job, or knows only other jobs of the array.
+    answered = code == 0 or "Invalid job id" in errors
+    from_results = {id_: "COMPLETED" if succeeded(folder, id_) else "FAILED" for id_ in ids if answered}
+    return [known.get(id_) or from_results.get(id_, UNKNOWN) for id_ in ids]
 
 
-def _ask(command: list[str]) -> tuple[int, str, str]:
+def _query(command: list[str]) -> tuple[int, str, str]:
+    """Exit code, output and errors of one of SLURM's programs; code 1 if it is missing or takes a minute."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -45,62 +46,22 @@ def _ask(command: list[str]) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def _by_controller(shown: str) -> dict[str, str]:
-    """States by number, of the lines of `scontrol show job -o`."""
-    found: dict[str, str] = {}
-    for line in shown.splitlines():
-        words = dict(word.partition("=")[::2] for word in line.split())
-        if "JobState" not in words:
-            continue
-        if "ArrayTaskId" in words:
-            number = f"{words.get('ArrayJobId')}_[{words['ArrayTaskId']}]"
-        else:
-            number = words.get("JobId", "")
-        found.update(dict.fromkeys(_numbers(number), words["JobState"]))
-    return found
+def succeeded(folder: Path, job: str) -> bool:
+    """Whether every task of a job left a result, ("success", 0), and not ("error", traceback)."""
+    results = list((folder / LOGS).glob(f"{job}_*_result.pkl"))
+    # Unpickling is safe: submitit wrote these files in our own folder.
+    return bool(results) and all(submitit.core.utils.pickle_load(path)[0] == "success" for path in results)
 
 
-def _by_accounting(told: str) -> dict[str, str]:
-    """States by number, of sacct's lines `JobID|State`; "CANCELLED by 1000" is cancelled."""
-    found: dict[str, str] = {}
-    for line in told.splitlines():
-        number, _, state = line.partition("|")
-        if state.split():
-            found.update(dict.fromkeys(_numbers(number), state.split()[0].rstrip("+")))
-    return found
-
-
-def _numbers(text: str) -> list[str]:
-    """Every job that "7", "7_2" or, of an array's waiting jobs together, "7_[0-2,5%2]" stands for."""
-    main, bracket, indices = text.partition("_[")
-    if not bracket:
-        return [text]
-    found = []
-    for part in re.sub(r"[%:].*", "", indices.rstrip("]")).split(","):
-        first, _, last = part.partition("-")
-        if first.isdigit():
-            found += [f"{main}_{index}" for index in range(int(first), int(last or first) + 1)]
-    return found
-
-
-def _by_results(folder: Path, number: str) -> str:
-    return "COMPLETED" if succeeded(folder, number) else "FAILED"
-
-
-def succeeded(folder: Path, number: str) -> bool:
-    """Whether every task of a job has left a good result."""
-    results = list((folder / LOGS).glob(f"{number}_*_result.pkl"))
-    return bool(results) and all(_good(path) for path in results)
-
-
-def _good(path: Path) -> bool:
-    # Our own pickle, written by submitit in our own folder: ("success", 0) or ("error", traceback).
-    return submitit.core.utils.pickle_load(path)[0] == "success"
-
-
-def alive(pid: str) -> bool:
-    """Whether submitit's local controller of that number runs, and not another process that got the number since."""
+def local_controller(pid: str) -> psutil.Process | None:
+    """The running submitit controller with this process number; None if it ended or the number was reused."""
     try:
-        return "submitit" in " ".join(psutil.Process(int(pid)).cmdline())
+        process = psutil.Process(int(pid))
+        return process if "submitit" in " ".join(process.cmdline()) else None
     except psutil.Error:
-        return False
+        return None
+
+
+def requeue_file(logs: Path, job: str) -> Path:
+    """The file in submitit's folder by which a local job asks to be started again, as D2S_REQUEUE is on SLURM."""
+    return logs / f"{job}_requeue"

@@ -1,9 +1,9 @@
 """One rank of a cluster's job: `srun python -m d2s.launchers.task train | evaluate | shard ARGUMENT...`.
 
-SLURM names ranks in its own words; this gives them the names that torch and DeepSpeed read, runs the command in
-this very process, so that nothing stands between a signal and a rank, and asks for a job that was preempted to be
-put back into the queue. Not after TERM: the scheduler sends it before a preemption of its own, which requeues by
-itself, and on scancel, which must not. In a job array `{seed}` in any argument becomes the array's index.
+Translates SLURM's variables into those that torch and DeepSpeed read, runs the command in this process, so that
+signals reach it directly, and has a preempted job requeued. After TERM it does not: the scheduler sends TERM before
+its own preemption, which requeues by itself, and on scancel, which must not requeue. In a job array `{seed}` in any
+argument becomes the array index.
 """
 
 import os
@@ -20,45 +20,54 @@ from d2s.workers.preemption import PREEMPTED, Preemption
 
 COMMANDS = {
     "train": "d2s.train",
-    "evaluate": "d2s.evaluate",
+    "evaluate": "d2s.evaluate.evaluation",
     "shard": "d2s.shard",
     "check": "d2s.launchers.check",
 }
 SEED = "{seed}"
-# What srun, and submitit's local cluster, call a rank.
-_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-_LOCAL = {
-    "RANK": "SUBMITIT_LOCAL_GLOBALID",
-    "WORLD_SIZE": "SUBMITIT_LOCAL_NTASKS",
-    "LOCAL_RANK": "SUBMITIT_LOCAL_LOCALID",
-}
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+_LOCAL = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
+
+
+@dataclass(frozen=True)
+class ExitStatus:
+    """How a command ended: its exit code, and whether its job must be requeued."""
+
+    code: int
+    requeue: bool = False
+
+    @property
+    def same_on_all_ranks(self) -> bool:
+        """Whether the other ranks end with the same code, so that this one can wait for them."""
+        return self.code in (0, PREEMPTED)
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK and its like, from SLURM's variables of a task (srun(1), "OUTPUT ENVIRONMENT VARIABLES").
+    """RANK, WORLD_SIZE and the like, from SLURM's variables of a task (srun(1), "OUTPUT ENVIRONMENT VARIABLES").
 
-    The tasks of submitit's local cluster meet at a port of their job's. Raises ValueError where neither started
-    this process, or MASTER_ADDR and MASTER_PORT are missing.
+    For submitit's local executor also MASTER_ADDR and MASTER_PORT, a port derived from the job's number.
+
+    Raises ValueError if neither srun nor that executor started this process, or if MASTER_ADDR or MASTER_PORT is
+    missing.
     """
     if environment.get("SUBMITIT_EXECUTOR") == "local":
-        found = {name: environment[theirs] for name, theirs in _LOCAL.items()}
+        found = {ours: environment[theirs] for ours, theirs in zip(_NAMES, _LOCAL, strict=True)}
         port = 20000 + int(environment["SUBMITIT_LOCAL_JOB_ID"]) % 20000
-        return {**found, "LOCAL_WORLD_SIZE": found["WORLD_SIZE"], "NODE_RANK": "0",
+        return {**found, "LOCAL_WORLD_SIZE": found["WORLD_SIZE"],
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    missing = [name for name in (*_SLURM.values(), "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    missing = [name for name in (*_SLURM, "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ValueError(
             f"{missing[0]} is not set: start this with srun, in a script that sources launchers/job.sh"
         )
-    found = {name: environment[theirs] for name, theirs in _SLURM.items()}
-    # "2(x3),1": two tasks on three nodes, then one.
-    per_node = environment.get("SLURM_TASKS_PER_NODE", found["WORLD_SIZE"])
-    node = int(environment.get("SLURM_NODEID", "0"))
-    return {**found, "LOCAL_WORLD_SIZE": str(tasks_per_node(per_node)[node]), "NODE_RANK": str(node)}
+    found = {ours: environment[theirs] for ours, theirs in zip(_NAMES, _SLURM, strict=True)}
+    per_node = tasks_per_node(environment.get("SLURM_TASKS_PER_NODE", found["WORLD_SIZE"]))
+    return {**found, "LOCAL_WORLD_SIZE": str(per_node[int(environment.get("SLURM_NODEID", "0"))])}
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """SLURM's short form "2(x3),1" as [2, 2, 2, 1]."""
+    """Expands SLURM's short form: "2(x3),1" is [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in text.split(","):
         count, _, times = part.partition("(x")
@@ -66,105 +75,84 @@ def tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def with_seed(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-    """`{seed}` in the arguments as the index in the job array. Raises ValueError where that cannot be."""
-    # A sweep's array, submitit's, names each run by itself.
+def fill_in_seed(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
+    """Replaces `{seed}` in the arguments by the index in the job array.
+
+    Raises ValueError outside an array, and for an array of trainings that would share one run folder.
+    """
+    # A sweep is an array, too, but its arguments already name a run folder for each job.
     index = None if "SUBMITIT_EXECUTOR" in environment else environment.get("SLURM_ARRAY_TASK_ID")
     used = [argument for argument in arguments if SEED in argument]
     if index is None:
         if used:
             raise ValueError(f"{used[0]}: {SEED} stands for the index in a job array; use sbatch --array=0-4")
         return arguments
-    if arguments[:1] == ["train"] and not any(SEED in run for run in _values(arguments, "--run")):
+    run_folders = [value for name, value in pairwise(arguments) if name == "--run"]
+    run_folders += [argument for argument in arguments if argument.startswith("--run=")]
+    if arguments[:1] == ["train"] and not any(SEED in folder for folder in run_folders):
         raise ValueError(f"--run: the jobs of an array would write into one run; name it with {SEED} in it")
     return [argument.replace(SEED, index) for argument in arguments]
 
 
-def _values(arguments: list[str], option: str) -> list[str]:
-    """What stands after an option, as `--run X` or `--run=X`."""
-    after = [b for a, b in pairwise(arguments) if a == option]
-    return after + [a.partition("=")[2] for a in arguments if a.startswith(f"{option}=")]
-
-
-def resumed(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-    """The arguments of a job's later starts: training goes on from its newest checkpoint."""
-    again = int(environment.get("SLURM_RESTART_COUNT", "0")) > 0
-    if arguments[:1] == ["train"] and again and "--resume" not in arguments:
+def resume_after_requeue(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
+    """Adds --resume to a training that SLURM starts again."""
+    requeued = int(environment.get("SLURM_RESTART_COUNT", "0")) > 0
+    if arguments[:1] == ["train"] and requeued and "--resume" not in arguments:
         return [*arguments, "--resume"]
     return arguments
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended: its exit code, and whether its job should be put back into the queue."""
-
-    code: int
-    requeue: bool = False
-
-    @property
-    def run_on_all(self) -> bool:
-        """Whether all ranks ended alike."""
-        return self.code in (0, PREEMPTED)
-
-
-def run(arguments: list[str], environment: MutableMapping[str, str] = os.environ) -> Outcome:
-    """Runs one of COMMANDS as this rank. Code 2 stands for a mistake, said in one line."""
+def run_command(arguments: list[str], environment: MutableMapping[str, str] = os.environ) -> ExitStatus:
+    """Runs one of COMMANDS as this rank. A user's mistake is one line on stderr and code 2."""
     preemption = Preemption()
     if arguments[:1] == ["train"]:
-        preemption.install()  # before the heavy imports: a signal may come at any time
+        preemption.install()  # before the slow imports: a signal may come at any time
     try:
         if not arguments or arguments[0] not in COMMANDS:
             raise ValueError(f"no command {' '.join(arguments[:1])!r}; there are {', '.join(COMMANDS)}")
         environment.update(rank_variables(environment))
-        arguments = resumed(with_seed(arguments, environment), environment)
+        arguments = resume_after_requeue(fill_in_seed(arguments, environment), environment)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return Outcome(2)
+        return ExitStatus(2)
     command = import_module(COMMANDS[arguments[0]]).main
     if arguments[0] != "train":
-        return Outcome(command(arguments[1:]) or 0)
+        return ExitStatus(command(arguments[1:]) or 0)
     code = command(arguments[1:], preemption)
-    # Asked once more: a job that is cancelled while its ranks write their checkpoint is not to come back.
-    return Outcome(code, requeue=code == PREEMPTED and preemption.agreed() != signal.SIGTERM)
+    # Ask again: the job may have been cancelled while its ranks wrote the checkpoint.
+    return ExitStatus(code, requeue=code == PREEMPTED and preemption.agreed() != signal.SIGTERM)
 
 
-def request(environment: Mapping[str, str] = os.environ) -> Path:
-    """The file that asks for this job to be started again.
+def request_requeue(environment: Mapping[str, str] = os.environ) -> None:
+    """Creates the file D2S_REQUEUE on rank 0, which asks for this job to be started again.
 
-    launchers/job.sh looks for it once the ranks have left: a container, which a rank may be in, need not hold
-    scontrol. On submitit's local cluster the command that runs the jobs does.
+    On SLURM launchers/job.sh looks for it, because a rank may run in a container without scontrol; with submitit's
+    local executor the submitting command does. Call it before any rank ends, since srun then ends the others.
     """
-    if environment.get("SUBMITIT_EXECUTOR") == "local":
-        return local_request(Path(environment["SUBMITIT_FOLDER"]), environment["SUBMITIT_LOCAL_JOB_ID"])
-    return Path(environment["D2S_REQUEUE"])
-
-
-def local_request(folder: Path, job: str) -> Path:
-    """The same for a job of submitit's local cluster that keeps its files in `folder`."""
-    return folder / f"{job}_requeue"
-
-
-def ask_requeue(environment: Mapping[str, str] = os.environ) -> None:
-    """Rank 0 asks for this job to be started again. Before any rank leaves: srun then ends the others."""
     if environment["RANK"] != "0":
         return
     try:
-        request(environment).touch()
+        Path(environment["D2S_REQUEUE"]).touch()
     except (KeyError, OSError) as error:
         what = "D2S_REQUEUE is not set" if isinstance(error, KeyError) else str(error)
         print(f"error: no requeue: {what}; submit the job again, with --resume", file=sys.stderr, flush=True)
 
 
-def main(argv: list[str] | None = None) -> NoReturn:
-    """The command of a task: runs it, asks for a requeue if it was preempted, and leaves as the others do."""
-    outcome = run(sys.argv[1:] if argv is None else argv)
-    if outcome.requeue:
-        ask_requeue()
+def leave(code: int, *, ordered: bool) -> None:
+    """Ends this process as `d2s.workers.group.leave` does if torch was loaded; else just returns."""
     if "torch" in sys.modules:
         from d2s.workers.group import leave
 
-        leave(outcome.code, ordered=outcome.together)
-    sys.exit(outcome.code)
+        leave(code, ordered=ordered)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """The command of one task: runs it and requests a requeue if it was preempted."""
+    status = run_command(sys.argv[1:] if argv is None else argv)
+    if status.requeue:
+        request_requeue()
+    leave(status.code, ordered=status.same_on_all_ranks)
+    sys.exit(status.code)
 
 
 if __name__ == "__main__":

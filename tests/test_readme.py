@@ -81,7 +81,7 @@ def test_every_module_command_knows_its_options() -> None:
             words = shlex.split(line, comments=True)
             if words[:2] != ["python", "-m"]:
                 continue
-            verb = [words[3]] if words[2] == "d2s.shard" else []
+            verb = [words[3]] if words[2] in ("d2s.shard", "d2s.launchers.submit") else []
             shown = subprocess.run(
                 [sys.executable, "-m", words[2], *verb, "--help"],
                 capture_output=True,

@@ -4,13 +4,15 @@ slurmctld, one slurmd a node and munged run as root, each node on a port of its 
 GPUs. Needs Debian's slurm-wlm and munge; no systemd, no database.
 """
 
+import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 
@@ -19,7 +21,7 @@ def missing() -> str:
     """Why no cluster can be started here; empty where one can."""
     absent = [name for name in PROGRAMS if _program(name) is None]
     if absent:
-        return f"no {', '.join(absent)}: install slurm-wlm and munge"
+        return f"SLURM is not installed (no {', '.join(absent)}): apt-get install slurm-wlm munge"
     return "" if os.geteuid() == 0 else "a cluster of fake nodes needs root"
 
 
@@ -181,17 +183,23 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--me"], env=self.environment, capture_output=True, timeout=60)
-        for path in sorted((self.folder / "run").glob("*.pid"), key=lambda p: "munged" in p.name):
-            _stop(int(path.read_text()))
+        end = time.monotonic() + 20
+        while self.call("squeue", "-h", check=False).strip() and time.monotonic() < end:
+            time.sleep(0.2)  # or their processes outlive the daemons
+        daemons = []
+        for file in (self.folder / "run").glob("*.pid"):
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                daemons.append(psutil.Process(int(file.read_text())))
+                daemons[-1].terminate()
+        end = time.monotonic() + 10
+        while any(map(_alive, daemons)):
+            if time.monotonic() > end:
+                raise RuntimeError(f"left behind: {daemons}")
+            time.sleep(0.05)
 
 
-def _stop(pid: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.kill(pid, number)
-            end = time.monotonic() + 10
-            while time.monotonic() < end:
-                os.kill(pid, 0)
-                time.sleep(0.05)
-        except ProcessLookupError:
-            return
+def _alive(process: psutil.Process) -> bool:
+    # In a container nobody may collect the daemons, which stay behind as zombies.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -1,16 +1,19 @@
-"""One cluster, one small data set and one undisturbed run for all tests of this folder.
+"""One cluster and one small data set for all tests of this folder.
 
-Without SLURM they skip, unless D2S_REQUIRE_SLURM is set.
+Without SLURM these tests skip, unless D2S_REQUIRE_SLURM is set.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -42,6 +45,38 @@ def wait_for_step(run: Path, step: int, seconds: float = 150) -> None:
         time.sleep(0.1)
 
 
+def ranks(project: Path, job: str | None = None) -> list[psutil.Process]:
+    """The processes that train in this project's folder, of all jobs or of one."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+            if (
+                {"d2s.launchers.task", "submitit.core._submit"} & set(command)
+                and "python" in Path(command[0]).name
+                and process.cwd() == str(project)
+                and job in (None, process.environ().get("SLURM_JOB_ID"))
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@contextmanager
+def paused(project: Path, job: str) -> Iterator[None]:
+    """Stops a job's ranks, so that a signal sent in the block comes before their next step. SLURM wakes them."""
+    processes = ranks(project, job)
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four fake nodes with four GPUs each."""
@@ -50,14 +85,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         assert not os.environ.get("D2S_REQUIRE_SLURM"), reason
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm")) as started:
-        # Four ranks share the machine: one thread each.
+        # All ranks share the machine: one thread each.
         started.environment |= {
             "D2S_ENV": f"venv:{sys.prefix}",
             "D2S_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        # Tests of one process hide what they are; jobs must not inherit it.
+        # Settings of the tests' own process, which jobs must not inherit.
         for name in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST"):
             started.environment.pop(name, None)
         yield started
@@ -71,13 +106,3 @@ def project(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = ["-m", "d2s.shard", "build", "--source", "scenes", "--count", "train=400,val=20,test=20"]
     subprocess.run([sys.executable, *build, "--out", "data/scenes"], cwd=folder, check=True, timeout=120)
     return folder
-
-
-@pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster, project: Path) -> Path:
-    """The run that every other is compared with: four workers started by torchrun, left alone."""
-    run = project / "runs/torchrun"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "--",
-               str(ROOT / "d2s/train.py"), *TRAIN, "--run", str(run)]  # fmt: skip
-    cluster.call(*command, cwd=project)
-    return run

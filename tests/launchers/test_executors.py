@@ -5,12 +5,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from programs import ROOT, Programs, clone
 
-from d2s.launchers import submit
-from d2s.launchers.executors import Resources, Step, executor
-from d2s.launchers.pipeline import Source, sweep
-from d2s.launchers.submit import is_last_word, main
+from d2s.launchers import task
+from d2s.launchers.executors import Command, Resources, Step, executor
+from d2s.launchers.pipeline import find_data, sweep
+from d2s.launchers.show import is_error_message
+from d2s.launchers.states import requeue_file
+from d2s.launchers.submit import main
 
 PIPELINE = ["pipeline", "--cluster", "slurm", "--out", "runs/p", "--no-wait"]
 # Numbers every job, and keeps its script and the variables that sbatch reads.
@@ -29,7 +32,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     for name in ("srun", "scancel"):
         found.add(name)
     found.add("sbatch", SBATCH)
-    found.add("scontrol", "exit 1")
+    found.add("squeue", "exit 1")
     found.add("sacct", "exit 1")
     monkeypatch.chdir(clone(tmp_path / "project"))
     return found
@@ -100,7 +103,7 @@ def test_local_jobs_need_a_gpu_each_by_number(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     here = ["pipeline", "--cluster", "local", "--tasks", "3"]
-    monkeypatch.setattr(submit.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert main(here) == 2
     assert "--tasks 3: this machine shows 2 GPUs" in capsys.readouterr().err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f")
@@ -109,21 +112,51 @@ def test_local_jobs_need_a_gpu_each_by_number(
 
 
 def test_sweep_from_a_run_takes_the_data_it_is_given(tmp_path: Path) -> None:
-    """And what is built is what is trained on; without either it takes the run's own, and builds nothing."""
+    """The data set that a step before it builds, too; without any it takes the run's own."""
     (tmp_path / "config.json").touch()
-    grid = ["scenes_small_finetune", tmp_path, tmp_path / "out", ["optim.lr=1e-4"], []]
-    recipe, *rest = grid
-    built = Source(data=tmp_path / "data", build=("--source", "scenes"))
-    for found, names in ((built, ["shards", "train"]), (Source(data=tmp_path / "data"), ["train"])):
-        steps, _ = sweep(recipe, found, *rest)
-        assert [step.name for step in steps] == names
-        command = steps[-1].commands[0]
-        assert command[command.index("--data") + 1] == str(tmp_path / "data")
-    steps, _ = sweep(recipe, None, *rest)
-    assert [step.name for step in steps] == ["train"]
-    assert "--data" not in steps[0].commands[0]
+    data, build = find_data("scenes_small_finetune", None, [], tmp_path, 1)
+    for given, steps, names in (
+        (data, build, ["shards", "train"]),
+        (data, [], ["train"]),
+        (None, [], ["train"]),
+    ):
+        found = sweep("scenes_small_finetune", given, steps, tmp_path, tmp_path, [{"optim.lr": "1e-4"}], [])
+        assert [step.name for step in found] == names
+        command = found[-1].commands[0]
+        assert ("--data" in command) == bool(given)
+        assert given is None or command[command.index("--data") + 1] == str(tmp_path / "data")
     with pytest.raises(ValueError, match="scenes_small_pretrain starts from no other run"):
-        sweep("scenes_small_pretrain", built, *rest)
+        sweep("scenes_small_pretrain", data, build, tmp_path, tmp_path, [{"optim.lr": "1e-4"}], [])
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_local_job_asks_for_a_restart(rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a file beside its results, with submitit's own exit code; a file of the previous start is removed."""
+    file = requeue_file(tmp_path, "7")
+    file.touch()
+    existed: list[bool] = []
+    left: list[int] = []
+
+    def run_command(arguments: list[str]) -> task.ExitStatus:
+        existed.append(file.exists())
+        return task.ExitStatus(75, requeue=True)
+
+    def leave(code: int, *, ordered: bool) -> None:
+        left.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(task, "run_command", run_command)
+    monkeypatch.setattr(task, "leave", leave)
+    for name, text in {
+        "SUBMITIT_EXECUTOR": "local", "SUBMITIT_FOLDER": str(tmp_path), "SUBMITIT_LOCAL_JOB_ID": "7",
+        "SUBMITIT_LOCAL_GLOBALID": rank, "RANK": rank, "D2S_REQUEUE": "",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, text)
+    with pytest.raises(SystemExit):
+        Command(["train", "r"])()
+    assert existed == [rank == "1"]
+    assert file.exists()
+    assert left == [144]
 
 
 def test_sweep_from_a_run_builds_nothing_unasked(programs: Programs, capsys: pytest.CaptureFixture) -> None:
@@ -137,7 +170,7 @@ def test_sweep_from_a_run_builds_nothing_unasked(programs: Programs, capsys: pyt
 
 
 def test_logs_of_a_job_that_has_not_started(programs: Programs, capsys: pytest.CaptureFixture) -> None:
-    programs.add("scontrol", 'echo "JobId=$4 JobState=PENDING"')
+    programs.add("squeue", 'echo "${@: -1} PENDING"')
     assert main(PIPELINE) == 0
     capsys.readouterr()
     assert main(["logs", "runs/p", "finetune", "--rank", "3"]) == 2
@@ -146,17 +179,17 @@ def test_logs_of_a_job_that_has_not_started(programs: Programs, capsys: pytest.C
     assert "shards is PENDING, pretrain is PENDING" in capsys.readouterr().err
 
 
-def test_last_words() -> None:
-    assert is_last_word("train.py: error: --data is missing")
-    assert is_last_word("[rank1]: torch.OutOfMemoryError: CUDA out of memory.")
-    assert is_last_word("AssertionError")
-    assert not is_last_word("srun: error: n0: task 0: Exited with exit code 1")
-    assert not is_last_word("RuntimeError: train ended with code 1: see the lines above")
-    assert not is_last_word('    raise ValueError("x")')
+def test_error_messages_are_found() -> None:
+    assert is_error_message("train.py: error: --data is missing")
+    assert is_error_message("[rank1]: torch.OutOfMemoryError: CUDA out of memory.")
+    assert is_error_message("AssertionError")
+    assert not is_error_message("srun: error: n0: task 0: Exited with exit code 1")
+    assert not is_error_message("RuntimeError: train ended with code 1: see the lines above")
+    assert not is_error_message('    raise ValueError("x")')
 
 
 def test_lines_of_the_readme_wait_for_each_other(programs: Programs) -> None:
-    block = (ROOT / "README.md").read_text().partition("## On a cluster")[2].split("```")[1]
+    block = (ROOT / "launchers/README.md").read_text().split("```text")[1].split("```")[0]
     lines = [line for line in block.splitlines() if "sbatch -" in line]
     programs.add("sbatch", 'grep -c . "$(dirname "$0")/calls"')
     environment = {**programs.environment, "D2S_GPU": "gpu:h100"}

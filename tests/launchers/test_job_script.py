@@ -48,8 +48,8 @@ def requeues(programs: Programs) -> list[str]:
     return [call for call in programs.calls("scontrol") if call.startswith("requeue")]
 
 
-def test_the_script_requeues_where_rank_0_asked_for_it(programs: Programs, project: Path) -> None:
-    """On the host: a rank may live in a container without scontrol."""
+def test_the_script_requeues_if_rank_0_asked_for_it(programs: Programs, project: Path) -> None:
+    """The script does, because a rank may run in a container without scontrol."""
     programs.add("srun", 'touch "$D2S_REQUEUE"; exit 75')
     done = script(programs, project)
     assert done.returncode == 75
@@ -61,7 +61,7 @@ def test_the_script_requeues_where_rank_0_asked_for_it(programs: Programs, proje
     assert "submit it again, with --resume" in refused.stderr
 
 
-def test_nobody_asks_after_term(programs: Programs, project: Path) -> None:
+def test_without_the_file_there_is_no_requeue(programs: Programs, project: Path) -> None:
     (project / ".requeue-42").touch()  # of a start before this one
     programs.add("srun", "exit 75")
     assert script(programs, project).returncode == 75
@@ -72,7 +72,7 @@ def test_nobody_asks_after_term(programs: Programs, project: Path) -> None:
     "line",
     ["train.py: error: no", "torch.OutOfMemoryError: CUDA out of memory.", "ModuleNotFoundError: No module"],
 )
-def test_last_words_of_a_rank(line: str, programs: Programs, project: Path) -> None:
+def test_error_message_of_a_rank_is_copied(line: str, programs: Programs, project: Path) -> None:
     programs.add("srun", f'echo "{line}" > logs/d2s-pretrain-42/rank-3.log; exit 1')
     done = script(programs, project)
     assert done.returncode == 1
@@ -86,7 +86,7 @@ def test_wrong_folder(path: Path, programs: Programs, tmp_path: Path) -> None:
     assert f"error: {tmp_path} holds no launchers/job.sh: call sbatch in the project's folder" in done.stderr
 
 
-def test_foreign_code_may_use_unset_variables(programs: Programs, project: Path) -> None:
+def test_site_env_and_modules_may_use_unset_variables(programs: Programs, project: Path) -> None:
     (project / "launchers/site.env").write_text('NCCL_IB_HCA=$NOT_SET\nmodule() { echo "$NOT_SET" "$2"; }\n')
     done = script(programs, project, D2S_MODULES="cuda gcc")
     assert done.returncode == 0, done
@@ -111,12 +111,12 @@ def test_ranks_get_the_environment_and_the_site_its_options(programs: Programs, 
     assert "--cpu-bind=cores --mpi=none python3 -m d2s.launchers.task train r" in programs.calls("srun")[0]
 
 
-def test_jobs_of_submit_are_treated_alike(
+def test_jobs_of_submit_run_through_the_same_script(
     programs: Programs, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The site's options of srun, the requeue; and no empty folder of logs beside submitit's own."""
     monkeypatch.setattr(executors.submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
-    text = executors.dump(project / "runs", Step("pretrain", [["train", "r"]], wide=True), Resources())
+    text = executors.preview(project / "runs", Step("pretrain", [["train", "r"]], wide=True), Resources())
     (project / "job").write_text(text)
     programs.add("srun", 'touch "$D2S_REQUEUE"; exit 75')
     done = script(programs, project, "job", D2S_SRUN_ARGS="--cpu-bind=cores")

@@ -1,4 +1,4 @@
-"""What became of jobs, by what SLURM's programs say or fail to say."""
+"""The states of jobs, from what SLURM's programs print or fail to print, and from local processes."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from submitit.core.utils import cloudpickle_dump
 from d2s.launchers import jobs as jobs_module
 from d2s.launchers.executors import Resources, Step
 from d2s.launchers.jobs import Jobs
-from d2s.launchers.states import ENDED, LOGS, alive, slurm_states
+from d2s.launchers.states import ENDED, LOGS, local_controller, slurm_states
 
 FORGOTTEN = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
 SILENT = 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1'
@@ -21,7 +21,7 @@ SILENT = 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; 
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     found = Programs(tmp_path / "bin")
     monkeypatch.setenv("PATH", found.environment["PATH"])
-    found.add("scontrol", SILENT)
+    found.add("squeue", SILENT)
     found.add("sacct", "exit 1")
     return found
 
@@ -34,11 +34,11 @@ def finish(folder: Path, number: str, outcome: str) -> None:
 
 def test_silence_is_no_failure(programs: Programs, tmp_path: Path) -> None:
     assert slurm_states(["7"], tmp_path) == ["UNKNOWN"]
-    held = Jobs(tmp_path, Resources(), [Step("train", [["train"]], ids=["7"])])
+    chain = Jobs(tmp_path, Resources(), [Step("train", [["train"]], ids=["7"])])
     with pytest.raises(ValueError, match="train: SLURM does not say what became of it"):
-        held.again()
+        chain.reset_unsuccessful()
     # A job that the controller has forgotten has ended; its results tell how.
-    programs.add("scontrol", FORGOTTEN)
+    programs.add("squeue", FORGOTTEN)
     assert slurm_states(["7"], tmp_path) == ["FAILED"]
     finish(tmp_path, "7", "success")
     assert slurm_states(["7"], tmp_path) == ["COMPLETED"]
@@ -49,57 +49,54 @@ def test_accounting_knows_what_the_controller_does_not(programs: Programs, tmp_p
     assert slurm_states(["7"], tmp_path) == ["CANCELLED"]
 
 
-def test_one_call_tells_of_a_whole_array(programs: Programs, tmp_path: Path) -> None:
-    lines = [
-        "JobId=9 ArrayJobId=7 ArrayTaskId=0 JobName=x JobState=RUNNING",
-        "JobId=7 ArrayJobId=7 ArrayTaskId=2-3,5%2 JobName=x JobState=PENDING",
-    ]
-    programs.add("scontrol", "\n".join(f'echo "{line}"' for line in lines))
+def test_one_query_for_a_whole_array(programs: Programs, tmp_path: Path) -> None:
+    programs.add(
+        "squeue", "\n".join(f'echo "7_{i} {state}"' for i, state in ((0, "RUNNING"), (2, "PENDING")))
+    )
     programs.add("sacct", 'echo "7_1|COMPLETED"')
-    numbers = [f"7_{index}" for index in (0, 1, 2, 3, 5)]
-    assert slurm_states(numbers, tmp_path) == ["RUNNING", "COMPLETED", "PENDING", "PENDING", "PENDING"]
-    assert programs.calls("scontrol") == ["show job -o 7"]
+    assert slurm_states(["7_0", "7_1", "7_2"], tmp_path) == ["RUNNING", "COMPLETED", "PENDING"]
+    assert [call.split()[-1] for call in programs.calls("squeue")] == ["7"]
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "REVOKED"])
-def test_watch_ends_with_every_state_that_ends_a_job(state: str, programs: Programs, tmp_path: Path) -> None:
-    programs.add("scontrol", f'echo "JobId=7 JobState={state}"')
-    said: list[str] = []
-    assert not Jobs(tmp_path, Resources(), [Step("train", [["train"]], ids=["7"])]).watch(said.append)
-    assert said == [f"train      {state}"]
+def test_wait_ends_with_every_state_that_ends_a_job(
+    state: str, programs: Programs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    programs.add("squeue", f'echo "7 {state}"')
+    assert not Jobs(tmp_path, Resources(), [Step("train", [["train"]], ids=["7"])]).wait()
+    assert capsys.readouterr().out == f"train      {state}\n"
     assert state in ENDED
 
 
-def test_watch_outlasts_a_silent_controller(
-    programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_wait_outlasts_a_silent_controller(
+    programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pauses: list[float] = []
 
     def sleep(seconds: float) -> None:
         pauses.append(seconds)
-        programs.add("scontrol", 'echo "JobId=7 JobState=COMPLETED"')
+        programs.add("squeue", 'echo "7 COMPLETED"')
 
     monkeypatch.setattr(jobs_module.time, "sleep", sleep)
-    said: list[str] = []
-    assert Jobs(tmp_path, Resources(), [Step("train", [["train"]], ids=["7"])]).watch(said.append)
-    assert [line.split()[1] for line in said] == ["UNKNOWN", "COMPLETED"]
+    assert Jobs(tmp_path, Resources(), [Step("train", [["train"]], ids=["7"])]).wait()
+    assert capsys.readouterr().out.split() == ["train", "UNKNOWN", "train", "COMPLETED"]
     assert max(pauses) == 2.0  # those of subprocess are shorter
 
 
 def local(folder: Path, pid: int) -> Jobs:
     """Jobs of this machine of which one is written down as running."""
     step = Step("train", [["train"]], ids=["1", str(pid)], state="RUNNING")
-    held = Jobs(folder, Resources(cluster="local"), [step])
-    held.save()
-    return held
+    chain = Jobs(folder, Resources(cluster="local"), [step])
+    chain.save()
+    return chain
 
 
 def test_local_run_whose_command_was_killed_is_resumed(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as gone:
         pass
-    held = local(tmp_path, gone.pid)
-    assert held.states(held.steps[0]) == ["FAILED"]
-    assert held.again() == 1
+    chain = local(tmp_path, gone.pid)
+    assert chain.states(chain.steps[0]) == ["FAILED"]
+    assert chain.reset_unsuccessful() == 1
 
 
 def test_cancel_here_ends_the_controller_and_no_other_process(tmp_path: Path) -> None:
@@ -109,7 +106,7 @@ def test_cancel_here_ends_the_controller_and_no_other_process(tmp_path: Path) ->
         code = "import signal, time; signal.signal(2, signal.SIG_IGN); print(flush=True); time.sleep(60)"
         with subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.PIPE) as process:
             process.stdout.readline()
-            assert alive(str(process.pid)) == ends
+            assert bool(local_controller(str(process.pid))) == ends
             local(tmp_path, process.pid).cancel()
             if ends:
                 process.wait(timeout=20)
@@ -118,15 +115,18 @@ def test_cancel_here_ends_the_controller_and_no_other_process(tmp_path: Path) ->
         assert Jobs.load(tmp_path).steps[0].state == "CANCELLED"
 
 
-def test_what_waits_behind_a_failed_step_here_is_not_waited_for(tmp_path: Path) -> None:
+def test_local_steps_behind_a_failed_one_are_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     steps = [Step("pretrain", [["train"]], state="FAILED"), Step("finetune", [["train"]])]
-    said: list[str] = []
-    assert not Jobs(tmp_path, Resources(cluster="local"), steps).watch(said.append)
-    assert [line.split()[1] for line in said] == ["FAILED", "PENDING"]
+    assert not Jobs(tmp_path, Resources(cluster="local"), steps).wait()
+    assert capsys.readouterr().out.split() == ["pretrain", "FAILED", "finetune", "PENDING"]
 
 
-def test_job_that_submitit_gives_up_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its controller starts a job six times; a training that needs more is not a failed one."""
+def test_local_job_that_submitit_gives_up_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """submitit's controller starts a job six times; a training that needs more has not failed."""
     number = iter("345")
 
     def start(self: Jobs, step: Step, arguments: list[str]) -> str:
@@ -137,9 +137,9 @@ def test_job_that_submitit_gives_up_is_started_again(tmp_path: Path, monkeypatch
             (tmp_path / LOGS / f"{this}_requeue").touch()
         return this
 
-    monkeypatch.setattr(Jobs, "_run", start)
-    said: list[str] = []
-    held = Jobs(tmp_path, Resources(cluster="local"), [Step("train", [["train", "r"]])])
-    held.work(said.append)
-    assert held.steps[0].state == "COMPLETED"
-    assert said == ["train: train r", *["train: ran out of time, goes on from its checkpoint"] * 2]
+    monkeypatch.setattr(Jobs, "_run_job", start)
+    chain = Jobs(tmp_path, Resources(cluster="local"), [Step("train", [["train", "r"]])])
+    chain.run_locally()
+    assert chain.steps[0].state == "COMPLETED"
+    again = "train: ran out of time, goes on from its checkpoint"
+    assert capsys.readouterr().out.splitlines() == ["train: train r", again, again]

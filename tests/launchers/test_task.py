@@ -1,4 +1,4 @@
-"""What a rank makes of SLURM's variables and of its arguments."""
+"""What a rank does with SLURM's variables, its arguments and signals."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from d2s.launchers import task
-from d2s.launchers.task import Outcome, rank_variables, resumed, tasks_per_node, with_seed
+from d2s.launchers.task import ExitStatus, fill_in_seed, rank_variables, resume_after_requeue, tasks_per_node
 from d2s.workers.preemption import PREEMPTED, SIGNALS, Preemption
 
 TASK = {
@@ -25,7 +25,7 @@ TASK = {
 
 def test_ranks_are_named_as_torch_names_them() -> None:
     assert rank_variables(TASK) == {
-        "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "2",
+        "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
     }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def test_local_tasks_meet_at_a_port_of_their_job() -> None:
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "MASTER_ADDR"])
-def test_a_process_that_srun_did_not_start_is_told_so(name: str) -> None:
+def test_without_srun_the_error_says_what_is_missing(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is not set: start this with srun"):
         rank_variables({key: value for key, value in TASK.items() if key != name})
 
@@ -50,65 +50,58 @@ def test_short_form_of_tasks_per_node() -> None:
 
 def test_a_later_start_resumes_a_training_and_nothing_else() -> None:
     again = {"SLURM_RESTART_COUNT": "1"}
-    assert resumed(["train", "r"], {}) == ["train", "r"]
-    assert resumed(["train", "r"], again) == ["train", "r", "--resume"]
-    assert resumed(["train", "r", "--resume"], again) == ["train", "r", "--resume"]
-    assert resumed(["evaluate"], again) == ["evaluate"]
+    assert resume_after_requeue(["train", "r"], {}) == ["train", "r"]
+    assert resume_after_requeue(["train", "r"], again) == ["train", "r", "--resume"]
+    assert resume_after_requeue(["train", "r", "--resume"], again) == ["train", "r", "--resume"]
+    assert resume_after_requeue(["evaluate"], again) == ["evaluate"]
 
 
 def test_seed_of_an_array() -> None:
     array = {"SLURM_ARRAY_TASK_ID": "3"}
     given = ["train", "r", "--run", "runs/x-{seed}", "--seed", "{seed}"]
-    assert with_seed(given, array) == ["train", "r", "--run", "runs/x-3", "--seed", "3"]
+    assert fill_in_seed(given, array) == ["train", "r", "--run", "runs/x-3", "--seed", "3"]
     with pytest.raises(ValueError, match="would write into one run"):
-        with_seed(["train", "r", "--run", "runs/x"], array)
-    assert with_seed(["train", "r", "--run", "x"], {**array, "SUBMITIT_EXECUTOR": "slurm"})[-1] == "x"
+        fill_in_seed(["train", "r", "--run", "runs/x"], array)
+    assert fill_in_seed(["train", "r", "--run", "x"], {**array, "SUBMITIT_EXECUTOR": "slurm"})[-1] == "x"
     with pytest.raises(ValueError, match="use sbatch --array"):
-        with_seed(given, {})
+        fill_in_seed(given, {})
 
 
 @pytest.fixture
-def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Outcome]]:
-    """A training that gets these signals, and stops at the first of them."""
+def train(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ExitStatus]]:
+    """Runs a training that gets these signals and stops with PREEMPTED."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def start(*numbers: signal.Signals) -> Outcome:
+    def start(*numbers: signal.Signals) -> ExitStatus:
         def main(arguments: list[str], preemption: Preemption) -> int:
             for number in numbers:
                 os.kill(os.getpid(), number)
             return PREEMPTED
 
         monkeypatch.setattr(task, "import_module", lambda name: SimpleNamespace(main=main))
-        return task.run(["train", "r"], dict(TASK))
+        return task.run_command(["train", "r"], dict(TASK))
 
     yield start
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def test_term_at_any_time_keeps_a_job_out_of_the_queue(ask: Callable[..., Outcome]) -> None:
-    """Be it while the ranks write the checkpoint that another signal asked for."""
+def test_after_term_there_is_no_requeue(train: Callable[..., ExitStatus]) -> None:
+    """Not even if it comes while the ranks write the checkpoint that another signal asked for."""
     usr1, usr2, term = SIGNALS
-    assert ask(usr2) == Outcome(PREEMPTED, requeue=True)
-    assert ask(usr1) == Outcome(PREEMPTED, requeue=True)
-    assert ask(term) == Outcome(PREEMPTED)
-    assert ask(usr2, term) == Outcome(PREEMPTED)
-    assert ask(term, usr1) == Outcome(PREEMPTED)
+    assert train(usr2) == ExitStatus(PREEMPTED, requeue=True)
+    assert train(usr1) == ExitStatus(PREEMPTED, requeue=True)
+    assert train(term) == ExitStatus(PREEMPTED)
+    assert train(usr2, term) == ExitStatus(PREEMPTED)
+    assert train(term, usr1) == ExitStatus(PREEMPTED)
 
 
 def test_rank_0_asks_for_a_requeue(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     environment = {"RANK": "1", "D2S_REQUEUE": str(tmp_path / "asked")}
-    task.ask_requeue(environment)
+    task.request_requeue(environment)
     assert not (tmp_path / "asked").exists()
-    task.ask_requeue({**environment, "RANK": "0"})
+    task.request_requeue({**environment, "RANK": "0"})
     assert (tmp_path / "asked").exists()
     for missing in ({}, {"D2S_REQUEUE": str(tmp_path / "nowhere/asked")}):
-        task.ask_requeue({"RANK": "0", **missing})
+        task.request_requeue({"RANK": "0", **missing})
         assert "submit the job again, with --resume" in capsys.readouterr().err
-
-
-def test_local_job_asks_beside_its_results(tmp_path: Path) -> None:
-    local = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_FOLDER": str(tmp_path), "SUBMITIT_LOCAL_JOB_ID": "7"}
-    assert task.request(local) == task.local_request(tmp_path, "7")
-    task.ask_requeue({**local, "RANK": "0"})
-    assert task.local_request(tmp_path, "7").exists()

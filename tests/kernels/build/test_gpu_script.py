@@ -1,7 +1,6 @@
 """`make gpu` without a device: a stand-in for Python writes down what it is called with, and fails where told to."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,9 +115,3 @@ def test_the_check_says_in_one_line_that_there_is_no_device(tmp_path):
     assert done.returncode == 2
     assert (done.stdout, done.stderr) == ("", "gpu: no CUDA device\n")
     assert not [*tmp_path.iterdir()]
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck():
-    done = subprocess.run(["shellcheck", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout

@@ -1,0 +1,106 @@
+"""What `d2s.launchers.submit` prints about jobs: their tree, states, logs, errors and results."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from d2s.common.files import read_json
+from d2s.launchers.executors import Step
+from d2s.launchers.jobs import Jobs
+from d2s.launchers.states import LOGS
+
+
+def print_tree(jobs: Jobs) -> None:
+    """Prints the steps with their job numbers and first commands, each below the one it waits for."""
+    print(f"{jobs.folder}  ({jobs.resources.cluster})")
+    for depth, step in enumerate(jobs.steps):
+        number = f"  job {step.ids[0].split('_')[0]}" if step.ids else ""
+        count = f" x {len(step.commands)}" if len(step.commands) > 1 else ""
+        print(f"{'   ' * depth}`- {step.name}{count}{number}  {' '.join(step.commands[0])}", flush=True)
+
+
+def print_states(jobs: Jobs) -> None:
+    """Prints one line for each job: step, number, state."""
+    for step in jobs.steps:
+        states = jobs.states(step)
+        ids = step.ids if len(step.ids) == len(states) else [""] * len(states)
+        for id_, state in zip(ids, states, strict=True):
+            print(f"{step.name:<10} {id_:<12} {state}")
+
+
+def print_logs(jobs: Jobs, name: str | None, rank: int, lines: int) -> None:
+    """Prints the last `lines` (0: all) that a rank wrote in a step, by default in the last step with output.
+
+    Raises ValueError if there is no such step, or no output yet.
+    """
+    names = [step.name for step in jobs.steps]
+    if name and name not in names:
+        raise ValueError(f"no step {name!r}; there are {', '.join(names)}")
+    steps = [step for step in jobs.steps if name in (None, step.name)]
+    with_output = [step for step in steps if any(_log_files(jobs, step, rank))]
+    if not with_output:
+        states = ", ".join(f"{step.name} is {jobs.states(step)[0]}" for step in steps)
+        raise ValueError(f"nothing was printed yet as rank {rank}: {states}")
+    for path in _log_files(jobs, with_output[-1], rank):
+        print("\n".join([f"==> {path}", *_lines(path)[-lines:]]))
+
+
+def _log_files(jobs: Jobs, step: Step, rank: int = 0) -> Iterator[Path]:
+    """The existing log files of a rank in all jobs of a step."""
+    paths = (jobs.folder / LOGS / f"{id_}_{rank}_log.{kind}" for id_ in step.ids for kind in ("out", "err"))
+    return (path for path in paths if path.is_file())
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def print_evaluation(jobs: Jobs) -> None:
+    """Prints the table that a pipeline's last step, the evaluation, printed in its last job."""
+    outputs = [path for path in _log_files(jobs, jobs.steps[-1]) if path.suffix == ".out"]
+    for path in outputs[-1:]:
+        print("\n".join(line for line in _lines(path) if not line.startswith("submitit ")))
+
+
+def print_errors(jobs: Jobs, step: Step) -> None:
+    """Prints the names of a step's logs and the last error messages in each, without tracebacks."""
+    for path in _log_files(jobs, step):
+        print("\n".join([f"==> {path}", *list(filter(is_error_message, _lines(path)))[-3:]]))
+
+
+def is_error_message(line: str) -> bool:
+    """Whether a line is a command's error message or the end of a traceback, and not srun's about a rank."""
+    # Command's own exception only points to other lines.
+    uninformative = line.startswith(("srun:", "slurm")) or line.endswith("see the lines above")
+    return not uninformative and re.search(r"error(:|$)", line, re.IGNORECASE) is not None
+
+
+def print_sweep(points: list[dict[str, str]], out: Path) -> None:
+    """Prints the best rSum of each grid point on the validation split.
+
+    Never the test split, which must not be used to choose.
+    """
+    runs = [out / f"run-{number}" for number in range(len(points))]
+    scores = [_scores(run) for run in runs]
+    best = max((score for score, *_ in scores if score is not None), default=None)
+    table = Table(*points[0], "val rSum", "at step", "steps", "run", "")
+    for point, run, (score, *steps) in zip(points, runs, scores, strict=True):
+        cells = ["-" if score is None else f"{score:.1f}", *("-" if n is None else str(n) for n in steps)]
+        mark = "best" if score is not None and score == best else ""
+        table.add_row(*point.values(), *cells, str(run), mark)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+def _scores(run: Path) -> tuple[float | None, int | None, int | None]:
+    """Best validation rSum, its step, and the last step, from a run's newest checkpoint."""
+    markers = sorted(run.glob("checkpoints/step-*/complete.json"))
+    if not markers:
+        return None, None, None
+    state = read_json(markers[-1])
+    best = state.get("best") or {}
+    return best.get("rsum"), best.get("step"), state.get("step")
