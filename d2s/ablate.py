@@ -83,7 +83,7 @@ class Ablation:
     def check(self, images: int) -> None:
         """Raises ValueError where the first step of the first run would fail for want of images."""
         from d2s.training.config import override
-        from d2s.training.prepare import find_recipe
+        from d2s.training.recipes import find_recipe
 
         config = override(find_recipe(f"{self.family}_pretrain"), list(self.overrides))
         steps_per_epoch(images, config.batch_size)
@@ -170,7 +170,7 @@ def evaluate_all(ablation: Ablation) -> list[dict]:
     from d2s.evaluate.evaluation import evaluate_model
     from d2s.model import D2SModel
     from d2s.shards.read.index import ShardIndex
-    from d2s.training.config import from_dict
+    from d2s.training.config import TrainConfig
     from d2s.training.run_log import read_rows
 
     index = ShardIndex.open(ablation.data)
@@ -179,7 +179,9 @@ def evaluate_all(ablation: Ablation) -> list[dict]:
         runs = []
         for seed in range(ablation.seeds):
             folder = ablation.run_folder(row, seed)
-            config = from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
+            config = TrainConfig.from_dict(
+                json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+            )
             model = D2SModel.from_pretrained(folder / "best")
             test = evaluate_model(model, index, "test", data_config=config.data, dense=False, full=False)
             rows = read_rows(folder)
@@ -258,7 +260,7 @@ def parse(arguments: list[str] | None) -> Ablation:
                 f"{name.split('=')[0]} is set by the ablation itself: use --seeds, --steps, --pretrain-steps"
             )
     from d2s.training.config import override
-    from d2s.training.prepare import find_recipe
+    from d2s.training.recipes import find_recipe
 
     configs = {part: find_recipe(f"{options.family}_{part}") for part in ("pretrain", "align", "finetune")}
     for config in configs.values():

@@ -48,8 +48,8 @@ def training_arguments(options: argparse.Namespace, overrides: list[str], data: 
     batch = lcm(*options.workers)
     fields = {"--batch_size": str(batch * -(-8 // batch)), **_SMALL} if _is_small(options) else {}
     fields |= {
-        "--max_steps": str(options.steps), "--log.every": "1", "--log.save_steps": str(options.save_steps),
-        "--log.max_stalled_restarts": "0",  # a kill while saving or at a start is no sign of a stalled run
+        "--max_steps": str(options.steps), "--log.every": "1", "--checkpoint.every_steps": str(options.save_steps),
+        "--checkpoint.max_stalled_restarts": "0",  # a kill while saving or at a start is no sign of a stalled run
     }  # fmt: skip
     if len(set(options.workers)) > 1:
         fields["--model.text_dropout"] = "0"  # its draws are the worker's, not the sample's
@@ -181,9 +181,9 @@ def parser() -> command.Parser:
 
 def check(options: argparse.Namespace, overrides: list[str]) -> None:
     """Raises ValueError for what does not go together, before any long work."""
-    from d2s.train import parse
+    from d2s.training.arguments import parse
     from d2s.training.config import override
-    from d2s.training.prepare import find_recipe
+    from d2s.training.recipes import find_recipe
 
     _check_numbers(options)
     if options.steps is None:

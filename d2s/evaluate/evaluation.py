@@ -369,10 +369,7 @@ def data_config_of(folder: Path, model: D2SModel) -> DataConfig:
         )
     names = ("max_words_sparse", "max_words_dense", "loader_workers")
     kept = {name: values[name] for name in names if name in values}
-    for name, value in kept.items():
-        if type(value) is not int:
-            raise ValueError(f"{settings}: data.{name} is {value!r}: it must be a whole number")
     try:
         return replace(known, **kept)
     except ValueError as error:
-        raise ValueError(f"{settings}: data.{error}") from None
+        raise ValueError(f"{settings}: {error}") from None

@@ -51,7 +51,7 @@ def request(options: argparse.Namespace, overrides: list[str]) -> Request:
     from d2s.plan.estimate import by_shape
     from d2s.training.config import override
     from d2s.training.engine import bucket_size, engine_settings
-    from d2s.training.prepare import find_recipe
+    from d2s.training.recipes import find_recipe
     from d2s.workers.group import local_batch
 
     config = by_shape(override(find_recipe(options.recipe), overrides))

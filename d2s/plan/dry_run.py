@@ -11,31 +11,31 @@ from d2s.data.batches import TrainBatches
 from d2s.model.config import IdleSetting, idle_settings
 from d2s.plan.estimate import Sizes, by_shape, count, kept_bytes, memory
 from d2s.preprocess.text import TextPipeline
-from d2s.training.config import to_dict
+from d2s.training.build import build_model, build_module
 from d2s.training.engine import bucket_size, checkpoint_activations
 from d2s.training.module import TrainingModule
-from d2s.training.prepare import Plan
+from d2s.training.run_spec import RunSpec
 
 GIB = 1024**3
 _PROBE = 2
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: RunSpec) -> str:
     """The whole text. Builds the model on the CPU and sends a few real pairs through it.
 
     The paper's towers are built by their shape with random weights, BERT's vocabulary being that of the captions.
     """
-    resolved = json.dumps(to_dict(plan.config), indent=2)
+    resolved = json.dumps(plan.config.to_dict(), indent=2)
     # Said of the towers that were asked for: those built by their shape have random weights in any case.
     for line in idle_settings(plan.config.model, {"decoder"} if plan.init else None):
         warnings.warn(line, IdleSetting, stacklevel=2)
     plan = dataclasses.replace(plan, config=by_shape(plan.config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleSetting)
-        model = plan.build_model()
+        model = build_model(plan)
     if plan.config.engine.activation_checkpointing:
         checkpoint_activations(model)
-    module = plan.build_module(model)
+    module = build_module(plan, model)
     parts = memory_parts(plan, module)
     lines = [resolved, "", _parameters(module), ""]
     pairs = plan.captions != "dense" and plan.config.data.sparse == "all"
@@ -76,7 +76,7 @@ def _parameters(module: TrainingModule) -> str:
     return "\n".join(lines)
 
 
-def memory_parts(plan: Plan, module: TrainingModule) -> dict[str, int]:
+def memory_parts(plan: RunSpec, module: TrainingModule) -> dict[str, int]:
     """Bytes on one worker by part, as d2s.plan counts them, with the activations of a few real pairs."""
     config = plan.config
     every, learned, teacher = count(module, config)
@@ -86,7 +86,7 @@ def memory_parts(plan: Plan, module: TrainingModule) -> dict[str, int]:
     return memory(config, sizes, plan.world, config.engine.zero_stage, config.batch_size, bucket)
 
 
-def _kept_per_pair(plan: Plan, module: TrainingModule) -> int:
+def _kept_per_pair(plan: RunSpec, module: TrainingModule) -> int:
     split = "val" if plan.streams else "train"
     probe = min(_PROBE, len(plan.index.rows(split)))
     config = plan.config.data

@@ -46,18 +46,19 @@ def main(arguments: list[str]) -> None:
     """One worker. `arguments` are train.py's."""
     import deepspeed  # noqa: F401  # its import is no part of what a training takes
 
-    from d2s.train import parse
-    from d2s.training.prepare import plan
+    from d2s.training.arguments import parse
+    from d2s.training.build import build_trainer
+    from d2s.training.checks import check_arguments
     from d2s.workers.preemption import Preemption
 
-    prepared = plan(*parse(arguments))
+    prepared = check_arguments(*parse(arguments))
     towers = {
         name: shape_of(getattr(prepared.config.model, name)) for name in ("image_encoder", "text_encoder")
     }
     model = dataclasses.replace(prepared.config.model, **towers)
     prepared = dataclasses.replace(prepared, config=dataclasses.replace(prepared.config, model=model))
     before = resident()
-    trainer = prepared.start(Preemption())
+    trainer = build_trainer(prepared, Preemption())
     measured = steps(trainer)
     measured |= {"resident": resident() - before, "on_cpu": not torch.cuda.is_available()}
     if trainer.workers.is_main:
@@ -88,13 +89,13 @@ def steps(trainer: Any) -> dict[str, float]:
         start = time.monotonic()
         if number == 1:  # counting slows a step down
             with watch:
-                trainer._train_step(batch)
+                trainer.train_step(batch)
             kept.append(watch.most)
         else:
-            trainer._train_step(batch)
+            trainer.train_step(batch)
             seconds.append(time.monotonic() - start)
-        trainer.step += 1
-        if trainer.step == STEPS:
+        trainer.state.step += 1
+        if trainer.state.step == STEPS:
             break
     weights = bytes_of(getattr(p, "ds_tensor", p) for p in module.parameters())
     return {

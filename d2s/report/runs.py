@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from d2s.common.files import read_json
+from d2s.common.progress import clock
 from d2s.evaluate.metrics import Recall, Retrieval
 from d2s.report.checks import check_numbers
-from d2s.training.run_log import clock, read_rows
+from d2s.training.run_log import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)

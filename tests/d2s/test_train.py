@@ -23,7 +23,7 @@ from d2s.training.run_log import RunLog, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    *("--batch_size", "8", "--model.width", "16", "--log.every", "1", "--log.evaluate_epochs", "1"),
+    *("--batch_size", "8", "--model.width", "16", "--log.every", "1", "--validation.every_epochs", "1"),
     *("--data.loader_workers", "0", "--data.image_size", "32", "--model.image_size", "32"),
     *("--optim.warmup_steps", "0"),
 ]

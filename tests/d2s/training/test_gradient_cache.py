@@ -9,9 +9,11 @@ from worker_cases import PAIRS, build, pairs, set_case
 
 from d2s.model.sample_draws import dropout
 from d2s.shards.cli import main as shard
-from d2s.train import main, parse
+from d2s.train import main
+from d2s.training.arguments import parse
+from d2s.training.build import build_model, build_module
+from d2s.training.checks import check_arguments
 from d2s.training.gradient_cache import GradientCache, check_norms
-from d2s.training.prepare import plan
 
 
 def _cache(engine, size: int, poll=lambda: None) -> tuple[GradientCache, Tensor]:
@@ -169,8 +171,8 @@ def test_a_dry_run_counts_one_micro_batch(scenes: Path) -> None:
     kept = {}
     for size in (0, 4, 8):
         arguments = ["scenes_small_pretrain", "--data", str(scenes), "--dry-run", *CONVNEXT]
-        prepared = plan(*parse([*arguments, "--engine.micro_batch", str(size)]))
-        module = prepared.build_module(prepared.build_model())
+        prepared = check_arguments(*parse([*arguments, "--engine.micro_batch", str(size)]))
+        module = build_module(prepared, build_model(prepared))
         kept[size] = memory_parts(prepared, module)["activations"]
     embeddings = 2 * 2 * 4 * 16 * 8
     # With sample draws the mask is kept in another form, hence 8 (all pairs) against 4 and not against 0.
