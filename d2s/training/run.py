@@ -49,6 +49,8 @@ class Run:
     saved_step: int | None = None
     """Step of the newest checkpoint."""
     saved_at: float = field(default_factory=time.monotonic)
+    timed_from: tuple[int, float] = (0, 0.0)
+    """Step and time of the last row of metrics, or of the epoch's start: from there the throughput is measured."""
     grad_norm: float = 0.0
     """Norm of the newest gradient over all workers, before clipping."""
 
@@ -70,15 +72,14 @@ class Run:
         """The model inside the engine; under ZeRO 3 its parameters hold no values outside of a step."""
         return self.engine.module.model
 
-    def log_row(self, factor: float, steps: int, seconds: float) -> None:
-        """Writes a row of metrics: means over the steps since the last row.
-
-        factor: that of the learning rates. steps, seconds: number of steps in a time, for the throughput.
-        """
+    def log_row(self, factor: float) -> None:
+        """Writes a row of metrics: means over the steps since the last row, and the factor of the learning rates."""
         state, config = self.state, self.config
+        steps, seconds = state.step - self.timed_from[0], time.monotonic() - self.timed_from[1]
         total, align, distill = torch.stack(state.recent_losses).mean(0).tolist()
         state.recent_losses.clear()
         damaged, truncated = state.count_over_workers(self.workers, config.data.damage_budget)
+        self.timed_from = (state.step, time.monotonic())
         if not self.workers.is_main:
             return
         values: dict[str, Any] = {

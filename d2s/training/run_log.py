@@ -33,7 +33,9 @@ class RunLog:
         wandb_project: str = "",
     ) -> None:
         self._is_main = is_main
-        self._line = ProgressLine(total_steps)
+        self._total_steps = total_steps
+        self._first_shown: tuple[int, float] | None = None
+        self._line_drawn = False
         if not is_main:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -68,14 +70,31 @@ class RunLog:
             self._wandb.log(numbers, step=step)
 
     def progress(self, step: int, values: dict[str, float]) -> None:
-        """Shows the numbers of a row on the screen."""
-        if self._is_main:
-            self._line.show(step, values)
+        """Shows the numbers of a row on the screen, with the time left at the rate since this process started."""
+        if not self._is_main:
+            return
+        now = time.monotonic()
+        first_step, first_time = self._first_shown = self._first_shown or (step, now)
+        left = "measuring the rate"
+        if step > first_step:
+            left = f"{clock((now - first_time) / (step - first_step) * (self._total_steps - step))} left"
+        text = (
+            f"step {step}/{self._total_steps}  epoch {values['epoch']:.2f}  loss {values['loss']:.3f}  "
+            f"lr {values['lr']:.2e}  {values['samples_per_s']:.0f} samples/s  {left}"
+        )
+        self._line_drawn = sys.stdout.isatty()
+        start, end = ("\r\x1b[2K", "") if self._line_drawn else ("", "\n")
+        print(start + text, end=end, flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress line: the first worker on stdout, the others on stderr."""
-        self._line.clear()
+        self._clear_line()
         print(text, file=sys.stdout if self._is_main else sys.stderr, flush=True)
+
+    def _clear_line(self) -> None:
+        if self._line_drawn:
+            print("\r\x1b[2K", end="", flush=True)
+            self._line_drawn = False
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +102,7 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._line.clear()
+        self._clear_line()
         if not self._is_main:
             return
         self._file.close()
@@ -92,39 +111,6 @@ class RunLog:
             self._board.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(kind is not None))
-
-
-class ProgressLine:
-    """Loss, learning rate, samples/s and time left, estimated from the rate since this process started."""
-
-    def __init__(self, total_steps: int) -> None:
-        self._total = total_steps
-        self._terminal = sys.stdout.isatty()
-        self._start: tuple[int, float] | None = None
-        self._drawn = False
-
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """Redraws the line on a terminal, prints a new one elsewhere."""
-        now = time.monotonic()
-        if self._start is None:
-            self._start = (step, now)
-        steps, seconds = step - self._start[0], now - self._start[1]
-        left = f"{clock(seconds / steps * (self._total - step))} left" if steps else "measuring the rate"
-        text = (
-            f"step {step}/{self._total}  epoch {values['epoch']:.2f}  loss {values['loss']:.3f}  "
-            f"lr {values['lr']:.2e}  {values['samples_per_s']:.0f} samples/s  {left}"
-        )
-        if self._terminal:
-            print(f"\r\x1b[2K{text}", end="", flush=True)
-            self._drawn = True
-        else:
-            print(text, flush=True)
-
-    def clear(self) -> None:
-        """Removes the line from the terminal."""
-        if self._drawn:
-            print("\r\x1b[2K", end="", flush=True)
-            self._drawn = False
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Trainer(Run):
     """Trains a run."""
 
     def train(self) -> None:
-        """Trains from `state.step` to the last step.
+        """Trains from `state.step` to the last step, then exports the model as `last`.
 
         Raises Preempted, on all workers together and with a checkpoint of the current step, after a stop signal.
         """
@@ -47,6 +47,8 @@ class Trainer(Run):
             if self.saved_step != self.state.step:
                 self.save()
             raise
+        self.export("last")
+        barrier()
 
     def _train(self) -> None:
         config, state, steps_per_epoch = self.config, self.state, self.batches.steps_per_epoch
@@ -55,31 +57,26 @@ class Trainer(Run):
         while state.step < self.total_steps:
             self.preemption.check()
             self.engine.train()
+            self.timed_from = (state.step, time.monotonic())
             epoch, start = divmod(state.step, steps_per_epoch)
             steps = min(steps_per_epoch - start, self.total_steps - state.step)
-            timed_step, timed_since = state.step, time.monotonic()
             for batch in islice(self.batches.epoch(epoch, start), steps):
                 factor = lr_factor(config.optim, state.step, steps_per_epoch, self.total_steps)
                 set_learning_rate(self.engine.optimizer, factor)
                 agreed = self.train_step(batch)
                 state.step += 1
-                last = state.step == self.total_steps
+                last, epoch_ends = state.step == self.total_steps, state.step % steps_per_epoch == 0
                 if last or state.step % config.log.every == 0:
-                    self.log_row(factor, state.step - timed_step, time.monotonic() - timed_since)
-                    timed_step, timed_since = state.step, time.monotonic()
-                epoch_ends = state.step % steps_per_epoch == 0
-                state.validation_pending = last or (
-                    epoch_ends and (epoch + 1) % config.validation.every_epochs == 0
-                )
+                    self.log_row(factor)
                 every = config.checkpoint.every_steps
-                if state.validation_pending or agreed.save or (every and state.step % every == 0):
+                if last or (epoch_ends and (epoch + 1) % config.validation.every_epochs == 0):
+                    state.validation_pending = True
                     self.save()
-                if state.validation_pending:
                     self.validate()
+                elif agreed.save or (every and state.step % every == 0):
+                    self.save()
                 if agreed.stop:
                     break  # the check above raises Preempted on all workers
-        self.export("last")
-        barrier()
 
     def train_step(self, batch: Batch) -> Agreement:
         """One optimization step, skipped by all workers where the loss or the gradient is not finite."""
