@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 SHARDS = ["numpy>=2.0", "pillow>=11.0", "pyarrow>=20.0", "rich>=13.9", "webdataset>=1.0"]
-MODEL = ["torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0"]
+MODEL = ["torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0", "pydantic>=2.10"]
 TRAIN = [*MODEL, "deepspeed>=0.19", "psutil>=6.0", "tensorboard>=2.18", "tyro>=1.0"]
 
 ROOMS = {"d2s": "d2s", "d2s.kernels": "kernels", "d2s.launchers": "launchers", "d2s.shards": "shards"}
