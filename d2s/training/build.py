@@ -9,6 +9,7 @@ import torch
 
 from d2s.checkpoint.full_model import FullModel
 from d2s.data.batches import TrainBatches
+from d2s.data.damage import Damage
 from d2s.data.stream import StreamBatches
 from d2s.losses.objective import Objective
 from d2s.model import D2SModel, Teacher, build_word_tokenizer
@@ -124,7 +125,7 @@ def _build(spec: RunSpec, workers: Workers, preemption: Preemption, lock: int | 
         batches=batches,
         computation=computation,
         total_steps=spec.total_steps,
-        state=RunState(),
+        state=RunState(damage=Damage(batches.damaged)),
         preemption=preemption,
         detector=detector,
         lock=lock,

@@ -12,7 +12,6 @@ from d2s.checkpoint import store as checkpoint
 from d2s.checkpoint.export import write_model
 from d2s.checkpoint.full_model import FullModel
 from d2s.data.batches import TrainBatches
-from d2s.data.damage import Damage
 from d2s.data.stream import StreamBatches
 from d2s.evaluate.evaluation import Evaluation, evaluate_model
 from d2s.model import D2SModel
@@ -29,7 +28,7 @@ from d2s.workers.preemption import Preemption
 
 @dataclass(kw_only=True)
 class Run:
-    """One run, built: model and engine, data, settings, and how far it has come."""
+    """One run: its settings, its parts, and how far it has come."""
 
     config: TrainConfig
     run: Path
@@ -56,7 +55,6 @@ class Run:
 
     def __post_init__(self) -> None:
         self.statistics = RunningStatistics(self.engine.module)
-        self.state.damage = Damage(self.batches.damaged)
 
     def __enter__(self) -> Self:
         return self

@@ -14,14 +14,14 @@ from d2s.workers.group import Workers, sum_over_workers
 class RunState:
     """Progress, counters and what was found so far."""
 
+    damage: Damage
+    """The damaged samples, to which the loader adds those that it meets."""
     step: int = 0
     """Optimization steps done, skipped ones included."""
     validation_pending: bool = False
     """Validation is due at this step and not done yet."""
     best: dict[str, float] = field(default_factory=dict)
     """rSum and step of the best model; empty before the first validation."""
-    damage: Damage = field(default_factory=lambda: Damage([]))
-    """The damaged samples; the loader adds those that it meets."""
     truncated: int = 0
     """Captions that this worker cut since it started."""
     truncated_before: int = 0

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from d2s.data.damage import Damage
 from d2s.training.state import RunState
 from d2s.training.trainer import Trainer
 from d2s.workers.group import Workers
@@ -43,6 +44,7 @@ class Computation:
 
 
 def trainer(module: nn.Module, damage_budget: int = 9) -> Trainer:
+    damaged: list[str] = []
     return Trainer(
         config=SimpleNamespace(
             nonfinite_limit=9,
@@ -53,7 +55,7 @@ def trainer(module: nn.Module, damage_budget: int = 9) -> Trainer:
         ),
         run=Path(), workers=Workers(rank=0, world=1, local_rank=0, device=torch.device("cpu")),
         index=None, engine=Engine(module), full_model=None,
-        batches=SimpleNamespace(damaged=[], steps_per_epoch=9), computation=Computation(module), total_steps=9,
-        state=RunState(), preemption=SimpleNamespace(asked=0),
+        batches=SimpleNamespace(damaged=damaged, steps_per_epoch=9), computation=Computation(module), total_steps=9,
+        state=RunState(damage=Damage(damaged)), preemption=SimpleNamespace(asked=0),
         detector=SimpleNamespace(start=lambda: None, stop=lambda: None),
     )  # fmt: skip

@@ -52,7 +52,10 @@ def test_frozen_and_keyword_only():
         (lambda: tiny_config(image_mean=5), ["model.image_mean is 5", "tuple"]),
         (lambda: tiny_config(text_norm="no"), ["model.text_norm", "no", "boolean"]),
         (lambda: ModelConfig.from_dict({"image_encoder": 5}), ["model.image_encoder is 5", "object"]),
-        (lambda: ModelConfig.from_dict({"image_encoder": {"name": 5}}), ["model.image_encoder.name is 5", "string"]),
+        (
+            lambda: ModelConfig.from_dict({"image_encoder": {"name": 5}}),
+            ["model.image_encoder.name is 5", "string"],
+        ),
         (lambda: ModelConfig.from_dict({"decoder": []}), ["model.decoder is []", "object"]),
         (lambda: ModelConfig.from_dict([]), ["model is []", "object"]),
         (lambda: TowerConfig(config=[1]), ["tower.config is [1]", "dictionary"]),

@@ -65,7 +65,10 @@ def test_overrides_reach_nested_fields() -> None:
         (["--loss.logit_bias", "nan"], "loss.logit_bias is nan"),
         (["--seed", "-1"], "seed is -1"),
         (["--loss.margin", "-1"], "loss.margin is -1"),
-        (["--model.image_encoder.layers", "0"], "^model.image_encoder.layers is 0: it must be greater than 0"),
+        (
+            ["--model.image_encoder.layers", "0"],
+            "^model.image_encoder.layers is 0: it must be greater than 0",
+        ),
         (["--log.save_steps", "5"], "'log.save_steps' is called 'checkpoint.every_steps' now"),
         (["--loss.distill_weight", "0", "--loss.align_weight", "0"], "nothing would be learned"),
         (["--data.image_size", "96"], "data.image_size 96 and model.image_size 64 differ"),
