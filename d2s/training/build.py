@@ -19,14 +19,14 @@ from d2s.preprocess.text import TextPipeline
 from d2s.shards.format.manifest import read_manifest
 from d2s.training import run_folder
 from d2s.training.engine import checkpoint_activations, start_engine
-from d2s.training.gradient_cache import check_norms
+from d2s.training.gradient_cache import MicroBatches, check_norms
 from d2s.training.module import TrainingModule
 from d2s.training.nonfinite import NonFiniteDetector
 from d2s.training.optimizer import build_optimizer
 from d2s.training.run_log import RunLog
 from d2s.training.run_spec import RunSpec
 from d2s.training.state import RunState
-from d2s.training.step import MicroBatches, WholeBatch
+from d2s.training.step import WholeBatch
 from d2s.training.teacher_table import TeacherTable, teacher_table
 from d2s.training.trainer import Trainer
 from d2s.workers.group import Workers, run_on_all, start_workers
@@ -113,8 +113,10 @@ def _build(spec: RunSpec, workers: Workers, preemption: Preemption, lock: int | 
     detector = NonFiniteDetector(module, module.objective, config.nonfinite_limit)
     computation = WholeBatch(engine, teacher, workers, config.seed)
     if 0 < config.engine.micro_batch < spec.local_batch:
-        size = config.engine.micro_batch
-        computation = MicroBatches(engine, teacher, workers, config.seed, size, detector, preemption)
+        computation = MicroBatches(
+            engine, teacher, workers, config.seed,
+            size=config.engine.micro_batch, detector=detector, preemption=preemption,
+        )  # fmt: skip
     trainer = Trainer(
         config=config,
         run=spec.run,

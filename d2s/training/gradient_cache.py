@@ -22,7 +22,7 @@ BatchNorm in training ties an embedding to the other pairs of the batch, which a
 :func:`check_norms` refuses it. So the passes change no buffer of the model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from d2s.data.loader import Batch
-from d2s.losses.objective import Objective
+from d2s.model import Teacher
+from d2s.training.nonfinite import NonFiniteDetector
+from d2s.training.step import WholeBatch, seed_dropout
+from d2s.training.teacher_table import TeacherTable
+from d2s.workers.group import Workers
+from d2s.workers.preemption import Preemption
 
 
 def check_norms(model: nn.Module, micro_batch: int, local_batch: int) -> None:
@@ -58,77 +63,70 @@ def refuse_batch_norm(name: str, micro_batch: int, local_batch: int) -> None:
     )
 
 
-class GradientCache:
-    """One step's batch in micro-batches of `size` pairs; the last one may be smaller.
+class MicroBatches(WholeBatch):
+    """Forward and backward pass of a worker's part of a batch, `size` pairs at a time; the last part may be smaller.
 
-    engine: DeepSpeed's, around a TrainingModule. seed(number): seeds torch for a micro-batch. poll(): called before
-    each micro-batch of both passes, on all workers alike. It may raise to drop the step, which then has changed
-    neither weights nor optimizer nor buffers.
+    Both passes raise Preempted, on all workers, after a stop signal. The step is then dropped: it has changed neither
+    weights nor optimizer nor buffers.
     """
 
     def __init__(
-        self, engine: Any, batch: Batch, size: int, device: torch.device,
-        *, seed: Callable[[int], None], poll: Callable[[], None],
+        self, engine: Any, teacher: Teacher | TeacherTable | None, workers: Workers, seed: int,
+        *, size: int, detector: NonFiniteDetector, preemption: Preemption,
     ) -> None:  # fmt: skip
-        assert size >= 1, "empty micro-batches"
-        self.engine, self.batch, self.size, self.device = engine, batch, size, device
-        self.seed, self.poll = seed, poll
-        self.embeddings: tuple[Tensor, ...] = ()
-        """image and text (B, D) of step 1."""
-        self.grads: list[Tensor | None] = []
-        """Gradient of the total by image (B, D), text (B, D), and each of the objective's factors (1,)."""
+        super().__init__(engine, teacher, workers, seed)
+        self.size, self.detector, self.preemption = size, detector, preemption
 
-    def _micro_batches(self) -> Iterator[tuple[int, Batch]]:
-        for number, start in enumerate(range(0, len(self.batch), self.size)):
-            self.poll()
-            part = self.batch.rows(start, start + self.size).to(self.device)
-            self.seed(number)
-            yield number, part
-
-    def losses(
-        self, objective: Objective, warmup: float, teacher: Callable[[Batch], Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps 1 and 2: this worker's share of (total, align, distill), 0-dim, without gradient.
-
-        teacher(part): embeddings (B, D) of a micro-batch's dense captions; None without distillation.
-        """
+    def forward(self, batch: Batch, step: int, warmup: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Steps 1 and 2. Returns the same losses as WholeBatch, without gradient: `backward` uses the cached one."""
+        self.batch, self.step = batch, step
         images, texts, targets = [], [], []
         with torch.no_grad():
-            for _, part in self._micro_batches():
+            for _, part in self._parts():
                 image, text, *factors = self.engine(part, embed_only=True)
                 images.append(image)
                 texts.append(text)
-                targets.append(teacher(part))
+                targets.append(self.teacher_embeddings(part))
         target = None if targets[0] is None else torch.cat(targets)
         leaves = [leaf.detach().requires_grad_() for leaf in (torch.cat(images), torch.cat(texts), *factors)]
         image, text, *factors = leaves
-        self.embeddings = (image.detach(), text.detach())
-        ids = self.batch.image_ids.to(self.device)
+        ids = batch.image_ids.to(self.workers.device)
+        objective = self.engine.module.objective
         losses = objective.losses(image, text, ids, tuple(factors), warmup=warmup, teacher=target)
-        self.grads = list(torch.autograd.grad(losses.total, leaves, allow_unused=True))
+        # Gradient of the total by image (B, D), text (B, D), and each of the objective's factors (1,).
+        self.gradients = torch.autograd.grad(losses.total, leaves, allow_unused=True)
+        self.detector.inspect(image, text)
         return losses.total.detach(), losses.align, losses.distill
 
-    def backward(self, factor: float) -> None:
-        """Step 3: leaves the gradient of `factor` times the total in the engine."""
-        assert self.grads, "call losses() first"
+    def backward(self, total: Tensor) -> None:
+        """Step 3: leaves the gradient of the global loss in the engine."""
         last = (len(self.batch) - 1) // self.size
-        for number, part in self._micro_batches():
+        for number, part in self._parts():
             self.engine.set_gradient_accumulation_boundary(number == last)
             outputs = self.engine(part, embed_only=True)
-            self.engine.backward(factor * self._surrogate(outputs, number))
+            # The engine averages gradients over workers, and the loss is the sum of their shares.
+            self.engine.backward(self.workers.world * self._surrogate(outputs, number))
+
+    def _parts(self) -> Iterator[tuple[int, Batch]]:
+        """Number and content of each micro-batch, on the device, with the dropout seeded for it."""
+        for number, start in enumerate(range(0, len(self.batch), self.size)):
+            self.preemption.check()
+            part = self.batch.rows(start, start + self.size).to(self.workers.device)
+            seed_dropout(self.seed, self.step, self.workers.rank, number)
+            yield number, part
 
     def _surrogate(self, outputs: tuple[Tensor, ...], number: int) -> Tensor:
         """A 0-dim loss whose gradient by the outputs of micro-batch `number` is the cached one."""
         rows = slice(number * self.size, (number + 1) * self.size)
         terms = []
-        for place, (output, grad) in enumerate(zip(outputs, self.grads, strict=True)):
-            if grad is None:
+        for place, (output, gradient) in enumerate(zip(outputs, self.gradients, strict=True)):
+            if gradient is None:
                 continue  # the loss does not depend on this output
             if place < 2:
-                grad = grad[rows]
+                gradient = gradient[rows]
             elif number:
                 # The objective's own parameters get their gradient once. Later it is zero rather than absent: an
                 # engine that divides gradients expects the same parameters in every pass.
-                grad = torch.zeros_like(grad)
-            terms.append((output * grad).sum())
+                gradient = torch.zeros_like(gradient)
+            terms.append((output * gradient).sum())
         return torch.stack(terms).sum()

@@ -1,11 +1,10 @@
 """The parts of one optimization step: losses and gradients of a global batch, and the update.
 
-:class:`WholeBatch` embeds all pairs of a worker at once, :class:`MicroBatches` a few at a time; both give the
-gradient of the whole global batch.
+:class:`WholeBatch` embeds all pairs of a worker at once, :class:`d2s.training.gradient_cache.MicroBatches` a few at a
+time; both give the gradient of the global batch.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,8 @@ from torch import Tensor
 
 from d2s.data.loader import Batch
 from d2s.model import Teacher
-from d2s.training.gradient_cache import GradientCache
-from d2s.training.nonfinite import NonFiniteDetector
 from d2s.training.teacher_table import TeacherTable
 from d2s.workers.group import Workers
-from d2s.workers.preemption import Preemption
 
 
 class WholeBatch:
@@ -54,44 +50,6 @@ class WholeBatch:
             return self.teacher.rows(batch.dense_index).to(self.workers.device)
         with torch.no_grad():
             return self.teacher(batch.dense_ids, batch.dense_mask)
-
-
-class MicroBatches(WholeBatch):
-    """The same by micro-batches of `size` pairs, which need less memory; see :mod:`d2s.training.gradient_cache`.
-
-    Both passes raise Preempted, on all workers, after a stop signal; the step is then dropped.
-    """
-
-    def __init__(
-        self,
-        engine: Any,
-        teacher: Teacher | TeacherTable | None,
-        workers: Workers,
-        seed: int,
-        size: int,
-        detector: NonFiniteDetector,
-        preemption: Preemption,
-    ) -> None:
-        super().__init__(engine, teacher, workers, seed)
-        self.size, self.detector, self.preemption = size, detector, preemption
-
-    def forward(self, batch: Batch, step: int, warmup: float) -> tuple[Tensor, Tensor, Tensor]:
-        """As in WholeBatch, but total has no gradient: `backward` uses the cached gradients of the embeddings."""
-        self.cache = GradientCache(
-            self.engine,
-            batch,
-            self.size,
-            self.workers.device,
-            seed=partial(seed_dropout, self.seed, step, self.workers.rank),
-            poll=self.preemption.check,
-        )
-        losses = self.cache.losses(self.engine.module.objective, warmup, self.teacher_embeddings)
-        self.detector.inspect(*self.cache.embeddings)
-        return losses
-
-    def backward(self, total: Tensor) -> None:
-        """Leaves the gradient of the global loss in the engine."""
-        self.cache.backward(self.workers.world)
 
 
 def clip_and_step(engine: Any) -> tuple[float, bool]:

@@ -28,7 +28,7 @@ import d2s.train  # noqa: E402
 import d2s.training.build  # noqa: E402
 from d2s.checkpoint import store as checkpoint  # noqa: E402
 from d2s.model import presets  # noqa: E402
-from d2s.training.gradient_cache import GradientCache  # noqa: E402
+from d2s.training.gradient_cache import MicroBatches  # noqa: E402
 from d2s.training.recipes import RECIPES  # noqa: E402
 from d2s.training.trainer import Trainer  # noqa: E402
 from d2s.workers.group import leave, start_workers  # noqa: E402
@@ -130,7 +130,7 @@ def interruptions(group: Group) -> None:
     group.twice("windows", *windows, hit=at(3)(kill(usr2)))
     cut = ("--engine.micro_batch", "2")
     group.go("cut in peace", "cut in peace", *cut, recipe="cut")
-    third = before(GradientCache, "backward", kill(usr2, rank=1), when=_third())
+    third = before(MicroBatches, "backward", kill(usr2, rank=1), when=_third())
     group.twice("accumulation", *cut, hit=third, recipe="cut")
 
 
