@@ -5,7 +5,14 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 SHARDS = ["numpy>=2.0", "pillow>=11.0", "pyarrow>=20.0", "rich>=13.9", "webdataset>=1.0"]
-MODEL = ["torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0", "jinja2>=3.1"]
+MODEL = [
+    "torch>=2.11",
+    "transformers>=5.17",
+    "safetensors>=0.5",
+    "huggingface_hub>=1.0",
+    "jinja2>=3.1",
+    "pydantic>=2.10",
+]
 BENCH = ["matplotlib>=3.10"]
 TRAIN = [*MODEL, "deepspeed>=0.19", "psutil>=6.0", "tensorboard>=2.18", "tyro>=1.0"]
 
@@ -28,7 +35,11 @@ setup(
         "d2s.launchers": "launchers",
         "d2s.shards": "shards",
     },
-    package_data={"d2s.report": ["templates/*"], "d2s.kernels": ["results/*"], "d2s.kernels.fused": ["tiles.json"]},
+    package_data={
+        "d2s.report": ["templates/*"],
+        "d2s.kernels": ["results/*"],
+        "d2s.kernels.fused": ["tiles.json"],
+    },
     install_requires=SHARDS,
     extras_require={
         "model": MODEL,

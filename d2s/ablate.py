@@ -25,8 +25,8 @@ from d2s.report.ablation import ablation_table
 from d2s.shards.cli import main as shard
 from d2s.shards.order.permutation import steps_per_epoch
 from d2s.shards.read.index import ShardIndex
-from d2s.training.config import from_dict, override
-from d2s.training.prepare import find_recipe
+from d2s.training.config import TrainConfig, override
+from d2s.training.recipes import find_recipe
 from d2s.training.run_log import read_rows
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -164,7 +164,7 @@ def evaluate_all(ablation: Ablation) -> list[dict]:
 
 
 def _evaluate(folder: Path, index: ShardIndex) -> dict[str, float]:
-    config = from_dict(read_json(folder / "config.json")["config"])
+    config = TrainConfig.from_dict(read_json(folder / "config.json")["config"])
     model = D2SModel.from_pretrained(folder / "best")
     test = evaluate_model(model, index, "test", data_config=config.data, dense=False, full=False)
     rows = read_rows(folder)

@@ -19,7 +19,7 @@ from d2s.launchers.stop import LEAD_SECONDS, SIGNAL
 
 # sbatch prefers these SBATCH_ variables to the options in a script, but every step asks for its own.
 SET_BY_STEPS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "TIMELIMIT", "SIGNAL")
-# Far more than submitit's default: `log.max_stalled_restarts` ends a chain of restarts without progress.
+# Far more than submitit's default: `checkpoint.max_stalled_restarts` ends a chain of restarts without progress.
 MAX_RESTARTS = 10_000
 
 

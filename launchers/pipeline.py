@@ -5,8 +5,7 @@ from pathlib import Path
 
 from d2s.launchers.executors import Step
 from d2s.training.config import override
-from d2s.training.prepare import find_recipe
-from d2s.training.recipes import RECIPES
+from d2s.training.recipes import RECIPES, find_recipe
 
 SCENES = ["--source", "scenes", "--count", "train=4000,val=500,test=500", "--size", "64"]
 

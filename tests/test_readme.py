@@ -64,9 +64,9 @@ def test_the_four_commands_on_photographs_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_every_training_command_names_a_recipe_and_fields() -> None:
-    from d2s.train import parse
+    from d2s.training.arguments import parse
     from d2s.training.config import override
-    from d2s.training.prepare import find_recipe
+    from d2s.training.recipes import find_recipe
 
     commands = [line for block in bash_blocks().values() for line in block if "d2s/train.py" in line]
     assert len(commands) >= 5

@@ -9,7 +9,7 @@ from pathlib import Path
 from d2s.drill.compare import recorded_steps
 from d2s.shards.read.stream import is_pattern
 from d2s.training.config import override
-from d2s.training.prepare import find_recipe
+from d2s.training.recipes import find_recipe
 from d2s.workers.group import local_batch
 
 # The smallest training that has all parts: a step takes some ten milliseconds, an epoch thirty steps.
@@ -33,8 +33,8 @@ def training_arguments(options: argparse.Namespace, overrides: list[str], data: 
     small = options.recipe.startswith("scenes_small") and options.data is None
     fields = {"--batch_size": str(small_batch(options)), **_SMALL} if small else {}
     fields |= {
-        "--max_steps": str(options.steps), "--log.every": "1", "--log.save_steps": str(options.save_steps),
-        "--log.max_stalled_restarts": "0",  # a kill while saving or at a start is no sign of a stalled run
+        "--max_steps": str(options.steps), "--log.every": "1", "--checkpoint.every_steps": str(options.save_steps),
+        "--checkpoint.max_stalled_restarts": "0",  # a kill while saving or at a start is no sign of a stalled run
     }  # fmt: skip
     if len(set(options.workers)) > 1:
         fields["--model.text_dropout"] = "0"  # it is drawn for each worker, not for each sample
@@ -46,7 +46,7 @@ def training_arguments(options: argparse.Namespace, overrides: list[str], data: 
 
 def check(options: argparse.Namespace, overrides: list[str]) -> None:
     """Sets `options.steps` where it was not given. Raises ValueError for options that do not fit together."""
-    from d2s.train import parse
+    from d2s.training.arguments import parse
 
     _check_numbers(options)
     if options.steps is None:

@@ -1,8 +1,9 @@
-"""Towers by a short name: the paper's, and small ones that learn from random weights on a CPU."""
+"""Ready-made towers: the paper's, and small ones that can be trained from random weights on a CPU."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from d2s.model.config import TowerConfig
 from d2s.model.tokenizer import WORDS
@@ -15,11 +16,11 @@ SHAPES = {
     "microsoft/swin-base-patch4-window12-384-in22k": {**_SWIN_B, "image_size": 384, "window_size": 12},
     "google-bert/bert-base-uncased": {"model_type": "bert"},
 }
-"""The paper's towers as configurations, for counting their parameters where no hub can be reached."""
+"""Configurations of the paper's towers, to count their parameters without access to the hub."""
 
 
 def shape_of(tower: TowerConfig) -> TowerConfig:
-    """A tower of the same shape with random weights, if its name is one of `SHAPES`; else the tower itself."""
+    """The tower with random weights instead of the hub's, if its name is in `SHAPES`; else the tower itself."""
     if tower.name not in SHAPES:
         return tower
     return dataclasses.replace(tower, name=None, config=SHAPES[tower.name], pretrained=False, tokenizer=WORDS)
@@ -31,7 +32,7 @@ def vit_b16() -> TowerConfig:
 
 
 def swin_b(size: int = 224) -> TowerConfig:
-    """Swin-B, pretrained on ImageNet-22k: at 384 pixels with window 12 from `size` 384 on, else at 224."""
+    """Swin-B, pretrained on ImageNet-22k: for 224 pixels, or from `size` 384 on for 384 pixels (window 12)."""
     window, pixels = (12, 384) if size >= 384 else (7, 224)
     return TowerConfig(name=f"microsoft/swin-base-patch4-window{window}-{pixels}-in22k")
 
@@ -47,10 +48,10 @@ def minilm(*, freeze: bool = True, layers: int | None = None) -> TowerConfig:
 
 
 def small_resnet(widths: tuple[int, ...] = (32, 64, 128, 256)) -> TowerConfig:
-    """A ResNet of basic blocks with random weights: 1.2 million of them in four stages.
+    """A ResNet of basic blocks with random weights; 1.2 million parameters with the default four stages.
 
-    Each stage but the first halves the side of the map, which starts at a quarter of the image's. Its BatchNorm
-    statistics are those of the global batch, on all workers.
+    widths: channels of each stage. The first stage's map has a quarter of the image's side, and each further stage
+    halves it. BatchNorm uses the statistics of the global batch, over all workers.
     """
     fields = {
         "model_type": "resnet",
@@ -64,23 +65,17 @@ def small_resnet(widths: tuple[int, ...] = (32, 64, 128, 256)) -> TowerConfig:
 
 def small_vit(width: int = 128, depth: int = 4, patch: int = 16) -> TowerConfig:
     """A small ViT with random weights."""
-    fields = {
-        "model_type": "vit",
-        "hidden_size": width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 4,
-        "intermediate_size": 4 * width,
-        "patch_size": patch,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    return TowerConfig(config=fields, pretrained=False)
+    return TowerConfig(config={**_transformer("vit", width, depth), "patch_size": patch}, pretrained=False)
 
 
 def small_bert(width: int = 128, depth: int = 2) -> TowerConfig:
-    """A small BERT with random weights over words of the training captions."""
-    fields = {
-        "model_type": "bert",
+    """A small BERT with random weights; its vocabulary is made from the training captions."""
+    return TowerConfig(config=_transformer("bert", width, depth), pretrained=False, tokenizer=WORDS)
+
+
+def _transformer(kind: str, width: int, depth: int) -> dict[str, Any]:
+    return {
+        "model_type": kind,
         "hidden_size": width,
         "num_hidden_layers": depth,
         "num_attention_heads": 4,
@@ -88,11 +83,10 @@ def small_bert(width: int = 128, depth: int = 2) -> TowerConfig:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-    return TowerConfig(config=fields, pretrained=False, tokenizer=WORDS)
 
 
 def small_convnext(widths: tuple[int, ...] = (32, 64, 128, 192)) -> TowerConfig:
-    """A ConvNeXt with random weights, LayerNorm throughout; an image of S pixels gives (S / 32)^2 tokens."""
+    """A ConvNeXt with random weights and LayerNorm only; an image with S pixels a side gives (S / 32)^2 tokens."""
     fields = {
         "model_type": "convnext",
         "hidden_sizes": list(widths),

@@ -12,21 +12,21 @@ from d2s.model.config import IdleSetting, idle_settings
 from d2s.plan.memory import memory
 from d2s.plan.sizes import Sizes, by_shape, count, saved_bytes
 from d2s.preprocess.text import TextPipeline
-from d2s.training.config import to_dict
+from d2s.training.build import build_model, build_module
 from d2s.training.engine import bucket_size, checkpoint_activations
 from d2s.training.module import TrainingModule
-from d2s.training.prepare import Plan
+from d2s.training.run_spec import RunSpec
 
 _GIB = 2**30
 _PAIRS = 2
 
 
-def describe(spec: Plan) -> str:
+def describe(spec: RunSpec) -> str:
     """All lines. Builds the model on the CPU and sends two real pairs through it.
 
     The paper's towers are built by their shape with random weights; BERT's vocabulary is then that of the captions.
     """
-    resolved = json.dumps(to_dict(spec.config), indent=2)
+    resolved = json.dumps(spec.config.to_dict(), indent=2)
     # Warn about the towers that were asked for: those built by their shape always have random weights.
     for line in idle_settings(spec.config.model, {"decoder"} if spec.init else None):
         warnings.warn(line, IdleSetting, stacklevel=2)
@@ -34,10 +34,10 @@ def describe(spec: Plan) -> str:
     config = spec.config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleSetting)
-        model = spec.build_model()
+        model = build_model(spec)
     if config.engine.activation_checkpointing:
         checkpoint_activations(model)
-    module = spec.build_module(model)
+    module = build_module(spec, model)
     parts = memory_parts(spec, module)
     pairs = spec.captions != "dense" and config.data.sparse == "all"
     unit = "visits of a stream" if spec.streams else "image-caption pairs" if pairs else "images"
@@ -81,7 +81,7 @@ def _parameters(module: TrainingModule) -> list[str]:
     return lines
 
 
-def memory_parts(spec: Plan, module: TrainingModule) -> dict[str, int]:
+def memory_parts(spec: RunSpec, module: TrainingModule) -> dict[str, int]:
     """Bytes on one worker by part, as `d2s.plan` counts them, but with the activations of real pairs."""
     config = spec.config
     parameters, learned, teacher = count(module, config)
@@ -91,7 +91,7 @@ def memory_parts(spec: Plan, module: TrainingModule) -> dict[str, int]:
     return memory(config, sizes, spec.world, config.engine.zero_stage, config.batch_size, bucket)
 
 
-def _saved_per_pair(spec: Plan, module: TrainingModule) -> int:
+def _saved_per_pair(spec: RunSpec, module: TrainingModule) -> int:
     split = "val" if spec.streams else "train"
     pairs = min(_PAIRS, len(spec.index.rows(split)))
     data = spec.config.data

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2s.data.batch import Batch
 from d2s.plan.activations import SavedActivations
 from d2s.plan.sizes import by_shape
-from d2s.training.gradient_cache import GradientCache
-from d2s.training.prepare import plan
+from d2s.training.arguments import parse
+from d2s.training.build import build_trainer
+from d2s.training.checks import check_arguments
 from d2s.training.trainer import Trainer
 from d2s.workers.group import leave
 from d2s.workers.local_job import start_job
@@ -55,12 +55,10 @@ def main(arguments: list[str]) -> None:
     """One worker's part. `arguments` are train.py's."""
     import deepspeed  # noqa: F401  # importing it takes memory that is not the training's
 
-    from d2s.train import parse
-
-    spec = plan(*parse(arguments))
+    spec = check_arguments(*parse(arguments))
     spec = dataclasses.replace(spec, config=by_shape(spec.config))
     before = peak_memory()
-    with spec.start(Preemption()) as trainer:
+    with build_trainer(spec, Preemption()) as trainer:
         measured = take_steps(trainer)
         measured |= {"resident": peak_memory() - before, "on_cpu": not torch.cuda.is_available()}
         if trainer.workers.is_main:
@@ -82,7 +80,8 @@ def take_steps(trainer: Trainer) -> dict[str, float]:
     for number, batch in enumerate(trainer.batches.epoch(0)):
         start = time.monotonic()
         with saved if number == 1 else nullcontext():  # counting slows a step down
-            _backward(trainer, batch)
+            losses = trainer.computation.forward(batch, number, 1.0)
+            trainer.computation.backward(losses[0])
         gradients.append(gradient_bytes(engine))
         engine.step()
         seconds.append(time.monotonic() - start)
@@ -96,21 +95,6 @@ def take_steps(trainer: Trainer) -> dict[str, float]:
         "samples_per_s": trainer.config.batch_size / statistics.median(seconds[2:]),
         "vocabulary": len(trainer.model.tokenizer),
     }
-
-
-def _backward(trainer: Trainer, batch: Batch) -> None:
-    """The forward and backward pass of a step, by micro-batches where engine.micro_batch is set."""
-    engine, workers = trainer.engine, trainer.workers
-    micro_batch = trainer.config.engine.micro_batch
-    if 0 < micro_batch < len(batch):
-        cache = GradientCache(
-            engine, batch, micro_batch, workers.device, seed=torch.manual_seed, poll=lambda: None
-        )
-        cache.losses(engine.module.objective, 1.0, lambda part: None)
-        cache.backward(workers.world)
-    else:
-        total, *_ = engine(batch.to(workers.device), 1.0, None)
-        engine.backward(total * workers.world)
 
 
 def gradient_bytes(engine: Any) -> int:

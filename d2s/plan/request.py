@@ -11,7 +11,7 @@ from d2s.shards.order.permutation import steps_per_epoch
 from d2s.shards.read.index import ShardIndex
 from d2s.training.config import TrainConfig, override
 from d2s.training.engine import bucket_size, engine_settings
-from d2s.training.prepare import find_recipe
+from d2s.training.recipes import find_recipe
 from d2s.workers.group import local_batch
 
 GIB = 2**30

@@ -1,26 +1,27 @@
-"""The DeepSpeed engine: its settings derived from ours, and its start."""
+"""The DeepSpeed engine: its settings, derived from the run's configuration, and its start."""
 
 import json
 import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import NonNegativeInt
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from d2s.checkpoint.zero_state import ZeroState
+from d2s.common.settings import Settings, settings
 from d2s.model.config import IdleSetting
 from d2s.workers.group import waiting_time
 
 if TYPE_CHECKING:
     from d2s.model import D2SModel
 
-# What a DeepSpeed JSON may not set, and what does: the trainer counts on it, or a checkpoint could not keep it.
-_OURS = {
+# What a DeepSpeed JSON may not set, and what to do instead. The trainer or the checkpoints rely on these settings.
+_RESERVED = {
     "train_batch_size": "set batch_size",
     "train_micro_batch_size_per_gpu": "set batch_size",
     "gradient_accumulation_steps": "set engine.micro_batch",
@@ -32,14 +33,15 @@ _OURS = {
     "bfloat16": "set engine.precision",
     "amp": "set engine.precision",
     "torch_autocast": "set engine.precision",
+    "zero_optimization.stage": "set engine.zero_stage",
 }
 BUCKET = 500_000_000
-"""Numbers in the bucket in which ZeRO sends gradients, where a DeepSpeed JSON sets no reduce_bucket_size."""
+"""Default of DeepSpeed's reduce_bucket_size: gradient elements that ZeRO sends at a time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How the state of training is held and in which precision it computes."""
+@settings("engine")
+class EngineConfig(Settings):
+    """Precision, and how DeepSpeed divides and holds the training state."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: forward and backward under autocast; weights, gradients, losses and optimizer stay in fp32."""
@@ -48,8 +50,8 @@ class EngineConfig:
     offload_optimizer: bool = False
     """Keep AdamW's state in the host's memory and step it there; needs ZeRO, and matters on a GPU only."""
     activation_checkpointing: bool = False
-    """The towers keep each layer's input only, and compute what is inside again for the backward pass."""
-    micro_batch: int = 0
+    """The towers keep only each layer's input and recompute the rest in the backward pass."""
+    micro_batch: NonNegativeInt = 0
     """Pairs that a worker embeds at a time; their gradients add up to that of the whole batch.
     0 embeds all pairs of the worker at once."""
     deepspeed_json: str = ""
@@ -58,19 +60,15 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.offload_optimizer and not self.zero_stage:
             raise ValueError(
-                "engine.offload_optimizer is on with engine.zero_stage 0, which has nothing to put elsewhere: set "
+                "engine.offload_optimizer is on with engine.zero_stage 0, which has nothing to offload: set "
                 "engine.zero_stage to 1, 2 or 3"
-            )
-        if self.micro_batch < 0:
-            raise ValueError(
-                f"engine.micro_batch is {self.micro_batch}: it must be 0 (all pairs at once) or more"
             )
 
 
 def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) -> dict[str, Any]:
     """DeepSpeed's settings for `local_batch` pairs a worker, the user's JSON merged on top.
 
-    Raises ValueError where that file is missing, is not a JSON object, or sets what our own fields do.
+    Raises ValueError where that file is missing, is no JSON object, or sets something that a field of ours sets.
     """
     settings = {
         "train_micro_batch_size_per_gpu": local_batch,
@@ -82,13 +80,13 @@ def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) ->
     }
     if config.offload_optimizer and torch.cuda.is_available():
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        # DeepSpeed's own AdamW for the CPU is compiled at its first use; torch's steps a little slower, and alike.
+        # DeepSpeed's AdamW for the CPU has to be compiled; torch's is a little slower and gives the same result.
         settings["zero_force_ds_cpu_optimizer"] = False
     return _merge(settings, _users_json(config.deepspeed_json)) if config.deepspeed_json else settings
 
 
 def bucket_size(settings: dict[str, Any]) -> int:
-    """Numbers in DeepSpeed's communication bucket under these settings."""
+    """Elements in DeepSpeed's communication bucket under these settings."""
     return int(settings["zero_optimization"].get("reduce_bucket_size", BUCKET))
 
 
@@ -100,22 +98,17 @@ def _users_json(path: str) -> dict[str, Any]:
         raise ValueError(f"{where}: {error}: give a file that holds a JSON object") from error
     if not isinstance(extra, dict):
         raise ValueError(f"{where}: not a JSON object")
-    for name, remedy in _OURS.items():
-        if name in extra:
-            raise ValueError(
-                f"{where} sets {name} to {json.dumps(extra[name])[:60]}: {remedy} instead, and leave it out"
-            )
     zero = extra.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ValueError(
             f"{where}: zero_optimization is {json.dumps(zero)[:60]}, not an object: set engine.zero_stage for the "
             "stage, and leave it out"
         )
-    if "stage" in zero:
-        raise ValueError(
-            f"{where} sets zero_optimization.stage to {json.dumps(zero['stage'])[:60]}: set engine.zero_stage "
-            "instead, and leave it out"
-        )
+    names = {**extra, **{f"zero_optimization.{name}": value for name, value in zero.items()}}
+    for name, remedy in _RESERVED.items():
+        if name in names:
+            value = json.dumps(names[name])[:60]
+            raise ValueError(f"{where} sets {name} to {value}: {remedy} instead, and leave it out")
     bucket = zero.get("reduce_bucket_size", BUCKET)
     if not isinstance(bucket, int | float) or isinstance(bucket, bool) or not 1 <= bucket < float("inf"):
         raise ValueError(
@@ -125,16 +118,16 @@ def _users_json(path: str) -> dict[str, Any]:
 
 
 def idle_engine_settings(config: EngineConfig) -> list[str]:
-    """A line for each setting that does nothing on this machine."""
+    """One line for each setting that has no effect on this machine."""
     if config.offload_optimizer and not torch.cuda.is_available():
         return ["engine.offload_optimizer has no effect without a GPU: everything is in the host's memory"]
     return []
 
 
 def checkpoint_activations(model: "D2SModel") -> None:
-    """Lets each tower that learns keep its layers' inputs only. Dropout draws the same again.
+    """Makes each trained tower keep only its layers' inputs; recomputing them repeats the same dropout.
 
-    Warns (IdleSetting) of a tower for which that has no effect.
+    Warns (IdleSetting) about a tower for which that has no effect.
     """
     for name in ("image_encoder", "text_encoder"):
         encoder = getattr(model, name)
@@ -149,7 +142,7 @@ def checkpoint_activations(model: "D2SModel") -> None:
             line = f"engine.activation_checkpointing has no effect on {name}: {reason}"
             warnings.warn(line, IdleSetting, stacklevel=2)
         else:
-            # transformers has renamed it; the settings come first under both names.
+            # transformers renamed the method; the settings are the first argument of both.
             older = tower.gradient_checkpointing_enable
             getattr(tower, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
@@ -164,26 +157,26 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """The engine around `module`; every worker calls it together.
+    """Starts the engine around `module`, on all workers together.
 
-    Raises ValueError where the settings make it hold its state in a way that no checkpoint can keep.
+    Raises ValueError where the settings give the training state a form that no checkpoint can hold.
     """
     import logging
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it looked for others in vain
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # avoids a warning about missing accelerators
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import groups
 
-    # Compiling the shared-memory collective takes half a minute, and a killed compile leaves a lock that hangs
+    # Compiling the shared-memory collective takes half a minute, and a killed compiler leaves a lock that blocks
     # every later run; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its calls of torch's older names would fill the screen under ZeRO 3.
+    # DeepSpeed uses deprecated names of torch, which would fill the screen under ZeRO 3.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     if groups._WORLD_GROUP is None and dist.is_initialized():
-        # Its own would wait as long as the backend does by default, 10 minutes with NCCL.
+        # DeepSpeed's own group would time out after the backend's default, 10 minutes with NCCL.
         groups._WORLD_GROUP = dist.new_group(timeout=waiting_time())
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -191,5 +184,5 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
         model_parameters=[p for p in module.parameters() if p.requires_grad],
         config=settings,
     )
-    ZeroState(engine)  # refuses here, not at the first checkpoint, after an epoch
+    ZeroState(engine)  # raises here rather than at the first checkpoint, an epoch later
     return engine

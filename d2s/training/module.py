@@ -9,10 +9,10 @@ from d2s.model import D2SModel
 
 
 class TrainingModule(nn.Module):
-    """Model and objective in one module: a batch in, this worker's share of the losses out.
+    """Model and objective in one module: takes a batch, returns this worker's share of the losses.
 
-    sample_draws: dropout on the text tower's output follows from each sample's seed instead of its place in the
-    batch, so that micro-batches drop what the whole batch would.
+    bf16: compute the embeddings under autocast. sample_draws: dropout on the text tower's output follows from each
+    sample's seed instead of its place in the batch, so that micro-batches drop the same values as the whole batch.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class TrainingModule(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Returns total (with gradient), align and distill (0-dim); see :class:`d2s.losses.objective.Objective`.
 
-        With embed_only it returns what these are a function of: image (B, D), text (B, D) and the objective's
-        factors (1,) each, all with gradient.
+        With embed_only it returns what the losses depend on: image (B, D), text (B, D) and each of the objective's
+        factors (1,), all with gradient.
         """
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self._bf16):
             image = self.model.forward_image(batch.images, batch.draw_seeds)
@@ -43,7 +43,7 @@ class TrainingModule(nn.Module):
             text = self.model.forward_text(batch.text_ids, batch.text_mask, draw_seeds=seeds).embedding
         text = nn.functional.normalize(at_least_fp32(text), dim=-1)
         if embed_only:
-            # Copies: the engine puts hooks on what comes out, which may not be its own parameters.
+            # Copies, because the engine puts hooks on the outputs, which may not be its own parameters.
             return at_least_fp32(image), text, *(factor.clone() for factor in self.objective.factors())
         losses = self.objective(image, text, batch.image_ids, warmup=warmup, teacher=teacher)
         return losses.total, losses.align, losses.distill

@@ -1,8 +1,8 @@
-"""Where a number that is not finite came from: which workers, and with which samples.
+"""Finds which worker, with which samples, produced a number that is not finite.
 
-The gathered exchange spreads one worker's NaN over all losses, and the reduction over all gradients, so the loss
-and the norm only say that it happened. While :class:`Origin` watches, each worker looks at what is still its own:
-its embeddings before they are gathered, and its gradients before they are reduced.
+Gathered embeddings spread one worker's NaN over all losses, and the reduction spreads it over all gradients. So the
+loss and the gradient's norm show that it happened, but not where. While :class:`NonFiniteDetector` is active, each
+worker inspects its own numbers: its embeddings before they are gathered, its gradients before they are reduced.
 """
 
 from collections.abc import Sequence
@@ -13,72 +13,73 @@ from torch import Tensor, nn
 
 from d2s.workers.collectives import all_gather_objects
 
-_KEYS = 8
+MOST_KEYS = 8
+"""Sample keys of a worker that an error message lists."""
 
 
-class Origin:
-    """Notes whether this worker made a number that is not finite.
+class NonFiniteDetector:
+    """Records whether this worker produced a number that is not finite.
 
-    Watching reads every gradient once more, so it begins with the first skipped step and ends with the next good
-    one; with `limit` 1, after which there is no second, it never ends.
+    It reads every gradient once more, so it is active only from a skipped step to the next good one; with `limit` 1,
+    where the first skipped step ends the run, it is always active.
 
-    module: whose trainable parameters are watched. objective: the module that is called with this worker's
-    embeddings as its first two arguments.
+    module: its trainable parameters are inspected. objective: the module that is called with this worker's
+    embeddings as its first two arguments. limit: consecutive skipped steps that end the run.
     """
 
     def __init__(self, module: nn.Module, objective: nn.Module, limit: int) -> None:
         self._module, self._objective, self._always = module, objective, limit == 1
         self._handles: list[Any] = []
-        self._bad: list[Tensor] = []
+        self._nonfinite: list[Tensor] = []
         if self._always:
-            self.watch()
+            self.start()
 
-    def watch(self) -> None:
-        """Begins to watch, and forgets what was noted."""
-        self._bad.clear()
+    def start(self) -> None:
+        """Forgets what was recorded and starts to inspect."""
+        self._nonfinite.clear()
         if self._handles:
             return
-        self._handles.append(self._objective.register_forward_pre_hook(self._look_at_rows))
+        self._handles.append(self._objective.register_forward_pre_hook(self._inspect_arguments))
         for parameter in self._module.parameters():
             if parameter.requires_grad:
-                self._handles.append(parameter.register_hook(self._look_at))
+                self._handles.append(parameter.register_hook(self._record))
 
-    def rest(self) -> None:
-        """Ends watching, and forgets what was noted."""
-        self._bad.clear()
+    def stop(self) -> None:
+        """Forgets what was recorded and stops to inspect, unless the detector is always active."""
+        self._nonfinite.clear()
         if self._always:
             return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _look_at_rows(self, objective: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self.look(*arguments[:2])
-
-    def look(self, *rows: Tensor) -> None:
-        """Looks at embeddings that do not pass through the objective's call, if it is watching."""
+    def inspect(self, *embeddings: Tensor) -> None:
+        """Inspects embeddings that did not pass through the objective's call, if the detector is active."""
         if self._handles:
-            for values in rows:
-                self._look_at(values.detach())
+            for values in embeddings:
+                self._record(values.detach())
 
-    def _look_at(self, values: Tensor) -> None:
-        # One number per tensor, and none is read before the step is over: the device is not waited for.
-        self._bad.append(~torch.isfinite(values.sum()))
+    def _inspect_arguments(self, objective: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.inspect(*arguments[:2])
 
-    def here(self) -> bool:
-        """Whether a number of this worker's own was not finite since the last :meth:`watch`."""
-        return bool(self._bad) and bool(torch.stack(self._bad).any().item())
+    def _record(self, values: Tensor) -> None:
+        # One number per tensor, read only after the step, so that nothing waits for the device here.
+        self._nonfinite.append(~torch.isfinite(values.sum()))
+
+    def found_any(self) -> bool:
+        """Whether this worker produced a number that is not finite since the last :meth:`start`."""
+        return bool(self._nonfinite) and bool(torch.stack(self._nonfinite).any().item())
 
 
 def report(what: str, steps: int, evidence: int, keys: Sequence[str]) -> str:
     """The reason to stop, the same on every worker; all must call it together.
 
-    what: "loss" or "gradient"; steps: skipped ones in a row; evidence: how much speaks for this worker as the one
-    that it came from, the more the higher; keys: of this worker's samples.
+    what: "loss" or "gradient". steps: number of consecutive skipped steps. evidence: how sure it is that this worker
+    is the origin; the workers with the highest number are named. keys: keys of this worker's samples.
     """
-    mine = (evidence, list(keys[:_KEYS]), len(keys))
+    mine = (evidence, list(keys[:MOST_KEYS]), len(keys))
     found = all_gather_objects(mine)
-    # Where nothing speaks for any of them it came up between them, in the sum of gradients: all are named.
+    # Without evidence on any worker it arose in the sum of their gradients: all are named.
     named = [rank for rank, other in enumerate(found) if other[0] == max(found)[0]]
     where = "; ".join(f"on worker {rank} with samples {_list(*found[rank][1:])}" for rank in named)
     return (

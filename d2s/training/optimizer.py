@@ -1,47 +1,44 @@
 """AdamW, its parameter groups, and the learning rate as a pure function of the step."""
 
-from dataclasses import dataclass
 from itertools import pairwise
-from math import cos, inf, pi
-from typing import Literal
+from math import cos, pi
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import nn
 
+from d2s.common.settings import Settings, settings
 
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Optimizer and schedule. Learning rates are those of the paper at a global batch of 128."""
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
-    lr: float = 2e-4
+
+@settings("optim")
+class OptimConfig(Settings):
+    """Optimizer and schedule. The default learning rates are the paper's, for a global batch of 128."""
+
+    lr: NonNegativeFloat = 2e-4
     """Learning rate of everything that starts from random weights: heads, pooling, decoder, temperature."""
-    backbone_lr: float = 2e-5
+    backbone_lr: NonNegativeFloat = 2e-5
     """Learning rate of the two backbones."""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay; biases, norms and other one-dimensional parameters take none."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
-    grad_clip: float = 2.0
+    grad_clip: NonNegativeFloat = 2.0
     """Largest norm of the whole gradient; 0 switches clipping off."""
     schedule: Literal["steps", "cosine", "constant"] = "steps"
     """Learning rate over time: times `decay` at each milestone, a half cosine to zero, or constant."""
-    milestones: tuple[float, ...] = (9, 15, 20, 25)
+    milestones: tuple[NonNegativeFloat, ...] = (9, 15, 20, 25)
     """Epochs at which the stepped schedule drops."""
-    decay: float = 0.3
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Factor of each drop."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises linearly from zero."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "backbone_lr", "weight_decay", "grad_clip", "warmup_steps"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}: it must be 0 or more, and finite")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"optim.decay is {self.decay}: it must be above 0 and at most 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas is {self.betas}: each must be from 0 up to, but not, 1")
-        if not all(0 <= a < b for a, b in pairwise([*self.milestones, inf])):
-            raise ValueError(f"optim.milestones is {self.milestones}: they must be 0 or more, and rise")
+        if not all(before < after for before, after in pairwise(self.milestones)):
+            raise ValueError(f"optim.milestones is {self.milestones}: each must be later than the one before")
 
 
 def lr_factor(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
@@ -58,7 +55,7 @@ def lr_factor(config: OptimConfig, step: int, steps_per_epoch: int, total_steps:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Writes every group's rate from its `base_lr`."""
+    """Sets every group's learning rate to `factor` times its `base_lr`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
@@ -66,9 +63,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def build_optimizer(
     module: nn.Module, backbone: list[nn.Parameter], config: OptimConfig
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `module`, in up to four groups: by rate and by decay.
+    """AdamW over the trainable parameters of `module`, in up to four groups: by learning rate and by decay.
 
-    Raises ValueError where nothing is left to train.
+    backbone: the parameters with config.backbone_lr. Raises ValueError where no parameter is trainable.
     """
     backbone_ids = {id(parameter) for parameter in backbone}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}

@@ -1,12 +1,11 @@
-"""The run folder: whether it may be used, what it says about its run, and who is using it.
+"""The run folder: whether a run may use it, what config.json says about its run, and the lock on it.
 
-runs/<name>/config.json holds the resolved configuration, the data and where the weights started. It is written
-when everything has been built, so a command that failed before leaves nothing that stands in the next one's way.
+runs/<name>/config.json holds the resolved configuration, the data and the initial model. It is written last, when
+everything has been built, so a command that fails earlier leaves the folder free for the next one.
 """
 
 import errno
 import fcntl
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,16 @@ import torch
 
 from d2s.checkpoint import store as checkpoint
 from d2s.checkpoint.restarts import RESTARTS
-from d2s.common.files import write_json
+from d2s.common.files import read_json, write_json
 from d2s.common.folders import recover
-from d2s.training.config import TrainConfig, differences, from_dict, to_dict
+from d2s.training.config import TrainConfig, differences
 
 CONFIG, LOCK = "config.json", ".lock"
-# Left by a command that failed while it was building; neither holds a step of training.
+# Left by a command that failed before training; none of them holds a training step.
 HARMLESS = {LOCK, RESTARTS, "teacher"}
-# What may change when a run is resumed: none of these alters a loss.
+# Fields that may change when a run is resumed, because none of them alters a loss.
 RESUMABLE = (
-    *("log.", "data.loader_workers", "data.damage_budget", "nonfinite_limit"),
+    *("log.", "checkpoint.", "validation.", "data.loader_workers", "data.damage_budget", "nonfinite_limit"),
     *("engine.zero_stage", "engine.offload_optimizer", "engine.activation_checkpointing"),
 )
 
@@ -32,8 +31,8 @@ RESUMABLE = (
 def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None for a new run.
 
-    origin: what the run is made from (data, its fingerprint, init).
-    Raises ValueError where an earlier run would be written over, or another one resumed.
+    origin: data, data fingerprint and initial model of this run.
+    Raises ValueError where an earlier run would be overwritten, or a different one resumed.
     """
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run {run} is a file: name a folder")
@@ -42,43 +41,34 @@ def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume:
     if not resume:
         raise ValueError(f"--run {run} is not empty: choose another folder, or add --resume to go on with it")
     saved = read(run)
-    changed = [
-        name for name in differences(from_dict(saved["config"]), config) if not name.startswith(RESUMABLE)
-    ]
-    if changed:
-        was, now = differences(from_dict(saved["config"]), config)[changed[0]]
+    changes = differences(TrainConfig.from_dict(saved["config"]), config)
+    changes = {name: pair for name, pair in changes.items() if not name.startswith(RESUMABLE)}
+    changes |= {name: (saved.get(name), now) for name, now in origin.items() if saved.get(name) != now}
+    for name, (was, now) in changes.items():
         raise ValueError(
-            f"--resume: {changed[0]} was {was!r} in {run} and is now {now!r}; keep it, or start a new run"
+            f"--resume: {name} was {was!r} in {run} and is now {now!r}; keep it, or start a new run"
         )
-    for name, now in origin.items():
-        if saved.get(name) != now:
-            raise ValueError(
-                f"--resume: {name} was {saved.get(name)!r} in {run} and is now {now!r}; keep it, or start a new run"
-            )
     return checkpoint.newest(run)
 
 
 def _harmless(name: str) -> bool:
-    # A process that was killed leaves the hidden name under which it was writing one of these files.
+    # A killed process leaves the hidden temporary file that it was writing.
     return name in HARMLESS or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def read(run: Path) -> dict[str, Any]:
-    """The run's config.json. Raises ValueError, in one line, where there is none or it is not one."""
+    """The content of the run's config.json. Raises ValueError, in one line, where it is missing or broken."""
     path = run / CONFIG
     if not path.is_file():
         raise ValueError(f"{run} holds no run (no {CONFIG}): choose another folder")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    saved = read_json(path)
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
         raise ValueError(f"{path} is not a run's configuration: restore it, or choose another folder")
     return saved
 
 
 def data_of(run: Path) -> str | None:
-    """The --data of an earlier run, None where the folder is not a run's."""
+    """The --data argument of an earlier run; None if the folder holds no run."""
     if not (run / CONFIG).is_file():
         return None
     data = read(run).get("data")
@@ -86,13 +76,13 @@ def data_of(run: Path) -> str | None:
 
 
 def write(run: Path, config: TrainConfig, origin: dict[str, Any], world: int) -> None:
-    """Writes config.json, whole or not at all."""
-    content = {"config": to_dict(config), **origin, "workers": world, "torch": torch.__version__}
+    """Writes config.json, whole or not at all. world: number of workers."""
+    content = {"config": config.to_dict(), **origin, "workers": world, "torch": torch.__version__}
     write_json(run / CONFIG, content)
 
 
 def claim(run: Path) -> int:
-    """Makes the folder and locks it for this process; returns the lock's file descriptor, to be kept open.
+    """Creates the folder and locks it for this process; returns the lock's file descriptor, to be kept open.
 
     Raises ValueError where another process is training into it.
     """
@@ -105,7 +95,7 @@ def claim(run: Path) -> int:
             f"--run {run} is in use by another process: wait for it, or choose another folder"
         ) from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks guards nothing
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks: train without one
             raise
     recover(run)
     return handle

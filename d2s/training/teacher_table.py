@@ -1,7 +1,7 @@
 """The teacher's embeddings of the training split's dense captions: computed once, stored in the run.
 
 runs/<name>/teacher/dense.f32     float32, one row a dense caption of the split, in the index's order
-runs/<name>/teacher/teacher.json  what made it: written last, so a half-made table is never used
+runs/<name>/teacher/teacher.json  its teacher and data; written last, so that an incomplete table is never used
 """
 
 import json
@@ -25,8 +25,7 @@ from d2s.workers.group import Workers
 class TeacherTable:
     """Embeddings of the dense captions of one split, memory-mapped.
 
-    rows(dense_index): dense_index (B,) int64 numbers captions as the index does (`dense_start[row] + j`);
-    returns (B, D) float32.
+    first: number of the split's first caption in the data set. width: D.
     """
 
     def __init__(self, path: Path, first: int, width: int) -> None:
@@ -34,6 +33,7 @@ class TeacherTable:
         self._first = first
 
     def rows(self, dense_index: Tensor) -> Tensor:
+        """Embeddings (B, D) float32 of the captions dense_index (B,) int64, numbered as in the data set's index."""
         return torch.from_numpy(self._table[dense_index.cpu().numpy() - self._first])
 
 
@@ -49,48 +49,49 @@ def teacher_table(
     poll: Callable[[], None] | None = None,
     batch_size: int = 128,
 ) -> TeacherTable:
-    """Opens the stored table, or computes it first, each worker its share.
+    """Opens the stored table, or computes it first, with the captions divided among the workers.
 
-    made_from: names the teacher (a digest of its weights); a table of another teacher or split is computed anew.
-    poll: called before each batch, on all workers alike; may raise, and leaves no table then.
-    Raises ValueError, on all workers, where the disk does not take the table.
+    made_from: identifies teacher and data; a stored table of others is computed anew. poll: called before each batch,
+    on all workers alike; if it raises, no table is left.
+    Raises ValueError, on all workers, where the disk is full or broken.
     """
     first, count = int(index.column("dense_start")[index.rows(split).start]), index.total(split, "dense")
     width = teacher.text_encoder.linear.out_features
     path, marker = folder / "dense.f32", folder / "teacher.json"
     description = {"teacher": made_from, "split": split, "captions": count, "width": width}
 
-    def made_already() -> bool:
+    def is_stored() -> bool:
         return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == description
 
-    def make_room() -> None:
+    def allocate() -> None:
         if workers.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             marker.unlink(missing_ok=True)
-            _allocate(path, count * width * 4)
+            allocate_file(path, count * width * 4)
 
-    def mark() -> None:
+    def mark_complete() -> None:
         if workers.is_main:
             write_json(marker, description)
 
-    if not run_on_all(made_already)[0]:  # the first worker's word: the others may see the folder as it was
-        _on_disk(make_room, path)
+    if not run_on_all(is_stored)[0]:  # the first worker decides: others may see an outdated folder
+        _on_disk(allocate, path)
         table = np.memmap(path, np.float32, mode="r+").reshape(count, width)
         with torch.no_grad():
-            # Training replaces a damaged sample by another one, whose row is asked for in its place.
+            # Rows of damaged samples stay empty: training replaces these samples and never reads the rows.
             for numbers, _, ids, mask, valid in eval_texts(
                 index, split, pipeline, "dense", batch_size, workers.rank, workers.world, skip_damaged=True
             ):
                 if poll:
                     poll()
-                made = teacher(ids.to(workers.device), mask.to(workers.device)).float().cpu()
-                table[numbers[valid].numpy()] = made[valid].numpy()
+                embeddings = teacher(ids.to(workers.device), mask.to(workers.device)).float().cpu()
+                table[numbers[valid].numpy()] = embeddings[valid].numpy()
         _on_disk(table.flush, path)
-        _on_disk(mark, path)
+        _on_disk(mark_complete, path)
     return TeacherTable(path, first, width)
 
 
 def _on_disk(action: Callable[[], None], path: Path) -> None:
+    """Runs `action` on all workers, and explains its failure."""
     try:
         run_on_all(action)
     except ValueError as error:
@@ -99,8 +100,8 @@ def _on_disk(action: Callable[[], None], path: Path) -> None:
         ) from None
 
 
-def _allocate(path: Path, size: int) -> None:
-    """A file of `size` bytes that has its room on the disk: a mapping of one without ends in SIGBUS, not an error."""
+def allocate_file(path: Path, size: int) -> None:
+    """Creates a file of `size` bytes with its blocks reserved: a full disk would kill a memory map by SIGBUS."""
     with open(path, "wb") as file:
         try:
             if hasattr(os, "posix_fallocate"):

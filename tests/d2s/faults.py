@@ -52,16 +52,16 @@ def plant(fault: dict[str, Any]) -> None:
 
     if fault["rank"] not in (None, int(os.environ["RANK"])):
         return
-    real = Trainer._train_step
+    real = Trainer.train_step
 
     def step(self: Trainer, batch: Any) -> Any:
-        if self.step == fault["step"]:
+        if self.state.step == fault["step"]:
             if "mark" in fault:
                 Path(fault["mark"]).touch()
             KINDS[fault["kind"]]()
         return real(self, batch)
 
-    Trainer._train_step = step
+    Trainer.train_step = step
 
 
 class Job:
@@ -133,7 +133,7 @@ if __name__ == "__main__":
         import deepspeed  # noqa: F401
         import torch.utils.tensorboard  # noqa: F401
 
-        import d2s.training.prepare  # noqa: F401
+        import d2s.training.build  # noqa: F401
 
         run_all(json.loads(Path(sys.argv[2]).read_text()), at_once=4)
     else:

@@ -25,17 +25,17 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import d2s.train  # noqa: E402
-import d2s.training.prepare  # noqa: E402
+import d2s.training.build  # noqa: E402
 from d2s.checkpoint import store as checkpoint  # noqa: E402
 from d2s.model import presets  # noqa: E402
-from d2s.training.gradient_cache import GradientCache  # noqa: E402
+from d2s.training.gradient_cache import MicroBatches  # noqa: E402
 from d2s.training.recipes import RECIPES  # noqa: E402
 from d2s.training.trainer import Trainer  # noqa: E402
-from d2s.workers.group import start_workers  # noqa: E402
+from d2s.workers.group import leave, start_workers  # noqa: E402
 from d2s.workers.preemption import Preemption  # noqa: E402
 
 SMALL = (
-    "--batch_size 8 --max_steps 8 --log.every 1 --log.evaluate_epochs 1 --data.loader_workers 0 --model.width 16 "
+    "--batch_size 8 --max_steps 8 --log.every 1 --validation.every_epochs 1 --data.loader_workers 0 --model.width 16 "
     "--data.image_size 32 --model.image_size 32 --optim.warmup_steps 0"
 ).split()
 PRETRAIN = "scenes_small_pretrain"
@@ -74,7 +74,7 @@ def before(
 
 def at(step: int) -> Any:
     """Before the training step of that number, counted from 0."""
-    return partial(before, Trainer, "_train_step", when=lambda trainer: trainer.step == step)
+    return partial(before, Trainer, "train_step", when=lambda trainer: trainer.state.step == step)
 
 
 def kill(*numbers: signal.Signals, rank: int | None = None) -> Hit:
@@ -123,14 +123,14 @@ def interruptions(group: Group) -> None:
     group.twice("all", hit=at(2)(kill(usr2)))
     group.twice("one worker", hit=at(4)(kill(signal.SIGTERM, rank=1)))
     group.twice("last step of an epoch", hit=at(5)(kill(signal.SIGUSR1, rank=0)))
-    group.twice("evaluation", hit=before(Trainer, "_evaluate", kill(usr2, rank=1)))
+    group.twice("evaluation", hit=before(Trainer, "evaluate", kill(usr2, rank=1)))
     group.twice("saving", hit=before(checkpoint, "save", kill(usr2, usr2, signal.SIGTERM)))
-    windows = ("--log.every", "3", "--log.save_steps", "2")
+    windows = ("--log.every", "3", "--checkpoint.every_steps", "2")
     group.go("windows in peace", "windows in peace", *windows)
     group.twice("windows", *windows, hit=at(3)(kill(usr2)))
     cut = ("--engine.micro_batch", "2")
     group.go("cut in peace", "cut in peace", *cut, recipe="cut")
-    third = before(GradientCache, "backward", kill(usr2, rank=1), when=_third())
+    third = before(MicroBatches, "backward", kill(usr2, rank=1), when=_third())
     group.twice("accumulation", *cut, hit=third, recipe="cut")
 
 
@@ -144,11 +144,11 @@ def preparation(group: Group) -> None:
     for number in range(3):
         group.go(f"start {number}", "stalled", "--resume", hit=_at_once())
     group.go("start 3", "stalled", "--resume")
-    group.go("start 4", "stalled", "--resume", "--log.max_stalled_restarts", "0")
+    group.go("start 4", "stalled", "--resume", "--checkpoint.max_stalled_restarts", "0")
     for _ in range(5):
         group.go("done again", "stalled", "--resume")
     teacher = ("--init", str(group.folder / "in peace"), "--max_steps", "2")
-    table = before(d2s.training.prepare, "teacher_table", kill(signal.SIGUSR2, rank=1))
+    table = before(d2s.training.build, "teacher_table", kill(signal.SIGUSR2, rank=1))
     group.go("teacher", "teacher", *teacher, hit=table, recipe="scenes_small_finetune")
     if RANK == 0:
         group.results["teacher"]["table"] = (group.folder / "teacher" / "teacher" / "teacher.json").exists()
@@ -187,10 +187,10 @@ def not_finite(group: Group) -> None:
 @contextlib.contextmanager
 def _poison(kind: str, steps: set[int], moved: list[bool]) -> Iterator[None]:
     """Spoils those steps on worker 1, and notes for each whether a weight or a moment has moved."""
-    real = Trainer._train_step
+    real = Trainer.train_step
 
     def step(self: Trainer, batch: Any) -> Any:
-        if self.step not in steps:
+        if self.state.step not in steps:
             return real(self, batch)
         old = _digest(self)
         forward = self.model.forward_image
@@ -211,11 +211,11 @@ def _poison(kind: str, steps: set[int], moved: list[bool]) -> Iterator[None]:
             self.model.__dict__.pop("forward_image", None)
             moved.append(_digest(self) != old)
 
-    Trainer._train_step = step
+    Trainer.train_step = step
     try:
         yield
     finally:
-        Trainer._train_step = real
+        Trainer.train_step = real
 
 
 def _digest(trainer: Trainer) -> str:
@@ -239,12 +239,12 @@ def _meet() -> Any:
 
 
 if __name__ == "__main__":
-    d2s.train._AFTER_WORKER_0 = 0.0
+    d2s.train.SECONDS_AFTER_WORKER_0 = 0.0
     start_workers()
-    d2s.training.prepare.start_workers = _meet
+    d2s.training.build.start_workers = _meet
     cases = Group(sys.argv[1], Path(sys.argv[2]))
     for part in sys.argv[3:]:
         {"interruptions": interruptions, "preparation": preparation, "not_finite": not_finite}[part](cases)
     if RANK == 0:
         (cases.folder / "results.json").write_text(json.dumps(cases.results))
-    d2s.train._leave(0)
+    leave(0, ordered=True)

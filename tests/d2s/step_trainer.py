@@ -1,4 +1,4 @@
-"""A trainer without data, engine or model: a step is a forward and a backward pass of any module."""
+"""A trainer without data, DeepSpeed or real model: a step is a forward and a backward pass of any module."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,18 +6,17 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from d2s.data.damage import Damage
+from d2s.training.state import RunState
 from d2s.training.trainer import Trainer
 from d2s.workers.group import Workers
 
 
 class Engine:
-    """The least that a step needs of one: it knows of nothing but its module."""
+    """What a training step asks of an engine."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-
-    def eval(self) -> None:
-        self.module.eval()
 
     def zero_optimization(self) -> bool:
         return False
@@ -28,28 +27,35 @@ class Engine:
     def step(self) -> None:
         pass
 
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+
+class Computation:
+    """The loss is the module's output; a batch's factor spoils the loss, its slope the gradient."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def forward(self, batch: SimpleNamespace, step: int, warmup: float) -> tuple[torch.Tensor, ...]:
+        loss = self.module(batch.rows)
+        self.spoilt = loss * batch.slope
+        return loss * batch.factor, loss, loss
+
+    def backward(self, total: torch.Tensor) -> None:
+        self.spoilt.backward()
 
 
-class Step(Trainer):
-    """A trainer whose step is a forward and a backward pass of its module."""
-
-    _in_pieces = False
-
-    def _whole(self, batch: SimpleNamespace) -> tuple:
-        loss = self.engine.module(batch.rows)
-        return (loss * batch.factor, loss, loss), lambda factor: self.engine.backward(loss * batch.slope)
-
-
-def trainer(module: nn.Module, damage_budget: int = 9) -> Step:
-    return Step(
+def trainer(module: nn.Module, damage_budget: int = 9) -> Trainer:
+    damaged: list[str] = []
+    return Trainer(
         config=SimpleNamespace(
-            nonfinite_limit=9, log=SimpleNamespace(save_minutes=0),
+            nonfinite_limit=9,
+            checkpoint=SimpleNamespace(every_minutes=0),
             data=SimpleNamespace(damage_budget=damage_budget),
+            loss=SimpleNamespace(warmup_epochs=0),
+            to_dict=dict,
         ),
         run=Path(), workers=Workers(rank=0, world=1, local_rank=0, device=torch.device("cpu")),
-        index=None, engine=Engine(module), whole=None, batches=SimpleNamespace(damaged=[]), total_steps=9,
-        teacher=None, log=None, preemption=SimpleNamespace(received=0),
-        origin=SimpleNamespace(watch=lambda: None, rest=lambda: None),
+        index=None, engine=Engine(module), full_model=None,
+        batches=SimpleNamespace(damaged=damaged, steps_per_epoch=9), computation=Computation(module), total_steps=9,
+        state=RunState(damage=Damage(damaged)), preemption=SimpleNamespace(received=0),
+        detector=SimpleNamespace(start=lambda: None, stop=lambda: None),
     )  # fmt: skip

@@ -19,11 +19,12 @@ from d2s.shards.cli import main as shard
 from d2s.shards.format.manifest import read_manifest
 from d2s.train import main
 from d2s.training import run_folder
+from d2s.training.config import RENAMED
 from d2s.training.run_log import RunLog, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    *("--batch_size", "8", "--model.width", "16", "--log.every", "1", "--log.evaluate_epochs", "1"),
+    *("--batch_size", "8", "--model.width", "16", "--log.every", "1", "--validation.every_epochs", "1"),
     *("--data.loader_workers", "0", "--data.image_size", "32", "--model.image_size", "32"),
     *("--optim.warmup_steps", "0"),
 ]
@@ -112,9 +113,16 @@ def test_killed_and_resumed_is_bit_equal(scenes: Path, pretrained: Path, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_an_incomplete_checkpoint_is_never_used(scenes: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_never_used_and_former_names_of_fields_are_read(
+    scenes: Path, pretrained: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(pretrained, run)
+    saved = json.loads((run / "config.json").read_text())
+    former = {old: saved["config"][new.split(".")[0]][new.split(".")[1]] for old, new in RENAMED.items()}
+    saved["config"]["log"] |= {name.removeprefix("log."): value for name, value in former.items()}
+    del saved["config"]["checkpoint"], saved["config"]["validation"]
+    (run / "config.json").write_text(json.dumps(saved))
     (run / "checkpoints" / "step-00000012" / "complete.json").unlink()
     done = train("scenes_small_pretrain", "--data", scenes, "--run", run, "--max_steps", 12, "--resume")
     assert done.returncode == 0, done.stderr

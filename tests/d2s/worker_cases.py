@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,10 @@ from torch import Tensor
 from d2s.data.batch import Batch
 from d2s.losses.objective import LossConfig, Objective
 from d2s.model import D2SModel, DecoderConfig, TowerConfig, build_word_tokenizer
-from d2s.training.gradient_cache import GradientCache
+from d2s.training.gradient_cache import MicroBatches
 from d2s.training.module import TrainingModule
+from d2s.training.teacher_table import TeacherTable
+from d2s.workers.group import Workers
 
 PAIRS, LENGTH, WIDTH = 16, 9, 16
 HINGE, DISTILL = LossConfig(align="hinge"), LossConfig(align="infonce", distill_weight=64.0)
@@ -97,6 +100,31 @@ def gradients(module: TrainingModule) -> dict[str, Tensor]:
     return found
 
 
+class TeacherRows(TeacherTable):
+    """A teacher's table in memory: row i is the embedding of dense caption i."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def rows(self, dense_index: Tensor) -> Tensor:
+        return self._rows[dense_index]
+
+
+def micro_batches(
+    engine, teacher: Tensor | None, size: int, world: int = 1, check=lambda: None
+) -> MicroBatches:
+    """Micro-batches of `size` pairs without loader, detector and signals; `check` is called before each."""
+    return MicroBatches(
+        engine,
+        None if teacher is None else TeacherRows(teacher),
+        Workers(rank=0, world=world, local_rank=0, device=torch.device("cpu")),
+        0,
+        size=size,
+        detector=SimpleNamespace(inspect=lambda *embeddings: None),
+        preemption=SimpleNamespace(check=check),
+    )
+
+
 def losses_and_backward(engine, stage: str, name: str, size: int) -> Tensor:
     """One forward and backward of this worker's rows, by micro-batches of `size` pairs (0: all at once).
 
@@ -109,11 +137,9 @@ def losses_and_backward(engine, stage: str, name: str, size: int) -> Tensor:
     batch.dense_index = torch.arange(local)
     warmup = set_case(engine.module, stage, name)
     if size:
-        cache = GradientCache(
-            engine, batch, size, torch.device("cpu"), seed=torch.manual_seed, poll=lambda: None
-        )
-        total = cache.losses(engine.module.objective, warmup, lambda part: teacher[part.dense_index])[0]
-        cache.backward(world)
+        computation = micro_batches(engine, teacher, size, world)
+        total = computation.forward(batch, 0, warmup)[0]
+        computation.backward(total)
     else:
         engine.set_gradient_accumulation_boundary(True)
         torch.manual_seed(0)

@@ -13,8 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from d2s.training.build import build_trainer
+from d2s.training.checks import check_arguments
 from d2s.training.optimizer import lr_factor, set_learning_rate
-from d2s.training.prepare import plan
 from d2s.training.trainer import Trainer
 from d2s.workers.collectives import barrier
 from d2s.workers.group import leave, start_workers
@@ -23,7 +24,7 @@ from d2s.workers.preemption import Preemption
 # Without dropout inside of the towers a batch is the same on any number of workers.
 COMMON = (
     "--batch_size 8 --max_steps 4 --model.width 16 --data.image_size 32 --model.image_size 32 --optim.warmup_steps 0 "
-    "--data.loader_workers 0 --model.text_dropout 0 --log.max_stalled_restarts 0"
+    "--data.loader_workers 0 --model.text_dropout 0 --checkpoint.max_stalled_restarts 0"
 ).split()
 
 
@@ -36,14 +37,14 @@ def start(case: dict, data: str, is_main: bool) -> Trainer:
         recipe="scenes_small_pretrain", data=data, val_data=None, run=run, init=None,
         resume=bool(case.get("from")), dry_run=False,
     )  # fmt: skip
-    planned = plan(options, [*COMMON, *case["overrides"]])
+    spec = check_arguments(options, [*COMMON, *case["overrides"]])
     barrier()  # as where the workers have yet to meet: a started run's folder is no longer empty
-    return planned.start(Preemption())
+    return build_trainer(spec, Preemption())
 
 
 def digest(trainer: Trainer) -> str:
     """Of all weights, as evaluation and export see them."""
-    with trainer.whole.full() as model:
+    with trainer.full_model.full() as model:
         state = sorted(model.state_dict().items())
         return hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in state)).hexdigest()
 
@@ -70,21 +71,21 @@ def run_case(case: dict, data: str, is_main: bool) -> dict:
     losses, result = [], {}
     with trainer:
         trainer.engine.train()
-        for batch in trainer.batches.epoch(0, trainer.step):
-            factor = lr_factor(trainer.config.optim, trainer.step, 6, 4)
+        for batch in trainer.batches.epoch(0, trainer.state.step):
+            factor = lr_factor(trainer.config.optim, trainer.state.step, 6, 4)
             set_learning_rate(trainer.engine.optimizer, factor)
-            losses.append(trainer._train_step(batch)[0].item())
-            trainer.step += 1
-            if trainer.step == case.get("save"):
+            losses.append(trainer.train_step(batch).losses[0].item())
+            trainer.state.step += 1
+            if trainer.state.step == case.get("save"):
                 result |= save(trainer, case.get("full"))
-            if trainer.step == case["until"]:
+            if trainer.state.step == case["until"]:
                 break
         result |= {"losses": losses, "weights": digest(trainer)}
         if case.get("evaluate"):
-            with trainer.whole.full() as model:
-                result["rsum"] = trainer._evaluate(model).dense.rsum
+            with trainer.full_model.full() as model:
+                result["rsum"] = trainer.evaluate(model).dense.rsum
             trainer.engine.train()
-            result["after"] = trainer._train_step(next(trainer.batches.epoch(0, 0)))[0].item()
+            result["after"] = trainer.train_step(next(trainer.batches.epoch(0, 0))).losses[0].item()
     return result
 
 

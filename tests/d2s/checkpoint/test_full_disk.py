@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import d2s.training.prepare
+import d2s.training.build
+import d2s.training.checks
 from d2s.checkpoint.export import write_model
 from d2s.model import build_word_tokenizer
 from d2s.train import main
 from d2s.training.run_log import RunLog
-from d2s.training.teacher_table import _allocate, teacher_table
+from d2s.training.teacher_table import allocate_file, teacher_table
 from d2s.workers.group import Workers
 
 
@@ -70,8 +71,8 @@ def test_any_other_file_while_training(
         def train(self) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "some.file"))
 
-    planned = SimpleNamespace(start=lambda preemption: Trainer())
-    monkeypatch.setattr(d2s.training.prepare, "plan", lambda options, overrides: planned)
+    monkeypatch.setattr(d2s.training.checks, "check_arguments", lambda options, overrides: None)
+    monkeypatch.setattr(d2s.training.build, "build_trainer", lambda spec, preemption: Trainer())
     assert main(["scenes_small_pretrain"]) == 1
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1
@@ -81,7 +82,7 @@ def test_any_other_file_while_training(
 
 
 def test_the_teachers_table_has_its_room_before_it_is_mapped(tmp_path: Path) -> None:
-    _allocate(tmp_path / "table", 100_000)
+    allocate_file(tmp_path / "table", 100_000)
     assert (tmp_path / "table").stat().st_size == 100_000
     assert (tmp_path / "table").stat().st_blocks * 512 >= 100_000
     teacher = SimpleNamespace(text_encoder=SimpleNamespace(linear=SimpleNamespace(out_features=16)))

@@ -309,7 +309,7 @@ def test_missing_captions_and_sizes_are_named_at_the_start(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"sparse": "some"}, "sparse is 'some': use 'all' or 'one'"),
+        ({"sparse": "some"}, "data.sparse is 'some': it must be 'all' or 'one'"),
         ({"image_size": 0}, "image_size is 0"),
         ({"crop_min": 0.0}, "crop_min is 0.0"),
         ({"word_augment": 1.5}, "word_augment is 1.5"),

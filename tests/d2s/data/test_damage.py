@@ -13,6 +13,7 @@ from worker_cases import run
 from d2s.checkpoint import store as checkpoint
 from d2s.data.damage import Damage, add_new
 from d2s.shards.read.reader import DamagedSample
+from d2s.training.trainer import Trainer
 from d2s.workers.preemption import Preempted
 
 
@@ -29,17 +30,21 @@ def test_a_sample_that_fails_in_another_way_each_time_is_one() -> None:
     assert known == [line(4), line(44), "s3://a.tar: OSError: x", "s3://a.tar: y"]
 
 
+def counted(made: Trainer) -> tuple[int, int]:
+    return made.state.count_over_workers(made.workers, made.config.data.damage_budget)
+
+
 def _two_meet_the_same() -> dict:
     rank = dist.get_rank()
     made = trainer(nn.Linear(1, 1), damage_budget=3)
-    made.truncated = rank + 1
+    made.state.truncated = rank + 1
     counts = []
     for rows in ([1, 2], [2, 3], [3]):  # every worker meets those, worker 1 one more in the end
         add_new(made.batches.damaged, [line(row, f"seen by {rank}") for row in rows])
-        counts.append(made._count_over_workers())
+        counts.append(counted(made))
     add_new(made.batches.damaged, [line(4)] * rank)
     try:
-        made._count_over_workers()
+        counted(made)
     except ValueError as error:
         counts.append(str(error))
     every = [None, None]
@@ -60,21 +65,20 @@ def test_a_sample_that_several_workers_meet_is_one(tmp_path: Path) -> None:
 
 
 def test_a_sample_met_again_after_a_restart_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2s.training.trainer.to_dict", vars)
     before, after = (trainer(nn.Linear(1, 1)) for _ in range(2))
     add_new(before.batches.damaged, [line(1), line(2)])
-    before.truncated = 5
-    state = before._state()
+    before.state.truncated = 5
+    state = before.state.to_dict(before.workers, 9)
     assert (state["damaged"], state["truncated"]) == (2, 5)
     monkeypatch.setattr(checkpoint, "load", lambda *arguments: state)
     after.restore()
     add_new(after.batches.damaged, [line(2, "cannot be read"), line(3)])
-    assert after.damage.new_lines() == [line(3)]
-    assert after._count_over_workers() == (3, 5)
+    assert after.state.damage.new_lines() == [line(3)]
+    assert counted(after) == (3, 5)
     # A checkpoint of an earlier version has their number only.
     monkeypatch.setattr(checkpoint, "load", lambda *arguments: {**state, "damaged_samples": []})
     after.restore()
-    assert after._count_over_workers() == (0, 5)
+    assert counted(after) == (0, 5)
 
 
 def test_what_one_worker_was_told_of_it_does_not_say() -> None:
@@ -94,9 +98,9 @@ def test_the_cut_captions_of_a_step_that_a_signal_ended_are_not_counted() -> Non
 
     handle = made.engine.module.register_forward_hook(lambda *arguments: signalled())
     with pytest.raises(Preempted):
-        made._train_step(batch)
-    assert made._count_over_workers() == (0, 0)
+        made.train_step(batch)
+    assert counted(made) == (0, 0)
     handle.remove()
     made.engine.module.register_forward_hook(lambda module, inputs, out: out.sum())
-    made._train_step(batch)  # as the resumed run makes it again
-    assert made._count_over_workers() == (0, 7)
+    made.train_step(batch)  # as the resumed run makes it again
+    assert counted(made) == (0, 7)

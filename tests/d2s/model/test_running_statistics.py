@@ -41,15 +41,15 @@ def test_a_skipped_step_leaves_running_statistics_as_they_were(spoilt: str) -> N
     module = Towers().train()
     one = trainer(module)
     good = SimpleNamespace(rows=torch.randn(8, 3), factor=1.0, slope=1.0, truncated=0, samples=torch.zeros(0))
-    one._train_step(good)
+    one.train_step(good)
     old = buffers(module)
     rows = torch.randn(8, 3)
     if spoilt == "activation":
         rows[3, 1] = torch.inf
     changes = {"rows": rows, "factor": 1.0, "slope": 1.0}
     changes |= {"loss": {"factor": torch.nan}, "gradient": {"slope": torch.nan}}.get(spoilt, {})
-    one._train_step(SimpleNamespace(**(vars(good) | changes)))
-    assert one.skipped == 1
+    one.train_step(SimpleNamespace(**(vars(good) | changes)))
+    assert one.state.skipped == 1
     assert all(torch.equal(buffer, old[name]) for name, buffer in module.named_buffers())
 
 

@@ -6,9 +6,12 @@ import pytest
 
 from d2s.plan.dry_run import memory_parts
 from d2s.shards.cli import main as shard
-from d2s.train import main, parse
+from d2s.train import main
+from d2s.training.arguments import parse
+from d2s.training.build import build_model, build_module
+from d2s.training.checks import check_arguments
 from d2s.training.engine import BUCKET
-from d2s.training.prepare import Plan, plan
+from d2s.training.run_spec import RunSpec
 
 SMALL = (
     "--batch_size 8 --model.width 16 --data.image_size 32 --model.image_size 32 --data.loader_workers 0"
@@ -23,13 +26,13 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["scenes_small_pretrain", "--data", str(out), "--dry-run", *SMALL]
 
 
-def _parts(prepared: Plan) -> dict[str, int]:
-    return memory_parts(prepared, prepared.build_module(prepared.build_model()))
+def _parts(prepared: RunSpec) -> dict[str, int]:
+    return memory_parts(prepared, build_module(prepared, build_model(prepared)))
 
 
-def _prepared(arguments: list[str], *more: str) -> Plan:
+def _prepared(arguments: list[str], *more: str) -> RunSpec:
     # Two workers, of which a dry run needs none.
-    return dataclasses.replace(plan(*parse([*arguments, *more])), world=2)
+    return dataclasses.replace(check_arguments(*parse([*arguments, *more])), world=2)
 
 
 @pytest.mark.filterwarnings("ignore:engine.offload_optimizer has no effect without a GPU")
@@ -45,7 +48,7 @@ def test_zero_offloading_and_buckets_count(arguments: list[str]) -> None:
 def test_an_online_teacher_counts(arguments: list[str]) -> None:
     prepared = _prepared(arguments)
     without = _parts(prepared)["weights"]
-    module = prepared.build_module(prepared.build_model())
+    module = build_module(prepared, build_model(prepared))
     loss = dataclasses.replace(prepared.config.loss, distill_weight=1.0, teacher="online")
     config = dataclasses.replace(prepared.config, stage="finetune", loss=loss)
     tower = 4 * sum(p.numel() for p in module.model.text_encoder.parameters())

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from d2s.training.config import differences, fields_of, from_dict, override, to_dict
+from d2s.training.config import RENAMED, TrainConfig, differences, fields_of, override
 from d2s.training.engine import EngineConfig, bucket_size, engine_settings, start_engine
-from d2s.training.prepare import find_recipe
-from d2s.training.recipes import RECIPES
+from d2s.training.recipes import RECIPES, find_recipe
 from d2s.workers import group as distributed
 from d2s.workers.devices import share_cores
 
@@ -19,7 +18,7 @@ from d2s.workers.devices import share_cores
 def test_every_recipe_survives_json(name: str) -> None:
     config = find_recipe(name)
     assert config.recipe == name
-    again = from_dict(json.loads(json.dumps(to_dict(config))))
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert config.stage == ("pretrain" if "pretrain" in name else "finetune")
 
@@ -61,12 +60,17 @@ def test_overrides_reach_nested_fields() -> None:
         (["--optim.lr", "fast"], "--optim.lr.*'fast'"),
         (["--optim.schedule", "linear"], "invalid choice 'linear'.*optim.schedule"),
         (["--batch_size", "0"], "batch_size is 0"),
-        (["--optim.lr", "inf"], "optim.lr is inf"),
+        (["--optim.lr", "inf"], "^optim.lr is inf: it must be a finite number"),
         (["--optim.decay", "nan"], "optim.decay is nan"),
         (["--optim.milestones", "nan"], "optim.milestones is"),
         (["--loss.logit_bias", "nan"], "loss.logit_bias is nan"),
         (["--seed", "-1"], "seed is -1"),
         (["--loss.margin", "-1"], "loss.margin is -1"),
+        (
+            ["--model.image_encoder.layers", "0"],
+            "^model.image_encoder.layers is 0: it must be greater than 0",
+        ),
+        (["--log.save_steps", "5"], "'log.save_steps' is called 'checkpoint.every_steps' now"),
         (["--loss.distill_weight", "0", "--loss.align_weight", "0"], "nothing would be learned"),
         (["--data.image_size", "96"], "data.image_size 96 and model.image_size 64 differ"),
     ],
@@ -75,6 +79,27 @@ def test_a_wrong_override_is_one_line(arguments: list[str], message: str) -> Non
     with pytest.raises(ValueError, match=message) as caught:
         override(find_recipe("scenes_small_finetune"), arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_old_names_of_fields_are_still_read() -> None:
+    config = find_recipe("scenes_small_pretrain")
+    saved = config.to_dict()
+    for number, (old, new) in enumerate(RENAMED.items(), start=2):
+        (old_part, old_field), (new_part, new_field) = old.split("."), new.split(".")
+        del saved[new_part][new_field]
+        saved[old_part][old_field] = number
+    del saved["checkpoint"], saved["validation"]
+    found = fields_of(TrainConfig.from_dict(saved))
+    assert [found[new] for new in RENAMED.values()] == [2, 3, 4, 5, 6]
+    assert "keep" in saved["log"]  # what was given stays as it was
+    for wrong, message in (
+        ({"optim": {"lrr": 1}}, "optim.lrr is 1: there is no such field; did you mean 'lr'"),
+        ({"optim": {"lr": "1"}}, "optim.lr is '1': it must be a valid number"),
+        ({"batch_size": True}, "batch_size is True: it must be a valid integer"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            TrainConfig.from_dict(saved | wrong)
+        assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_recipe_suggests_the_nearest() -> None:

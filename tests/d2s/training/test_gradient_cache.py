@@ -5,24 +5,26 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from worker_cases import PAIRS, build, pairs, set_case
+from worker_cases import PAIRS, build, micro_batches, pairs, set_case
 
+from d2s.data.batch import Batch
 from d2s.model.sample_draws import dropout
 from d2s.shards.cli import main as shard
-from d2s.train import main, parse
-from d2s.training.gradient_cache import GradientCache, check_norms
-from d2s.training.prepare import plan
+from d2s.train import main
+from d2s.training.arguments import parse
+from d2s.training.build import build_model, build_module
+from d2s.training.checks import check_arguments
+from d2s.training.gradient_cache import check_norms
 
 
-def _cache(engine, size: int, poll=lambda: None) -> tuple[GradientCache, Tensor]:
+def _batch() -> tuple[Batch, Tensor]:
     batch, teacher = pairs()
     batch.dense_index = torch.arange(PAIRS)
-    cache = GradientCache(engine, batch, size, torch.device("cpu"), seed=torch.manual_seed, poll=poll)
-    return cache, teacher
+    return batch, teacher
 
 
 class _Plain:
-    """What GradientCache asks of an engine, for a module in one process: each call's outputs are kept."""
+    """What MicroBatches asks of an engine, for a module in one process: each call's outputs are kept."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.seen, self.boundaries = module, [], []
@@ -48,14 +50,13 @@ def test_gradients_in_double_whatever_the_size(stage: str, name: str) -> None:
     for size in (0, 1, 5, 8, PAIRS - 1):
         module = build(stage).double()
         warmup = set_case(module, stage, name)
-        cache, teacher = _cache(_Plain(module), size or 1)
+        batch, teacher = _batch()
         if size:
-            total = cache.losses(module.objective, warmup, lambda part, rows=teacher: rows[part.dense_index])[
-                0
-            ]
-            cache.backward(1.0)
+            computation = micro_batches(_Plain(module), teacher, size)
+            total = computation.forward(batch, 0, warmup)[0]
+            computation.backward(total)
         else:
-            total = whole = module(cache.batch, warmup, teacher)[0]
+            total = whole = module(batch, warmup, teacher)[0]
             whole.backward()
         assert abs(total - whole) <= 1e-10 * abs(whole), size
         found[size] = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
@@ -68,9 +69,9 @@ def test_gradients_in_double_whatever_the_size(stage: str, name: str) -> None:
 
 def test_both_passes_draw_alike_and_micro_batches_do_not() -> None:
     engine = _Plain(build("pretrain", dropout=True))
-    cache, _ = _cache(engine, 6)
-    cache.losses(engine.module.objective, set_case(engine.module, "pretrain", "infonce"), lambda part: None)
-    cache.backward(1.0)
+    batch, computation = _batch()[0], micro_batches(engine, None, 6)
+    total = computation.forward(batch, 0, set_case(engine.module, "pretrain", "infonce"))[0]
+    computation.backward(total)
     first, second = engine.seen[:3], engine.seen[3:]
     assert engine.boundaries == [False, False, True]
     assert [len(outputs[0]) for outputs in first] == [6, 6, 4]
@@ -78,7 +79,7 @@ def test_both_passes_draw_alike_and_micro_batches_do_not() -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     # The towers' own dropout is on: without new draws the same pairs would come out again.
     torch.manual_seed(1)
-    assert not torch.equal(engine(cache.batch.rows(0, 6), embed_only=True)[1], first[0][1])
+    assert not torch.equal(engine(batch.rows(0, 6), embed_only=True)[1], first[0][1])
 
 
 def test_buffers_and_weights_stay_and_a_left_step_leaves_nothing() -> None:
@@ -91,10 +92,10 @@ def test_buffers_and_weights_stay_and_a_left_step_leaves_nothing() -> None:
         if len(polls) == 5:
             raise InterruptedError
 
-    cache, _ = _cache(engine, 6, poll)
-    cache.losses(engine.module.objective, set_case(engine.module, "pretrain", "infonce"), lambda part: None)
+    computation = micro_batches(engine, None, 6, check=poll)
+    total = computation.forward(_batch()[0], 0, set_case(engine.module, "pretrain", "infonce"))[0]
     with pytest.raises(InterruptedError):
-        cache.backward(1.0)
+        computation.backward(total)
     assert len(engine.seen) == 4
     assert all(torch.equal(before[name], value) for name, value in engine.module.state_dict().items())
 
@@ -169,8 +170,8 @@ def test_a_dry_run_counts_one_micro_batch(scenes: Path) -> None:
     kept = {}
     for size in (0, 4, 8):
         arguments = ["scenes_small_pretrain", "--data", str(scenes), "--dry-run", *CONVNEXT]
-        prepared = plan(*parse([*arguments, "--engine.micro_batch", str(size)]))
-        module = prepared.build_module(prepared.build_model())
+        prepared = check_arguments(*parse([*arguments, "--engine.micro_batch", str(size)]))
+        module = build_module(prepared, build_model(prepared))
         kept[size] = memory_parts(prepared, module)["activations"]
     embeddings = 2 * 2 * 4 * 16 * 8
     # With sample draws the mask is kept in another form, hence 8 (all pairs) against 4 and not against 0.

@@ -44,7 +44,7 @@ def test_nothing_to_train_is_said() -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match=r"optim\.lr is -1"):
         OptimConfig(lr=-1)
-    with pytest.raises(ValueError, match="and rise"):
+    with pytest.raises(ValueError, match="later than the one before"):
         OptimConfig(milestones=(5, 3))
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(600)  # the first case waits for a group that g
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = (
     "--batch_size 8 --log.every 1 --data.loader_workers 1 --data.image_size 32 --model.image_size 32 "
-    "--model.width 16 --optim.warmup_steps 0 --log.evaluate_epochs 1"
+    "--model.width 16 --optim.warmup_steps 0 --validation.every_epochs 1"
 )
 
 
@@ -100,7 +100,7 @@ def test_a_chain_of_restarts_that_gets_no_further_ends(group: tuple[Path, dict])
     assert [results[f"start {number}"]["codes"] for number in range(4)] == [[75, 75]] * 3 + [[1, 1]]
     line = results["start 3"]["errors"][0][0]
     assert "3 starts in a row began at the beginning and saved nothing after it" in line
-    assert "--log.max_stalled_restarts 0" in line
+    assert "--checkpoint.max_stalled_restarts 0" in line
     assert results["start 4"]["codes"] == [0, 0]
     assert same_end(folder / "stalled", folder / "in peace")
     # To ask a run that is done again and again is no chain.

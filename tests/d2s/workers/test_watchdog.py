@@ -21,7 +21,7 @@ FAULTS = str(Path(__file__).parents[1] / "faults.py")
 BOUND = 30.0
 KINDS = ("raise", "exit", "hard exit", "kill")
 ARGUMENTS = (
-    "scenes_small_pretrain --batch_size 8 --log.every 1 --log.evaluate_epochs 1 --data.loader_workers 1 "
+    "scenes_small_pretrain --batch_size 8 --log.every 1 --validation.every_epochs 1 --data.loader_workers 1 "
     "--data.image_size 32 --model.image_size 32 --model.width 16 --optim.warmup_steps 0 --max_steps 9"
 ).split()
 

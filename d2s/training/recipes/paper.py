@@ -1,0 +1,52 @@
+"""The paper's settings for Flickr30K and COCO."""
+
+import dataclasses
+from typing import Literal
+
+from d2s.data.config import DataConfig
+from d2s.losses.config import LossConfig
+from d2s.model import DecoderConfig, ModelConfig, presets
+from d2s.training.config import TrainConfig
+
+DataSet = Literal["f30k", "coco"]
+Tower = Literal["vitb16", "swinb"]
+Stage = Literal["pretrain", "finetune", "align"]
+
+MARGIN: dict[DataSet, float] = {"f30k": 0.2, "coco": 0.2}
+"""Margin of the hinge for each data set, in cosine similarity."""
+
+
+def paper(data: DataSet, tower: Tower, size: int, stage: Stage) -> TrainConfig:
+    """30 epochs, global batch 128, hinge loss, BERT-base.
+
+    size: side of the input image in pixels. stage: "align" is the baseline without decoder and teacher.
+    """
+    finetune = stage == "finetune"
+    return TrainConfig(
+        stage="pretrain" if stage == "pretrain" else "finetune",
+        model=ModelConfig(
+            image_encoder=presets.vit_b16() if tower == "vitb16" else presets.swin_b(size),
+            text_encoder=presets.bert_base(),
+            image_size=size,
+            decoder=DecoderConfig() if finetune else None,
+        ),
+        data=DataConfig(image_size=size, loader_workers=8),
+        loss=LossConfig(margin=MARGIN[data], distill_weight=1.0 if finetune else 0.0),
+    )
+
+
+def compat(config: TrainConfig) -> TrainConfig:
+    """`config` with every difference of the authors' release switched on that has a switch."""
+    decoder, loss = config.model.decoder, config.loss
+    if decoder:
+        decoder = dataclasses.replace(decoder, layout="postfix")
+    if loss.distill_weight:
+        loss = dataclasses.replace(loss, teacher="online", teacher_train_mode=True)
+    model = dataclasses.replace(
+        config.model,
+        decoder=decoder,
+        compat_decoder_padding=True,
+        compat_unit_prompt=True,
+        compat_batch_norm=True,
+    )
+    return dataclasses.replace(config, model=model, loss=loss)
