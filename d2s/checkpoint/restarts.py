@@ -31,8 +31,8 @@ def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
     if limit and starts >= limit:
         raise StalledError(
             f"{starts} starts in a row began at {place['from']} and saved nothing after it: the next would not get "
-            "further. Save more often (checkpoint.every_steps, checkpoint.every_minutes) or give the job more time, and "
-            "resume with --checkpoint.max_stalled_restarts 0"
+            "further. Save more often (checkpoint.every_steps, checkpoint.every_minutes) or give the job more time, "
+            "and resume with --checkpoint.max_stalled_restarts 0"
         )
     write_json(path, {**place, "starts": starts + 1})
 
