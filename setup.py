@@ -6,7 +6,6 @@ from setuptools import find_packages, setup
 
 SHARDS = ["numpy>=2.0", "pillow>=11.0", "pyarrow>=20.0", "rich>=13.9", "webdataset>=1.0"]
 MODEL = ["torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.0"]
-BENCH = ["matplotlib>=3.10"]
 TRAIN = [*MODEL, "deepspeed>=0.19", "psutil>=6.0", "tensorboard>=2.18", "tyro>=1.0"]
 
 ROOMS = {"d2s": "d2s", "d2s.kernels": "kernels", "d2s.launchers": "launchers", "d2s.shards": "shards"}
@@ -34,12 +33,12 @@ setup(
         "model": MODEL,
         "train": TRAIN,
         "triton": ["triton>=3.6"],
+        "bench": ["matplotlib>=3.10"],
         "cluster": ["submitit>=1.5", "psutil>=6.0"],
         "fast": ["simplejpeg>=1.8"],
         "wandb": ["wandb"],
-        "bench": BENCH,
         "test": [
-            *BENCH,
+            "matplotlib>=3.10",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.8",
