@@ -13,7 +13,6 @@ MODEL = [
     "jinja2>=3.1",
     "pydantic>=2.10",
 ]
-BENCH = ["matplotlib>=3.10"]
 TRAIN = [*MODEL, "deepspeed>=0.19", "psutil>=6.0", "tensorboard>=2.18", "tyro>=1.0"]
 
 ROOMS = {"d2s": "d2s", "d2s.kernels": "kernels", "d2s.launchers": "launchers", "d2s.shards": "shards"}
@@ -45,12 +44,12 @@ setup(
         "model": MODEL,
         "train": TRAIN,
         "triton": ["triton>=3.6"],
+        "bench": ["matplotlib>=3.10"],
         "cluster": ["submitit>=1.5", "psutil>=6.0"],
         "fast": ["simplejpeg>=1.8"],
         "wandb": ["wandb"],
-        "bench": BENCH,
         "test": [
-            *BENCH,
+            "matplotlib>=3.10",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.8",

@@ -61,4 +61,5 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.check_output([knobs.nvidia.cuobjdump.path, "-sass", file.name], text=True)
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

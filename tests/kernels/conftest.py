@@ -13,8 +13,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 LAUNCHES: Counter[str] = Counter()
-# What this session is made of: whether every file from here on takes part, and with all its tests.
-_session = {"whole": False, "deselected": False}
+# complete: the session runs all tests of this folder. deselected: some of them were left out by an option.
+_session = {"complete": False, "deselected": False}
 
 
 def _specs() -> tuple:
@@ -39,8 +39,8 @@ def _counted(run, name):
     return launch
 
 
-# These are about commands, imports and what is done on a CPU alone, and compute there whatever the device is. Single
-# tests of the CPU's own ways are marked `on_cpu`.
+# These files test commands, imports and the CPU's own code, so they compute on the CPU whatever the device is. Single
+# tests of that kind are marked `on_cpu`.
 COMMANDS = "bench bench_usage compile compile_usage gpu_script imports results tiles tune tune_usage"
 ON_CPU = {f"test_{name}.py" for name in f"{COMMANDS} devices gpo_order rank_ties".split()}
 
@@ -73,7 +73,7 @@ def files_on_cpu():
 
 @pytest.fixture(scope="session", autouse=True)
 def _count_launches():
-    """Stands in front of every kernel's launch; a kernel is launched through its attribute `run`."""
+    """Wraps every kernel's attribute `run`, through which it is launched, to count the launches."""
     kernels = {id(spec.kernel): spec.kernel for spec in _specs()}.values()
     for kernel in kernels:
         kernel.run = _counted(kernel.run, _name(kernel))
@@ -89,8 +89,8 @@ def pytest_deselected(items):
 
 def pytest_collection_finish(session):
     one_test_named = any("::" in argument for argument in session.config.args)
-    _session["whole"] = {*HERE.rglob("test_*.py")} <= {item.path for item in session.items}
-    _session["whole"] &= not one_test_named and not _session["deselected"]
+    _session["complete"] = {*HERE.rglob("test_*.py")} <= {item.path for item in session.items}
+    _session["complete"] &= not one_test_named and not _session["deselected"]
 
 
 def _never_launched() -> list[str]:
@@ -98,13 +98,13 @@ def _never_launched() -> list[str]:
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if _session["whole"] and exitstatus == pytest.ExitCode.OK and _never_launched():
+    if _session["complete"] and exitstatus == pytest.ExitCode.OK and _never_launched():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter):
     specs = _specs()
-    if not specs or not _session["whole"]:
+    if not specs or not _session["complete"]:
         return
     where = "in the interpreter" if type(specs[0].kernel).__name__ == "InterpretedFunction" else "on a device"
     never = _never_launched()
