@@ -1,8 +1,8 @@
 """Losses, pooling and ranks over whole batches without the B x N similarity matrix: `d2s.kernels`.
 
 Sizes in all docstrings and comments: B local batch (rows), N global batch (columns, candidates), K tokens, D width,
-E a teacher's width, W workers. Inside kernels `n` counts rows and `m` columns: n = B, m = N. Where tensors are made:
-acc is float32, or float64 for float64 inputs.
+E a teacher's width, W workers. In code `n` is the number of rows, B, and `m` that of columns, N. The type "acc" is
+the accumulator's: float32, or float64 for float64 inputs.
 
 Always import it as `d2s.kernels`. Transformers looks for another package named `kernels` and, with the
 repository's root on the path, executes this file as a top-level module. So nothing is imported here before a
