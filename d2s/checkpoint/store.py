@@ -151,7 +151,10 @@ def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
 
 
 def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, Any], list[str]]:
-    """The checkpoint's state, and all workers' problems with it. The engine changes only if no file is damaged."""
+    """Verify a checkpoint and restore the engine from it: its state, and the problems found by any worker.
+
+    With problems in the list the state is incomplete; with damaged files the engine is unchanged.
+    """
     state: dict[str, Any] = {}
 
     def problems_of(action: Callable[[], None]) -> list[str]:

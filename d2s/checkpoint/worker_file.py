@@ -19,7 +19,10 @@ from d2s.checkpoint.zero_state import TensorSlice
 
 
 def slices_to_write(slices: Iterable[TensorSlice], rank: int, world: int) -> Iterator[TensorSlice]:
-    """What worker `rank` of `world` writes: its part of each slice that all workers hold, and all others."""
+    """The slices that worker `rank` of `world` writes.
+
+    Of a replicated slice it writes one of `world` equal parts; other slices are its own, and written in full.
+    """
     for one in slices:
         if not one.replicated:
             yield one

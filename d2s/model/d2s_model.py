@@ -90,7 +90,7 @@ class D2SModel(nn.Module):
     def forward(
         self, images: Tensor, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None
     ) -> tuple[Tensor, TextOutput]:
-        """`forward_image` and `forward_text` in one call, for engines that wrap a module's forward."""
+        """`forward_image` (with draw_seeds) and `forward_text` (without) in one call."""
         return self.forward_image(images, draw_seeds), self.forward_text(ids, mask)
 
     def parameter_parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
