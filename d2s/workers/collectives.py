@@ -59,11 +59,6 @@ def max_over_workers(value: int) -> int:
     return int(largest.item())
 
 
-def any_worker(flag: bool) -> bool:
-    """Whether `flag` is true on any worker."""
-    return bool(max_over_workers(int(flag)))
-
-
 def run_on_all(action: Callable[[], T]) -> list[T]:
     """Runs `action` on every worker and returns all results in rank order.
 

@@ -96,7 +96,7 @@ class Job:
                 self.deadline = self.left[0] + 60
         return len(self.codes) == 2
 
-    def told(self) -> dict[str, Any]:
+    def outcome(self) -> dict[str, Any]:
         """Exit codes (-9: killed), seconds from the first worker's end to the other's, and what was shown."""
         seconds, codes = self.left[1] - self.left[0], [self.codes[0], self.codes[1]]
         return {"fault": self.fault, "codes": codes, "seconds": seconds, "screen": self.screen.read_text()}
@@ -104,14 +104,14 @@ class Job:
 
 def run_all(trials: list[dict[str, Any]], at_once: int) -> None:
     """Makes all trials, and prints what came of each."""
-    running: list[Job] = []
-    while trials or running:
-        while trials and len(running) < at_once:
-            running.append(Job(**trials.pop(0)))
+    active: list[Job] = []
+    while trials or active:
+        while trials and len(active) < at_once:
+            active.append(Job(**trials.pop(0)))
         time.sleep(0.05)
-        for job in [job for job in running if job.poll()]:
-            running.remove(job)
-            print(json.dumps(job.told()), flush=True)
+        for job in [job for job in active if job.poll()]:
+            active.remove(job)
+            print(json.dumps(job.outcome()), flush=True)
 
 
 def _work(arguments: list[str], fault: dict[str, Any], screen: Path, rank: int, port: str) -> None:

@@ -141,8 +141,8 @@ time.sleep(100)  # as in an exchange on a GPU that never comes back: nothing rai
 """
 
 
-def test_the_watch_alone_ends_workers_that_are_stuck() -> None:
-    """Four workers, since fellows hear of each other through the first."""
+def test_the_watchdog_alone_ends_workers_that_are_stuck() -> None:
+    """Four workers: all but worker 0 learn of a death through worker 0."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(), "WORLD_SIZE": "4"}
     jobs = [
         subprocess.Popen(
