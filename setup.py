@@ -27,7 +27,11 @@ setup(
         "d2s.launchers": "launchers",
         "d2s.shards": "shards",
     },
-    package_data={"d2s.report": ["templates/*"], "d2s.kernels": ["results/*"], "d2s.kernels.fused": ["tiles.json"]},
+    package_data={
+        "d2s.report": ["templates/*"],
+        "d2s.kernels": ["results/*"],
+        "d2s.kernels.fused": ["tiles.json"],
+    },
     install_requires=SHARDS,
     extras_require={
         "model": MODEL,
