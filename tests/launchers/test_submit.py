@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 from cluster import Cluster
-from conftest import losses, paused, wait_for_step
+from sbatch_runs import losses, paused, wait_for_step
 
 from d2s.launchers.pipeline import grid_points
 from d2s.launchers.submit import main
