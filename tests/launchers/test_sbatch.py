@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from conftest import ROOT, TRAIN, losses, paused, ranks, wait_for_step, weights
+from programs import ROOT
+from sbatch_runs import TRAIN, losses, paused, ranks, wait_for_step, weights
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 SHAPE = ["--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1"]

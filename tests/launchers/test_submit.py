@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 from cluster import Cluster
-from conftest import losses, paused, wait_for_step
+from sbatch_runs import losses, paused, wait_for_step
 
 from d2s.launchers.pipeline import grid_points
 from d2s.launchers.submit import main
@@ -41,18 +41,7 @@ def call(cluster: Cluster, project: Path, *arguments: str, code: int = 0) -> str
 @pytest.mark.timeout(600)
 def test_pipeline_on_slurm(cluster: Cluster, project: Path) -> None:
     """With one restart of a job that the others wait for."""
-    command = [
-        *COMMAND,
-        "pipeline",
-        "--cluster",
-        "slurm",
-        "--tasks",
-        "2",
-        "--build",
-        BUILD,
-        "--out",
-        "runs/p",
-    ]
+    command = [*COMMAND, *"pipeline --cluster slurm --tasks 2 --out runs/p".split(), "--build", BUILD]
     command += [*TINY, "--set", "log.every=1", "--set", "max_steps=12"]
     run = project / "runs/p/pretrain"
     with subprocess.Popen(command, cwd=project, env=cluster.environment, stdout=-1, text=True) as pipeline:
