@@ -67,7 +67,7 @@ def test_parts_are_whole_tiles_however_long_a_tile_is(name, monkeypatch):
     """A device's 16-bit tiles have 128 rows, the interpreter's 64: strips and blocks of 64 rows have to grow."""
     # Both would write where they must not; these two lines fail first.
     assert launch.Strips(150, 150, LONG, True).rows == 128
-    assert products.Products(*[torch.empty(150, 4)] * 2, LONG, 0, True, True, torch.float32).row_size == 128
+    assert products.Products(Sides(*[torch.empty(150, 4)] * 4), LONG, ALL[:2], torch.float32).row_size == 128
     monkeypatch.setattr(tiles, "INTERPRETED", LONG)
     whole = problem(150, 70, 120, torch.float16, "clustered")
     check(name, whole)
@@ -79,7 +79,7 @@ def test_products_read_no_deeper_than_a_tile_of_ds(name, monkeypatch):
     """The products' tile is tuned apart from the tile that dS is written in, and may be deeper."""
     deep = Tile(rows=64, columns=64, depth=128, warps=4, stages=1)
     monkeypatch.setattr(products, "tile_for", lambda kernel, x: deep)
-    made = products.Products(*[torch.empty(300, 4)] * 2, LONG, 0, True, True, torch.float32)
+    made = products.Products(Sides(*[torch.empty(300, 4)] * 4), LONG, ALL[:2], torch.float32)
     assert made.tile.depth == LONG.columns
     check(name, problem(150, 70, 120, torch.float32, "clustered"))
 
