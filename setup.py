@@ -8,7 +8,7 @@ SHARDS = ["numpy>=2.0", "pillow>=11.0", "pyarrow>=20.0", "rich>=13.9", "webdatas
 MODEL = [
     "torch>=2.11",
     "transformers>=5.17",
-    "safetensors>=0.5",
+    "safetensors>=0.8",
     "huggingface_hub>=1.0",
     "jinja2>=3.1",
     "pydantic>=2.10",

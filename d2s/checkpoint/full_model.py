@@ -34,7 +34,7 @@ class FullModel:
             self._copy = copy.deepcopy(model, memo)
 
     @contextmanager
-    def full(self) -> Iterator[D2SModel]:
+    def gathered(self) -> Iterator[D2SModel]:
         """The model in eval mode, with all weights, inside a block that all workers enter together.
 
         Under ZeRO 3 each worker holds all weights during the block. Running statistics that workers compute apart

@@ -43,16 +43,16 @@ class RunningStatistics:
         self._groups = list(_buffers_by_dtype(module))
         self._before: list[Tensor] = []
 
-    def keep(self) -> None:
+    def snapshot(self) -> None:
         """Remember the statistics; call it before the forward of a step."""
         self._before = [_flatten(buffers) for buffers in self._groups]
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restore all statistics: the step is skipped."""
         for buffers, before in zip(self._groups, self._before, strict=True):
             _copy_into(buffers, before)
 
-    def settle(self) -> None:
+    def keep_finite(self) -> None:
         """Restore the entries that are not finite after a step: a variance overflows before a loss does."""
         for buffers, before in zip(self._groups, self._before, strict=True):
             now = _flatten(buffers)

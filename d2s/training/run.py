@@ -118,7 +118,7 @@ class Run:
         """Evaluates the val split, exports the model if it is the best, and notes both in this step's checkpoint."""
         state, start = self.state, time.monotonic()
         self.engine.eval()
-        with self.full_model.full() as model:
+        with self.full_model.gathered() as model:
             result = self.evaluate(model)
         score = run_on_all(lambda: self.score(result))[0]  # the first worker's, so that all decide alike
         improved = score > state.best.get("rsum", -1.0)
@@ -160,7 +160,7 @@ class Run:
             if self.workers.is_main:
                 write_model(self.run / name, model)
 
-        with self.full_model.full() as model:
+        with self.full_model.gathered() as model:
             try:
                 run_on_all(write)
             except ValueError as error:

@@ -82,7 +82,7 @@ class Trainer(Run):
         """One optimization step, skipped by all workers where the loss or the gradient is not finite."""
         for line in self.state.damage.new_lines():  # each worker reports its own
             self.log.say(f"damaged sample replaced: {line}")
-        self.statistics.keep()
+        self.statistics.snapshot()
         losses = self.computation.forward(batch, self.state.step, self.hinge_warmup())
         agreed = self.agree(torch.stack(list(losses)).detach())
         applied = False
@@ -90,11 +90,11 @@ class Trainer(Run):
             self.computation.backward(losses[0])
             self.grad_norm, applied = clip_and_step(self.engine)
         if applied:
-            self.statistics.settle()
+            self.statistics.keep_finite()
             self.state.skipped_in_a_row = 0
             self.detector.stop()
         else:
-            self.statistics.put_back()
+            self.statistics.restore()
             self.count_skipped(batch, losses[0], what="gradient" if agreed.finite else "loss")
         # Only now: a stop signal during the step drops it, and the resumed run would count the captions again.
         self.state.truncated += batch.truncated

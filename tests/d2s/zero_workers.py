@@ -44,7 +44,7 @@ def start(case: dict, data: str, is_main: bool) -> Trainer:
 
 def digest(trainer: Trainer) -> str:
     """Of all weights, as evaluation and export see them."""
-    with trainer.full_model.full() as model:
+    with trainer.full_model.gathered() as model:
         state = sorted(model.state_dict().items())
         return hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in state)).hexdigest()
 
@@ -82,7 +82,7 @@ def run_case(case: dict, data: str, is_main: bool) -> dict:
                 break
         result |= {"losses": losses, "weights": digest(trainer)}
         if case.get("evaluate"):
-            with trainer.full_model.full() as model:
+            with trainer.full_model.gathered() as model:
                 result["rsum"] = trainer.evaluate(model).dense.rsum
             trainer.engine.train()
             result["after"] = trainer.train_step(next(trainer.batches.epoch(0, 0))).losses[0].item()

@@ -59,10 +59,10 @@ def test_a_variance_that_overflows_in_a_finite_step_is_not_followed() -> None:
     statistics, rows = RunningStatistics(module), torch.randn(8, 3)
     alone(rows)
     rows[:, 1] *= 1e30
-    statistics.keep()
+    statistics.snapshot()
     module(rows)
     assert not all(buffer.isfinite().all() for buffer in module.buffers())
-    statistics.settle()
+    statistics.keep_finite()
     assert all(buffer.isfinite().all() for buffer in module.buffers())
     # The other channels have followed, to the bit.
     for name in ("running_mean", "running_var"):
@@ -82,7 +82,7 @@ def _apart(folder: str) -> dict:
     found["after a save"] = buffers(module)
     module.train()(torch.randn(8, 3))
     found["moved on"] = buffers(module)
-    with FullModel(module, 0).full() as model:
+    with FullModel(module, 0).gathered() as model:
         found["evaluated"] = buffers(model)
     load(Path(folder), engine, workers)
     found["restored"] = buffers(module)
