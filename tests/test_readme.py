@@ -1,5 +1,6 @@
-"""The README's commands run: the four on one's own photographs for real, all others as far as their checks."""
+"""The commands of all READMEs run: the four on one's own photographs for real, all others as far as their checks."""
 
+import functools
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = ("d2s", "shards", "kernels", "launchers")
+ALL = "\n".join([README, *((ROOT / room / "README.md").read_text(encoding="utf-8") for room in ROOMS)])
 # What makes the README's training commands end within seconds.
 SMALL = ("--max_steps 3 --batch_size 8 --model.width 16 --data.loader_workers 0 --data.image_size 32"
          " --model.image_size 32").split()  # fmt: skip
@@ -21,7 +24,7 @@ SMALL = ("--max_steps 3 --batch_size 8 --model.width 16 --data.loader_workers 0 
 
 def bash_blocks() -> dict[str, list[str]]:
     """Commands by the test's name in the comment above their block, or by the number of the block."""
-    found = re.finditer(r"(?:<!-- test: (.*?) -->\n)?```bash\n(.*?)```", README, re.DOTALL)
+    found = re.finditer(r"(?:<!-- test: (.*?) -->\n)?```bash\n(.*?)```", ALL, re.DOTALL)
     return {m[1] or str(number): m[2].strip().splitlines() for number, m in enumerate(found)}
 
 
@@ -76,40 +79,53 @@ def test_every_training_command_names_a_recipe_and_fields() -> None:
 
 
 def test_every_module_command_knows_its_options() -> None:
-    for block in bash_blocks().values():
-        for line in block:
-            words = shlex.split(line, comments=True)
-            if words[:2] != ["python", "-m"]:
-                continue
-            verb = [words[3]] if words[2] in ("d2s.shard", "d2s.launchers.submit") else []
-            shown = subprocess.run(
-                [sys.executable, "-m", words[2], *verb, "--help"],
-                capture_output=True,
-                text=True,
-                cwd=ROOT,
-                check=True,
-            ).stdout
-            for option in (word for word in words if word.startswith("--")):
-                assert option in shown, f"{line}: {words[2]} has no {option}"
+    lines = [line for block in bash_blocks().values() for line in block if line.startswith("python -m ")]
+    assert len(lines) > 20
+    for line in lines:
+        module, *words = shlex.split(line, comments=True)[2:]
+        verb = words[0] if module in ("d2s.shard", "d2s.launchers.submit") else ""
+        shown = help_of(module, verb)
+        for option in (word for word in words if word.startswith("--")):
+            assert option in shown, f"{line}: {module} has no {option}"
+
+
+@functools.cache
+def help_of(module: str, verb: str) -> str:
+    command = [sys.executable, "-m", module, *([verb] if verb else []), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
 
 
 def test_the_tree_names_what_is_there() -> None:
-    tree = README.split("## The file tree", 1)[1].split("```", 2)[1]
+    tree = README.split("## The rooms", 1)[1].split("```", 2)[1]
     room = Path()
     for line in tree.strip().splitlines():
-        indented = line.startswith(" ")
-        names = re.match(r"\s*((?:[\w*]*[./][\w./]*\s+)+)", line)[1].split()
-        if not indented:
+        names = re.match(r"\s*((?:[\w*]+(?:/|\.\w+)\s+)+)", line)[1].split()
+        if not line.startswith(" "):
             room = ROOT / names[0]
             assert room.is_dir(), names[0]
             continue
-        for name in names:
-            if name != "...":
-                assert list(room.glob(name)), f"{room.name}/{name}"
+        assert [name for name in names if not list(room.glob(name))] == []
 
 
-def test_recipes_of_the_readme_exist() -> None:
+def test_paths_of_the_tables_are_there() -> None:
+    """What "to change X, start in Y" and the table of promises name. A second path may lie beside the first."""
+    rows = [line for line in ALL.splitlines() if re.match(r"\|.*\| .*`.*\|$", line)]
+    for line in rows:
+        for name in re.findall(r"`((?:d2s|shards|kernels|launchers|tests)/[\w/.*]+)`", line):
+            assert list(ROOT.glob(name)), line
+
+
+def test_links_lead_somewhere() -> None:
+    for room in ("", *ROOMS):
+        folder = ROOT / room
+        for link in re.findall(
+            r"\]\(([^)#:]+)(?:#[\w-]*)?\)", (folder / "README.md").read_text(encoding="utf-8")
+        ):
+            assert (folder / link).exists(), f"{room}/README.md: {link}"
+
+
+def test_recipes_of_the_readmes_exist() -> None:
     from d2s.training.recipes import RECIPES
 
-    for name in re.findall(r"\b(?:scenes|flickr8k)_small_\w+", README):
+    for name in re.findall(r"\b(?:scenes|flickr8k)_small_[a-z]+", ALL):
         assert name in RECIPES
