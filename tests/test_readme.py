@@ -78,6 +78,7 @@ def test_every_training_command_names_a_recipe_and_fields() -> None:
         override(find_recipe(options.recipe), overrides)
 
 
+@pytest.mark.slow
 def test_every_module_command_knows_its_options() -> None:
     lines = [line for block in bash_blocks().values() for line in block if line.startswith("python -m ")]
     assert len(lines) > 20
