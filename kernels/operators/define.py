@@ -100,9 +100,9 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def gradient_in_forward(operator: Callable, places: tuple[int, ...]) -> None:
-    """Registers the gradient of an operator that returns the loss and then the gradients.
+    """Registers the gradient of an operator that computes it in the forward.
 
-    After the loss, output k is the gradient with respect to argument places[k].
+    Output 0 of the operator is the loss. Output k + 1 is the gradient with respect to argument places[k].
     """
 
     def save(ctx: FunctionCtx, arguments: tuple, outputs: tuple) -> None:
