@@ -1,18 +1,20 @@
-"""Symmetric InfoNCE with a learnable scale: 8 B N D flops, and the similarity matrix is never stored.
+"""Symmetric InfoNCE with a learnable scale, in 8 B N D flops, without storing the similarity matrix.
 
-loss = 0.5 * sum over rows of log(1 + sum over negatives exp(scale * (S_ij - S_positive))), and the same over columns.
+loss = 0.5 * sum over rows of log(1 + sum over negatives exp(scale * (S_ij - S_positive))), and the same over
+columns.
 
-Forward (2 B N D): `_sweep` makes every tile of S once. A program has a tile of rows and a range of columns, with the
-rows' (largest, sum of exponentials) in registers; per tile it writes each column's. `_merge` adds these up in
-ascending order. Strips of STRIP rows keep the columns' partial results at 8 * STRIP / ROWS bytes a column.
-The backward (6 B N D) is in `info_nce_gradient.py`.
+In the forward (2 B N D flops), `_sweep` computes every tile of S once. A program takes a tile of rows (a
+"block") and a range of columns (a "split"). It keeps (largest, sum of exponentials) of each row in registers;
+for each tile it writes these two of each column. `_merge` adds them up in ascending order. The rows are
+processed in strips of STRIP rows, so the columns' partial results take 8 * STRIP / ROWS bytes per column.
+`info_nce_gradient.py` has the backward (6 B N D flops).
 
-Exponents are in base 2 and one fused multiply-add, factor * S - reference, which rounds once; therefore the largest
-similarity is stored and not the largest exponent. Positives stay out of all sums. The backward gets the odds of each
-row and column: log2 of (sum over the negatives / exponential of the positive). The cost is their softplus and
-1 - P(positive) their sigmoid. Both keep all their digits when a model is certain; 1 - P computed from P would not.
-For the same reason exponents and d_scale are computed from differences to the positive's similarity, which
-`positives.py` makes again for the backward.
+Exponents are in base 2. Each is one fused multiply-add, factor * S - reference, which rounds once; so the
+largest similarity is stored, not the largest exponent. Positives stay out of all sums. For each row and
+column, the forward saves the odds: log2 of (sum over the negatives / exponential of the positive). The cost
+is the softplus of the odds, and 1 - P(positive) is their sigmoid. Both keep all digits when a model is
+certain, which 1 - P computed from P would not. For the same reason, exponents and d_scale are computed from
+differences to the positive's similarity, which `positives.py` computes again for the backward.
 """
 
 import torch
@@ -54,7 +56,7 @@ def _sweep(
     image_ids,  # (B,)
     text_ids,  # (N,)
     scale,  # (1,)
-    positive,  # (B,), sign * similarity of each row's positive
+    positive,  # (B,), sign * similarity of each row with its positive
     row_top,  # (splits, strip)
     row_sum,  # (splits, strip)
     column_top,  # (blocks, N)
@@ -63,7 +65,7 @@ def _sweep(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The tile of rows `program 0` of the strip from `start` on, against the `tiles` tiles of range `program 1`."""
+    """Sweeps block `program 0` of the strip from row `start` on, over the columns of split `program 1`."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -98,7 +100,7 @@ def _sweep(
 
 @triton.jit
 def _merged(best, sums, tops, parts, inside, count, stride, factor):
-    """(largest, sum of exponentials) merged with `count` more such pairs, one every `stride` entries."""
+    """Merges (best, sums) with `count` more such pairs, `stride` entries apart in `tops` and `parts`."""
     for _ in range(count):
         other = tl.load(tops, mask=inside, other=float("-inf"))
         top = tl.maximum(best, other)
@@ -113,7 +115,7 @@ def _merged(best, sums, tops, parts, inside, count, stride, factor):
 
 @triton.jit
 def _finished(best, sums, own, factor, inside, LN2: tl.constexpr):
-    """(odds, cost) of rows with the largest negative `best`, sum of exponentials `sums` and the positive `own`."""
+    """Returns (odds, cost); best: largest negative, sums: of exponentials, own: positive similarity."""
     reference = reference_of(best, factor)
     logarithm = tl.where(sums == 0, float("-inf"), tl.log2(tl.where(sums == 0, 1.0, sums)))
     odds = logarithm - tl.fma(own, factor, -reference)
@@ -130,13 +132,13 @@ def _merge(
     column_top,  # (blocks, N)
     column_sum,  # (blocks, N)
     row_odds,  # (B,)
-    state_top,  # (N,), the columns' largest so far
-    column_odds,  # (N,), sums until the last strip
+    state_top,  # (N,), the largest of each column so far
+    column_odds,  # (N,), sums of exponentials until the last strip
     loss,  # (strips * merging,)
     n, m, start, stop, strip, splits, blocks, first_loss,
     BOTH: tl.constexpr, MERGED: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """MERGED rows of the strip start..stop and as many columns, whose odds are final after the last strip."""
+    """Merges MERGED rows of the strip start..stop, and MERGED columns, which the last strip completes."""
     program = tl.program_id(0)
     _, factor = exponent_of(scale)
     lane = program * MERGED + tl.arange(0, MERGED)
@@ -164,9 +166,10 @@ def _merge(
 
 
 def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), row_odds (B,), column_odds (N,) or empty without both), float32.
+    """Returns (loss (), row_odds (B,), column_odds (N,)) in float32; without `both`, column_odds is empty.
 
-    scale: one entry. Odds: log2 of (sum over the negatives / exponential of the positive), -inf without negatives.
+    Odds: log2 of (sum over the negatives / exponential of the positive), -inf without any. `scale` has one
+    entry.
     """
     image, text, image_ids, text_ids, offset, both = sides.contiguous()
     scale = scale.to(torch.float32)
@@ -177,7 +180,8 @@ def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
     positive, state, row_odds, column_odds, losses = (
         torch.empty(k, **floats) for k in (n, merged_columns, n, merged_columns, strips.losses)
     )
-    # Separate tensors: halves of one would be aligned for some sizes only, and Triton would compile both variants.
+    # Separate tensors, because halves of one would be aligned for some sizes only, and Triton would compile
+    # two variants.
     rows, columns = (
         (torch.empty(k, **floats), torch.empty(k, **floats)) for k in (strips.row_parts, strips.column_parts)
     )
