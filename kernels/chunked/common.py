@@ -70,9 +70,8 @@ class Sweep:
 class SamePairs:
     """Finds the entries of the similarity matrix whose row and column have the same image id.
 
-    The int64 ids are row_ids (B,) and column_ids (N,). On a CPU, the few such entries are listed, with the
-    help of sorted ids. On other devices the host would wait for such a list, so all pairs of ids are
-    compared.
+    The int64 ids are row_ids (B,) and column_ids (N,). A CPU lists the few such entries by sorting the ids.
+    On other devices the host would wait for a list, so all pairs of ids are compared.
     """
 
     def __init__(self, row_ids: Tensor, column_ids: Tensor) -> None:

@@ -45,8 +45,7 @@ def _cut(x: Tensor, count: int, bits: int) -> tuple[list[Tensor], Tensor]:
 def exact_products(rows: Tensor, columns: Tensor, at: Tensor) -> Tensor:
     """Returns rows @ columns[at]^T in float64, each row divided by a power of two: (r, J).
 
-    `rows` is (r, D) and `at` (J,). A whole row is divided by the same power, so the entries of a row can be
-    compared.
+    `rows` is (r, D) and `at` (J,). The power is the same within a row, whose entries can be compared.
     """
     width, count = rows.shape[1], _slices(rows.dtype)
     bits, size = _bits(width, count), max(1, CUT_ENTRIES // width)

@@ -5,9 +5,8 @@ ordered[b, k, d], and the token of rank k gets the gradient grad[b, d] * weights
 
 On a CPU, for float32 and smaller types, numpy sorts (see `order`). Each sample is sorted without its padding,
 so padding does not change its result by a bit. A block of channels is sorted at a time, which saves memory.
-The forward saves the order, two bytes per entry, and the backward reads the features again. numpy and torch
-release the interpreter lock, so the samples are spread over as many threads as torch may use. In all other
-cases torch sorts.
+The forward saves only the order, two bytes per entry. numpy and torch release the interpreter lock, so the
+samples are spread over as many threads as torch may use. Otherwise torch sorts.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ def gpo_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns d_features (B, K, D) and d_weights (B, K), in the types of grad (B, D) and of the weights.
 
-    `order` and `value` come from `gpo_forward`. The features are read only if the weights need a gradient and
-    `value` is empty.
+    `order` and `value` come from `gpo_forward`. Only a gradient of the weights, without `value`, reads the
+    features.
     """
     if _by_numpy(grad, mask.shape[1], grad.shape[1]):
         d_features, d_weights = _backward_by_numpy(

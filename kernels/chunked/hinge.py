@@ -68,9 +68,9 @@ def hinge_max_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns d_image (B, D) and d_text (N, D) in the types of the inputs; `need` tells which are needed.
 
-    `grad` () is the gradient of the loss. If row i with positive p is violated by column j, grad * (T_j -
-    T_p) is added to d_image[i], grad * I_i to d_text[j], and -grad * I_i to d_text[p]. A violated column adds
-    the same with the sides exchanged.
+    If column j violates the margin of row i, whose positive is p, grad * (T_j - T_p) is added to d_image[i],
+    grad * I_i to d_text[j] and -grad * I_i to d_text[p]. A violated column adds the same with the sides
+    exchanged.
     """
     rows, columns = upcast(image), upcast(text)
     n, m = rows.shape[0], columns.shape[0]
@@ -93,8 +93,7 @@ def hinge_max_backward(
 def _add_products(a: Tensor, rows: Tensor, columns: Tensor, d_rows: Tensor, d_columns: Tensor) -> None:
     """Computes d_rows = a @ columns and d_columns += a^T @ rows for a (r, N); skips an output that is empty.
 
-    `d_rows` must be zero before. A CPU leaves out rows without any violation; late in training these are most
-    rows.
+    `d_rows` must be zero before. A CPU leaves out rows without violations, most rows late in training.
     """
     if a.device.type == "cpu":
         busy = a.sum(1).nonzero().squeeze(1)
@@ -114,8 +113,8 @@ def _add_products(a: Tensor, rows: Tensor, columns: Tensor, d_rows: Tensor, d_co
 def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (loss (), d_image (B, D), d_text (N, D)), all in the accumulator type.
 
-    `need` selects the gradients. dS_ij counts the violations of the pair (i, j): 0, 1 or 2, as it may violate
-    its row's and its column's margin. Each violation counts -1 for the positive pair. See
+    `need` selects the gradients. dS_ij is the number of margins that pair (i, j) violates: of its row, its
+    column, both or none. Each violation adds -1 to dS of its positive pair. See
     `d2s.kernels.functional.hinge_loss`.
     """
     image, text, image_ids, text_ids, offset, both = sides

@@ -1,14 +1,14 @@
 """Symmetric InfoNCE with a learnable scale. The backward does not read S: it computes S again.
 
 With z = scale * S, the loss is half the sum over rows of logsumexp(z_i) - z_positive, and the same for
-columns. Its gradient with respect to z is half of (softmax by rows + softmax by columns); at a positive 1 is
-subtracted from each.
+columns. Its gradient with respect to z is half of (softmax by rows + softmax by columns), less 1 at a
+positive.
 
 On a CPU, rows and columns share one exponential per entry, exp(z - m), with one number m for the whole
 matrix. Bounds on z decide beforehand whether m exists, so that no sum overflows and none loses digits by
 underflow. With unit rows, it exists for scale 14 always, and for 100 while no positive is very dissimilar.
-Otherwise rows and columns use their own maxima. So do other devices, where the host would have to wait for
-the bounds.
+Otherwise, and on other devices, where the host would wait for the bounds, rows and columns use their own
+maxima.
 """
 
 import math
@@ -51,8 +51,7 @@ def common_shift(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> 
 def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (loss (), row_lse (B,), column_lse (N,)), all in the accumulator type.
 
-    The last two are the log-sum-exp of scale * S by rows and by columns; without `both`, column_lse is empty.
-    See `d2s.kernels.functional.info_nce_loss`.
+    These are the loss and the log-sum-exp of scale * S by rows and columns; without `both` the last is empty.
     """
     image, text, image_ids, text_ids, offset, both = sides
     with full_precision(image.device):
@@ -120,11 +119,7 @@ def _probabilities(
     column_lse: Tensor | None,
     offset: int,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (start, stop, p), with the probabilities p (stop - start, N) of the rows start..stop.
-
-    p is the softmax by rows, plus the softmax by columns if `column_lse` is given. Each entry is computed
-    with the forward's arithmetic.
-    """
+    """Yields (start, stop, p): the softmax by rows, plus the softmax by columns if `column_lse` is given."""
     shift = common_shift(rows, columns, factor, offset)
     sweep = Sweep(rows, columns, 1.0 if shift is None else float(factor))
     buffer = torch.empty_like(sweep.buffer)
@@ -152,8 +147,7 @@ def info_nce_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns d_image (B, D), d_text (N, D) and d_scale (the shape of scale), in the types of the inputs.
 
-    `grad` () is the gradient of the loss. `need` tells which of the three are needed. `row_lse` and
-    `column_lse` come from `info_nce_forward`.
+    `need` tells which are needed. `row_lse` and `column_lse` come from `info_nce_forward`.
     """
     image, text, image_ids, text_ids, offset, both = sides
     need_image, need_text, need_scale = need

@@ -10,10 +10,7 @@ BLOCK_ENTRIES = 1 << 17
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
-    """Returns 1 / |row| of x (B, D): (B, 1). A row of zeros gives 0, so it stays zero and gets no gradient.
-
-    If the norm overflows, the result is NaN, so that the loss becomes NaN too.
-    """
+    """Returns 1 / |row| of x (B, D): (B, 1); 0 for a row of zeros, NaN if the norm overflows."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return torch.where(norm == 0, 0, torch.where(norm < torch.inf, 1 / norm, torch.nan))
 

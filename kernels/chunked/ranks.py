@@ -2,8 +2,7 @@
 
 A matrix product may give equal candidates different similarities, because it can add up its last columns in
 another order. So it decides only between similarities that differ by more than its rounding error.
-`exact_products` decides the few others. The ranks then do not depend on the product's library, block sizes
-and threads.
+`exact_products` decides the few others. So ranks do not depend on library, block sizes and threads.
 """
 
 import math
@@ -79,10 +78,7 @@ def _rows_with_any(x: Tensor) -> Tensor:
 
 
 def _moderate(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns x (r, D) and the lengths of its rows (r,), both scaled down if products might overflow.
-
-    All rows are divided by the same power of two, which changes no rank.
-    """
+    """Returns x (r, D) and its rows' lengths (r,), divided by one power of two if products might overflow."""
     limit = 2.0**400 if x.dtype == torch.float64 else 2.0**40
     lengths = _lengths(x)
     if bool((lengths <= limit).all()):

@@ -22,8 +22,7 @@ def sigmoid_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss (), d_image (B, D), d_text (N, D), d_scale, d_bias), all in the accumulator type.
 
-    The last two have the shapes of `scale` and `bias`. `need` tells which of the four gradients are needed.
-    See `d2s.kernels.functional.sigmoid_loss`.
+    The last two have the shapes of `scale` and `bias`. `need` tells which gradients are needed.
     """
     image, text, image_ids, text_ids, offset, _ = sides
     need_image, need_text, need_scale, need_bias = need

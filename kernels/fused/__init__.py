@@ -1,8 +1,7 @@
 """The Triton kernels for CUDA devices. With TRITON_INTERPRET=1 they also run on small CPU tensors.
 
-Embeddings are float32, bfloat16 or float16. Products are computed in the type of the embeddings with float32
-accumulators. The functions here do not use autograd and do not wait for the device. `d2s.kernels.compile`
-builds `ALL_SPECS`.
+Embeddings are float32, bfloat16 or float16. Products are computed in this type, with float32 accumulators. No
+function here uses autograd or waits for the device. `d2s.kernels.compile` builds `ALL_SPECS`.
 """
 
 from d2s.kernels.fused import (

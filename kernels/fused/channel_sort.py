@@ -1,9 +1,9 @@
 """Sorts the channels of GPO in registers: the sort keys, and a bitonic sort within one or a few warps.
 
 The bits of a float, with negative numbers mirrored, sort like the float. A key has these bits in its upper
-half and the token in its lower half. So one sort orders by value, then by token, and carries the token along.
-Keys have 32 bits for 16-bit features and 64 for float32. Padding comes last, so the order is a permutation of
-all tokens.
+half and the token in the lower. So one sort orders by value, then by token, and carries the token along. Keys
+have 32 bits for 16-bit features and 64 for float32. Padding comes last, so the order is a permutation of all
+tokens.
 
 One warp sorts one or a few channels. The tile is viewed as a cube with sides of 2, whose first axes are the
 low bits of a rank. These take part in most rounds of the sort, and they lie in the registers of a thread.
@@ -28,14 +28,12 @@ def _axis_shape(n: int, axis: int) -> list[int]:
 
 @triton.jit
 def sort_ascending(x, AXES: tl.constexpr, BITS: tl.constexpr):
-    """Sorts the cube x ascending over its first BITS axes, with a bitonic sort. Axis i is bit i of the rank.
-
-    It calls only built-ins, because in the interpreter another function's call takes longer than a round.
-    """
+    """Sorts the cube x ascending over its first BITS axes (bitonic sort). Axis i is bit i of the rank."""
     for stage in tl.static_range(1, BITS + 1):
         for i in tl.static_range(stage):
             # The other entry of a pair is their sum less x. With this formula the compiler needs one exchange
-            # between threads.
+            # between threads. A call of a function that is not built in would take longer in the interpreter
+            # than all of this.
             other = tl.reduce(x, stage - 1 - i, _sum_combine, keep_dims=True) - x
             # A pair ascends, unless the next stage needs it in descending order.
             upper = tl.reshape(tl.arange(0, 2), _axis_shape(AXES, stage - 1 - i))
@@ -55,10 +53,7 @@ def by_channel(x, AXES: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def key_of(x, token, real, HALF: tl.constexpr):
-    """Returns integer keys (k, d) that ascend as x descends, and with the token where values are equal.
-
-    NaN counts as the largest value. Tokens that are not real come last.
-    """
+    """Returns integer keys (k, d) that ascend as x descends, then by token; NaN is first, padding last."""
     # -0 becomes 0, because equal values need equal bits.
     x = tl.where(x == 0, 0.0, x.to(tl.float32)).to(x.dtype)
     if HALF:

@@ -157,11 +157,7 @@ def gpo_backward(
     value: Tensor,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Returns d_features (B, K, D) and d_weights (B, K), in the types of grad (B, D) and of the weights.
-
-    `order` and `value` come from `gpo_forward`. Only the chunked implementation, for long sequences, reads
-    the features.
-    """
+    """Returns d_features (B, K, D) and d_weights (B, K), in the types of grad (B, D) and of the weights."""
     (batch, tokens), width, dtype = weights.shape, grad.shape[1], grad.dtype
     if tokens > TOKENS:
         from d2s.kernels import chunked

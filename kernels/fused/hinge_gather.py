@@ -2,14 +2,13 @@
 
 A violated row i with winner (hardest negative) j and positive p gives dI_i += T_j - T_p, dT_j += I_i and dT_p
 -= I_i. A violated column gives the same with the sides exchanged. So a row of a gradient sums three parts:
-its own winner, its partner (the positive), and its bucket, which holds the rows of the other side that have
-it as their winner.
+its own winner, its partner (the positive), and its bucket, the other side's rows that it wins.
 
 With many rows, one stable sort of the winners makes the buckets, and `_gather` adds up a bucket in ascending
 order, LINES entries at a time. In the largest possible bucket, after a collapse, all rows agree; it takes one
 program B / LINES iterations. With few rows of 16 bits, `_few` makes dS from the winners and multiplies it
-with the other side. The entries of dS are integers from -2 to 2, exact in any type. This takes 2 B N D flops,
-but one launch and no sort.
+with the other side. dS is integer, from -2 to 2, exact in any type. It takes 2 B N D flops, one launch and no
+sort.
 """
 
 from collections.abc import Sequence
@@ -166,8 +165,7 @@ def hinge_max_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns d_image (B, D) and d_text (N, D) in the types of image and text.
 
-    A gradient that `need` does not select is empty. `grad` () is the loss's. `hinge_max_forward` returns
-    `winners`.
+    A gradient that `need` does not select is empty. `hinge_max_forward` returns `winners`.
     """
     grad = grad.to(torch.float32)
     image, text = image.contiguous(), text.contiguous()

@@ -1,15 +1,14 @@
 """The hinge with all violations: one sweep computes loss and gradients, in 6 B N D flops.
 
 loss = sum over negatives of [margin + S_ij - S_ii]+ + [margin + S_ij - S_jj]+, the second term with `both`
-only. For a negative, dS_ij is the number of positive terms. A positive gets minus the number of violations in
-its row and column.
+only. dS is the number of violations at a negative, and minus that of its row and column at a positive.
 
 The dS of a negative is 0, 1 or 2, exact in any type. It depends only on the pair's similarity and on those of
 its two positives. `positives.py` computes these first, by the same arithmetic as the sweep. So a negative
 equal to its positive violates a margin of 0 by exactly 0. `_pairs` then writes one block of dS (see
 `products.py`), partial losses, and for each tile the number of violations in each row and column.
-`hinge_lists.py` adds up these counts and lists the tiles with violations; the products skip all others. Last,
-the positives' part is subtracted.
+`hinge_lists.py` adds up these counts and lists the tiles with violations; the products skip all others. Last
+come the positives.
 """
 
 from collections.abc import Sequence
@@ -63,8 +62,7 @@ def _pairs(
 ):  # fmt: skip
     """Computes tile (program 0, program 1) of the block of dS that begins at (row_start, column_start).
 
-    SINGLE: this tile is the whole matrix, with its positives. SKIP: tiles without violations will not be
-    read.
+    SINGLE: this tile is the whole matrix. SKIP: tiles without violations are not written.
     """
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,7 +1,6 @@
 """Symmetric InfoNCE with a learnable scale, in 8 B N D flops, without storing the similarity matrix.
 
-loss = 0.5 * sum over rows of log(1 + sum over negatives exp(scale * (S_ij - S_positive))), and the same over
-columns.
+loss = 0.5 * sum over rows of log(1 + sum over negatives exp(scale * (S_ij - S_positive))), and over columns.
 
 In the forward (2 B N D flops), `_sweep` computes every tile of S once. A program takes a tile of rows (a
 "block") and a range of columns (a "split"). It keeps (largest, sum of exponentials) of each row in registers;
@@ -166,11 +165,7 @@ def _merge(
 
 
 def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss (), row_odds (B,), column_odds (N,)) in float32; without `both`, column_odds is empty.
-
-    Odds: log2 of (sum over the negatives / exponential of the positive), -inf without any. `scale` has one
-    entry.
-    """
+    """Returns (loss (), row_odds (B,), column_odds (N,)) in float32; without `both`, column_odds is empty."""
     image, text, image_ids, text_ids, offset, both = sides.contiguous()
     scale = scale.to(torch.float32)
     (n, width), m = image.shape, text.shape[0]

@@ -1,12 +1,10 @@
 """The backward of InfoNCE: computes S again, by the forward's arithmetic, in 6 B N D flops.
 
-P = softmax by rows + softmax by columns. d loss / d S_ij = 0.5 * scale * P_ij for a negative, and -0.5 *
-scale * (1 - P_row + 1 - P_column) for a positive. d_scale = 0.5 * sum over negatives of P_ij * (S_ij -
-S_positive).
+P = softmax by rows + softmax by columns. d loss / d S = 0.5 * scale * P at a negative and 0.5 * scale * (P -
+2) at a positive. d_scale = 0.5 * sum over negatives of P * (S - S_positive).
 
 `_pairs` writes P without the positives, as a block of dS, and partial sums of d_scale. `products.py` turns dS
-into gradients and applies the positives' weights in float32. P and weights come from the odds (see
-`info_nce.py`).
+into gradients and applies the positives' weights in float32. `info_nce.py` explains the odds.
 """
 
 from collections.abc import Sequence
@@ -106,8 +104,7 @@ def info_nce_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns d_image (B, D), d_text (N, D) and d_scale (the shape of scale), in the types of the inputs.
 
-    A gradient that `need` does not select is empty. `grad` () is the gradient of the loss; `info_nce_forward`
-    returns `row_odds` and `column_odds`.
+    A gradient that `need` does not select is empty. The odds come from `info_nce_forward`.
     """
     sides = sides.contiguous()
     image, text, image_ids, text_ids, offset, both = sides

@@ -4,9 +4,8 @@ A program that computes S cannot hold rows of a gradient in registers, because D
 to memory in the type of the embeddings, one block of BLOCK_ENTRIES at a time: 32 MiB in 16 bits, 64 MiB in
 float32, for any N. The kernel of a loss writes a block (2 D flops per entry). Then `products_kernel`
 multiplies the block with both sides in one launch (4 D flops per entry). It reads the block D / COLUMNS times
-from the cache, which just holds it. Sums over blocks are kept in float32: in the gradient itself if that is
-float32, else in buffers. The blocks have a fixed order, and one program writes each entry, so no atomics are
-needed.
+from the cache. Sums over blocks are kept in float32: in the gradient itself if that is float32, else in
+buffers. No atomics are needed: the order of blocks is fixed, and one program writes each entry.
 
 Positives stay out of dS. Their weights, pull (B,), are applied in float32 after the last block: d_image[i] =
 factor * (sum - pull[i] * text[offset + i]), and d_text likewise.

@@ -5,8 +5,8 @@ rank_i = number of candidates j, not positives of i, with not (S_ij < best_i).
 Two sweeps compute their tiles by the same arithmetic, so a candidate equal to the best positive ties with it
 exactly. The first sweep computes few tiles. If positives are listed, it gathers them, a tile for every
 COLUMNS of them. If they are given by ids, it computes only the tiles that hold a positive. The results take 8
-bytes per query and range of columns. If the similarity of a positive is NaN, so is the best; then nothing is
-below it, and every other candidate counts.
+bytes per query and range of columns. If a positive's similarity is NaN, nothing is below the best, and every
+other candidate counts.
 """
 
 import torch
@@ -24,10 +24,7 @@ SIZES = ("n", "m", "tiles")
 
 @triton.jit
 def _better(best, broken, s, own):
-    """Updates, for each row, the best positive (r,) and whether a positive was NaN (`broken`).
-
-    The mask own (r, c) tells which entries of s belong to positives.
-    """
+    """Updates the best positive (r,) and whether one was NaN; own (r, c) marks the positives in s (r, c)."""
     broken = broken | (tl.max((own & (s != s)).to(tl.int32), 1) > 0)
     return tl.maximum(best, tl.max(tl.where(own & (s == s), s, float("-inf")), 1)), broken
 

@@ -1,13 +1,11 @@
 """Relational distillation: one sweep computes the loss; another, in blocks, computes the gradients.
 
-Let s and t be the similarities of the student and the teacher, divided by the temperature, with p =
-softmax(t) and q = softmax(s) by rows. loss = sum over rows of sum p (log p - log q), and d loss / d s = q -
-p.
+Let s and t be the similarities of student and teacher over the temperature, p = softmax(t) and q =
+softmax(s). loss = sum over rows of sum p (log p - log q), and d loss / d s = q - p.
 
 `_statistics` computes the student's and the teacher's tile of the same pairs (2 B N (D + E) flops). For each
 row, it keeps the running maximum and sum of both softmaxes, and the cross term sum e^t (t - s). A program
 takes a tile of rows and a range of columns; `_finish` merges the ranges in ascending order.
-`relational_gradient.py` has the gradients.
 
 Exponents are in base 2. At a temperature of 0.01, careless rounding would cost every probability several
 bits. So the maximum of a row (in units of similarity) and its sum are stored apart, not as one logarithm, and
@@ -131,10 +129,7 @@ def relational_forward(
     temperature: float,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss (), d_student (B, D), d_all (N, D)) in float32; gradients that are not needed are empty.
-
-    `need` tells which are needed. See `d2s.kernels.functional.relational_distillation`.
-    """
+    """Returns (loss (), d_student (B, D), d_all (N, D)) in float32; `need` selects the gradients."""
     (student, student_all), (teacher, teacher_all) = (
         _alike(student, student_all),
         _alike(teacher, teacher_all),

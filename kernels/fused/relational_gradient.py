@@ -83,8 +83,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Returns (d_student (B, D), d_all (N, D)) in float32; gradients that `need` does not select are empty.
 
-    `sides` are student, teacher, student_all and teacher_all, contiguous. `rows` (4, B) comes from
-    `relational.py`.
+    `sides` are student, teacher, student_all and teacher_all. `rows` (4, B) comes from `relational.py`.
     """
     student, teacher, student_all, _ = sides
     n, m = student.shape[0], student_all.shape[0]

@@ -1,8 +1,7 @@
 """The sigmoid loss of SigLIP. It has no normaliser, so one sweep gives loss and gradients: 6 B N D flops.
 
-With z = scale * S + bias, a negative costs log(1 + exp(z)), and its gradient dz is sigmoid(z). A positive
-costs log(1 + exp(-z)), and its dz is -sigmoid(-z). dS = scale * dz, d_scale = sum of dz * S, d_bias = sum of
-dz.
+With z = scale * S + bias, a negative costs log(1 + exp(z)), with gradient dz = sigmoid(z). A positive costs
+log(1 + exp(-z)), with dz = -sigmoid(-z). dS = scale * dz, d_scale = sum of dz * S, d_bias = sum of dz.
 
 `_pairs` writes a block of dz (see `products.py`) and, for each tile, partial sums of the loss, d_scale and
 d_bias. Positives stay out of it; their gradients are added in float32.
@@ -85,8 +84,8 @@ def sigmoid_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss (), d_image (B, D), d_text (N, D), d_scale, d_bias) in float32.
 
-    `scale` and `bias` have one entry each, and their gradients have the same shapes. A gradient that `need`
-    does not select is empty.
+    `scale` and `bias` have one entry each, like their gradients. A gradient that `need` does not select is
+    empty.
     """
     sides = sides.contiguous()
     image, text, image_ids, text_ids, offset, _ = sides

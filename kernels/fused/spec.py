@@ -16,8 +16,7 @@ class KernelSpec:
     whether the embeddings have 16 bits. unaligned: pointers and scalars that may not be divisible by 16.
     dots: whether 16-bit variants must use tensor cores. widths: the values of D to compile for. dtypes: the
     types to use for "*x". row: the name of another kernel whose tile this kernel uses, because it has to
-    repeat that kernel's sums. options: returns launch options, such as "num_warps", that differ from the
-    tile's.
+    repeat that kernel's sums. options: returns launch options that differ from the tile's.
     """
 
     name: str

@@ -3,8 +3,7 @@
 All kernels of a loss compute S with `similarities`, so they see the same bits. It adds ascending chunks of
 DEPTH channels into one float32 accumulator. Products are in the type of the embeddings (float32 without
 TF32). Tiles are r x c with r = ROWS and c = COLUMNS, and WIDTH is D. UPCAST is for the interpreter, whose
-products of 16-bit floats are wrong. Indices named inner_... are clamped into the matrix, so that loads need
-no mask.
+products of 16-bit floats are wrong. Indices inner_... are clamped into the matrix, so loads need no mask.
 """
 
 import triton
@@ -118,10 +117,7 @@ def negatives(
 def own_similarities(
     positive, s, is_positive, inner_row, inner_column, SINGLE: tl.constexpr, BOTH: tl.constexpr
 ):
-    """Returns the similarities of the positives of a tile's rows (r,) and, with BOTH, of its columns (c,).
-
-    They are read from positive (B,). With SINGLE, the tile s is the whole matrix, and they are taken from s.
-    """
+    """Returns the similarities of the positives of a tile's rows (r,) and columns (c,), from s if SINGLE."""
     if SINGLE:
         of_row, of_column = selected(s, is_positive), tl.sum(tl.where(is_positive, s, 0.0), 0)
     else:

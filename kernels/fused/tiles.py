@@ -1,8 +1,7 @@
 """Chooses the tile of a kernel by device capability, width and type, from the committed table `tiles.json`.
 
 `d2s.kernels.tune` measures tiles on a device and writes the table. Kernels without an entry use the defaults
-below. Nothing is timed while training: if workers timed tiles themselves, they could choose different tiles
-and so add up in different orders.
+below. Nothing is timed while training: workers could choose different tiles, and add in different orders.
 """
 
 from dataclasses import dataclass

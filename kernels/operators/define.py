@@ -37,10 +37,9 @@ def define(schema: str, fake: Callable, run: Callable) -> Callable:
 
 
 def differentiable(operator: Callable, save: Callable, backward: Callable) -> None:
-    """Registers the two functions of an operator's gradient.
+    """Registers save(ctx, arguments, outputs) and backward(ctx, d_first_output) as an operator's gradient.
 
-    They are save(ctx, arguments, outputs) in the forward, then backward(ctx, d_first_output). Only the first
-    output carries a gradient. If no gradient arrives, backward is not called.
+    Only the first output carries a gradient. If none arrives, backward is not called.
     """
 
     def forward(ctx: FunctionCtx, *arguments: object) -> object:
@@ -100,10 +99,7 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def gradient_in_forward(operator: Callable, places: tuple[int, ...]) -> None:
-    """Registers the gradient of an operator that computes it in the forward.
-
-    Output 0 of the operator is the loss. Output k + 1 is the gradient with respect to argument places[k].
-    """
+    """Registers the gradient of an operator that returns it: (loss, gradient of argument places[0], ...)."""
 
     def save(ctx: FunctionCtx, arguments: tuple, outputs: tuple) -> None:
         ctx.save_for_backward(*outputs[1:])

@@ -21,14 +21,12 @@ _ROUNDS = 8
 
 
 class Permutation:
-    """A bijection of 0..n-1, computed from (seed, epoch, part).
+    """A bijection of 0..n-1, computed from (seed, epoch, part). Raises ValueError if n is less than 1.
 
     Args:
         n: number of items, at least 1.
         seed, epoch: the seed of the training run, and the epoch, counted from 0.
         part: selects one of several permutations of an epoch.
-    Raises:
-        ValueError: n is less than 1.
     """
 
     def __init__(self, n: int, seed: int, epoch: int, part: int = 0) -> None:
@@ -114,10 +112,8 @@ class BlockPermutation:
 def batch_positions(step: int, global_batch: int, rank: int = 0, world: int = 1) -> range:
     """Returns the positions that worker `rank` of `world` reads for global batch `step` of an epoch.
 
-    With N = global_batch and B = N / world, worker r takes rows r*B to (r+1)*B - 1 of the batch.
-
-    Raises:
-        ValueError: the global batch cannot be divided equally among the workers.
+    With N = global_batch and B = N / world, worker r takes rows r*B to (r+1)*B - 1 of the batch. Raises
+    ValueError if the batch cannot be divided equally.
     """
     if global_batch % world:
         raise ValueError(
@@ -131,8 +127,7 @@ def batch_positions(step: int, global_batch: int, rank: int = 0, world: int = 1)
 def steps_per_epoch(n: int, global_batch: int) -> int:
     """Returns the number of full global batches in n items; an incomplete last batch is left out.
 
-    Raises:
-        ValueError: there is not one full batch.
+    Raises ValueError if there is not one full batch.
     """
     if global_batch < 1:
         raise ValueError(f"batch_size is {global_batch}: use at least 1")

@@ -72,10 +72,8 @@ class Scene:
 def scene(number: int, seed: int, size: int) -> Scene:
     """Returns scene `number` of the world `seed`, to be drawn at `size` x `size` pixels.
 
-    The result depends only on the arguments. `size` changes neither objects nor captions.
-
-    Raises:
-        ValueError: the number is negative, or the size is below 16 pixels.
+    The result depends only on the arguments. `size` changes neither objects nor captions. Raises ValueError
+    for a negative number and a size below 16 pixels.
     """
     if number < 0:
         raise ValueError(f"scene number {number}: must not be negative")

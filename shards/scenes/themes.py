@@ -1,7 +1,6 @@
-"""Themes: backgrounds, objects and attributes that occur together.
+"""Themes: backgrounds, objects and attributes that occur together. `world` draws scenes from them.
 
-They let a caption contain information about the things that it leaves out. `d2s.shards.scenes.world` draws
-scenes from themes.
+They let a caption contain information about the things that it leaves out.
 """
 
 from dataclasses import dataclass
