@@ -60,11 +60,11 @@ def hinge_loss(
 ) -> Tensor:
     """Returns the sum of violations [margin + S_ij - S_positive]+ over negatives (VSE++, Faghri et al. 2018).
 
-    With `hardest`, only the hardest negative of each row (and column) counts, the first one in a tie; else
-    all count. With `both`, rows and columns count, and B = N and offset 0 are required; else rows alone
-    count. Two calls without `both`, the second with image and text exchanged, add up to one call with it. A
-    row without negatives costs nothing. A violation of exactly 0 has the gradient 0. Raises ValueError for
-    shapes, types, devices or margins that do not fit.
+    With `hardest`, only the hardest negative of each row (and column) counts; ties go to the lowest index.
+    Otherwise all negatives count. With `both`, rows and columns count, and B = N and offset 0 are required;
+    otherwise only rows count. Two calls without `both`, the second with image and text exchanged, add up to
+    one call with `both`. A row without negatives costs nothing. A violation of exactly 0 has the gradient 0.
+    Raises ValueError for shapes, types, devices or margins that do not fit.
     """
     sides = check_sides(image, text, image_ids, text_ids, offset, both)
     check_flag("hardest", hardest)
@@ -86,12 +86,12 @@ def info_nce_loss(
     offset: int = 0,
     both: bool = True,
 ) -> Tensor:
-    """Returns 0.5 * cross entropy of scale * S, summed over rows and, with `both`, columns (CLIP, 2021).
+    """Returns 0.5 * cross entropy of scale * S, summed over rows and, with `both`, columns.
 
-    `scale` is the factor itself, not its logarithm. It is a number, or a tensor of one entry, which can get a
-    gradient. The denominators leave out pairs of the same image, except the positive. The factor 0.5 also
-    applies with both=False: two such calls, the second with image and text exchanged, add up to one call with
-    `both`. Raises ValueError like `hinge_loss`.
+    CLIP, Radford et al. 2021. `scale` is the factor itself, not its logarithm. It is a number, or a tensor of
+    one entry, which can get a gradient. The denominators leave out pairs of the same image, except the
+    positive. The factor 0.5 also applies with both=False: two such calls, the second with image and text
+    exchanged, add up to one call with `both`. Raises ValueError like `hinge_loss`.
     """
     sides = check_sides(image, text, image_ids, text_ids, offset, both)
     scale = number_tensor("scale", scale, image)

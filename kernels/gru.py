@@ -30,7 +30,7 @@ def position_gru(
 
 
 class SharedInputGRU(torch.autograd.Function):
-    """Computes `position_gru` with one product per step for all rows. torch's packed GRU needs many."""
+    """Computes `position_gru` with one product per step for all rows; torch takes the rows one by one."""
 
     @staticmethod
     def forward(ctx, data, counts, w_ih, w_hh, b_ih, b_hh):

@@ -1,4 +1,4 @@
-"""Shared by the sweeps over the similarity matrix: precision, chunks of rows, same-image pairs, maxima."""
+"""Helpers for sweeps over the similarity matrix: precision, chunks of rows, same-image pairs, maxima."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext

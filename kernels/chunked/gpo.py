@@ -1,12 +1,12 @@
 """GPO pooling: sorts each channel by itself along the tokens, then takes a weighted sum.
 
-pooled[b, d] = sum over k of weights[b, k] * ordered[b, k, d]. So d_weights[b, k] = sum over d of grad[b, d] *
-ordered[b, k, d], and the token of rank k gets the gradient grad[b, d] * weights[b, k].
+pooled[b, d] = sum over k of weights[b, k] * ordered[b, k, d]. So d_weights[b, k] = sum over d of
+grad[b, d] * ordered[b, k, d], and the token of rank k gets the gradient grad[b, d] * weights[b, k].
 
-On a CPU, for float32 and smaller types, numpy sorts (see `order`). Each sample is sorted without its padding,
-so padding does not change its result by a bit. A block of channels is sorted at a time, which saves memory.
-The forward saves only the order, two bytes per entry. numpy and torch release the interpreter lock, so the
-samples are spread over as many threads as torch may use. Otherwise torch sorts.
+On a CPU, for float32 and smaller types, numpy sorts (see `order`); in all other cases torch sorts. numpy
+sorts each sample without its padding, so padding does not change its result by a bit. It sorts a block of
+channels at a time, which saves memory. The forward saves only the order, two bytes per entry. numpy and torch
+release the interpreter lock, so the samples are spread over as many threads as torch may use.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def gpo_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (pooled, order, value); see `d2s.kernels.functional.gpo_pool`.
 
-    `pooled` (B, D) has the type of the features. `order` (B, D * K), of `position_dtype`, and `value` (B, D *
-    K), of the accumulator type, describe the sort for the backward; each is empty if the backward does not
-    read it. `need` tells whether features and weights need gradients.
+    `pooled` (B, D) has the type of the features. `order` and `value`, both (B, D * K), describe the sort for
+    the backward: the tokens, in `position_dtype`, and the values, in the accumulator type. Each is empty if
+    the backward does not read it. `need` tells whether features and weights need gradients.
     """
     forward = _forward_by_numpy if _by_numpy(features, *features.shape[1:]) else _forward_by_torch
     return forward(features, weights, mask, need)
@@ -59,8 +59,7 @@ def gpo_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns d_features (B, K, D) and d_weights (B, K), in the types of grad (B, D) and of the weights.
 
-    `order` and `value` come from `gpo_forward`. Only a gradient of the weights, without `value`, reads the
-    features.
+    `gpo_forward` returns `order` and `value`. The features are read only for d_weights, if `value` is empty.
     """
     if _by_numpy(grad, mask.shape[1], grad.shape[1]):
         d_features, d_weights = _backward_by_numpy(
@@ -83,7 +82,7 @@ def _forward_by_torch(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     real = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
-    # First, padding moves behind the tokens: real tokens of -inf could otherwise come after it.
+    # First move padding behind the tokens. Otherwise it could be sorted before real tokens of -inf.
     front = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True)[1]
     x = upcast(features).gather(1, front[:, :, None].expand_as(features))
     w = torch.where(real, weights.to(x.dtype), 0)

@@ -80,7 +80,7 @@ def hinge_max_backward(
         i, j = torch.cat([i, winners.column_at]), torch.cat([j, here])
         active = torch.cat([active, winners.column_active])
     weight = active.to(rows.dtype) * grad
-    # The index of the positive pair: the first B violations are of rows, the others of columns.
+    # The positive pair of each violation: that of its row for the first B, that of its column for the others.
     here = here.repeat(i.shape[0] // n)
     i_all, j_all = torch.cat([i, here]), torch.cat([j, here + offset])
     weights = torch.cat([weight, -weight])

@@ -1,14 +1,14 @@
 """Symmetric InfoNCE with a learnable scale. The backward does not read S: it computes S again.
 
 With z = scale * S, the loss is half the sum over rows of logsumexp(z_i) - z_positive, and the same for
-columns. Its gradient with respect to z is half of (softmax by rows + softmax by columns), less 1 at a
+columns. Its gradient with respect to z is half of (softmax by rows + softmax by columns), minus 1 at a
 positive.
 
 On a CPU, rows and columns share one exponential per entry, exp(z - m), with one number m for the whole
-matrix. Bounds on z decide beforehand whether m exists, so that no sum overflows and none loses digits by
-underflow. With unit rows, it exists for scale 14 always, and for 100 while no positive is very dissimilar.
-Otherwise, and on other devices, where the host would wait for the bounds, rows and columns use their own
-maxima.
+matrix. Bounds on z tell beforehand whether there is an m with which no sum overflows and none loses digits by
+underflow. With unit rows, there always is one for scale 14, and for scale 100 unless a positive is very
+dissimilar. Otherwise, and on other devices, where the host would wait for the bounds, rows and columns use
+their own maxima.
 """
 
 import math
@@ -35,7 +35,7 @@ def _mask(z: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Ten
 
 
 def common_shift(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> float | None:
-    """Returns the number m for the whole matrix, nearest to 0; None if there is none, or off the CPU."""
+    """Returns the m nearest to 0 that works for the whole matrix; None if none does, or if not on a CPU."""
     if rows.device.type != "cpu":
         return None
     n, m = rows.shape[0], columns.shape[0]

@@ -4,7 +4,7 @@ numpy's fast sort returns only values, not their positions, so the position beco
 The bits of a float, with negative numbers mirrored, sort like the float. A 32-bit key holds the upper bits of
 the value and, below them, the position. It orders values except for their last bits; neighbours in the wrong
 order are swapped afterwards. They are few: among 577 normally distributed values, about five pairs agree in
-22 bits. If there are many, because values hardly differ, 64-bit keys hold both in full, at half the speed.
+22 bits. If there are many, 64-bit keys are used, which hold the full value and position, at half the speed.
 """
 
 import sys
@@ -18,7 +18,7 @@ ROUNDS = 48
 
 
 class Scratch:
-    """Buffers that a thread reuses. Sizes: `entries` of a sample, `block` of a block of its channels."""
+    """Buffers that a thread reuses, for samples of `entries` and channel blocks of `block` entries."""
 
     def __init__(self, entries: int, block: int) -> None:
         self.values = np.empty(entries, dtype=np.float32)

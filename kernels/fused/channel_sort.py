@@ -31,9 +31,9 @@ def sort_ascending(x, AXES: tl.constexpr, BITS: tl.constexpr):
     """Sorts the cube x ascending over its first BITS axes (bitonic sort). Axis i is bit i of the rank."""
     for stage in tl.static_range(1, BITS + 1):
         for i in tl.static_range(stage):
-            # The other entry of a pair is their sum less x. With this formula the compiler needs one exchange
-            # between threads. A call of a function that is not built in would take longer in the interpreter
-            # than all of this.
+            # The other entry of a pair is their sum less x; so the compiler needs only one exchange between
+            # threads. Only built-ins are used, because in the interpreter a call of another function takes
+            # longer than a round.
             other = tl.reduce(x, stage - 1 - i, _sum_combine, keep_dims=True) - x
             # A pair ascends, unless the next stage needs it in descending order.
             upper = tl.reshape(tl.arange(0, 2), _axis_shape(AXES, stage - 1 - i))

@@ -1,14 +1,14 @@
 """The backward of the hinge with hardest negatives: sparse, O(B D) work, one program per row of a gradient.
 
-A violated row i with winner (hardest negative) j and positive p gives dI_i += T_j - T_p, dT_j += I_i and dT_p
--= I_i. A violated column gives the same with the sides exchanged. So a row of a gradient sums three parts:
-its own winner, its partner (the positive), and its bucket, the other side's rows that it wins.
+A violated row i with winner (hardest negative) j and positive p gives dI_i += T_j - T_p, dT_j += I_i and
+dT_p -= I_i. A violated column gives the same with sides exchanged. So a row of a gradient has three parts:
+its winner, its partner (the positive), and its bucket: the rows of the other side whose winner it is.
 
 With many rows, one stable sort of the winners makes the buckets, and `_gather` adds up a bucket in ascending
-order, LINES entries at a time. In the largest possible bucket, after a collapse, all rows agree; it takes one
+order, LINES entries at a time. The largest possible bucket holds all rows, as after a collapse; it takes one
 program B / LINES iterations. With few rows of 16 bits, `_few` makes dS from the winners and multiplies it
-with the other side. dS is integer, from -2 to 2, exact in any type. It takes 2 B N D flops, one launch and no
-sort.
+with the other side. The entries of dS are integers from -2 to 2, exact in any type. `_few` takes 2 B N D
+flops, but one launch and no sort.
 """
 
 from collections.abc import Sequence
@@ -131,7 +131,7 @@ def _one_side(
     bucket: tuple[Tensor, Tensor] | None,
     shift: int,
 ) -> Tensor:
-    """Returns one side's gradient (size, D); own, bucket: (winners, active) of this side and of the other."""
+    """Returns one side's gradient (size, D); own, bucket: (winners, active) of this and of the other side."""
     others, width = other.shape
     out = torch.empty(size, width, dtype=storage(other.dtype), device=other.device)
     own_at, own_active = own or (grad, grad)

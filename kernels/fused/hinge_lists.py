@@ -1,4 +1,4 @@
-"""For the hinge with all violations: counts them, lists their tiles, adds the positives' gradients.
+"""For the hinge with all violations: counts violations, lists tiles, and subtracts the positives' part.
 
 d_image[i] -= count[i] * text[offset + i] and d_text[offset + i] -= count[i] * image[i], where count[i] is the
 number of violations in row i and in column offset + i.
@@ -20,7 +20,7 @@ PULL_SIZES = ("n", "offset")
 
 @triton.jit
 def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
-    """Lists which of `tiles` entries of `active`, `stride` apart, are 1; `count` gets their number."""
+    """Writes the indices of the active ones among `tiles` tiles to `list_at`, and their number to `count`."""
     lane = tl.arange(0, TILES)
     some = tl.load(active + lane * stride, mask=lane < tiles, other=0)
     tl.store(list_at + tl.cumsum(some, 0) - 1, lane, mask=some > 0)
@@ -29,7 +29,7 @@ def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
 
 @triton.jit
 def _counted(counts, parts, at, size, out, first, inside):
-    """Adds the column sums of counts (parts, size), for columns `at`, to `out`; sets `out` if `first`."""
+    """Adds the column sums of counts (parts, size), for columns `at`, to `out`; overwrites it if `first`."""
     value = tl.load(out + at, mask=inside & (first == 0), other=0.0)
     pointers = counts + at
     for _ in range(parts):
@@ -52,7 +52,7 @@ def _lists(
     row_start, column_start, n, m, row_tiles, column_tiles, height, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Lists and counts; each of the first row_tiles programs takes a row of tiles, the others a column."""
+    """Lists tiles and counts violations: first one row of tiles per program, then one column per program."""
     program = tl.program_id(0)
     if program < row_tiles:
         start = active + program * column_tiles
@@ -130,7 +130,7 @@ class Counts:
             )
 
     def add(self, block: Block) -> Lists | None:
-        """Adds a block's counts to the totals, lists its tiles. The current device must be the tensors'."""
+        """Adds a block's counts to the totals and lists its tiles. The tensors' device must be current."""
         if self.lists is None:
             return None
         tile, (row_tiles, column_tiles) = self.products.pairs, self.products.grid(block)
@@ -143,7 +143,7 @@ class Counts:
         return self.lists if self.products.skippable else None
 
     def pull(self) -> None:
-        """Subtracts the positives' part from the gradients. The current device must be the tensors'."""
+        """Subtracts the positives' part from the gradients. The tensors' device must be current."""
         products, (n, width) = self.products, self.products.image.shape
         d_image, d_text = products.d_image, products.d_text
         _pull[cdiv(n, _PULL["ROWS"]), cdiv(width, _PULL["COLUMNS"])](

@@ -49,7 +49,7 @@ def _sweep(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sweeps block `program 0` of the strip from row `start` on, over the columns of split `program 1`."""
+    """Sweeps a tile of rows (program 0) of the strip from `start` on over a range of columns (program 1)."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -117,7 +117,7 @@ def _merge(
     margin, n, m, start, stop, strip, splits, blocks, first_loss,
     BOTH: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Merges MERGED rows of the strip start..stop, and MERGED columns, which the last strip completes."""
+    """Merges partial results of MERGED rows and MERGED columns. Columns are final after the last strip."""
     program = tl.program_id(0)
     lane = program * MERGED + tl.arange(0, MERGED)
     row = start + lane

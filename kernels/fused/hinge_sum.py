@@ -1,14 +1,14 @@
 """The hinge with all violations: one sweep computes loss and gradients, in 6 B N D flops.
 
-loss = sum over negatives of [margin + S_ij - S_ii]+ + [margin + S_ij - S_jj]+, the second term with `both`
-only. dS is the number of violations at a negative, and minus that of its row and column at a positive.
+loss = sum over negatives of [margin + S_ij - S_ii]+ + [margin + S_ij - S_jj]+, the second with `both` only.
+At a negative, dS is its number of violations. At a positive, dS is minus the number in its row and column.
 
 The dS of a negative is 0, 1 or 2, exact in any type. It depends only on the pair's similarity and on those of
 its two positives. `positives.py` computes these first, by the same arithmetic as the sweep. So a negative
 equal to its positive violates a margin of 0 by exactly 0. `_pairs` then writes one block of dS (see
 `products.py`), partial losses, and for each tile the number of violations in each row and column.
-`hinge_lists.py` adds up these counts and lists the tiles with violations; the products skip all others. Last
-come the positives.
+`hinge_lists.py` adds up these counts and lists the tiles with violations; the products skip all others. Last,
+the positives' part is subtracted.
 """
 
 from collections.abc import Sequence

@@ -64,7 +64,7 @@ def _sweep(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sweeps block `program 0` of the strip from row `start` on, over the columns of split `program 1`."""
+    """Sweeps a tile of rows (program 0) of the strip from `start` on over a range of columns (program 1)."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -114,7 +114,7 @@ def _merged(best, sums, tops, parts, inside, count, stride, factor):
 
 @triton.jit
 def _finished(best, sums, own, factor, inside, LN2: tl.constexpr):
-    """Returns (odds, cost); best: largest negative, sums: of exponentials, own: positive similarity."""
+    """Returns (odds, cost), from the largest negative, the sum of exponentials and the positive (`own`)."""
     reference = reference_of(best, factor)
     logarithm = tl.where(sums == 0, float("-inf"), tl.log2(tl.where(sums == 0, 1.0, sums)))
     odds = logarithm - tl.fma(own, factor, -reference)
@@ -137,7 +137,7 @@ def _merge(
     n, m, start, stop, strip, splits, blocks, first_loss,
     BOTH: tl.constexpr, MERGED: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """Merges MERGED rows of the strip start..stop, and MERGED columns, which the last strip completes."""
+    """Merges partial results of MERGED rows and MERGED columns. Columns are final after the last strip."""
     program = tl.program_id(0)
     _, factor = exponent_of(scale)
     lane = program * MERGED + tl.arange(0, MERGED)

@@ -1,7 +1,7 @@
 """The backward of InfoNCE: computes S again, by the forward's arithmetic, in 6 B N D flops.
 
-P = softmax by rows + softmax by columns. d loss / d S = 0.5 * scale * P at a negative and 0.5 * scale * (P -
-2) at a positive. d_scale = 0.5 * sum over negatives of P * (S - S_positive).
+P = softmax by rows + softmax by columns. d loss / d S is 0.5 * scale * P at a negative, and
+0.5 * scale * (P - 2) at a positive. d_scale = 0.5 * sum over negatives of P * (S - S_positive).
 
 `_pairs` writes P without the positives, as a block of dS, and partial sums of d_scale. `products.py` turns dS
 into gradients and applies the positives' weights in float32. `info_nce.py` explains the odds.

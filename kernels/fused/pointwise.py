@@ -1,8 +1,8 @@
 """Pointwise distillation: computes the loss and the gradient of a row in one pass over student and teacher.
 
-s and t are the rows, normalised if requested, and g is the gradient with respect to s. "cosine" costs 1 -
-s.t, with g = -t. "l1" costs sum |s - t|, with g = sign(s - t). "l2" costs sum (s - t)^2, with g = 2 (s - t).
-Normalisation turns g into (g - s (s.g)) / |row|.
+s and t are the rows, normalised if requested, and g is the gradient with respect to s. "cosine" costs
+1 - s.t, with g = -t. "l1" costs sum |s - t|, with g = sign(s - t). "l2" costs sum (s - t)^2, with
+g = 2 (s - t). Normalisation turns g into (g - s (s.g)) / |row|.
 
 A program holds full rows. In float32 it reads 8 bytes per entry and writes 4. Only the partial losses, one
 number per program, are added up across programs.
@@ -49,8 +49,8 @@ def _pointwise(
     t = tl.load(teacher + row * teacher_row + k * teacher_step, mask=inside, other=0.0).to(tl.float32)
     if NORMALIZE:
         inverse = _inverse_norm(s)
-        # A plain product would be fused with the difference below, and that of equal rows would not be
-        # exactly 0.
+        # A plain product would be fused with the difference below, which would then not be exactly 0 for
+        # equal rows.
         s = tl.fma(s, inverse, 0.0)
         t = tl.fma(t, _inverse_norm(t), 0.0)
     difference = s - t

@@ -1,4 +1,4 @@
-"""Computes the similarities of the positive pairs, by the arithmetic of the sweeps: diagonals of tiles."""
+"""Computes the similarities of positive pairs by the sweeps' arithmetic, as the diagonals of tiles."""
 
 import torch
 import triton

@@ -7,8 +7,8 @@ multiplies the block with both sides in one launch (4 D flops per entry). It rea
 from the cache. Sums over blocks are kept in float32: in the gradient itself if that is float32, else in
 buffers. No atomics are needed: the order of blocks is fixed, and one program writes each entry.
 
-Positives stay out of dS. Their weights, pull (B,), are applied in float32 after the last block: d_image[i] =
-factor * (sum - pull[i] * text[offset + i]), and d_text likewise.
+Positives stay out of dS. Their weights, pull (B,), are applied in float32 after the last block:
+d_image[i] = factor * (sum - pull[i] * text[offset + i]), and d_text likewise.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ from d2s.kernels.sides import Sides
 
 BLOCK_ENTRIES = 1 << 24
 BLOCK_ROWS = 4096
-# Factor for dS in fp16, where softmax and sigmoid values below 6e-8 would become 0. Times this, 2 is still
+# Factor for dS in fp16, where softmax and sigmoid values below 6e-8 would become 0. 2 times this is still
 # finite.
 FP16_SCALE = 16384.0
 
@@ -106,7 +106,7 @@ class Products:
         return gradient.new_empty(size, gradient.shape[1], dtype=torch.float32)
 
     def grid(self, block: Block) -> tuple[int, int]:
-        """Returns the number of rows and of columns of tiles in a block."""
+        """Returns the number of tile rows and of tile columns in a block."""
         return cdiv(block.rows, self.pairs.rows), cdiv(block.columns, self.pairs.columns)
 
     @property
@@ -116,7 +116,7 @@ class Products:
 
     @property
     def skippable(self) -> bool:
-        """Whether each program's rows lie within one tile of dS, as the lists of tiles require."""
+        """Whether the products can skip tiles: each program's rows must lie within one tile of dS."""
         return self.pairs.rows % self.tile.rows == 0 and self.pairs.columns % self.tile.rows == 0
 
     def blocks(self) -> Iterator[Block]:

@@ -81,7 +81,7 @@ def _best_by_id(
         inner = tl.minimum(column, m - 1)
         own = row_id[:, None] == tl.load(candidate_ids + inner)[None, :]
         if tl.max(tl.max(own.to(tl.int32), 1), 0) > 0:
-            # Columns beyond the last repeat it, which changes no maximum.
+            # Columns beyond the last column repeat it, which changes no maximum.
             s = similarities(resident, queries, inner_row, candidates, inner, WIDTH, DEPTH, UPCAST)
             # Compared again, because keeping the mask would take more registers.
             own = row_id[:, None] == tl.load(candidate_ids + inner)[None, :]
@@ -104,7 +104,7 @@ def _count(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, LISTED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes counts[k, i], the number of others in column range k that are not below best[i]."""
+    """Computes counts[k, i], the number of other candidates in column range k that are not below best[i]."""
     split = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)

@@ -1,7 +1,7 @@
 """Relational distillation: one sweep computes the loss; another, in blocks, computes the gradients.
 
-Let s and t be the similarities of student and teacher over the temperature, p = softmax(t) and q =
-softmax(s). loss = sum over rows of sum p (log p - log q), and d loss / d s = q - p.
+Let s and t be the similarities of the student and the teacher, divided by the temperature, and by rows
+q = softmax(s) and p = softmax(t). loss = sum over rows of sum p (log p - log q), and d loss / d s = q - p.
 
 `_statistics` computes the student's and the teacher's tile of the same pairs (2 B N (D + E) flops). For each
 row, it keeps the running maximum and sum of both softmaxes, and the cross term sum e^t (t - s). A program
@@ -43,7 +43,7 @@ def _statistics(
     WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, UPCAST: tl.constexpr, TEACHER_UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sweeps the tile of rows `program 0` over the `tiles` column tiles of range `program 1`."""
+    """Sweeps a tile of rows (program 0) over a range of `tiles` tiles of columns (program 1)."""
     block, split = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)

@@ -84,7 +84,7 @@ def sigmoid_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss (), d_image (B, D), d_text (N, D), d_scale, d_bias) in float32.
 
-    `scale` and `bias` have one entry each, like their gradients. A gradient that `need` does not select is
+    `scale` and `bias` have one entry each, like their gradients. `need` selects the gradients; others are
     empty.
     """
     sides = sides.contiguous()

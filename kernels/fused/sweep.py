@@ -70,13 +70,13 @@ def positive_column(row, n, offset):
 
 @triton.jit
 def within(target, first, COLUMNS: tl.constexpr):
-    """Returns (r,) bool: whether column `target` of a row lies in the tile from column `first` on."""
+    """Returns (r,) bool: whether a row's `target` column lies in the tile that begins at column `first`."""
     return (target >= first) & (target < first + COLUMNS)
 
 
 @triton.jit
 def crosses(first_row, first, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns whether the tile at (first_row, first) can hold positives. Most tiles cannot and skip code."""
+    """Returns whether the tile at (first_row, first) can hold positives; if not, code for them is skipped."""
     return (first_row + offset < first + COLUMNS) & (first_row + ROWS + offset > first)
 
 
@@ -117,7 +117,7 @@ def negatives(
 def own_similarities(
     positive, s, is_positive, inner_row, inner_column, SINGLE: tl.constexpr, BOTH: tl.constexpr
 ):
-    """Returns the similarities of the positives of a tile's rows (r,) and columns (c,), from s if SINGLE."""
+    """Returns the similarities of the positives of a tile's rows and columns, from the tile s if SINGLE."""
     if SINGLE:
         of_row, of_column = selected(s, is_positive), tl.sum(tl.where(is_positive, s, 0.0), 0)
     else:

@@ -40,8 +40,7 @@ def check_tensor(
 ) -> None:
     """Checks that x is a dense tensor with one of `types`, the given shape, and the device of `like`.
 
-    A size in `shape` that is a letter may have any value; it may be 0 only if `empty` is true. Raises
-    ValueError.
+    A size in `shape` that is a letter may have any value, but 0 only if `empty` is true. Raises ValueError.
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: {_show(x)} is not a tensor; convert it with torch.as_tensor")

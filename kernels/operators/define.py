@@ -22,8 +22,7 @@ _NO_SECOND = (
 def define(schema: str, fake: Callable, run: Callable) -> Callable:
     """Defines the operator d2s::NAME of `schema` and returns it.
 
-    `fake` computes only the output shapes, for the compiler. `run` computes the outputs; its tensors are
-    detached.
+    `fake` returns outputs of the right shapes, for the compiler. `run` computes them from detached tensors.
     """
     name = schema.partition("(")[0]
 

@@ -28,9 +28,8 @@ log = logging.getLogger("d2s.kernels")
 def implementation(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> str:
     """Returns the name of the implementation for tensors of `dtype` on a device.
 
-    The default device is CUDA, if this machine has it. A device that is given need not exist here. Raises
-    ValueError for a device or type that torch does not know, and if D2S_KERNELS is unknown or cannot compute
-    on that device.
+    `device` need not exist on this machine; without it, CUDA is used if available. Raises ValueError for a
+    device or type that torch does not know, and if D2S_KERNELS is unknown or cannot compute on that device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +79,7 @@ def load(name: str) -> ModuleType:
 
 
 def backend(x: Tensor) -> ModuleType:
-    """Returns the module with the raw functions for x. The reference has none; then the default is used."""
+    """Returns the raw functions' module for tensors like x. The reference has none: the default is used."""
     name = os.environ.get("D2S_KERNELS") or ""
     kind = x.device.type
     name = _choose("" if name == "reference" else name, kind, x.dtype)
