@@ -9,5 +9,5 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def position_dtype(tokens: int) -> torch.dtype:
-    """Returns the integer type in which GPO saves the position of one among `tokens` tokens."""
+    """Returns the integer type in which GPO saves a token's position, for samples of `tokens` tokens."""
     return torch.int16 if tokens <= 1 << 15 else torch.int32

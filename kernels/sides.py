@@ -1,4 +1,4 @@
-"""The tuples that the losses pass on. `d2s.kernels` explains the sizes."""
+"""The tuples that losses pass on: the sides of a batch, and hardest negatives. Sizes: see `d2s.kernels`."""
 
 from typing import NamedTuple
 
@@ -24,6 +24,6 @@ class Winners(NamedTuple):
     """The hardest negative of each row and column. If `Sides.both` is false, the columns have none."""
 
     row_at: Tensor  # (B,) int64: the column of each row's hardest negative
-    row_active: Tensor  # (B,) bool: whether it violates the margin
+    row_active: Tensor  # (B,) bool: whether this negative violates the margin
     column_at: Tensor  # (N,) int64: the row of each column's hardest negative
-    column_active: Tensor  # (N,) bool: whether it violates the margin
+    column_active: Tensor  # (N,) bool: whether this negative violates the margin

@@ -36,8 +36,9 @@ def gpo_forward(
     """Returns (pooled, order, value); see `d2s.kernels.functional.gpo_pool`.
 
     `pooled` (B, D) has the type of the features. `order` and `value`, both (B, D * K), describe the sort for
-    the backward: the tokens, in `position_dtype`, and the values, in the accumulator type. Each is empty if
-    the backward does not read it. `need` tells whether features and weights need gradients.
+    the backward: each channel's tokens (of `position_dtype`) and values (of the accumulator type) in sorted
+    order. Each is empty if the backward does not read it. `need` tells whether features and weights need
+    gradients.
     """
     forward = _forward_by_numpy if _by_numpy(features, *features.shape[1:]) else _forward_by_torch
     return forward(features, weights, mask, need)

@@ -147,7 +147,7 @@ def info_nce_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns d_image (B, D), d_text (N, D) and d_scale (the shape of scale), in the types of the inputs.
 
-    `need` tells which are needed. `row_lse` and `column_lse` come from `info_nce_forward`.
+    `need` selects the gradients. `row_lse` and `column_lse` come from `info_nce_forward`.
     """
     image, text, image_ids, text_ids, offset, both = sides
     need_image, need_text, need_scale = need

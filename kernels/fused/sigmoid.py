@@ -4,7 +4,7 @@ With z = scale * S + bias, a negative costs log(1 + exp(z)), with gradient dz = 
 log(1 + exp(-z)), with dz = -sigmoid(-z). dS = scale * dz, d_scale = sum of dz * S, d_bias = sum of dz.
 
 `_pairs` writes a block of dz (see `products.py`) and, for each tile, partial sums of the loss, d_scale and
-d_bias. Positives stay out of it; their gradients are added in float32.
+d_bias. Positives stay out of the block; their gradients are added in float32.
 """
 
 from collections.abc import Sequence

@@ -81,7 +81,7 @@ def bits(seed: int, epoch: int, samples: ArrayLike, stream: str, count: int = 1)
 
 
 def bits_at(seed: int, epoch: int, samples: ArrayLike, stream: str, counters: ArrayLike) -> U64:
-    """Returns one draw for each sample, bits(...)[i, counters[i]] for samples[i]: uint64 (n,)."""
+    """Returns draw number counters[i] of samples[i], for each i, like bits(...)[i, counters[i]]: (n,)."""
     return mix(states(seed, epoch, samples, stream) + (_words(counters) + np.uint64(1)) * GAMMA)
 
 
@@ -91,12 +91,12 @@ def to_uniform(random_bits: U64) -> NDArray[np.float64]:
 
 
 def uniform(seed: int, epoch: int, samples: ArrayLike, stream: str, count: int = 1) -> NDArray[np.float64]:
-    """Returns float64 (n, count) in [0, 1); `bits` describes the arguments."""
+    """Returns uniform draws, float64 (n, count) in [0, 1); `bits` describes the arguments."""
     return to_uniform(bits(seed, epoch, samples, stream, count))
 
 
 def uniform_at(
     seed: int, epoch: int, samples: ArrayLike, stream: str, counters: ArrayLike
 ) -> NDArray[np.float64]:
-    """Returns float64 (n,) in [0, 1); `bits_at` describes the arguments."""
+    """Returns uniform draws, float64 (n,) in [0, 1); `bits_at` describes the arguments."""
     return to_uniform(bits_at(seed, epoch, samples, stream, counters))

@@ -1,11 +1,10 @@
 """The order of samples as a pure function of (n, seed, epoch).
 
-Nothing is stored, and the order does not depend on the number of workers. A keyed bijection of 0..n-1
-replaces a shuffled list. So an order of hundreds of millions of items needs no memory, and the item at any
-position can be computed alone. The bijection is a Feistel network on a grid of a x b cells, with a and b near
-the square root of n. Each round adds a keyed hash of one coordinate to the other. The grid has up to a - 1
-more cells than n; cycle walking avoids them (Black and Rogaway, "Ciphers with arbitrary finite domains",
-2002).
+Nothing is stored, and the number of workers does not matter. A keyed bijection of 0..n-1 replaces a shuffled
+list. So an order of hundreds of millions of items needs no memory, and the item at any position can be
+computed alone. The bijection is a Feistel network on a grid of a x b cells, with a and b near the square root
+of n. Each round adds a keyed hash of one coordinate to the other. The grid has up to a - 1 more cells than n;
+cycle walking avoids them (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 """
 
 from collections.abc import Sequence

@@ -134,7 +134,7 @@ def sparse(scene: Content, rng: random.Random) -> tuple[Caption, ...]:
 
 
 def _worded(rng: random.Random, scene: Content, thing: Thing, view: str) -> Caption:
-    """Draws captions until the number of words lies within SPARSE_WORDS, and returns this caption."""
+    """Draws captions until one has a number of words within SPARSE_WORDS, and returns it."""
     low, high = SPARSE_WORDS
     while True:
         caption = {"place": _place, "ground": _ground, "relation": _relation, "count": _count}[view](

@@ -1,4 +1,4 @@
-"""Themes: backgrounds, objects and attributes that occur together. `world` draws scenes from them.
+"""Themes: backgrounds, objects and attributes that occur together. `world.py` draws scenes from them.
 
 They let a caption contain information about the things that it leaves out.
 """

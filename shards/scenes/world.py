@@ -118,7 +118,7 @@ def content(seed: int, number: int) -> Content:
 
 @lru_cache(maxsize=64)
 def _family(seed: int, family: int) -> tuple[Content, ...]:
-    """Returns the scenes of a family, all different; one or two edits turn the first into each other one."""
+    """Returns the different scenes of a family: the first, and others made from it by one or two edits."""
     rng = random.Random(f"d2s scenes {seed} family {family}")
     members = [_first(rng)]
     seen = {_signature(members[0])}
@@ -152,7 +152,7 @@ def _first(rng: random.Random) -> Content:
 
 
 def _placed(rng: random.Random, scene: Content, kind: Kind) -> Thing:
-    """Draws an object of about this kind, at a free place."""
+    """Draws an object that resembles `kind`, at a free place."""
     taken = {thing.cell for thing in scene.things}
     free = [(row, col) for row in range(3) for col in range(3) if (row, col) not in taken]
     row = -1 if rng.random() < DEVIATION["row"] else kind.row
