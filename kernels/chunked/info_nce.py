@@ -1,7 +1,7 @@
 """Symmetric InfoNCE with a learnable scale. The backward does not read S: it computes S again.
 
 With z = scale * S, the loss is half the sum over rows of logsumexp(z_i) - z_positive, and the same for
-columns. Its gradient with respect to z is half of (softmax by rows + softmax by columns), minus 1 at a
+columns. Its gradient with respect to z is half of (softmax by rows + softmax by columns), and 1 less at a
 positive.
 
 On a CPU, rows and columns share one exponential per entry, exp(z - m), with one number m for the whole

@@ -1,10 +1,10 @@
 """Symmetric InfoNCE with a learnable scale, in 8 B N D flops, without storing the similarity matrix.
 
-loss = 0.5 * sum over rows of log(1 + sum over negatives exp(scale * (S_ij - S_positive))), and over columns.
+loss = 0.5 * sum over rows, and over columns, of log(1 + sum over negatives exp(scale * (S_ij - S_positive))).
 
 In the forward (2 B N D flops), `_sweep` computes every tile of S once. A program takes a tile of rows (a
 "block") and a range of columns (a "split"). It keeps (largest, sum of exponentials) of each row in registers;
-for each tile it writes these two of each column. `_merge` adds them up in ascending order. The rows are
+for each tile, it writes both for each column. `_merge` adds them up in ascending order. The rows are
 processed in strips of STRIP rows, so the columns' partial results take 8 * STRIP / ROWS bytes per column.
 `info_nce_gradient.py` has the backward (6 B N D flops).
 
