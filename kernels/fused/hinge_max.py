@@ -81,7 +81,7 @@ def _sweep(
 
 @triton.jit
 def _first_largest(best, at, values, places, inside, parts, stride):
-    """Merges (best, at) with `parts` partial results, `stride` entries apart in `values` and `places`."""
+    """Merges (best, at) with `parts` results, `stride` entries apart; the first of equal maxima wins."""
     for _ in range(parts):
         value = tl.load(values, mask=inside, other=float("-inf"))
         place = tl.load(places, mask=inside, other=0)

@@ -99,7 +99,7 @@ def _sweep(
 
 @triton.jit
 def _merged(best, sums, tops, parts, inside, count, stride, factor):
-    """Merges (best, sums) with `count` more such pairs, `stride` entries apart in `tops` and `parts`."""
+    """Merges (largest, sum of exponentials) with `count` more such pairs, `stride` entries apart."""
     for _ in range(count):
         other = tl.load(tops, mask=inside, other=float("-inf"))
         top = tl.maximum(best, other)

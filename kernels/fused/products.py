@@ -139,7 +139,10 @@ class Products:
     def multiply(
         self, block: Block, pull: Tensor | None, factor: Tensor | None, lists: Lists | None = None
     ) -> None:
-        """Adds a block's part to the gradients; reads only the tiles in `lists`, if given."""
+        """Adds a block's part to the gradients; reads only the tiles in `lists`, if given.
+
+        `pull` (B,) and `factor` (1,), both float32, are applied after the last block.
+        """
         (n, width), m = self.image.shape, self.text.shape[0]
         tile, ds = self.tile, self.ds
         row_programs = cdiv(block.rows, tile.rows) if self.d_image.numel() else 0
