@@ -1,12 +1,13 @@
-"""Losses, pooling and ranks over whole batches without the B x N similarity matrix: `d2s.kernels`.
+"""`d2s.kernels`: losses, pooling and retrieval ranks that never store the B x N similarity matrix.
 
-Sizes in all docstrings and comments: B local batch (rows), N global batch (columns, candidates), K tokens, D width,
-E a teacher's width, W workers. In code `n` is the number of rows, B, and `m` that of columns, N. The type "acc" is
-the accumulator's: float32, or float64 for float64 inputs.
+Docstrings and comments name sizes by letters: B is the local batch (rows), N the global batch (columns, or
+candidates), K the tokens of a sample, D the width of the embeddings, E the width of a teacher, W the workers.
+In code `n` is the number of rows (B) and `m` the number of columns (N). "acc" is the accumulator type:
+float64 for float64 inputs, else float32.
 
-Always import it as `d2s.kernels`. Transformers looks for another package named `kernels` and, with the
-repository's root on the path, executes this file as a top-level module. So nothing is imported here before a
-name is asked for, and the top-level module offers no names at all.
+Always import this package as `d2s.kernels`. Transformers looks for another package, named `kernels`. If the
+root of this repository is on the path, Transformers finds this file instead and runs it. So this file imports
+nothing until a name is requested, and offers no names when it runs as `kernels`.
 """
 
 _NAMES = (

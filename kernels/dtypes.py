@@ -4,10 +4,10 @@ import torch
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type to compute in: float64 for float64, else float32."""
+    """Returns the type to compute in: float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def position_dtype(tokens: int) -> torch.dtype:
-    """The integer type in which GPO saves a token's position among that many."""
+    """Returns the integer type in which GPO saves a token's position, for samples of `tokens` tokens."""
     return torch.int16 if tokens <= 1 << 15 else torch.int32

@@ -1,17 +1,17 @@
-"""The public functions of `d2s.kernels`: they check the arguments and call the operators, or the reference.
+"""The public functions of `d2s.kernels`: they check their arguments and call the operators, or the reference.
 
-Wrong arguments raise ValueError in one line: the argument, what it is, the remedy. Embeddings are dense tensors of
-bf16, fp16, float32 or float64. Which implementation computes: see `d2s.kernels.operators.dispatch`.
+A wrong argument raises ValueError with one line: the argument, its value, the remedy. Embeddings are dense
+tensors of bf16, fp16, float32 or float64. `d2s.kernels.operators.dispatch` chooses the implementation.
 
 Common to all losses:
-- They are *sums* over the batch, 0-dim, in float32 (float64 for float64 inputs). bf16 and fp16 inputs are
-  computed in float32, also under autocast.
-- image (B, D) and text (N, D) are L2-normalised by the caller. Row i's positive is column `offset + i`. With
-  one process B = N and offset = 0; a worker passes its own rows, the columns of all workers, and the place where
-  its rows begin among them.
-- image_ids (B,) and text_ids (N,) are int64. A pair of equal ids shows the same image and is never a
+- A loss is the *sum* over the batch: a 0-dim tensor of float32 (of float64 for float64 inputs). Losses of
+  bf16 and fp16 inputs are computed in float32, also under autocast.
+- The caller L2-normalises image (B, D) and text (N, D). The positive of row i is column `offset + i`. With
+  one process, B = N and offset = 0. With several workers, each passes its own rows, the columns of all
+  workers, and as `offset` the column of its first row's positive.
+- image_ids (B,) and text_ids (N,) are int64. A pair with equal ids shows the same image and is never a
   negative. text_ids defaults to image_ids.
-- Gradients flow to both sides, local and gathered.
+- Both inputs get gradients: the local rows and the gathered columns.
 """
 
 import torch
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def _needs(*inputs: Tensor) -> list[bool]:
-    """Which of the inputs need a gradient."""
+    """Returns for each input whether it needs a gradient."""
     grad = torch.is_grad_enabled()
     return [grad and x.requires_grad for x in inputs]
 
@@ -58,12 +58,13 @@ def hinge_loss(
     offset: int = 0,
     both: bool = True,
 ) -> Tensor:
-    """Sum of hinge violations [margin + S_ij - S_positive]+ over negatives (VSE++, Faghri et al. 2018).
+    """Returns the sum of violations [margin + S_ij - S_positive]+ over negatives (VSE++, Faghri et al. 2018).
 
-    hardest: only the hardest negative of each row (and column), ties to the lowest index; else all negatives.
-    both: rows and columns from one sweep (B = N, offset 0); else rows alone. Two calls with the sides exchanged
-    add up to one call with both. A row without negatives costs nothing; the gradient of a violation of exactly 0
-    is 0. Raises ValueError for shapes, types, devices or margins that do not fit.
+    With `hardest`, only the hardest negative of each row (and column) counts; ties go to the lowest index.
+    Otherwise all negatives count. With `both`, rows and columns count, and B = N and offset 0 are required;
+    otherwise only rows count. Two calls without `both`, the second with image and text exchanged, add up to
+    one call with `both`. A row without negatives costs nothing. A violation of exactly 0 has the gradient 0.
+    Raises ValueError for shapes, types, devices or margins that do not fit.
     """
     sides = check_sides(image, text, image_ids, text_ids, offset, both)
     check_flag("hardest", hardest)
@@ -85,11 +86,12 @@ def info_nce_loss(
     offset: int = 0,
     both: bool = True,
 ) -> Tensor:
-    """Sum of 0.5 * cross entropy of scale * S over rows, and columns if both (CLIP, Radford et al. 2021).
+    """Returns 0.5 * cross entropy of scale * S, summed over rows and, with `both`, columns.
 
-    scale: the factor itself, not its log; a number, or a tensor of one entry, which then gets a gradient.
-    Same-image pairs other than the positive are left out of the denominators. The factor 0.5 stays with
-    both=False: two calls with the sides exchanged add up to one call with both. ValueError as `hinge_loss`.
+    CLIP, Radford et al. 2021. `scale` is the factor itself, not its logarithm. It is a number, or a tensor of
+    one entry, which can get a gradient. The denominators leave out pairs of the same image, except the
+    positive. The factor 0.5 also applies with both=False: two such calls, the second with image and text
+    exchanged, add up to one call with `both`. Raises ValueError like `hinge_loss`.
     """
     sides = check_sides(image, text, image_ids, text_ids, offset, both)
     scale = number_tensor("scale", scale, image)
@@ -108,11 +110,11 @@ def sigmoid_loss(
     bias: Tensor | float,
     offset: int = 0,
 ) -> Tensor:
-    """Sum over pairs of log(1 + exp(-y * (scale * S + bias))) (SigLIP, Zhai et al. 2023).
+    """Returns the sum over pairs of log(1 + exp(-y * (scale * S + bias))) (SigLIP, Zhai et al. 2023).
 
-    y is 1 for the positive pair and -1 for negatives; other pairs of the same image are left out. Every pair
-    counts once, so the losses of workers with their own rows add up to that of the global batch.
-    scale, bias: numbers, or tensors of one entry, which then get gradients. ValueError as `hinge_loss`.
+    y is 1 for a positive pair and -1 for a negative one. Other pairs of the same image are left out. `scale`
+    and `bias` are numbers, or tensors of one entry, which can get gradients. Every pair counts once, so the
+    losses of all workers add up to the loss of the global batch. Raises ValueError like `hinge_loss`.
     """
     sides = check_sides(image, text, image_ids, text_ids, offset, both=False)
     scale, bias = number_tensor("scale", scale, image), number_tensor("bias", bias, image)
@@ -124,11 +126,12 @@ def sigmoid_loss(
 def pointwise_distillation(
     student: Tensor, teacher: Tensor, *, kind: str = "cosine", normalize: bool = True
 ) -> Tensor:
-    """Sum over rows of the distance of student (B, D) to teacher (B, D). The teacher gets no gradient.
+    """Returns the sum over rows of the distance between student (B, D) and teacher (B, D).
 
-    kind: cosine = 1 - s.t, l1 = sum |s - t| or l2 = sum (s - t)^2 over the channels. normalize: both sides are
-    L2-normalised first, and the gradient goes through that; a row of zeros stays zero and gets no gradient.
-    Raises ValueError for an unknown kind and for sides that do not fit.
+    `kind` selects the distance: "cosine" is 1 - s.t, "l1" is sum |s - t|, "l2" is sum (s - t)^2. With
+    `normalize`, both sides are first L2-normalised, and the gradient includes this step; a row of zeros stays
+    zero and gets no gradient. The teacher never gets a gradient. Raises ValueError for an unknown kind and
+    for sides that do not fit.
     """
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -148,11 +151,12 @@ def relational_distillation(
     *,
     temperature: float,
 ) -> Tensor:
-    """Sum over rows of KL(p_teacher || p_student), p = softmax(similarities / temperature).
+    """Returns the sum over rows of KL(p_teacher || p_student), with p = softmax(similarities / temperature).
 
-    The rows student (B, D) and teacher (B, E) are compared with student_all (N, D) and teacher_all (N, E), by default
-    with each other, each row also with itself. The caller L2-normalises all of them. Gradients flow to student
-    and student_all, none to the teacher. Raises ValueError for sides or temperatures that do not fit.
+    The similarities are those of student (B, D) with student_all (N, D), and of teacher (B, E) with
+    teacher_all (N, E). Without the `..._all` arguments, rows are compared with each other, and each also with
+    itself. The caller L2-normalises all inputs. `student` and `student_all` get gradients, the teacher none.
+    Raises ValueError for sides or temperatures that do not fit.
     """
     check_tensor("student", student, ("B", "D"))
     check_tensor("teacher", teacher, (student.shape[0], "E"), student)
@@ -172,12 +176,12 @@ def relational_distillation(
 
 
 def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    """Generalised pooling (Chen et al. 2021): (B, D) in the type of the features.
+    """Pools features (B, K, D) to (B, D), in the same type (generalised pooling, Chen et al. 2021).
 
-    features (B, K, D); mask (B, K) bool, true for real tokens, in any places; weights (B, K), of which a sample
-    with L real tokens uses the first L. Each channel by itself is sorted in descending order over the real
-    tokens, ties by the lowest token, and weights[b, k] multiplies its k-th largest value. A sample without tokens
-    gives zeros. Gradients flow to features and weights. Raises ValueError for tensors that do not fit.
+    The bool mask (B, K) is true for real tokens, at any positions. Each channel is sorted by itself, in
+    descending order over the real tokens; ties go to the lowest token. Then weights[b, k] multiplies the k-th
+    largest value. A sample with L real tokens uses the first L of its weights (B, K). A sample without tokens
+    gives zeros. Features and weights get gradients. Raises ValueError for tensors that do not fit.
     """
     check_tensor("features", features, ("B", "K", "D"), empty=True)
     check_tensor("weights", weights, tuple(features.shape[:2]), features)
@@ -195,16 +199,19 @@ def retrieval_ranks(
     query_ids: Tensor | None = None,
     candidate_ids: Tensor | None = None,
 ) -> Tensor:
-    """For each query (B, D) the 0-based rank of its best positive among the candidates (N, D): (B,) int64.
+    """Returns the 0-based rank of each query's best positive: (B,) int64.
 
-    The rank is the number of other candidates whose similarity (dot product) is at least that of the best
-    positive: ties and NaN count against the model, and equal candidates tie to the last bit. A query without
-    positives gets rank N. Positives are either a pair (starts (B + 1,), indices) of int64 tensors, query i's
-    being indices[starts[i]:starts[i + 1]], or the candidates whose candidate_ids (N,) equal query_ids (B,).
+    Queries are (B, D), candidates (N, D). The rank is the number of other candidates whose similarity (dot
+    product) is at least that of the best positive. So ties and NaN count against the model; equal candidates
+    always tie exactly. A query without positives gets rank N.
 
-    Raises ValueError for tensors that do not fit, for starts that do not rise from 0 to the number of indices, and
-    for indices outside 0..N-1. Checking the lists waits for the device once; under torch.compile they are not
-    checked, and wrong ones give undefined ranks.
+    Positives are given in one of two forms. `positives` is a pair of int64 tensors, starts (B + 1,) and
+    indices: the positives of query i are indices[starts[i]:starts[i + 1]]. Or the positives of query i are
+    the candidates whose entry in candidate_ids (N,) equals query_ids[i], with query_ids (B,).
+
+    Raises ValueError for tensors that do not fit, for starts that do not rise from 0 to the number of
+    indices, and for indices outside 0..N-1. The check of the lists waits for the device once. torch.compile
+    skips this check; wrong lists then give undefined ranks.
     """
     check_tensor("queries", queries, ("B", "D"))
     check_tensor("candidates", candidates, ("N", queries.shape[1]), queries)

@@ -1,8 +1,8 @@
-"""A GRU over one shared input, read by several rows that start at different steps: it makes GPO's weights.
+"""A GRU whose rows all read the same input but start at different steps. It computes GPO's weights.
 
-GPO's backward direction runs over the same position code for every length; a longer sequence just starts
-earlier. So the input's part of the gates is computed once for all rows. Equations: Cho et al., EMNLP 2014, in the
-form of `torch.nn.GRU`, whose weights this takes.
+GPO's backward direction reads the same position code for every length; a longer sequence only starts earlier.
+So the products of the input with the GRU's weights are computed once for all rows. The equations are those of
+Cho et al. (EMNLP 2014) in the form of `torch.nn.GRU`. The weights have the shapes of `torch.nn.GRU`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from d2s.kernels.operators.define import refuse_second_derivative
 def position_gru(
     data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> Tensor:
-    """States (T, n, H) of n rows that all read data (T, C); at step s the first counts[s] rows take part.
+    """Returns the states (T, n, H) of n rows that all read data (T, C).
 
-    counts must not decrease, and its last value is n. A row's states are zero before its first step. The
-    gradient goes to the weights (shapes of `torch.nn.GRU`), not to the data.
+    At step s, the first counts[s] rows take part. `counts` must not decrease, and its last value is n. A
+    row's states are zero before its first step. The weights get gradients, the data none.
     """
     assert len(counts) == len(data), "a count for every step"
     assert counts == sorted(counts), "a row takes part from its first step to the end"
@@ -30,7 +30,7 @@ def position_gru(
 
 
 class SharedInputGRU(torch.autograd.Function):
-    """`position_gru` step by step, all rows in one product; torch's packed GRU on a CPU takes them one by one."""
+    """Computes `position_gru` with one product per step for all rows; torch takes the rows one by one."""
 
     @staticmethod
     def forward(ctx, data, counts, w_ih, w_hh, b_ih, b_hh):
@@ -57,7 +57,7 @@ class SharedInputGRU(torch.autograd.Function):
         refuse_second_derivative("shared_input_gru")
         data, w_hh, states, gates = ctx.saved_tensors
         reset, update, new, inner = gates.chunk(4, dim=2)
-        # Whatever does not depend on the gradient is computed for all steps at once.
+        # The factors that do not depend on the gradient are computed for all steps at once.
         to_new = (1 - update) * (1 - new * new)
         to_inner = to_new * reset
         slopes = torch.stack(
@@ -83,18 +83,19 @@ class SharedInputGRU(torch.autograd.Function):
 def packed_gru(
     data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> Tensor:
-    """`position_gru` by torch's GRU: on a GPU one call of cuDNN instead of a loop over small kernels."""
+    """Computes `position_gru` with torch's GRU: on a GPU one call of cuDNN, not a loop over small kernels."""
     steps, rows = len(counts), counts[-1]
     start = data.new_zeros(1, rows, w_hh.shape[1])
-    # cuDNN saves for its backward only in training mode, which without dropout changes nothing else.
+    # cuDNN saves tensors for its backward in training mode only. Without dropout, this mode changes nothing
+    # else.
     weights, options = [w_ih, w_hh, b_ih, b_hh], (True, 1, 0.0, torch.is_grad_enabled(), False)
     if counts[0] == rows:
         return torch.gru(data[:, None].expand(-1, rows, -1), start, weights, *options, False)[0]
-    # torch needs the lengths in the host's memory, whatever the default device is.
+    # torch requires the lengths on the CPU, whatever the default device is.
     host = torch.device("cpu")
     starts = torch.searchsorted(torch.tensor(counts, device=host), torch.arange(1, rows + 1, device=host))
-    # torch packs rows that start together and end early. Here rows start late, so they are moved to the front
-    # and back again.
+    # torch packs rows that start together and end early. Here rows start late and end together. So they are
+    # moved to the front, and their states are moved back.
     step = torch.arange(steps, device=host)[:, None]
     inside = step < steps - starts
     source = (step + starts)[inside].to(data.device)

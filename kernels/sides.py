@@ -1,4 +1,4 @@
-"""What the losses exchange: the two sides of a batch, and the winners of the hinge. Sizes: see `d2s.kernels`."""
+"""The tuples that losses pass on: the sides of a batch, and hardest negatives. Sizes: see `d2s.kernels`."""
 
 from typing import NamedTuple
 
@@ -6,24 +6,24 @@ from torch import Tensor
 
 
 class Sides(NamedTuple):
-    """The arguments that all contrastive losses share. Row i's positive is column offset + i."""
+    """The arguments that all contrastive losses share. The positive of row i is column offset + i."""
 
     image: Tensor  # (B, D), rows of the similarity matrix
-    text: Tensor  # (N, D), its columns
+    text: Tensor  # (N, D), columns of the similarity matrix
     image_ids: Tensor  # (B,) int64
     text_ids: Tensor  # (N,) int64; a pair of equal ids is never a negative
     offset: int = 0
-    both: bool = True  # rows and columns, with B = N and offset 0; else rows alone
+    both: bool = True  # True: rows and columns count, with B = N and offset 0. False: rows alone count
 
     def contiguous(self) -> "Sides":
-        """The same with contiguous tensors."""
+        """Returns the same sides with contiguous tensors."""
         return self._replace(**{name: getattr(self, name).contiguous() for name in self._fields[:4]})
 
 
 class Winners(NamedTuple):
-    """Each row's and each column's hardest negative; without `Sides.both` those of the columns are empty."""
+    """The hardest negative of each row and column. If `Sides.both` is false, the columns have none."""
 
-    row_at: Tensor  # (B,) int64, its column
-    row_active: Tensor  # (B,) bool, whether it violates the margin
-    column_at: Tensor  # (N,) int64, its row
-    column_active: Tensor  # (N,) bool
+    row_at: Tensor  # (B,) int64: the column of each row's hardest negative
+    row_active: Tensor  # (B,) bool: whether this negative violates the margin
+    column_at: Tensor  # (N,) int64: the row of each column's hardest negative
+    column_active: Tensor  # (N,) bool: whether this negative violates the margin

@@ -1,7 +1,8 @@
-"""Losses on any device and for any float type: a few rows of the similarity matrix at a time, gradients by hand.
+"""The implementation for any device and float type.
 
-Raw functions: tensors in, fresh tensors out, no automatic differentiation; `d2s.kernels.operators.ops` makes
-operators of them. Gradients that are not needed come back empty.
+It holds only a few rows of the similarity matrix at a time. The functions take tensors and return new ones,
+without automatic differentiation: gradients are computed by hand. `d2s.kernels.operators.ops` makes torch
+operators of them. A gradient that is not needed comes back empty.
 """
 
 from d2s.kernels.chunked.gpo import gpo_backward, gpo_forward, gpo_saves_values

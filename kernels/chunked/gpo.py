@@ -1,13 +1,12 @@
-"""GPO pooling: every channel sorted by itself along the tokens, then a weighted sum.
+"""GPO pooling: sorts each channel by itself along the tokens, then takes a weighted sum.
 
-pooled[b, d] = sum over k of weights[b, k] * ordered[b, k, d]. So d_weights[b, k] = sum over d of grad[b, d] *
-ordered[b, k, d], and the token of rank k gets grad[b, d] * weights[b, k].
+pooled[b, d] = sum over k of weights[b, k] * ordered[b, k, d]. So d_weights[b, k] = sum over d of
+grad[b, d] * ordered[b, k, d], and the token of rank k gets the gradient grad[b, d] * weights[b, k].
 
-Two ways compute the same. float32 and below on a CPU: numpy (see `order`), each sample at its own number of tokens,
-so that padding does not change a bit of its result, and a block of channels at a time to keep the memory small. It
-saves the order of the sort, two bytes an entry, and the backward gathers the values again. numpy and torch release
-the interpreter lock in their work, so the samples are spread over as many threads as torch may use. Everything else:
-torch.sort.
+On a CPU, for float32 and smaller types, numpy sorts (see `order`); in all other cases torch sorts. numpy
+sorts each sample without its padding, so padding does not change its result by a bit. It sorts a block of
+channels at a time, which saves memory. The forward saves only the order, two bytes per entry. numpy and torch
+release the interpreter lock, so the samples are spread over as many threads as torch may use.
 """
 
 from __future__ import annotations
@@ -26,25 +25,27 @@ if HAS_NUMPY:
 
     from d2s.kernels.chunked.order import Scratch, put, sort_values, sort_with_source, take
 
-# Entries of a block of channels. Large, because each block costs the threads some hand-overs of the interpreter lock,
-# which with two threads cost more than a block that fits the cache saves.
+# Entries in a block of channels. Blocks are large because threads pass the interpreter lock on at each block;
+# with two threads, this costs more than a block that fits into the cache would save.
 BLOCK_ENTRIES = 1 << 19
 
 
 def gpo_forward(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled (B, D) in the type of the features, order (B, D * K) of `position_dtype`, value (B, D * K) acc).
+    """Returns (pooled, order, value); see `d2s.kernels.functional.gpo_pool`.
 
-    order, value: of the sort, for the backward; each is empty if that does not need it. need: the gradients of
-    features and weights. See `d2s.kernels.functional.gpo_pool`.
+    `pooled` (B, D) has the type of the features. `order` and `value`, both (B, D * K), describe the sort for
+    the backward: each channel's tokens (of `position_dtype`) and values (of the accumulator type) in sorted
+    order. Each is empty if the backward does not read it. `need` tells whether features and weights need
+    gradients.
     """
     forward = _forward_by_numpy if _by_numpy(features, *features.shape[1:]) else _forward_by_torch
     return forward(features, weights, mask, need)
 
 
 def gpo_saves_values(features: Tensor) -> bool:
-    """Whether the forward saves the sorted values for the weights' gradient; else the features are read again."""
+    """Returns whether the forward saves the sorted values; if not, the backward reads the features again."""
     return not _by_numpy(features, *features.shape[1:])
 
 
@@ -57,9 +58,9 @@ def gpo_backward(
     value: Tensor,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(d_features (B, K, D), d_weights (B, K)), in the types of grad and weights; grad (B, D).
+    """Returns d_features (B, K, D) and d_weights (B, K), in the types of grad (B, D) and of the weights.
 
-    order, value: from `gpo_forward`. features: only read if the weights need a gradient and value is empty.
+    `gpo_forward` returns `order` and `value`. The features are read only for d_weights, if `value` is empty.
     """
     if _by_numpy(grad, mask.shape[1], grad.shape[1]):
         d_features, d_weights = _backward_by_numpy(
@@ -74,7 +75,7 @@ def gpo_backward(
 
 
 def _by_numpy(x: Tensor, tokens: int, width: int) -> bool:
-    """Whether numpy sorts samples (tokens, width) of the type and on the device of x."""
+    """Returns whether numpy sorts samples (tokens, width) with the type and device of x."""
     return HAS_NUMPY and x.device.type == "cpu" and x.dtype != torch.float64 and tokens * width < 2**31
 
 
@@ -82,7 +83,7 @@ def _forward_by_torch(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     real = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
-    # Padding is moved behind the tokens first: among tokens of -inf it could be sorted before one of them.
+    # First move padding behind the tokens. Otherwise it could be sorted before real tokens of -inf.
     front = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True)[1]
     x = upcast(features).gather(1, front[:, :, None].expand_as(features))
     w = torch.where(real, weights.to(x.dtype), 0)
@@ -121,8 +122,8 @@ def _forward_by_numpy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, w = upcast(features.detach()), weights.to(torch.float32).contiguous().numpy()
     batch, tokens, width = x.shape
-    # A sample of L tokens uses its first D * L entries of the order: for each channel its own tokens' positions, the
-    # largest value first. Allocated by torch, because numpy asks for huge pages, and those can take longer
+    # A sample of L tokens uses its first D * L entries of `order`: for each channel, the positions of its
+    # tokens, the largest value first. torch allocates it: numpy asks for huge pages, which can take longer
     # than the sort.
     save = any(need)
     order = torch.empty(batch, tokens * width if save else 0, dtype=position_dtype(tokens)).numpy()
@@ -132,7 +133,7 @@ def _forward_by_numpy(
     def sample(b: int, scratch: Scratch) -> None:
         place = real[b].nonzero()[0]
         length = place.shape[0]
-        # No backward reads these, but an operator must return the same at every call.
+        # No backward reads these entries, but an operator must return the same values at every call.
         order[b, length * width :] = 0
         turned = _turn(x[b] if length == tokens else x[b, torch.from_numpy(place)], scratch)
         for first, last in _blocks(width, length):
@@ -156,7 +157,7 @@ def _forward_by_numpy(
 def _backward_by_numpy(
     grad: Tensor, features: Tensor | None, weights: Tensor, mask: Tensor, order: Tensor, need_features: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """(d_features (B, K, D), empty if not needed, d_weights (B, K), zero without features), float32."""
+    """Returns d_features (B, K, D), maybe empty, and d_weights (B, K), zero without features, in float32."""
     (batch, tokens), width = mask.shape, grad.shape[1]
     g, w = (x.to(torch.float32).contiguous().numpy() for x in (grad, weights))
     x = None if features is None else upcast(features.detach())
@@ -180,7 +181,7 @@ def _backward_by_numpy(
                 take(values, places, between)
                 d_weights[b, :length] += np.einsum("dk,d->k", between, ours)
             if need_features:
-                # The values of this block are not needed any more; overwrite them with their gradient.
+                # The values of this block are not needed any more; their gradient overwrites them.
                 np.multiply(ours[:, None], w[b, :length], out=between)
                 put(between, places, values)
         if need_features and all_real:
@@ -194,7 +195,7 @@ def _backward_by_numpy(
 
 
 def _blocks(width: int, length: int) -> list[tuple[int, int]]:
-    """The channels (first, last) of each block of a sample of that many tokens."""
+    """Returns (first, last) channel of each block, for a sample with `length` tokens."""
     if length == 0:
         return []
     size = max(1, BLOCK_ENTRIES // length)
@@ -202,15 +203,16 @@ def _blocks(width: int, length: int) -> list[tuple[int, int]]:
 
 
 def _turn(tokens: Tensor, scratch: Scratch) -> np.ndarray:
-    """The transpose (D, L) of tokens (L, D), in the memory of scratch.values."""
+    """Returns the transpose (D, L) of tokens (L, D), in the memory of scratch.values."""
     turned = scratch.values[: tokens.numel()].reshape(tokens.shape[1], tokens.shape[0])
-    # torch transposes three times as fast as numpy. Adding 0 turns -0 into 0, which must have the same bits.
+    # torch transposes three times as fast as numpy. Adding 0 turns -0 into 0, because equal values need equal
+    # bits.
     torch.from_numpy(turned).copy_(tokens.t())
     return np.add(turned, 0.0, out=turned)
 
 
 def _each(sample: Callable[[int, Scratch], None], batch: int, tokens: int, width: int) -> None:
-    """Calls sample(b, scratch) for every b, on as many threads as torch may use if the work is large enough."""
+    """Calls sample(b, scratch) for every b; large work is spread over as many threads as torch may use."""
     entries = tokens * width
     lanes = min(torch.get_num_threads(), batch) if batch * entries >= 1 << 18 else 1
 

@@ -1,4 +1,4 @@
-"""The hinge loss of VSE++: all violations, or the hardest negative of each row and column."""
+"""The hinge loss of VSE++, with all violations, or with the hardest negative of each row and column."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ from d2s.kernels.sides import Sides, Winners
 
 
 def hinge_max_forward(sides: Sides, margin: float) -> tuple[Tensor, ...]:
-    """(loss () acc, *Winners). See `d2s.kernels.functional.hinge_loss`."""
+    """Returns (loss (), *Winners). See `d2s.kernels.functional.hinge_loss`."""
     image, text, image_ids, text_ids, offset, both = sides
     with full_precision(image.device):
         rows, columns = upcast(image), upcast(text)
@@ -38,7 +38,7 @@ def hinge_max_forward(sides: Sides, margin: float) -> tuple[Tensor, ...]:
             row_best[start:stop], row_at[start:stop] = row_maxima(s)
             if both:
                 best, at = column_maxima(s)
-                # Only a strictly larger value replaces, so ties go to the lowest index.
+                # Only a strictly larger value replaces an earlier one, so ties go to the lowest index.
                 better = best > column_best
                 column_best = torch.where(better, best, column_best)
                 column_at = torch.where(better, at + start, column_at)
@@ -52,7 +52,7 @@ def hinge_max_forward(sides: Sides, margin: float) -> tuple[Tensor, ...]:
 
 
 def _sum_rows(index: Tensor, source: Tensor, weight: Tensor, target: Tensor, size: int) -> Tensor:
-    """out[target[k]] += weight[k] * source[index[k]], (size, D), added in the order of k."""
+    """Returns out (size, D) with out[target[k]] += weight[k] * source[index[k]], added in the order of k."""
     order = torch.argsort(target, stable=True)
     starts = torch.searchsorted(target[order], torch.arange(size, device=target.device))
     return embedding_bag(index[order], source, starts, mode="sum", per_sample_weights=weight[order])
@@ -66,10 +66,11 @@ def hinge_max_backward(
     offset: int,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(d_image (B, D), d_text (N, D)) in the types of the inputs; need: of which of them.
+    """Returns d_image (B, D) and d_text (N, D) in the types of the inputs; `need` tells which are needed.
 
-    grad: (). A violation of row i by column j, with the positive p, adds grad * (T_j - T_p) to d_image[i],
-    grad * I_i to d_text[j] and -grad * I_i to d_text[p]; a violation of a column likewise.
+    If column j violates the margin of row i, whose positive is p, grad * (T_j - T_p) is added to d_image[i],
+    grad * I_i to d_text[j] and -grad * I_i to d_text[p]. A violated column adds the same with the sides
+    exchanged.
     """
     rows, columns = upcast(image), upcast(text)
     n, m = rows.shape[0], columns.shape[0]
@@ -79,7 +80,7 @@ def hinge_max_backward(
         i, j = torch.cat([i, winners.column_at]), torch.cat([j, here])
         active = torch.cat([active, winners.column_active])
     weight = active.to(rows.dtype) * grad
-    # The place of each violation's positive: its row's for the first B, its column's for the others.
+    # The positive pair of each violation: that of its row for the first B, that of its column for the others.
     here = here.repeat(i.shape[0] // n)
     i_all, j_all = torch.cat([i, here]), torch.cat([j, here + offset])
     weights = torch.cat([weight, -weight])
@@ -90,9 +91,9 @@ def hinge_max_backward(
 
 
 def _add_products(a: Tensor, rows: Tensor, columns: Tensor, d_rows: Tensor, d_columns: Tensor) -> None:
-    """d_rows = a @ columns and d_columns += a^T @ rows for a (r, N), each if it is not empty.
+    """Computes d_rows = a @ columns and d_columns += a^T @ rows for a (r, N); skips an output that is empty.
 
-    d_rows is zero before. On a CPU the rows without any violation, most of them late in training, are left out.
+    `d_rows` must be zero before. A CPU leaves out rows without violations, most rows late in training.
     """
     if a.device.type == "cpu":
         busy = a.sum(1).nonzero().squeeze(1)
@@ -110,10 +111,11 @@ def _add_products(a: Tensor, rows: Tensor, columns: Tensor, d_rows: Tensor, d_co
 
 
 def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), d_image (B, D), d_text (N, D)), all acc; need: which of the gradients.
+    """Returns (loss (), d_image (B, D), d_text (N, D)), all in the accumulator type.
 
-    See `d2s.kernels.functional.hinge_loss`. dS_ij counts the violations of the pair, by its row and by its column;
-    the positive of each gets the opposite sign.
+    `need` selects the gradients. dS_ij is the number of margins that pair (i, j) violates: of its row, its
+    column, both or none. Each violation adds -1 to dS of its positive pair. See
+    `d2s.kernels.functional.hinge_loss`.
     """
     image, text, image_ids, text_ids, offset, both = sides
     need_image, need_text = need
@@ -132,7 +134,7 @@ def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tupl
         for start, stop, s in sweep:
             positive_entries(s, start, offset).fill_(-torch.inf)
             same.fill(s, start, stop, -torch.inf)
-            # The sign of a clamped violation is 1 or 0: its pair's gradient.
+            # The sign of a clamped violation is 1 or 0, which is its gradient with respect to S.
             a = torch.sub(s, positive[start:stop, None] - margin, out=active[: stop - start])
             loss += a.relu_().sum()
             pull[start:stop] += a.sign_().sum(1)

@@ -1,12 +1,14 @@
-"""Symmetric InfoNCE with a learnable scale: one sweep forward, one recomputing sweep backward.
+"""Symmetric InfoNCE with a learnable scale. The backward does not read S: it computes S again.
 
-With z = scale * S the loss is half the sum over rows of lse(z_i) - z_positive, and the same for columns. Its gradient
-by z is half the softmax by rows plus that by columns, less 1 for each at the positive.
+With z = scale * S, the loss is half the sum over rows of logsumexp(z_i) - z_positive, and the same for
+columns. Its gradient with respect to z is half of (softmax by rows + softmax by columns), and 1 less at a
+positive.
 
-On a CPU one exponential an entry serves rows and columns: exp(z - m) with one number m for the whole matrix. Bounds
-on z decide beforehand whether then no sum overflows and none loses digits by underflow (with unit rows, scale 14
-always qualifies, and 100 while no positive is very dissimilar). Otherwise, and on other devices, where reading
-the bounds would make the host wait, rows and columns have their own maxima.
+On a CPU, rows and columns share one exponential per entry, exp(z - m), with one number m for the whole
+matrix. Bounds on z tell beforehand whether there is an m with which no sum overflows and none loses digits by
+underflow. With unit rows, there always is one for scale 14, and for scale 100 unless a positive is very
+dissimilar. Otherwise, and on other devices, where the host would wait for the bounds, rows and columns use
+their own maxima.
 """
 
 import math
@@ -18,13 +20,13 @@ from torch import Tensor
 from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, row_dots, upcast
 from d2s.kernels.sides import Sides
 
-# By type: the largest exponent that may occur, sums included, and how far below m a log-sum-exp may lie. Terms that
-# underflow are then negligible beside it (exp(-32) and exp(-60)).
+# For each type: the largest exponent allowed, also for sums; and how far a log-sum-exp may lie below m.
+# Within this distance, terms that underflow are negligible (below exp(-32) and exp(-60) of the sum).
 _RANGE = {torch.float32: (80.0, 55.0), torch.float64: (690.0, 640.0)}
 
 
 def _mask(z: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Tensor:
-    """Masks the same-image entries of the chunk z in place, except the positives (rows,), which it returns."""
+    """Sets the chunk's same-image entries to -inf, except the positives (rows,), which it returns."""
     diagonal = positive_entries(z, start, offset)
     positive = diagonal.clone()
     same.fill(z, start, stop, -torch.inf)
@@ -33,13 +35,13 @@ def _mask(z: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Ten
 
 
 def common_shift(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> float | None:
-    """The number m for the whole matrix, the nearest to 0; None if there is none, or off the CPU."""
+    """Returns the m nearest to 0 that works for the whole matrix; None if none does, or if not on a CPU."""
     if rows.device.type != "cpu":
         return None
     n, m = rows.shape[0], columns.shape[0]
     longest = (row_dots(rows, rows).max() * row_dots(columns, columns).max()).sqrt()
     most = float(longest * factor.abs()) + math.log(max(n, m))
-    # The log-sum-exp of a row or column is at least its positive.
+    # The log-sum-exp of a row or column is at least the z of its positive.
     least = float((factor * row_dots(rows, columns[offset : offset + n])).min())
     high, low = _RANGE[rows.dtype]
     first, last = most - high, least + low
@@ -47,9 +49,9 @@ def common_shift(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> 
 
 
 def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), row_lse (B,), column_lse (N,) or empty without both), all acc: log-sum-exp of scale * S.
+    """Returns (loss (), row_lse (B,), column_lse (N,)), all in the accumulator type.
 
-    See `d2s.kernels.functional.info_nce_loss`.
+    These are the loss and the log-sum-exp of scale * S by rows and columns; without `both` the last is empty.
     """
     image, text, image_ids, text_ids, offset, both = sides
     with full_precision(image.device):
@@ -72,7 +74,7 @@ def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
             row_lse[start:stop] = row_top.squeeze(1) + row_total.log_()
             if both:
                 new = torch.maximum(top, s.amax(0))
-                # A column without entries so far: any finite reference does for its empty sum.
+                # A column without entries so far has an empty sum, for which any finite reference will do.
                 reference = torch.where(new == -torch.inf, 0, new)
                 total *= torch.exp(top - reference)
                 total += s.sub_(reference).exp_().sum(0)
@@ -87,7 +89,7 @@ def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _forward_at_once(
     rows: Tensor, columns: Tensor, same: SamePairs, factor: float, shift: float, offset: int, both: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `info_nce_forward`, with one exponential an entry."""
+    """Computes `info_nce_forward` with one exponential per entry."""
     n, m = rows.shape[0], columns.shape[0]
     positive, row_total = rows.new_empty(n), rows.new_empty(n)
     total = rows.new_zeros(m if both else 0)
@@ -117,10 +119,7 @@ def _probabilities(
     column_lse: Tensor | None,
     offset: int,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Chunks (start, stop, p (stop - start, N)) of the softmax by rows, plus that by columns if column_lse is given.
-
-    With the forward's arithmetic, entry by entry.
-    """
+    """Yields (start, stop, p): the softmax by rows, plus the softmax by columns if `column_lse` is given."""
     shift = common_shift(rows, columns, factor, offset)
     sweep = Sweep(rows, columns, 1.0 if shift is None else float(factor))
     buffer = torch.empty_like(sweep.buffer)
@@ -146,9 +145,9 @@ def _probabilities(
 def info_nce_backward(
     sides: Sides, scale: Tensor, row_lse: Tensor, column_lse: Tensor, grad: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_image (B, D), d_text (N, D), d_scale like scale) in the types of the inputs; grad: ().
+    """Returns d_image (B, D), d_text (N, D) and d_scale (the shape of scale), in the types of the inputs.
 
-    need: which of the three. row_lse, column_lse: from `info_nce_forward`.
+    `need` selects the gradients. `row_lse` and `column_lse` come from `info_nce_forward`.
     """
     image, text, image_ids, text_ids, offset, both = sides
     need_image, need_text, need_scale = need
@@ -172,7 +171,7 @@ def info_nce_backward(
         if need_image or need_scale:
             d_rows.sub_(columns[offset : offset + n], alpha=pull)
             if need_scale:
-                # d_scale = sum of dz * S, and that is the product of the rows and their gradient.
+                # d_scale = sum of dz * S, which equals the dot product of the rows with their gradient.
                 d_scale = (half * row_dots(d_rows, rows).sum()).reshape(scale.shape).to(scale.dtype)
         if need_text:
             d_columns[offset : offset + n].sub_(rows, alpha=pull)

@@ -1,19 +1,16 @@
-"""Pointwise distillation: each student row follows its own teacher row."""
+"""Pointwise distillation: each student row is compared with its teacher row."""
 
 import torch
 from torch import Tensor
 
 from d2s.kernels.dtypes import accumulator
 
-# Entries of a block of rows: few, so that intermediate results stay in the cache.
+# Entries in a block of rows. Blocks are small, so that intermediate results stay in the cache.
 BLOCK_ENTRIES = 1 << 17
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
-    """1 / |row| of x (B, D), (B, 1); 0 for a row of zeros, which stays zero and gets no gradient.
-
-    NaN if the norm overflows, so that the loss becomes NaN too.
-    """
+    """Returns 1 / |row| of x (B, D): (B, 1); 0 for a row of zeros, NaN if the norm overflows."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return torch.where(norm == 0, 0, torch.where(norm < torch.inf, 1 / norm, torch.nan))
 
@@ -21,7 +18,7 @@ def _inverse_norm(x: Tensor) -> Tensor:
 def pointwise_forward(
     student: Tensor, teacher: Tensor, kind: str, normalize: bool, need_student: bool
 ) -> tuple[Tensor, Tensor]:
-    """(loss (), d_student (B, D)), both acc. See `d2s.kernels.functional.pointwise_distillation`."""
+    """Returns (loss (), d_student (B, D)); see `d2s.kernels.functional.pointwise_distillation`."""
     b, d = student.shape
     acc = accumulator(student.dtype)
     rows = max(1, BLOCK_ENTRIES // d)
@@ -35,14 +32,14 @@ def pointwise_forward(
         losses[block], g = _block(s, t, kind, need_student)
         if need_student:
             if normalize:
-                # The Jacobian of s / |s|: what changes the length alone is taken out.
+                # The Jacobian of s / |s| removes the part of the gradient that only changes the length.
                 g = (g - s * (s * g).sum(1, keepdim=True)) * inverse
             d_student[start : start + rows] = g
     return losses.sum(), d_student
 
 
 def _block(s: Tensor, t: Tensor, kind: str, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """(loss (), its gradient by s (r, D)) of some rows s and t (r, D)."""
+    """Returns the loss () of some rows s and t (r, D), and its gradient (r, D) with respect to s."""
     if kind == "cosine":
         return (1 - (s * t).sum(1)).sum(), -t if need_gradient else None
     difference = s - t

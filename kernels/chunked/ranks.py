@@ -1,8 +1,8 @@
-"""The rank of each query's best positive, by counting; ties and NaN count against the model.
+"""Computes the rank of each query's best positive by counting; ties and NaN count against the model.
 
-A matrix product may give equal candidates different similarities, because it adds up its last columns in another
-order. So it decides only between similarities that differ by more than its rounding error; `exact_products` decides
-the few others. The ranks do not depend on the product's library, blocks and threads.
+A matrix product may give equal candidates different similarities, because it can add up its last columns in
+another order. So it decides only between similarities that differ by more than its rounding error.
+`exact_products` decides the few others. So ranks do not depend on library, block sizes and threads.
 """
 
 import math
@@ -15,7 +15,8 @@ from d2s.kernels.chunked.common import DOT_ENTRIES, SamePairs, Sweep, full_preci
 from d2s.kernels.chunked.exact import exact_error, exact_products
 from d2s.kernels.dtypes import accumulator
 
-# Up to one pair in so many is decided one by one in float64; more by exact products of whole rows.
+# If at most one pair in SPARSE is undecided, each pair is computed in float64; else exact products of rows
+# decide.
 SPARSE = 64
 
 
@@ -26,7 +27,7 @@ def retrieval_ranks(
     query_ids: Tensor | None,
     candidate_ids: Tensor | None,
 ) -> Tensor:
-    """See `d2s.kernels.functional.retrieval_ranks`."""
+    """Implements `d2s.kernels.functional.retrieval_ranks`."""
     dtype = accumulator(torch.promote_types(queries.dtype, candidates.dtype))
     mark = _marker(positives, query_ids, candidate_ids)
     ranks = torch.empty(queries.shape[0], dtype=torch.int64, device=queries.device)
@@ -38,11 +39,12 @@ def retrieval_ranks(
             own = torch.zeros(s.shape, dtype=torch.bool, device=s.device)
             mark(own, start, stop)
             best = torch.where(own, s, -torch.inf).amax(1, keepdim=True)
-            # Infinity and NaN do not round: they are compared as they are, and nothing is near them.
+            # Infinity and NaN are compared as they are: they have no rounding error, and no similarity is
+            # near them.
             room = 2 * rounding.of(dtype, start, stop)
             below = s < torch.where(best.isfinite(), best - room, best)
             near = (s <= torch.where(best.isfinite(), best + room, torch.nan)) > below
-            # Everything that is not strictly below the best positive counts: ties, and NaN.
+            # All candidates that are not strictly below the best positive count, ties and NaN included.
             ranks[start:stop] = s.shape[1] - (below | own).sum(1, dtype=torch.int32)
             unclear = _rows_with_any(near > own)
             if unclear.numel():
@@ -55,7 +57,7 @@ def retrieval_ranks(
 def _marker(
     positives: tuple[Tensor, Tensor] | None, query_ids: Tensor | None, candidate_ids: Tensor | None
 ) -> Callable[[Tensor, int, int], None]:
-    """A function (mask, start, stop) that sets the positives of rows start..stop in mask (stop - start, N)."""
+    """Returns a function (mask, start, stop) that sets the positives of rows start..stop in the mask."""
     if positives is None:
         same = SamePairs(query_ids, candidate_ids)
         return lambda mask, start, stop: same.fill(mask, start, stop, True)
@@ -70,16 +72,13 @@ def _marker(
 
 
 def _rows_with_any(x: Tensor) -> Tensor:
-    """The indices of the rows of x (r, N) bool with a true entry."""
-    # A CPU searches bytes 30 times as fast as bool.
+    """Returns the indices of the rows of x (r, N) bool that have a true entry."""
+    # A CPU searches bytes 30 times as fast as bools.
     return x.view(torch.uint8).amax(1).nonzero().squeeze(1)
 
 
 def _moderate(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x (r, D), the lengths of its rows (r,)), divided by a power of two if products might overflow.
-
-    The power is the same for all rows, so it changes no rank.
-    """
+    """Returns x (r, D) and its rows' lengths (r,), divided by one power of two if products might overflow."""
     limit = 2.0**400 if x.dtype == torch.float64 else 2.0**40
     lengths = _lengths(x)
     if bool((lengths <= limit).all()):
@@ -94,25 +93,25 @@ def _moderate(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rounding:
-    """A bound of |similarity - `exact_products`|, from the lengths of the rows (B,) and columns (N,)."""
+    """Bounds |similarity - exact product| from the lengths of the rows (B,) and of the columns (N,)."""
 
     def __init__(self, lengths: Tensor, longest: Tensor, width: int) -> None:
         self.dtype, self.width, self.lengths = lengths.dtype, width, lengths
         self.shortened = lengths.dtype == torch.float32 and _shortens(lengths.device)
-        # A candidate with NaN or infinity has no similarity that rounds.
+        # The similarities of a candidate with NaN or infinity have no rounding error.
         self.longest = torch.where(longest.isfinite(), longest, 0).amax()
 
     def of(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        """(stop - start, 1), for products computed in dtype; not finite for a query that is not finite.
+        """Returns the bounds (stop - start, 1) for products in `dtype`; not finite if the query is not.
 
-        A sum of D products, in any order, has an error of at most D u / (1 - D u) |q| |c| (Higham, Accuracy and
-        Stability, 3.1), plus the smallest number for each that underflows. Eight more terms and the factor 2
-        cover the rounding of this bound itself. Valid for D below a million.
+        A sum of D products, in any order, has an error of at most D u / (1 - D u) |q| |c| (Higham, Accuracy
+        and Stability, 3.1), plus the smallest number for each product that underflows. Eight more terms and
+        the factor 2 cover the rounding of this bound itself. It is valid for D below a million.
         """
         units = (self.width + 8) * torch.finfo(dtype).eps / 2
         factor = units / (1 - 2 * units) + exact_error(self.width, self.dtype)
         if self.shortened and dtype == torch.float32:
-            # For both sides rounded to bf16, 2^-8 each; tf32 has more bits.
+            # Covers both sides rounded to bf16, 2^-8 each; tf32 has more bits.
             factor += 2.0**-6
         lengths = self.lengths[start:stop, None]
         floor = self.width * torch.finfo(self.dtype).tiny * (1 + lengths + self.longest)
@@ -120,7 +119,7 @@ class Rounding:
 
 
 def _shortens(device: torch.device) -> bool:
-    """Whether torch's settings let products of float32 matrices use shorter numbers, such as tf32."""
+    """Returns whether torch's settings allow lower precision, such as tf32, in float32 products."""
     backends = torch.backends
     own = backends.cuda if device.type == "cuda" else backends.mkldnn
     said = [getattr(x, "fp32_precision", "ieee") for x in (own.matmul, own, backends)]
@@ -128,15 +127,16 @@ def _shortens(device: torch.device) -> bool:
 
 
 def _lengths(x: Tensor) -> Tensor:
-    """An upper bound of the length of each row of x (r, D), underflow of the squares included: (r,)."""
+    """Returns an upper bound (r,) on the length of each row of x (r, D), even if its squares underflow."""
     tiny = torch.finfo(x.dtype).tiny
     return torch.linalg.vector_norm(x, 2, 1) + math.sqrt(x.shape[1] * tiny)
 
 
 def _below(rows: Tensor, columns: Tensor, near: Tensor, own: Tensor, room: Tensor) -> Tensor:
-    """How many of the near candidates that are not own lie below the best own one: (r,) int64.
+    """Returns for each row how many undecided candidates lie below the best positive: (r,) int64.
 
-    rows: (r, D); near, own: (r, N); room: (r, 1) for products in float64. Overwrites near.
+    The bool masks (r, N) are `near`, the undecided candidates, and `own`, the positives. `rows` is (r, D);
+    `room` (r, 1) is twice the error bound of float64 products. Overwrites `near`.
     """
     count = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
     if rows.dtype != torch.float64 and near.count_nonzero() * SPARSE <= near.numel():
@@ -159,7 +159,7 @@ def _below(rows: Tensor, columns: Tensor, near: Tensor, own: Tensor, room: Tenso
 
 
 def _dots(a: Tensor, b: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """a[row] . b[column] in float64: (P,)."""
+    """Returns the dot products a[row] . b[column] in float64: (P,)."""
     out = torch.empty(row.shape[0], dtype=torch.float64, device=a.device)
     size = max(1, DOT_ENTRIES // a.shape[1])
     for start in range(0, row.shape[0], size):

@@ -1,7 +1,7 @@
-"""Relational distillation: the student's similarity rows follow the teacher's.
+"""Relational distillation: the student's rows of similarities follow the teacher's.
 
-With the softmax p of the teacher's and q of the student's row the loss is sum p (log p - log q), and its gradient
-by the student's similarities is (q - p) / temperature.
+Let p be the softmax of a teacher row and q that of the student row. The loss is sum p (log p - log q), and
+its gradient with respect to the student's similarities is (q - p) / temperature.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from d2s.kernels.dtypes import accumulator
 
 
 def _log_softmax(x: Tensor, scratch: Tensor) -> Tensor:
-    """The logarithm of the softmax of each row of x (r, N), in place."""
+    """Replaces each row of x (r, N) by the logarithm of its softmax, in place, and returns x."""
     x.sub_(x.amax(1, keepdim=True))
     return x.sub_(torch.exp(x, out=scratch).sum(1, keepdim=True).log_())
 
@@ -27,9 +27,10 @@ def relational_forward(
     temperature: float,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), d_student (B, D), d_all (N, D)), all in the student's accumulator type; need: which gradients.
+    """Returns (loss (), d_student (B, D), d_all (N, D)), all in the student's accumulator type.
 
-    See `d2s.kernels.functional.relational_distillation`. Computed in the wider type of student and student_all.
+    `need` tells which gradients are needed. Computes in the wider of the types of `student` and
+    `student_all`. See `d2s.kernels.functional.relational_distillation`.
     """
     need_student, need_all = need
     out = accumulator(student.dtype)

@@ -1,7 +1,7 @@
-"""The sigmoid loss of SigLIP. It has no normaliser, so the gradient is made in the forward sweep.
+"""The sigmoid loss of SigLIP. It has no normaliser, so the forward sweep also computes the gradients.
 
-With z = scale * S + bias a negative costs log(1 + exp(z)) and its gradient by z is sigmoid(z); the positive costs
-log(1 + exp(-z)), and its gradient is -sigmoid(-z).
+With z = scale * S + bias, a negative costs log(1 + exp(z)), and its gradient with respect to z is sigmoid(z).
+A positive costs log(1 + exp(-z)), and its gradient is -sigmoid(-z).
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from torch.nn.functional import softplus
 from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, row_dots, upcast
 from d2s.kernels.sides import Sides
 
-# softplus(x) = x from here on: exact in float64 too. torch's default of 20 has an error of 2e-9.
+# From here on softplus(x) = x, exactly even in float64. torch's default, 20, has an error of 2e-9.
 LINEAR_FROM = 60.0
 
 
 def sigmoid_forward(
     sides: Sides, scale: Tensor, bias: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), d_image (B, D), d_text (N, D), d_scale like scale, d_bias like bias), all acc.
+    """Returns (loss (), d_image (B, D), d_text (N, D), d_scale, d_bias), all in the accumulator type.
 
-    need: which of the four gradients. See `d2s.kernels.functional.sigmoid_loss`.
+    The last two have the shapes of `scale` and `bias`. `need` tells which gradients are needed.
     """
     image, text, image_ids, text_ids, offset, _ = sides
     need_image, need_text, need_scale, need_bias = need

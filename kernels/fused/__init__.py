@@ -1,7 +1,7 @@
-"""Triton kernels for CUDA devices (and, under TRITON_INTERPRET=1, for small CPU tensors): raw functions.
+"""The Triton kernels for CUDA devices. With TRITON_INTERPRET=1 they also run on small CPU tensors.
 
-Embeddings are float32, bfloat16 or float16; products are taken in their type with float32 accumulators. No function
-here knows of autograd or waits for the device. `ALL_SPECS` is what `d2s.kernels.compile` builds.
+Embeddings are float32, bfloat16 or float16. Products are computed in this type, with float32 accumulators. No
+function here uses autograd or waits for the device. `d2s.kernels.compile` builds `ALL_SPECS`.
 """
 
 from d2s.kernels.fused import (

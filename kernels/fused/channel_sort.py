@@ -1,13 +1,14 @@
-"""Sorting the channels of GPO in registers: the keys, and a bitonic sort within one or a few warps.
+"""Sorts the channels of GPO in registers: the sort keys, and a bitonic sort within one or a few warps.
 
-A float's bits, with negative numbers mirrored, sort like the float. With the token in the low half of the integer one
-sort orders by value, then by token, and carries the token along: keys have 32 bits for 16-bit features and 64 for
-float32. Tokens that are not real come last, so the order is always a permutation of all tokens.
+The bits of a float, with negative numbers mirrored, sort like the float. A key has these bits in its upper
+half and the token in the lower. So one sort orders by value, then by token, and carries the token along. Keys
+have 32 bits for 16-bit features and 64 for float32. Padding comes last, so the order is a permutation of all
+tokens.
 
-One warp sorts one or a few channels. The tile is viewed as a cube with sides of 2. The low bits of a rank, which take
-part in most rounds of the sort, are the cube's first axes, which lie in the registers of a thread; only the highest
-five are exchanged between threads, and none through shared memory. The sort may start from any order, so nothing is
-moved before it. With K rounded up to a power of two it takes log2(K) (log2(K) + 1) / 2 rounds.
+One warp sorts one or a few channels. The tile is viewed as a cube with sides of 2, whose first axes are the
+low bits of a rank. These take part in most rounds of the sort, and they lie in the registers of a thread.
+Only the highest five bits are exchanged between threads, and none through shared memory. The sort accepts any
+order of its input. With K rounded up to a power of two it takes log2(K) (log2(K) + 1) / 2 rounds.
 """
 
 import triton
@@ -27,15 +28,14 @@ def _axis_shape(n: int, axis: int) -> list[int]:
 
 @triton.jit
 def sort_ascending(x, AXES: tl.constexpr, BITS: tl.constexpr):
-    """The cube x, sorted ascending over its first BITS axes, of which axis i is bit i of the rank: a bitonic sort.
-
-    One function of built-ins only: in the interpreter a call of another takes longer than a round.
-    """
+    """Sorts the cube x ascending over its first BITS axes (bitonic sort). Axis i is bit i of the rank."""
     for stage in tl.static_range(1, BITS + 1):
         for i in tl.static_range(stage):
-            # The sum of a pair less one is the other; so the compiler needs only one exchange between lanes.
+            # The other entry of a pair is their sum less x; so the compiler needs only one exchange between
+            # threads. Only built-ins are used, because in the interpreter a call of another function takes
+            # longer than a round.
             other = tl.reduce(x, stage - 1 - i, _sum_combine, keep_dims=True) - x
-            # Neighbours ascend, except where the next stage needs them in descending order.
+            # A pair ascends, unless the next stage needs it in descending order.
             upper = tl.reshape(tl.arange(0, 2), _axis_shape(AXES, stage - 1 - i))
             if stage < BITS:
                 upper = upper ^ tl.reshape(tl.arange(0, 2), _axis_shape(AXES, stage))
@@ -45,7 +45,7 @@ def sort_ascending(x, AXES: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def by_channel(x, AXES: tl.constexpr, BITS: tl.constexpr):
-    """The cube x as (channels, ranks): its first BITS axes are moved, one by one, behind those of the channels."""
+    """Returns the cube x as (channels, ranks): moves its first BITS axes behind those of the channels."""
     for i in tl.static_range(BITS):
         x = tl.permute(tl.reshape(x, (2, 1 << (AXES - 1 - i), 1 << i)), (1, 0, 2))
     return tl.reshape(x, (1 << (AXES - BITS), 1 << BITS))
@@ -53,11 +53,8 @@ def by_channel(x, AXES: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def key_of(x, token, real, HALF: tl.constexpr):
-    """Integer keys (k, d) that ascend as x descends, then with the token; tokens that are not real come last.
-
-    NaN is the largest.
-    """
-    # -0 becomes 0, so that equal values have equal bits.
+    """Returns integer keys (k, d) that ascend as x descends, then by token; NaN is first, padding last."""
+    # -0 becomes 0, because equal values need equal bits.
     x = tl.where(x == 0, 0.0, x.to(tl.float32)).to(x.dtype)
     if HALF:
         bits = x.to(tl.int16, bitcast=True).to(tl.int32)
@@ -73,7 +70,7 @@ def key_of(x, token, real, HALF: tl.constexpr):
 
 @triton.jit
 def value_of(key, dtype: tl.constexpr, HALF: tl.constexpr):
-    """The float32 values of the keys."""
+    """Returns the float32 values of the keys."""
     if HALF:
         mirrored = ~(key >> 16)
         bits = (mirrored ^ ((mirrored >> 31) & 0x7FFF)).to(tl.int16)

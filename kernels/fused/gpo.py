@@ -1,12 +1,12 @@
-"""GPO pooling: every channel sorted along its tokens in registers, then the weighted sum.
+"""GPO pooling: sorts each channel along its tokens in registers, then takes the weighted sum.
 
-pooled[b, d] = sum over k of weights[b, k] * ordered[b, d, k], with ordered a channel's real tokens in descending
-order; d_weights[b, k] = sum over d of grad[b, d] * ordered[b, d, k], and the token of rank k gets grad[b, d] *
-weights[b, k].
+pooled[b, d] = sum over k of weights[b, k] * ordered[b, d, k], where `ordered` has each channel's real tokens
+in descending order. d_weights[b, k] = sum over d of grad[b, d] * ordered[b, d, k], and the token of rank k
+gets the gradient grad[b, d] * weights[b, k].
 
-The sort is in `channel_sort.py`. It gives a permutation of all tokens, so the backward writes every entry of the
-features' gradient once: no atomics, nothing to clear. Saved for the backward: 2 bytes an entry of order, and 4 of
-sorted values if the weights need a gradient.
+`channel_sort.py` sorts. It gives a permutation of all tokens, so the backward writes every entry of the
+features' gradient exactly once, without atomics or clearing. The forward saves 2 bytes per entry for the
+order, and 4 for the sorted values if the weights need a gradient.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from d2s.kernels.fused.launch import cdiv, not_needed, on_device_of, power_of_tw
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile, tile_for
 
-# The most tokens that are sorted in registers. More go to the chunked implementation.
+# The most tokens that are sorted in registers; the chunked implementation takes more.
 TOKENS = 4096
 # The most tokens that one warp sorts.
 WARP = 1024
-# Ranks and channels of a tile of the backward.
+# Ranks and channels in a tile of the backward.
 RANKS, CHANNELS = 32, 64
 SIZES = ("tokens", "width")
 
@@ -42,13 +42,13 @@ def _forward(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, AXES: tl.constexpr, HALF: tl.constexpr,
     ORDER: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_D channels of one sample; BLOCK_K = 2^BITS, BLOCK_K * BLOCK_D = 2^AXES."""
+    """Pools BLOCK_D channels of one sample. BLOCK_K = 2^BITS and BLOCK_K * BLOCK_D = 2^AXES."""
     blocks = tl.cdiv(width, BLOCK_D)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
     real = tl.load(mask + b * tokens + k, mask=k < tokens, other=0) != 0
-    # Offsets within a sample have 32 bits: 64 bits for each entry would not fit into the registers.
+    # Offsets within a sample have 32 bits, because 64 bits per entry would not fit into the registers.
     sample = b * tokens * width
     at = k[:, None] * width + d[None, :]
     x = tl.load(features + sample + at, mask=real[:, None] & (d < width)[None, :], other=0.0)
@@ -81,7 +81,7 @@ def _backward(
     BLOCK_K: tl.constexpr, RANKS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
     WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """RANKS ranks of one sample, over all channels in ascending order."""
+    """Computes the gradients for RANKS ranks of one sample; sums run over its channels in ascending order."""
     blocks = tl.cdiv(tokens, RANKS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     every = tl.arange(0, BLOCK_K)
@@ -97,7 +97,8 @@ def _backward(
         at = (b * width + d)[:, None] * tokens + k[None, :]
         g = tl.load(grad + b * width + d, mask=d < width, other=0.0).to(tl.float32)[:, None]
         if FEATURES:
-            # The order holds every token once, so every entry is written once; tokens that are not real get zeros.
+            # The order holds every token once, so each entry is written once. Tokens that are not real get
+            # zeros.
             token = tl.load(order + at, mask=inside, other=0).to(tl.int32)
             to = (b * tokens + token) * width + d[:, None]
             spread = tl.where(used[None, :], g * w[None, :], 0.0)
@@ -112,10 +113,10 @@ def _backward(
 def gpo_forward(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled (B, D) in the features' type, order (B, D * K) int16, value (B, D * K) float32).
+    """Returns (pooled (B, D) in the features' type, order (B, D * K) int16, value (B, D * K) float32).
 
-    need: the gradients of features and weights. order is made for the first, value for the second; else they are
-    empty. See `d2s.kernels.functional.gpo_pool`.
+    `need` tells whether features and weights need gradients. `order` is for the features' gradient and
+    `value` for the weights'; one that is not needed is empty. See `d2s.kernels.functional.gpo_pool`.
     """
     batch, tokens, width = features.shape
     if tokens > TOKENS:
@@ -130,7 +131,7 @@ def gpo_forward(
     pooled = features.new_empty(batch, width, dtype=storage(features.dtype))
     constants, warps = _sizes(tile_for("gpo_forward", features), tokens, features.element_size() == 2)
     with on_device_of(features):
-        # A grid of one axis, because the other axes are limited to 65,535.
+        # The grid has one axis, because the other axes are limited to 65,535 programs.
         _forward[(cdiv(width, constants["BLOCK_D"]) * batch,)](
             features.contiguous(), weights.contiguous(), mask.contiguous(), pooled, order, value, tokens, width,
             ORDER=need[0], VALUE=need[1], **constants, num_warps=warps,
@@ -139,7 +140,7 @@ def gpo_forward(
 
 
 def gpo_saves_values(features: Tensor) -> bool:
-    """Whether the forward saves the sorted values for the weights' gradient; else the features are read again."""
+    """Returns whether the forward saves the sorted values; if not, the backward reads the features again."""
     if features.shape[1] > TOKENS:
         from d2s.kernels import chunked
 
@@ -156,10 +157,7 @@ def gpo_backward(
     value: Tensor,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(d_features (B, K, D), d_weights (B, K)), in the types of grad and weights; order, value: from `gpo_forward`.
-
-    Only the chunked implementation, which takes longer sequences, may read the features.
-    """
+    """Returns d_features (B, K, D) and d_weights (B, K), in the types of grad (B, D) and of the weights."""
     (batch, tokens), width, dtype = weights.shape, grad.shape[1], grad.dtype
     if tokens > TOKENS:
         from d2s.kernels import chunked
@@ -181,7 +179,7 @@ def gpo_backward(
 
 
 def _sizes(tile: Tile, tokens: int, half: bool) -> tuple[dict[str, object], int]:
-    """The forward's constants and warps. A program sorts rows * columns entries of the tile, in any shape."""
+    """Returns the forward's constants and warps. A program sorts tile.rows * tile.columns entries."""
     block_k = power_of_two(max(tokens, 2))
     block_d = max(1, tile.rows * tile.columns // block_k)
     bits, axes = block_k.bit_length() - 1, (block_k * block_d).bit_length() - 1
@@ -191,7 +189,7 @@ def _sizes(tile: Tile, tokens: int, half: bool) -> tuple[dict[str, object], int]
 
 _SIZES = dict.fromkeys(SIZES, "i32")
 _BACKWARD = {"RANKS": RANKS, "CHANNELS": CHANNELS, "FEATURES": True, "WEIGHTS": True}
-# For these kernels the width of a spec is the number of tokens.
+# In the specs of these kernels, the width is the number of tokens.
 SPECS = [
     KernelSpec(
         name="gpo_forward",

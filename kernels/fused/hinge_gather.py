@@ -1,13 +1,14 @@
-"""The backward of the hinge with hardest negatives: sparse, O(B D) work, one program for each row of a gradient.
+"""The backward of the hinge with hardest negatives: sparse, O(B D) work, one program per row of a gradient.
 
-A violated row i with winner j and positive p gives dI_i += T_j - T_p, dT_j += I_i and dT_p -= I_i; a violated column
-the same with the sides exchanged. So a gradient's row has its own winner, its partner (the positive), and a bucket:
-the rows of the other side whose winner it is.
+A violated row i with winner (hardest negative) j and positive p gives dI_i += T_j - T_p, dT_j += I_i and
+dT_p -= I_i. A violated column gives the same with sides exchanged. So a row of a gradient has three parts:
+its winner, its partner (the positive), and its bucket: the rows of the other side whose winner it is.
 
-Many rows: the buckets come from one stable sort of the winners, and `_gather` adds up a bucket in ascending order,
-LINES entries at a time. The largest possible bucket (all rows agree, as after a collapse) takes one program B / LINES
-steps. Few rows of 16 bits: `_few` makes dS from the winners, whose entries are integers from -2 to 2 and exact
-in any type, and multiplies it with the other side: 2 B N D flops, but one launch and no sort.
+With many rows, one stable sort of the winners makes the buckets, and `_gather` adds up a bucket in ascending
+order, LINES entries at a time. The largest possible bucket holds all rows, as after a collapse; it takes one
+program B / LINES iterations. With few rows of 16 bits, `_few` makes dS from the winners and multiplies it
+with the other side. The entries of dS are integers from -2 to 2, exact in any type. `_few` takes 2 B N D
+flops, but one launch and no sort.
 """
 
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile, tile_for
 from d2s.kernels.sides import Winners
 
-# Up to so many rows and columns of 16 bits `_few` is used. Not of float32: for sm_100 Triton 3.7 rounds this
-# product's operands to TF32, whatever precision it is asked for.
+# `_few` is used up to this many rows and columns, for 16-bit types. It is not used for float32, because for
+# sm_100 Triton 3.7 rounds this product's operands to TF32, whatever precision it is asked for.
 FEW = 1024
 SIZES = ("size", "others", "shift")
 
@@ -41,7 +42,7 @@ def _gather(
     size, others, shift,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, OWN: tl.constexpr, BUCKET: tl.constexpr,
 ):  # fmt: skip
-    """Row `program 0` of out, COLUMNS channels of it; its partner is the row `row + shift` of other."""
+    """Computes COLUMNS channels of one row of `out`; the row's partner is row + shift of `other`."""
     row = tl.program_id(0)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     line = tl.arange(0, LINES)
@@ -81,7 +82,7 @@ def _few(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, OWN: tl.constexpr,
     BUCKET: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of out, COLUMNS channels of them: the sum of dS * other, LINES rows of other at a time."""
+    """Computes ROWS x COLUMNS entries of out = dS @ other, with LINES rows of `other` at a time."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     partner = row + shift
@@ -115,7 +116,7 @@ def _few(
 
 
 def _buckets(at: Tensor, active: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(starts (size + 1,), order (others,)): the bucket of row r is order[starts[r]:starts[r + 1]], ascending."""
+    """Returns (starts, order): order[starts[r]:starts[r + 1]] is the bucket of row r, in ascending order."""
     keys = torch.where(active, at, size).to(torch.int32)
     keys, order = torch.sort(keys, stable=True)
     rows = torch.arange(size + 1, dtype=torch.int32, device=at.device)
@@ -130,7 +131,7 @@ def _one_side(
     bucket: tuple[Tensor, Tensor] | None,
     shift: int,
 ) -> Tensor:
-    """The gradient (size, D) of one side; own, bucket: (winners, active) of this side and of the other."""
+    """Returns one side's gradient (size, D); own, bucket: (winners, active) of this and of the other side."""
     others, width = other.shape
     out = torch.empty(size, width, dtype=storage(other.dtype), device=other.device)
     own_at, own_active = own or (grad, grad)
@@ -162,9 +163,9 @@ def hinge_max_backward(
     offset: int,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(d_image (B, D), d_text (N, D)) in the types of image and text; grad: ().
+    """Returns d_image (B, D) and d_text (N, D) in the types of image and text.
 
-    need: which of the two; the other is empty. winners: from `hinge_max_forward`.
+    A gradient that `need` does not select is empty. `hinge_max_forward` returns `winners`.
     """
     grad = grad.to(torch.float32)
     image, text = image.contiguous(), text.contiguous()

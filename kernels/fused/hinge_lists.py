@@ -1,7 +1,7 @@
-"""Counts of violations for the hinge with every violation: lists of tiles, and the positives' part of the gradients.
+"""For the hinge with all violations: counts violations, lists tiles, and subtracts the positives' part.
 
-d_image[i] -= count[i] * text[offset + i] and d_text[offset + i] -= count[i] * image[i], count = violations of the row
-i and of the column offset + i.
+d_image[i] -= count[i] * text[offset + i] and d_text[offset + i] -= count[i] * image[i], where count[i] is the
+number of violations in row i and in column offset + i.
 """
 
 import torch
@@ -12,7 +12,7 @@ from d2s.kernels.fused.launch import cdiv, power_of_two, untiled
 from d2s.kernels.fused.products import Block, Lists, Products
 from d2s.kernels.fused.spec import KernelSpec
 
-# Rows and channels that a program of `_pull` owns.
+# Rows and channels that each program of `_pull` computes.
 _PULL = {"ROWS": 16, "COLUMNS": 128}
 LISTS_SIZES = ("row_start", "column_start", "n", "m", "row_tiles", "column_tiles", "height", "width")
 PULL_SIZES = ("n", "offset")
@@ -20,7 +20,7 @@ PULL_SIZES = ("n", "offset")
 
 @triton.jit
 def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
-    """Lists which of `tiles` entries of active, `stride` apart, are 1: indices to list_at, their number to count."""
+    """Writes the indices of the active ones among `tiles` tiles to `list_at`, and their number to `count`."""
     lane = tl.arange(0, TILES)
     some = tl.load(active + lane * stride, mask=lane < tiles, other=0)
     tl.store(list_at + tl.cumsum(some, 0) - 1, lane, mask=some > 0)
@@ -29,7 +29,7 @@ def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
 
 @triton.jit
 def _counted(counts, parts, at, size, out, first, inside):
-    """Adds the sums over rows of counts (parts, size), columns `at`, to out; with `first` out is overwritten."""
+    """Adds the column sums of counts (parts, size), for columns `at`, to `out`; overwrites it if `first`."""
     value = tl.load(out + at, mask=inside & (first == 0), other=0.0)
     pointers = counts + at
     for _ in range(parts):
@@ -52,7 +52,7 @@ def _lists(
     row_start, column_start, n, m, row_tiles, column_tiles, height, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Each of the first row_tiles programs lists and counts a row of tiles, each of the others a column of tiles."""
+    """Lists tiles and counts violations: first one row of tiles per program, then one column per program."""
     program = tl.program_id(0)
     if program < row_tiles:
         start = active + program * column_tiles
@@ -82,7 +82,7 @@ def _pull(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOTH: tl.constexpr, IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
 ):  # fmt: skip
-    """Subtracts count times the partner from both gradients, for ROWS positives and COLUMNS channels."""
+    """Subtracts count * partner from both gradients, for ROWS positives and COLUMNS channels."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < n)[:, None] & (k < WIDTH)[None, :]
@@ -100,10 +100,11 @@ def _pull(
 
 
 class Counts:
-    """The violations of each row and column, and the lists of tiles that have any.
+    """The number of violations in each row and column, and lists of the tiles that have any.
 
-    rows, columns, active: written by the tiles of a block, as `row_counts`, `column_counts`, `active` of `_lists`.
-    block: the largest. single: one tile is the whole matrix; then its counts are the totals and no list is needed.
+    The kernel that computes a block writes `rows`, `columns` and `active`; `_lists` reads them as
+    `row_counts`, `column_counts` and `active`. `block` is the largest block. `single` means that one tile
+    holds the whole matrix; then its counts are the totals, and no lists are needed.
     """
 
     def __init__(self, products: Products, block: Block, single: bool) -> None:
@@ -129,7 +130,7 @@ class Counts:
             )
 
     def add(self, block: Block) -> Lists | None:
-        """Adds a block's counts to the totals and lists its tiles. Call it with the tensors' device as current."""
+        """Adds a block's counts to the totals and lists its tiles. The tensors' device must be current."""
         if self.lists is None:
             return None
         tile, (row_tiles, column_tiles) = self.products.pairs, self.products.grid(block)
@@ -142,7 +143,7 @@ class Counts:
         return self.lists if self.products.skippable else None
 
     def pull(self) -> None:
-        """Subtracts the positives' part from the gradients. Call it with the tensors' device as current."""
+        """Subtracts the positives' part from the gradients. The tensors' device must be current."""
         products, (n, width) = self.products, self.products.image.shape
         d_image, d_text = products.d_image, products.d_text
         _pull[cdiv(n, _PULL["ROWS"]), cdiv(width, _PULL["COLUMNS"])](

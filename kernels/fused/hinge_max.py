@@ -1,12 +1,13 @@
-"""The hinge with the hardest negative of each row and column: one sweep, and the choice of the winners.
+"""The hinge with the hardest negative of each row and column: one sweep, then the choice of the winners.
 
 loss = sum over rows of [margin + max over negatives S_ij - S_positive]+, and the same over columns.
 
-`_sweep` makes every tile of S once (2 B N D flops). A program has a tile of rows and a range of columns; it keeps
-each row's largest negative and its column in registers, and writes, per tile, each column's. `_merge` takes the
-first largest of these partial results in ascending order. Only a larger value replaces another, so ties go to the
-lowest index. A strip of STRIP rows at a time: so the partial results take 8 * STRIP / ROWS bytes a column,
-independent of B. The backward is in `hinge_gather.py`.
+`_sweep` computes every tile of S once (2 B N D flops). A program takes a tile of rows (a "block") and a range
+of columns (a "split"). It keeps the largest negative of each row, with its column, in registers; for each
+tile it writes the largest negative of each column, with its row. `_merge` goes through these partial results
+in ascending order, and only a larger value replaces another, so ties go to the lowest index. The rows are
+processed in strips of STRIP rows. So the partial results take 8 * STRIP / ROWS bytes per column, independent
+of B. The backward is in `hinge_gather.py`.
 """
 
 import torch
@@ -39,7 +40,7 @@ def _sweep(
     text,  # (N, D)
     image_ids,  # (B,)
     text_ids,  # (N,)
-    positive,  # (B,), similarity of each row's positive
+    positive,  # (B,), similarity of each row with its positive
     row_best,  # (splits, strip)
     row_at,  # (splits, strip)
     column_best,  # (blocks, N)
@@ -48,7 +49,7 @@ def _sweep(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The tile of rows `program 0` of the strip from `start` on, against the `tiles` tiles of range `program 1`."""
+    """Sweeps a tile of rows (program 0) of the strip from `start` on over a range of columns (program 1)."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -80,7 +81,7 @@ def _sweep(
 
 @triton.jit
 def _first_largest(best, at, values, places, inside, parts, stride):
-    """(best, at) merged with `parts` partial results, one every `stride` entries of values and places."""
+    """Merges (best, at) with `parts` results, `stride` entries apart; the first of equal maxima wins."""
     for _ in range(parts):
         value = tl.load(values, mask=inside, other=float("-inf"))
         place = tl.load(places, mask=inside, other=0)
@@ -93,9 +94,9 @@ def _first_largest(best, at, values, places, inside, parts, stride):
 
 @triton.jit
 def _cost(margin, best, positive, inside):
-    """The violation, 0 without a negative; NaN stays NaN, so that the loss shows it."""
+    """Returns the violation; 0 without a negative. NaN stays NaN, so that the loss shows it."""
     cost = margin + best - positive
-    # A device's maximum drops NaN, so a row of NaN is recognised by its positive.
+    # On a device, a maximum ignores NaN, so a row of NaN is recognised by its positive.
     shown = (best != float("-inf")) | (positive != positive)
     return tl.where(inside & shown & ~(cost <= 0), cost, 0.0)
 
@@ -109,14 +110,14 @@ def _merge(
     column_parts,  # (blocks, N)
     row_at,  # (B,)
     row_active,  # (B,)
-    state_best,  # (N,), the columns' largest so far
+    state_best,  # (N,), the largest of each column so far
     column_at,  # (N,)
     column_active,  # (N,)
     loss,  # (strips * merging,)
     margin, n, m, start, stop, strip, splits, blocks, first_loss,
     BOTH: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """MERGED rows of the strip start..stop and as many columns, whose winners are final after the last strip."""
+    """Merges partial results of MERGED rows and MERGED columns. Columns are final after the last strip."""
     program = tl.program_id(0)
     lane = program * MERGED + tl.arange(0, MERGED)
     row = start + lane
@@ -144,7 +145,7 @@ def _merge(
 
 
 def hinge_max_forward(sides: Sides, margin: float) -> tuple[Tensor, ...]:
-    """(loss (), *Winners), float32. See `d2s.kernels.functional.hinge_loss`."""
+    """Returns (loss (), *Winners); the loss is float32. See `d2s.kernels.functional.hinge_loss`."""
     image, text, image_ids, text_ids, offset, both = sides.contiguous()
     (n, width), m = image.shape, text.shape[0]
     tile = tile_for("hinge_max_sweep", image)

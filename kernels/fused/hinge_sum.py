@@ -1,13 +1,14 @@
-"""The hinge with every violation: loss and gradient from one sweep, 6 B N D flops and nothing recomputed.
+"""The hinge with all violations: one sweep computes loss and gradients, in 6 B N D flops.
 
-loss = sum over negatives of [margin + S_ij - S_ii]+ + [margin + S_ij - S_jj]+, the second term with `both` only;
-dS_ij = number of positive terms, and a positive gets minus the number of its row's and column's violations.
+loss = sum over negatives of [margin + S_ij - S_ii]+ + [margin + S_ij - S_jj]+, the second with `both` only.
+At a negative, dS is its number of violations. At a positive, dS is minus the number in its row and column.
 
-A pair's dS is 0, 1 or 2, exact in any type, and depends only on its own and its two positives' similarities.
-`positives.py` computes those first, by the sweep's own arithmetic, so that a negative equal to its positive violates
-a margin of 0 by exactly 0. `_pairs` then writes one block of dS (see `products.py`), partial losses, and per tile
-the number of violations of every row and column. `hinge_lists.py` adds these counts up and lists the tiles with
-violations; the products read no others. Last the positives get their part, minus count times the partner.
+The dS of a negative is 0, 1 or 2, exact in any type. It depends only on the pair's similarity and on those of
+its two positives. `positives.py` computes these first, by the same arithmetic as the sweep. So a negative
+equal to its positive violates a margin of 0 by exactly 0. `_pairs` then writes one block of dS (see
+`products.py`), partial losses, and for each tile the number of violations in each row and column.
+`hinge_lists.py` adds up these counts and lists the tiles with violations; the products skip all others. Last,
+the positives' part is subtracted.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ PAIRS_SIZES = ("n", "m", "offset", "row_start", "column_start", "first_loss")
 
 @triton.jit
 def _violation(s, threshold):
-    """[s - threshold]+; NaN stays NaN."""
+    """Returns [s - threshold]+; NaN stays NaN."""
     v = s - threshold
     return tl.where(v <= 0, 0.0, v)
 
@@ -53,15 +54,15 @@ def _pairs(
     ds,  # (block rows, stride)
     row_counts,  # (column tiles, block rows), violations in each tile
     column_counts,  # (row tiles, block columns)
-    active,  # (row tiles, column tiles), whether a tile has violations
+    active,  # (row tiles, column tiles), 1 if a tile has violations
     loss,  # (tiles of all blocks,)
     margin, n, m, offset, row_start, column_start, first_loss, stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     GRADIENT: tl.constexpr, SKIP: tl.constexpr, SINGLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Tile (program 0, program 1) of the block that begins at (row_start, column_start).
+    """Computes tile (program 0, program 1) of the block of dS that begins at (row_start, column_start).
 
-    SINGLE: the tile is the whole matrix and contains its positives. SKIP: tiles without violations are not read.
+    SINGLE: this tile is the whole matrix. SKIP: tiles without violations are not written.
     """
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -104,7 +105,7 @@ def _pairs(
 
 
 def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), d_image (B, D), d_text (N, D)), float32; need: which gradients. The others are empty."""
+    """Returns (loss (), d_image (B, D), d_text (N, D)) in float32; `need` selects the gradients."""
     sides = sides.contiguous()
     image, text, image_ids, text_ids, offset, both = sides
     (n, width), m = image.shape, text.shape[0]

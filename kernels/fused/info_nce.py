@@ -1,18 +1,19 @@
-"""Symmetric InfoNCE with a learnable scale: 8 B N D flops, and the similarity matrix is never stored.
+"""Symmetric InfoNCE with a learnable scale, in 8 B N D flops, without storing the similarity matrix.
 
-loss = 0.5 * sum over rows of log(1 + sum over negatives exp(scale * (S_ij - S_positive))), and the same over columns.
+loss = 0.5 * sum over rows, and over columns, of log(1 + sum over negatives exp(scale * (S_ij - S_positive))).
 
-Forward (2 B N D): `_sweep` makes every tile of S once. A program has a tile of rows and a range of columns, with the
-rows' (largest, sum of exponentials) in registers; per tile it writes each column's. `_merge` adds these up in
-ascending order. Strips of STRIP rows keep the columns' partial results at 8 * STRIP / ROWS bytes a column.
-The backward (6 B N D) is in `info_nce_gradient.py`.
+In the forward (2 B N D flops), `_sweep` computes every tile of S once. A program takes a tile of rows (a
+"block") and a range of columns (a "split"). It keeps (largest, sum of exponentials) of each row in registers;
+for each tile, it writes both for each column. `_merge` adds them up in ascending order. The rows are
+processed in strips of STRIP rows, so the columns' partial results take 8 * STRIP / ROWS bytes per column.
+`info_nce_gradient.py` has the backward (6 B N D flops).
 
-Exponents are in base 2 and one fused multiply-add, factor * S - reference, which rounds once; therefore the largest
-similarity is stored and not the largest exponent. Positives stay out of all sums. The backward gets the odds of each
-row and column: log2 of (sum over the negatives / exponential of the positive). The cost is their softplus and
-1 - P(positive) their sigmoid. Both keep all their digits when a model is certain; 1 - P computed from P would not.
-For the same reason exponents and d_scale are computed from differences to the positive's similarity, which
-`positives.py` makes again for the backward.
+Exponents are in base 2. Each is one fused multiply-add, factor * S - reference, which rounds once; so the
+largest similarity is stored, not the largest exponent. Positives stay out of all sums. For each row and
+column, the forward saves the odds: log2 of (sum over the negatives / exponential of the positive). The cost
+is the softplus of the odds, and 1 - P(positive) is their sigmoid. Both keep all digits when a model is
+certain, which 1 - P computed from P would not. For the same reason, exponents and d_scale are computed from
+differences to the positive's similarity, which `positives.py` computes again for the backward.
 """
 
 import torch
@@ -54,7 +55,7 @@ def _sweep(
     image_ids,  # (B,)
     text_ids,  # (N,)
     scale,  # (1,)
-    positive,  # (B,), sign * similarity of each row's positive
+    positive,  # (B,), sign * similarity of each row with its positive
     row_top,  # (splits, strip)
     row_sum,  # (splits, strip)
     column_top,  # (blocks, N)
@@ -63,7 +64,7 @@ def _sweep(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The tile of rows `program 0` of the strip from `start` on, against the `tiles` tiles of range `program 1`."""
+    """Sweeps a tile of rows (program 0) of the strip from `start` on over a range of columns (program 1)."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -98,7 +99,7 @@ def _sweep(
 
 @triton.jit
 def _merged(best, sums, tops, parts, inside, count, stride, factor):
-    """(largest, sum of exponentials) merged with `count` more such pairs, one every `stride` entries."""
+    """Merges (largest, sum of exponentials) with `count` more such pairs, `stride` entries apart."""
     for _ in range(count):
         other = tl.load(tops, mask=inside, other=float("-inf"))
         top = tl.maximum(best, other)
@@ -113,7 +114,7 @@ def _merged(best, sums, tops, parts, inside, count, stride, factor):
 
 @triton.jit
 def _finished(best, sums, own, factor, inside, LN2: tl.constexpr):
-    """(odds, cost) of rows with the largest negative `best`, sum of exponentials `sums` and the positive `own`."""
+    """Returns (odds, cost), from the largest negative, the sum of exponentials and the positive (`own`)."""
     reference = reference_of(best, factor)
     logarithm = tl.where(sums == 0, float("-inf"), tl.log2(tl.where(sums == 0, 1.0, sums)))
     odds = logarithm - tl.fma(own, factor, -reference)
@@ -130,13 +131,13 @@ def _merge(
     column_top,  # (blocks, N)
     column_sum,  # (blocks, N)
     row_odds,  # (B,)
-    state_top,  # (N,), the columns' largest so far
-    column_odds,  # (N,), sums until the last strip
+    state_top,  # (N,), the largest of each column so far
+    column_odds,  # (N,), sums of exponentials until the last strip
     loss,  # (strips * merging,)
     n, m, start, stop, strip, splits, blocks, first_loss,
     BOTH: tl.constexpr, MERGED: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """MERGED rows of the strip start..stop and as many columns, whose odds are final after the last strip."""
+    """Merges partial results of MERGED rows and MERGED columns. Columns are final after the last strip."""
     program = tl.program_id(0)
     _, factor = exponent_of(scale)
     lane = program * MERGED + tl.arange(0, MERGED)
@@ -164,10 +165,7 @@ def _merge(
 
 
 def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), row_odds (B,), column_odds (N,) or empty without both), float32.
-
-    scale: one entry. Odds: log2 of (sum over the negatives / exponential of the positive), -inf without negatives.
-    """
+    """Returns (loss (), row_odds (B,), column_odds (N,)) in float32; without `both`, column_odds is empty."""
     image, text, image_ids, text_ids, offset, both = sides.contiguous()
     scale = scale.to(torch.float32)
     (n, width), m = image.shape, text.shape[0]
@@ -177,7 +175,8 @@ def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
     positive, state, row_odds, column_odds, losses = (
         torch.empty(k, **floats) for k in (n, merged_columns, n, merged_columns, strips.losses)
     )
-    # Separate tensors: halves of one would be aligned for some sizes only, and Triton would compile both variants.
+    # Separate tensors, because halves of one would be aligned for some sizes only, and Triton would compile
+    # two variants.
     rows, columns = (
         (torch.empty(k, **floats), torch.empty(k, **floats)) for k in (strips.row_parts, strips.column_parts)
     )

@@ -1,10 +1,10 @@
-"""The backward of InfoNCE: S again by the forward's arithmetic, a block of P at a time, 6 B N D flops.
+"""The backward of InfoNCE: computes S again, by the forward's arithmetic, in 6 B N D flops.
 
-P = softmax by rows + softmax by columns; for a negative d loss / d S_ij = 0.5 * scale * P_ij, for a positive
--0.5 * scale * (1 - P_row + 1 - P_column), and d_scale = 0.5 * sum over negatives of P_ij * (S_ij - S_positive).
+P = softmax by rows + softmax by columns. d loss / d S is 0.5 * scale * P at a negative, and
+0.5 * scale * (P - 2) at a positive. d_scale = 0.5 * sum over negatives of P * (S - S_positive).
 
-`_pairs` writes P without the positives as a block of dS and sums d_scale on the way; `products.py` turns dS into
-gradients. The positives' weights are applied in float32. The forward's odds give both, see `info_nce.py`.
+`_pairs` writes P without the positives, as a block of dS, and partial sums of d_scale. `products.py` turns dS
+into gradients and applies the positives' weights in float32. `info_nce.py` explains the odds.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def _pairs(
     row_odds,  # (B,)
     column_odds,  # (N,)
     ds,  # (block rows, stride)
-    pull,  # (B,), 1 - P of each positive, by row and by column
+    pull,  # (B,), (1 - P by row) + (1 - P by column) of each positive
     chain,  # (1,), 0.5 * grad * scale
     scale_sum,  # (tiles of all blocks,), partial d_scale
     n, m, offset, row_start, column_start, first_sum, stride,
@@ -55,7 +55,7 @@ def _pairs(
     DS_SCALE: tl.constexpr, BOTH: tl.constexpr, STORE: tl.constexpr, SCALE: tl.constexpr, SINGLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Tile (program 0, program 1) of a block. SINGLE: the tile is the whole matrix and contains its positives."""
+    """Computes tile (program 0, program 1) of a block. SINGLE: the tile is the whole matrix."""
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     row, column = row_start + at_row, column_start + at_column
@@ -102,9 +102,9 @@ def _pairs(
 def info_nce_backward(
     sides: Sides, scale: Tensor, row_odds: Tensor, column_odds: Tensor, grad: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_image (B, D), d_text (N, D), d_scale like scale) in the types of the inputs; grad: ().
+    """Returns d_image (B, D), d_text (N, D) and d_scale (the shape of scale), in the types of the inputs.
 
-    need: which of the three, the others are empty. row_odds, column_odds: from `info_nce_forward`.
+    A gradient that `need` does not select is empty. The odds come from `info_nce_forward`.
     """
     sides = sides.contiguous()
     image, text, image_ids, text_ids, offset, both = sides

@@ -1,10 +1,11 @@
-"""Pointwise distillation: loss and gradient of a row in one pass over student and teacher.
+"""Pointwise distillation: computes the loss and the gradient of a row in one pass over student and teacher.
 
-With s and t normalised if asked: cosine costs 1 - s.t and has the gradient g = -t; l1 costs sum |s - t|, g = sign(s
-- t); l2 costs sum (s - t)^2, g = 2 (s - t). Normalisation turns g into (g - s (s.g)) / |row|.
+s and t are the rows, normalised if requested, and g is the gradient with respect to s. "cosine" costs
+1 - s.t, with g = -t. "l1" costs sum |s - t|, with g = sign(s - t). "l2" costs sum (s - t)^2, with
+g = 2 (s - t). Normalisation turns g into (g - s (s.g)) / |row|.
 
-A program holds full rows: 8 bytes an entry are read in float32 and 4 written. Only the partial losses, one number a
-program, are added up across programs.
+A program holds full rows. In float32 it reads 8 bytes per entry and writes 4. Only the partial losses, one
+number per program, are added up across programs.
 """
 
 import torch
@@ -17,14 +18,14 @@ from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile
 
 KINDS = {"cosine": 0, "l1": 1, "l2": 2}
-# Entries of each side that a program holds, about.
+# Entries of each side that a program holds, approximately.
 ENTRIES = 2048
 SIZES = ("n", "student_row", "teacher_row")
 
 
 @triton.jit
 def _inverse_norm(x):
-    """1 / |row| of x (r, c), (r, 1); 0 for a row of zeros, NaN where the norm is beyond float32."""
+    """Returns 1 / |row| of x (r, c): (r, 1). A row of zeros gives 0, and a norm beyond float32 gives NaN."""
     norm = tl.sqrt(tl.sum(x * x, 1, keep_dims=True))
     usual = (norm > 0) & (norm < float("inf"))
     return tl.where(usual, 1.0 / tl.where(usual, norm, 1.0), tl.where(norm == 0, 0.0, float("nan")))
@@ -40,7 +41,7 @@ def _pointwise(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows; KIND as in KINDS. Rows beyond the last are zero on both sides."""
+    """Computes ROWS rows. KIND is a value of KINDS. Rows beyond the last are zero on both sides."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     k = tl.arange(0, BLOCK)[None, :]
     inside = (row < n) & (k < WIDTH)
@@ -48,7 +49,8 @@ def _pointwise(
     t = tl.load(teacher + row * teacher_row + k * teacher_step, mask=inside, other=0.0).to(tl.float32)
     if NORMALIZE:
         inverse = _inverse_norm(s)
-        # A plain product would be fused with the difference below, and equal rows would not differ by exactly 0.
+        # A plain product would be fused with the difference below, which would then not be exactly 0 for
+        # equal rows.
         s = tl.fma(s, inverse, 0.0)
         t = tl.fma(t, _inverse_norm(t), 0.0)
     difference = s - t
@@ -71,7 +73,7 @@ def _pointwise(
 def pointwise_forward(
     student: Tensor, teacher: Tensor, kind: str, normalize: bool, need_student: bool
 ) -> tuple[Tensor, Tensor]:
-    """(loss (), d_student (B, D)) in float32; see `d2s.kernels.functional.pointwise_distillation`."""
+    """Returns (loss (), d_student (B, D)) in float32; see `d2s.kernels.functional.pointwise_distillation`."""
     n, width = student.shape
     block = power_of_two(width)
     rows = max(1, ENTRIES // block)
@@ -90,7 +92,7 @@ def pointwise_forward(
 
 
 def _warps(block: int) -> int:
-    """The warps of a program whose rows are padded to `block` entries."""
+    """Returns the number of warps of a program whose rows are padded to `block` entries."""
     return min(16, max(4, block // 1024))
 
 

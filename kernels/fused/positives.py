@@ -1,4 +1,4 @@
-"""The similarities of the positive pairs, by the arithmetic of the sweeps: the diagonals of tiles."""
+"""Computes the similarities of positive pairs by the sweeps' arithmetic, as the diagonals of tiles."""
 
 import torch
 import triton
@@ -21,7 +21,7 @@ def _positives(
     n, offset,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """positive[i] = image[i] . text[offset + i] for ROWS rows."""
+    """Computes positive[i] = image[i] . text[offset + i] for ROWS rows."""
     lane = tl.arange(0, ROWS)
     row = tl.program_id(0) * ROWS + lane
     inner = tl.minimum(row, n - 1)
@@ -31,7 +31,7 @@ def _positives(
 
 
 def positives(image: Tensor, text: Tensor, offset: int) -> Tensor:
-    """image[i] . text[offset + i] for image (B, D) and text (N, D), contiguous: (B,) float32."""
+    """Returns image[i] . text[offset + i] for contiguous image (B, D) and text (N, D): (B,) float32."""
     n, width = image.shape
     out = torch.empty(n, dtype=torch.float32, device=image.device)
     tile = tile_for("positives", image)

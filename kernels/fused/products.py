@@ -1,13 +1,13 @@
 """The two products that turn dS into gradients: d_image = dS @ text and d_text = dS^T @ image.
 
-D is too wide for a program to hold rows of a gradient in registers while it makes S, so dS is written to memory, one
-block of BLOCK_ENTRIES at a time, in the type of the embeddings: 32 MiB in 16 bits, 64 MiB in float32, for any N.
-A loss writes a block with its own kernel (2 D flops an entry), and `products_kernel` multiplies it with both sides in
-one launch (4 D flops), reading it D / COLUMNS times from the cache, into which it just fits. Sums continue in
-float32 from block to block: in the gradient itself if that is float32, else in buffers. Blocks follow each other in
-a fixed order and one program writes each entry, so no atomics are needed.
+A program that computes S cannot hold rows of a gradient in registers, because D is too wide. So dS is written
+to memory in the type of the embeddings, one block of BLOCK_ENTRIES at a time: 32 MiB in 16 bits, 64 MiB in
+float32, for any N. The kernel of a loss writes a block (2 D flops per entry). Then `products_kernel`
+multiplies the block with both sides in one launch (4 D flops per entry). It reads the block D / COLUMNS times
+from the cache. Sums over blocks are kept in float32: in the gradient itself if that is float32, else in
+buffers. No atomics are needed: the order of blocks is fixed, and one program writes each entry.
 
-Positives stay out of dS. Their weight pull (B,) is applied in float32 after the last block:
+Positives stay out of dS. Their weights, pull (B,), are applied in float32 after the last block:
 d_image[i] = factor * (sum - pull[i] * text[offset + i]), and d_text likewise.
 """
 
@@ -32,13 +32,14 @@ from d2s.kernels.sides import Sides
 
 BLOCK_ENTRIES = 1 << 24
 BLOCK_ROWS = 4096
-# Softmax and sigmoid values below 6e-8 would be 0 in fp16; this power of two keeps them, and 2 stays finite.
+# Factor for dS in fp16, where softmax and sigmoid values below 6e-8 would become 0. 2 times this is still
+# finite.
 FP16_SCALE = 16384.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """rows x columns of dS from (row_start, column_start) on; first_tile: number of tiles in earlier blocks."""
+    """A block of dS, which begins at (row_start, column_start); earlier blocks have `first_tile` tiles."""
 
     first_tile: int
     row_start: int
@@ -49,7 +50,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Lists:
-    """The tiles of a block that are not zero, by row of tiles and by column of tiles: their indices and number."""
+    """Lists the tiles of a block that are not zero, for each row and each column of tiles."""
 
     row_tiles: Tensor  # (row tiles, length) int32
     row_count: Tensor  # (row tiles,) int32
@@ -58,11 +59,12 @@ class Lists:
 
 
 class Products:
-    """The gradients of one call. For each of `blocks`, write `ds` and call `multiply`.
+    """The gradients of one call. For each of `blocks`, the caller writes `ds` and calls `multiply`.
 
-    sides: contiguous. tile: of the kernel that writes `ds` (block rows, stride), which is padded to full tiles with
-    zeros outside the matrix. need: which of `d_image` (B, D) and `d_text` (N, D), of type dtype; the other is
-    empty. scaled: `ds` holds dS * `scale`, which keeps small numbers in fp16.
+    `sides` must be contiguous, and `tile` is the tile of the kernel that writes `ds` (block rows, stride).
+    That kernel pads `ds` to full tiles, with zeros outside the matrix. `need` tells which of `d_image` (B, D)
+    and `d_text` (N, D) are needed; they have the type `dtype`, and one that is not needed is empty. With
+    `scaled`, `ds` holds dS * `scale`, which keeps small numbers in fp16.
     """
 
     def __init__(
@@ -72,10 +74,12 @@ class Products:
         self.image, self.text = image, text = sides.image, sides.text
         (n, width), m = image.shape, text.shape[0]
         self.pairs, self.tile = tile, tile_for("products", image)
-        # The two tiles are tuned separately. A chunk deeper than a tile of dS would read unwritten memory.
+        # The tiles of the two kernels are tuned separately. If a chunk were deeper than a tile of dS, it
+        # would include memory that was never written.
         if (deepest := min(tile.rows, tile.columns)) < self.tile.depth:
             self.tile = replace(self.tile, depth=deepest)
-        # A multiple of the tile: a tile beyond its block would be counted again in the next one.
+        # A multiple of the tile, because a tile that crosses the block's end would be counted again in the
+        # next block.
         self.row_size = min(n, round_up(BLOCK_ROWS, tile.rows))
         height = self._padded(self.row_size, tile.rows)
         fitting = max(1, BLOCK_ENTRIES // height // tile.columns) * tile.columns
@@ -91,18 +95,18 @@ class Products:
         self.text_sum = self._sums(self.d_text, self.row_size < n, m)
 
     def _padded(self, size: int, span: int) -> int:
-        """size, rounded up to full tiles of both kernels."""
+        """Returns the size, rounded up to full tiles of both kernels."""
         return round_up(size, max(span, self.tile.rows))
 
     @staticmethod
     def _sums(gradient: Tensor, several: bool, size: int) -> Tensor | None:
-        """A float32 buffer for the sums between blocks; None if the gradient itself can hold them."""
+        """Returns a float32 buffer for sums over blocks; None if the gradient itself can hold them."""
         if gradient.dtype == torch.float32 or not several or not gradient.numel():
             return None
         return gradient.new_empty(size, gradient.shape[1], dtype=torch.float32)
 
     def grid(self, block: Block) -> tuple[int, int]:
-        """(rows, columns) of tiles in a block."""
+        """Returns the number of tile rows and of tile columns in a block."""
         return cdiv(block.rows, self.pairs.rows), cdiv(block.columns, self.pairs.columns)
 
     @property
@@ -112,11 +116,11 @@ class Products:
 
     @property
     def skippable(self) -> bool:
-        """Whether each program's rows lie within one tile of dS, so that it can use a list of tiles."""
+        """Whether the products can skip tiles: each program's rows must lie within one tile of dS."""
         return self.pairs.rows % self.tile.rows == 0 and self.pairs.columns % self.tile.rows == 0
 
     def blocks(self) -> Iterator[Block]:
-        """The blocks, row by row."""
+        """Yields the blocks, row by row."""
         n, m = self.image.shape[0], self.text.shape[0]
         first_tile = 0
         for row_start in range(0, n, self.row_size):
@@ -135,7 +139,10 @@ class Products:
     def multiply(
         self, block: Block, pull: Tensor | None, factor: Tensor | None, lists: Lists | None = None
     ) -> None:
-        """Adds the block's part to the gradients. pull (B,), factor (1,): float32. lists: skip tiles not in them."""
+        """Adds a block's part to the gradients; reads only the tiles in `lists`, if given.
+
+        `pull` (B,) and `factor` (1,), both float32, are applied after the last block.
+        """
         (n, width), m = self.image.shape, self.text.shape[0]
         tile, ds = self.tile, self.ds
         row_programs = cdiv(block.rows, tile.rows) if self.d_image.numel() else 0

@@ -1,11 +1,12 @@
-"""Retrieval ranks by counting: the best positive of each query, then how many other candidates are not below it.
+"""Retrieval ranks: finds each query's best positive, then counts the candidates not below it.
 
 rank_i = number of candidates j, not positives of i, with not (S_ij < best_i).
 
-Both sweeps make their tiles by the same arithmetic, so that a candidate equal to the best positive ties with it to
-the last bit. The first makes few tiles: listed positives are gathered, a tile for every COLUMNS of them; by ids it
-makes only the tiles that hold a positive. Memory: 8 bytes a query and range of columns. If a positive's similarity
-is NaN then so is the best, nothing is below it, and every other candidate counts.
+Two sweeps compute their tiles by the same arithmetic, so a candidate equal to the best positive ties with it
+exactly. The first sweep computes few tiles. If positives are listed, it gathers them, a tile for every
+COLUMNS of them. If they are given by ids, it computes only the tiles that hold a positive. The results take 8
+bytes per query and range of columns. If a positive's similarity is NaN, nothing is below the best, and every
+other candidate counts.
 """
 
 import torch
@@ -23,7 +24,7 @@ SIZES = ("n", "m", "tiles")
 
 @triton.jit
 def _better(best, broken, s, own):
-    """The best positive so far (r,), and whether one of them was NaN; own (r, c): where s belongs to a positive."""
+    """Updates the best positive (r,) and whether one was NaN; own (r, c) marks the positives in s (r, c)."""
     broken = broken | (tl.max((own & (s != s)).to(tl.int32), 1) > 0)
     return tl.maximum(best, tl.max(tl.where(own & (s == s), s, float("-inf")), 1)), broken
 
@@ -38,7 +39,7 @@ def _best_listed(
     n,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """best[i] = the largest similarity of query i with the candidates indices[starts[i] : starts[i + 1]]."""
+    """Computes best[i], the largest similarity of query i with its positives, which are listed."""
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
@@ -67,7 +68,7 @@ def _best_by_id(
     n, m, tiles,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """best[k, i] = the largest similarity of query i with the candidates of its id in range k of columns."""
+    """Computes best[k, i], the largest similarity of query i with positives in column range k."""
     split = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
@@ -80,7 +81,7 @@ def _best_by_id(
         inner = tl.minimum(column, m - 1)
         own = row_id[:, None] == tl.load(candidate_ids + inner)[None, :]
         if tl.max(tl.max(own.to(tl.int32), 1), 0) > 0:
-            # A column beyond the last repeats it, which changes no maximum.
+            # Columns beyond the last column repeat it, which changes no maximum.
             s = similarities(resident, queries, inner_row, candidates, inner, WIDTH, DEPTH, UPCAST)
             # Compared again, because keeping the mask would take more registers.
             own = row_id[:, None] == tl.load(candidate_ids + inner)[None, :]
@@ -103,7 +104,7 @@ def _count(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, LISTED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """counts[k, i] = the candidates in range k of columns that are not positives of query i and not below best[i]."""
+    """Computes counts[k, i], the number of other candidates in column range k that are not below best[i]."""
     split = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
@@ -138,12 +139,12 @@ def retrieval_ranks(
     query_ids: Tensor | None,
     candidate_ids: Tensor | None,
 ) -> Tensor:
-    """(B,) int64. See `d2s.kernels.functional.retrieval_ranks`."""
+    """Returns the ranks (B,) int64. See `d2s.kernels.functional.retrieval_ranks`."""
     dtype = torch.promote_types(queries.dtype, candidates.dtype)
     dtype = torch.float32 if dtype == torch.float64 else dtype
     queries, candidates = queries.to(dtype).contiguous(), candidates.to(dtype).contiguous()
     (n, width), m = queries.shape, candidates.shape[0]
-    # One tile for both sweeps: another could add up in another order.
+    # Both sweeps use one tile, because another tile could add up in another order.
     tile = tile_for("ranks_count", queries)
     upcast = INTERPRETED and queries.element_size() == 2
     constants = tile_constants(tile, width, upcast) | options(tile)
@@ -156,7 +157,8 @@ def retrieval_ranks(
             starts, indices = (x.contiguous() for x in positives)
             best = queries.new_empty(n, dtype=torch.float32)
             _best_listed[(blocks,)](queries, candidates, starts, indices, best, n, **constants)
-            # The kernel takes both forms; the pointers of the other one are not read.
+            # The kernel takes both forms of positives and does not read the pointers of the form that is not
+            # used.
             ids = starts, starts
         else:
             ids = query_ids.contiguous(), candidate_ids.contiguous()

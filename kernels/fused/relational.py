@@ -1,15 +1,15 @@
-"""Relational distillation: one sweep for the loss, another in blocks for the gradients.
+"""Relational distillation: one sweep computes the loss; another, in blocks, computes the gradients.
 
-With s and t the student's and the teacher's similarities / temperature, p = softmax(t) and q = softmax(s) by rows:
-loss = sum over rows of sum p (log p - log q), and d loss / d s = q - p.
+Let s and t be the similarities of the student and the teacher, divided by the temperature, and by rows
+q = softmax(s) and p = softmax(t). loss = sum over rows of sum p (log p - log q), and d loss / d s = q - p.
 
-`_statistics` makes the student's and the teacher's tile of the same pairs (2 B N (D + E) flops) and keeps, per row,
-the maximum and the sum of both softmaxes and the cross term sum e^t (t - s), all online. A program has a tile of rows
-and a range of columns; `_finish` merges the ranges in ascending order. The gradients are in `relational_gradient.py`.
+`_statistics` computes the student's and the teacher's tile of the same pairs (2 B N (D + E) flops). For each
+row, it keeps the running maximum and sum of both softmaxes, and the cross term sum e^t (t - s). A program
+takes a tile of rows and a range of columns; `_finish` merges the ranges in ascending order.
 
-Exponents are in base 2. A row's maximum, in units of the similarities, and its sum are stored apart and not as one
-logarithm, and the maximum is subtracted before the division by the temperature. Otherwise a temperature of 0.01
-would cost every probability several bits.
+Exponents are in base 2. At a temperature of 0.01, careless rounding would cost every probability several
+bits. So the maximum of a row (in units of similarity) and its sum are stored apart, not as one logarithm, and
+the maximum is subtracted before the division by the temperature.
 """
 
 import math
@@ -26,7 +26,7 @@ from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import resident_rows, similarities
 from d2s.kernels.fused.tiles import tile_for
 
-# Rows that a program of `_finish` merges.
+# Rows that each program of `_finish` merges.
 MERGED = 256
 SIZES = ("n", "m", "tiles")
 
@@ -43,7 +43,7 @@ def _statistics(
     WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, UPCAST: tl.constexpr, TEACHER_UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The tile of rows `program 0` against the `tiles` tiles of range `program 1`."""
+    """Sweeps a tile of rows (program 0) over a range of `tiles` tiles of columns (program 1)."""
     block, split = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
@@ -90,7 +90,7 @@ def _finish(
     scale, n, splits,
     MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Merges the ranges of MERGED rows and adds up their loss."""
+    """Merges the ranges of columns for MERGED rows and adds up the losses of these rows."""
     row = tl.program_id(0) * MERGED + tl.arange(0, MERGED)
     inside = row < n
     at = parts + tl.minimum(row, n - 1)
@@ -116,7 +116,7 @@ def _finish(
     tl.store(rows + n + row, s_sum, mask=inside)
     tl.store(rows + 2 * n + row, t_top, mask=inside)
     tl.store(rows + 3 * n + row, t_sum, mask=inside)
-    # Maxima against maxima and sums against sums: the difference of two large logarithms would lose digits.
+    # Subtract maxima and divide sums: the difference of two large logarithms would lose digits.
     value = (cross / t_sum + (s_top - t_top)) * scale + tl.log2(s_sum / t_sum)
     tl.store(loss + tl.program_id(0), tl.sum(tl.where(inside, value, 0.0), 0) * 0.6931471805599453)
 
@@ -129,10 +129,7 @@ def relational_forward(
     temperature: float,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), d_student (B, D), d_all (N, D)), float32; need: which gradients, the others are empty.
-
-    See `d2s.kernels.functional.relational_distillation`.
-    """
+    """Returns (loss (), d_student (B, D), d_all (N, D)) in float32; `need` selects the gradients."""
     (student, student_all), (teacher, teacher_all) = (
         _alike(student, student_all),
         _alike(teacher, teacher_all),
@@ -157,7 +154,7 @@ def relational_forward(
 
 
 def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both contiguous and in one type of at most 32 bits."""
+    """Returns both tensors contiguous and in one type of at most 32 bits."""
     dtype = torch.promote_types(x.dtype, y.dtype)
     dtype = torch.float32 if dtype == torch.float64 else dtype
     return x.to(dtype).contiguous(), y.to(dtype).contiguous()

@@ -1,11 +1,11 @@
-"""The gradients of relational distillation: the differences of the softmaxes, a block at a time, and two products.
+"""The gradients of relational distillation: differences of softmaxes, a block at a time, and two products.
 
-d_student = (q - p) @ student_all / temperature and d_all = (q - p)^T @ student / temperature, with p = softmax of the
-teacher's and q of the student's rows, see `relational.py`.
+d_student = (q - p) @ student_all / temperature and d_all = (q - p)^T @ student / temperature, where p is the
+softmax of the teacher's rows and q that of the student's (see `relational.py`).
 
-`_difference` makes both tiles again by the forward's arithmetic and writes q - p, at most BLOCK_BYTES at a time,
-which two matrix products turn into both gradients (2 B N (D + E) + 4 B N D flops). The blocks are about square, so
-that the gradients are read and written as rarely as possible.
+`_difference` computes both tiles again by the forward's arithmetic and writes q - p, at most BLOCK_BYTES at a
+time. Two matrix products turn it into both gradients (2 B N (D + E) + 4 B N D flops). The blocks are about
+square, which keeps reads and writes of the gradients few.
 """
 
 import math
@@ -21,10 +21,10 @@ from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import resident_rows, similarities
 from d2s.kernels.fused.tiles import Tile
 
-# Memory for a block of differences, and the most rows of one.
+# Memory for a block of differences, and its largest number of rows.
 BLOCK_BYTES = 64 << 20
 BLOCK_ROWS = 4096
-# In fp16, whose smallest number is large, the differences are multiplied by this.
+# The differences are multiplied by this in fp16, where small numbers would become 0.
 FLOAT16_GAIN = 2.0**15
 SIZES = ("n", "start", "stop", "first", "last")
 
@@ -42,7 +42,7 @@ def _difference(
     WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, UPCAST: tl.constexpr, TEACHER_UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Tile (program 1, program 0) of the block of rows start..stop and columns first..last."""
+    """Computes tile (program 1, program 0) of the block of rows start..stop and columns first..last."""
     row = start + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = first + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner_row, inner = tl.minimum(row, stop - 1), tl.minimum(column, last - 1)
@@ -55,7 +55,8 @@ def _difference(
     at = rows + inner_row
     q = tl.exp2((s - tl.load(at)[:, None]) * scale)
     p = tl.exp2((t - tl.load(at + 2 * n)[:, None]) * scale)
-    # A plain product would be fused with the difference, and equal numbers would give p's rounding instead of 0.
+    # A plain product would be fused with the difference, and equal numbers would give p's rounding error
+    # instead of 0.
     q = tl.fma(q, (gain / tl.load(at + n))[:, None], 0.0)
     p = tl.fma(p, (gain / tl.load(at + 3 * n))[:, None], 0.0)
     to = block + (row - start).to(tl.int64)[:, None] * (last - first) + (column - first)[None, :]
@@ -64,7 +65,7 @@ def _difference(
 
 
 def pair_constants(tile: Tile, student: Tensor, teacher: Tensor) -> dict[str, object]:
-    """The constants of a kernel that makes the student's and the teacher's tiles."""
+    """Returns the constants of a kernel that computes the student's and the teacher's tiles."""
     return {
         **tile_constants(tile, student.shape[1], INTERPRETED and student.element_size() == 2),
         "TEACHER_WIDTH": teacher.shape[1],
@@ -73,16 +74,16 @@ def pair_constants(tile: Tile, student: Tensor, teacher: Tensor) -> dict[str, ob
 
 
 def spec_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    """The same for a spec, with a teacher as wide as the student."""
+    """Returns the constants of `pair_constants` for a spec, with a teacher as wide as the student."""
     return {**tile_constants(tile, width), "TEACHER_WIDTH": width, "TEACHER_UPCAST": False}
 
 
 def gradients(
     sides: tuple[Tensor, ...], tile: Tile, rows: Tensor, temperature: float, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """(d_student (B, D), d_all (N, D)), float32; need: which, the others are empty.
+    """Returns (d_student (B, D), d_all (N, D)) in float32; gradients that `need` does not select are empty.
 
-    sides: student, teacher, student_all, teacher_all, contiguous. rows: (4, B), of `relational.py`.
+    `sides` are student, teacher, student_all and teacher_all. `rows` (4, B) comes from `relational.py`.
     """
     student, teacher, student_all, _ = sides
     n, m = student.shape[0], student_all.shape[0]
@@ -113,7 +114,7 @@ def gradients(
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """out += factor * a @ b, accumulated in float32."""
+    """Adds factor * a @ b to `out`, accumulated in float32."""
     if a.dtype == out.dtype:
         out.addmm_(a, b, alpha=factor)
     else:

@@ -1,10 +1,10 @@
-"""The sigmoid loss of SigLIP: no normaliser, so loss and gradients come from one sweep, 6 B N D flops.
+"""The sigmoid loss of SigLIP. It has no normaliser, so one sweep gives loss and gradients: 6 B N D flops.
 
-With z = scale * S + bias a negative costs log(1 + exp(z)) and its gradient dz is sigmoid(z); the positive costs
-log(1 + exp(-z)) and dz is -sigmoid(-z). dS = scale * dz, d_scale = sum of dz * S, d_bias = sum of dz.
+With z = scale * S + bias, a negative costs log(1 + exp(z)), with gradient dz = sigmoid(z). A positive costs
+log(1 + exp(-z)), with dz = -sigmoid(-z). dS = scale * dz, d_scale = sum of dz * S, d_bias = sum of dz.
 
-`_pairs` writes a block of dz (see `products.py`) and, per tile, partial sums of the loss, d_scale and d_bias.
-Positives stay out of dS and are applied in float32.
+`_pairs` writes a block of dz (see `products.py`) and, for each tile, partial sums of the loss, d_scale and
+d_bias. Positives stay out of the block; their gradients are added in float32.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def _pairs(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     DS_SCALE: tl.constexpr, STORE: tl.constexpr, SCALARS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Tile (program 0, program 1) of the block that begins at (row_start, column_start)."""
+    """Computes tile (program 0, program 1) of the block that begins at (row_start, column_start)."""
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     row, column = row_start + at_row, column_start + at_column
@@ -82,9 +82,10 @@ def _pairs(
 def sigmoid_forward(
     sides: Sides, scale: Tensor, bias: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), d_image (B, D), d_text (N, D), d_scale like scale, d_bias like bias), float32.
+    """Returns (loss (), d_image (B, D), d_text (N, D), d_scale, d_bias) in float32.
 
-    scale, bias: one entry each. need: which of the four gradients; the others are empty.
+    `scale` and `bias` have one entry each, like their gradients. `need` selects the gradients; others are
+    empty.
     """
     sides = sides.contiguous()
     image, text, image_ids, text_ids, offset, _ = sides

@@ -1,7 +1,7 @@
-"""The tile of each kernel: by device capability, width and type, from the committed table `tiles.json`.
+"""Chooses the tile of a kernel by device capability, width and type, from the committed table `tiles.json`.
 
-`d2s.kernels.tune` measures on a device and writes the table; kernels without an entry take the defaults below. No
-timer runs while training: workers that timed their own candidates would disagree, and with them the order of sums.
+`d2s.kernels.tune` measures tiles on a device and writes the table. Kernels without an entry use the defaults
+below. Nothing is timed while training: workers could choose different tiles, and add in different orders.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ import torch
 from d2s.common.files import read_json
 
 TABLE = Path(__file__).with_name("tiles.json")
-# The largest width of each bucket; wider embeddings share the last one.
+# The largest width of each bucket. Embeddings wider than all of them use the last bucket.
 BUCKETS = (64, 128, 256, 512, 1152)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """rows x columns of the similarity matrix that a program computes, and the entries of D it loads at a time."""
+    """A program computes rows x columns of the similarity matrix and loads `depth` entries of D at a time."""
 
     rows: int
     columns: int
@@ -31,23 +31,23 @@ class Tile:
         return f"{self.rows}x{self.columns}x{self.depth}/w{self.warps}s{self.stages}"
 
 
-# Devices with at least 163 KiB of shared memory per block; others may have 99.
+# Devices with at least 163 KiB of shared memory per block; others may have only 99 KiB.
 LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
-# For the interpreter, whose cost is per block operation.
+# For the interpreter, where each operation on a tile costs about the same, whatever the tile's size.
 INTERPRETED = Tile(rows=64, columns=64, depth=64, warps=4, stages=1)
 
 
 def bucket(width: int) -> int:
-    """The bucket of D."""
+    """Returns the bucket of the width D."""
     return next((b for b in BUCKETS if width <= b), BUCKETS[-1])
 
 
 @cache
 def tuned_tiles() -> dict[str, Tile]:
-    """The committed table by entry, read once. The tuner puts its candidates into this dictionary.
+    """Reads the committed table once and returns it by entry. The tuner adds its candidates to it.
 
-    Raises ValueError for a damaged table: with defaults instead, this worker would add its sums in another order
-    than the other workers.
+    Raises ValueError for a damaged table: with defaults instead, this worker would add its sums in another
+    order than the other workers.
     """
     if not TABLE.exists():
         return {}
@@ -59,20 +59,20 @@ def tuned_tiles() -> dict[str, Tile]:
 
 
 def _sweep_tile(width: int, half: bool, capability: tuple[int, int]) -> Tile:
-    """For sweeps over all columns: the rows stay in shared memory if they fit."""
+    """Returns the tile for a sweep over all columns; the rows stay in shared memory if they fit."""
     if not half:
         return Tile(rows=64, columns=64, depth=16, warps=4, stages=2)
     depth = max(64, 1 << (width - 1).bit_length())
     if depth <= 128 or (depth == 256 and capability in LARGE):
         return Tile(rows=128, columns=64, depth=depth, warps=8, stages=3)
-    # On sm_80 a tile of that depth spills.
+    # On sm_80, a tile of this depth spills registers.
     if depth == 512 and capability in LARGE[1:]:
         return Tile(rows=128, columns=32, depth=512, warps=8, stages=3)
     return Tile(rows=128, columns=64, depth=64, warps=8, stages=3)
 
 
 def _contrastive_tile(kernel: str, width: int, half: bool, capability: tuple[int, int]) -> Tile | None:
-    """For the contrastive losses, else None. Chosen by registers, spills and shared memory; never timed."""
+    """Returns the tile of a contrastive kernel, else None. Chosen by registers and spills, not timed."""
     if kernel in ("hinge_max_sweep", "info_nce_sweep"):
         return _sweep_tile(width, half, capability)
     if kernel == "hinge_gather":
@@ -82,13 +82,13 @@ def _contrastive_tile(kernel: str, width: int, half: bool, capability: tuple[int
             return Tile(rows=64, columns=64, depth=32, warps=4, stages=2)
         if kernel in ("positives", "hinge_few"):
             return Tile(rows=64, columns=64, depth=64, warps=8 if kernel == "hinge_few" else 4, stages=3)
-        # 128 columns spill on other devices, in the sigmoid kernel and for small D.
+        # 128 columns spill registers on other devices, in the sigmoid kernel and for small D.
         wide = capability == (9, 0) and kernel != "sigmoid_pairs" and width > 64
         return Tile(rows=128, columns=128 if wide else 64, depth=64, warps=8, stages=3)
     if kernel.startswith("products"):
         if not half:
             return Tile(rows=64, columns=64, depth=16, warps=4, stages=2)
-        # 256 columns spill everywhere, 128 on sm_80 where D is large.
+        # 256 columns spill registers everywhere, 128 on sm_80 if D is large.
         most = 64 if capability == (8, 0) and width > 512 else 128
         columns = min(most, max(64, 1 << (width - 1).bit_length()))
         return Tile(rows=128, columns=columns, depth=64, warps=8, stages=3)
@@ -96,17 +96,17 @@ def _contrastive_tile(kernel: str, width: int, half: bool, capability: tuple[int
 
 
 def default_tile(kernel: str, width: int, half: bool, capability: tuple[int, int] = (8, 0)) -> Tile:
-    """The tile of a kernel without an entry in the table. half: embeddings of 16 bits."""
+    """Returns the tile of a kernel without an entry in the table. `half` means embeddings of 16 bits."""
     if found := _contrastive_tile(kernel, width, half, capability):
         return found
     if kernel == "gpo_forward":
-        # One warp, with what fits in its registers.
+        # One warp, with as many entries as fit into its registers.
         return Tile(rows=1024, columns=1, depth=1, warps=1, stages=1)
     if kernel.startswith("ranks"):
-        # The columns' ids, 64 bits each, take registers beside the tile.
+        # The 64-bit ids of the columns take registers in addition to the tile.
         return Tile(rows=64, columns=64, depth=64 if half else 32, warps=8, stages=3)
     if kernel.startswith("relational") and half:
-        # Two tiles at a time; larger tiles spill before sm_100.
+        # A program holds two tiles at a time; larger ones spill registers before sm_100.
         return Tile(rows=128, columns=64, depth=64, warps=8, stages=2)
     if half:
         return Tile(rows=128, columns=128, depth=64, warps=8, stages=3)
@@ -114,12 +114,12 @@ def default_tile(kernel: str, width: int, half: bool, capability: tuple[int, int
 
 
 def entry(kernel: str, capability: tuple[int, int], width: int, half: bool) -> str:
-    """A tile's key in the table."""
+    """Returns the key of a tile in the table."""
     return f"{kernel}/sm_{capability[0]}{capability[1]}/{bucket(width)}/{'half' if half else 'float'}"
 
 
 def tile_for(kernel: str, x: torch.Tensor) -> Tile:
-    """The tile that a kernel uses for embeddings like x (n, D)."""
+    """Returns the tile that a kernel uses for embeddings like x (n, D)."""
     if x.device.type != "cuda":
         return INTERPRETED
     half, width = x.element_size() == 2, x.shape[1]

@@ -1,1 +1,1 @@
-"""The kernels as operators of torch: argument checks, choice of the implementation, shapes and gradients."""
+"""The kernels as torch operators: argument checks, choice of the implementation, shapes, gradients."""

@@ -1,6 +1,7 @@
-"""Checks of the public functions' arguments: ValueError in one line with the argument, what it is, and the remedy.
+"""Checks the arguments of the public functions.
 
-`torch.compile` traces them into the graph. Only `check_lists` waits for the device.
+A ValueError names the argument, its value and the remedy in one line. `torch.compile` traces these checks
+into the graph. Only `check_lists` waits for the device.
 """
 
 import math
@@ -14,7 +15,7 @@ from d2s.kernels.dtypes import accumulator
 from d2s.kernels.sides import Sides
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# As constants, because torch.compile does not trace torch.finfo.
+# Constants, because torch.compile cannot trace torch.finfo.
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
@@ -23,7 +24,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _show(x: object) -> str:
-    """The value of a plain argument, a tensor's type and shape, else the type."""
+    """Describes an argument: a plain value as it is, a tensor by type and shape, else the type."""
     if isinstance(x, Tensor):
         return f"{_name(x.dtype)} {tuple(x.shape)}"
     return repr(x) if x is None or isinstance(x, bool | int | float | str) else f"a {type(x).__name__}"
@@ -37,9 +38,9 @@ def check_tensor(
     types: tuple[torch.dtype, ...] = FLOATS,
     empty: bool = False,
 ) -> None:
-    """x is a dense tensor of one of the types, of the shape, on the device of `like`.
+    """Checks that x is a dense tensor with one of `types`, the given shape, and the device of `like`.
 
-    A size given by its letter is free; unless `empty`, it must not be 0.
+    A size in `shape` that is a letter may have any value, but 0 only if `empty` is true. Raises ValueError.
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: {_show(x)} is not a tensor; convert it with torch.as_tensor")
@@ -59,20 +60,20 @@ def check_tensor(
 
 
 def check_flag(name: str, value: bool) -> None:
-    """value is True or False."""
+    """Checks that the value is True or False; raises ValueError otherwise."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}: {_show(value)} is not a truth value; give True or False")
 
 
 def check_number(name: str, value: float, like: Tensor) -> float:
-    """value as a number that the accumulator type of `like` can hold; a numpy scalar becomes a float."""
+    """Checks that the accumulator type of `like` can hold the value; returns it as an int or float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         if isinstance(value, bool | Tensor) or not isinstance(value, Real):
             remedy = "take its number with .item()" if isinstance(value, Tensor) else "give a float"
             raise ValueError(f"{name}: {_show(value)} is not a number; {remedy}")
         value = float(value)
     largest = LARGEST[accumulator(like.dtype)]
-    # Comparisons, because torch.compile cannot trace math.isfinite of a number that varies.
+    # Comparisons, because torch.compile cannot trace math.isfinite of a number that changes between calls.
     if not -largest <= value <= largest:
         problem = "too large to compute with" if math.isfinite(value) else "not a finite number"
         raise ValueError(f"{name}: {value} is {problem}; stay between -{largest:.1e} and {largest:.1e}")
@@ -80,7 +81,7 @@ def check_number(name: str, value: float, like: Tensor) -> float:
 
 
 def number_tensor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """value, a number or a float tensor of one entry, as a tensor on the device of `like`."""
+    """Returns the value, a number or a float tensor of one entry, as a tensor on the device of `like`."""
     if not isinstance(value, Tensor):
         number = check_number(name, value, like)
         return torch.full((1,), number, dtype=accumulator(like.dtype), device=like.device)
@@ -93,7 +94,7 @@ def number_tensor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 def check_sides(
     image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None, offset: int, both: bool
 ) -> Sides:
-    """The two sides of a contrastive loss; text_ids defaults to image_ids."""
+    """Checks the arguments of a contrastive loss and returns them; text_ids defaults to image_ids."""
     check_tensor("image", image, ("B", "D"))
     check_tensor("text", text, ("N", image.shape[1]), image, (image.dtype,))
     b, n = image.shape[0], text.shape[0]
@@ -125,7 +126,7 @@ def check_positives(
     query_ids: Tensor | None,
     candidate_ids: Tensor | None,
 ) -> None:
-    """Positives are given either as lists (starts, indices) or by the ids of both sides."""
+    """Checks that positives are given in one form: lists (starts, indices), or the ids of both sides."""
     b, n = queries.shape[0], candidates.shape[0]
     if positives is None:
         if query_ids is None or candidate_ids is None:
@@ -146,7 +147,7 @@ def check_positives(
 
 
 def check_lists(starts: Tensor, indices: Tensor, n: int) -> None:
-    """starts (B + 1,) rise from 0 to the number of indices, which lie in 0..n-1. Waits once for the device."""
+    """Checks that starts (B + 1,) rise from 0 to the number of indices, and that these lie in 0..n-1."""
     falls = starts[1:] < starts[:-1]
     ends = indices.aminmax() if indices.numel() else (starts[0], starts[0])
     found = torch.stack([starts[0], starts[-1], falls.any().to(starts.dtype), *ends])

@@ -1,8 +1,9 @@
-"""Which implementation computes: by the environment, the device and the type.
+"""Chooses the implementation by the environment, the device and the type.
 
-`D2S_KERNELS` is `triton`, `chunked` or `reference` (dense, float64, slow: for tests and for doubts). Without it:
-Triton for CUDA tensors where triton is installed, else chunked. float64 is always chunked, unless the reference
-is asked for. On a CPU, Triton needs its interpreter (TRITON_INTERPRET=1).
+`D2S_KERNELS` is `triton`, `chunked` or `reference` (dense, float64 and slow: for tests, or to check a
+result). If it is not set, CUDA tensors use Triton if triton is installed, and all others use chunked. float64
+always uses chunked, unless `D2S_KERNELS` is `reference`. On a CPU, Triton needs its interpreter
+(TRITON_INTERPRET=1).
 """
 
 import logging
@@ -25,10 +26,10 @@ log = logging.getLogger("d2s.kernels")
 
 
 def implementation(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> str:
-    """The name of the implementation for tensors of `dtype` on a device; without one, CUDA if there is CUDA.
+    """Returns the name of the implementation for tensors of `dtype` on a device.
 
-    The device need not exist here. Raises ValueError for a device or type that torch does not know, and for a
-    D2S_KERNELS that is unknown or cannot compute on that device.
+    `device` need not exist on this machine; without it, CUDA is used if available. Raises ValueError for a
+    device or type that torch does not know, and if D2S_KERNELS is unknown or cannot compute on that device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,12 +45,12 @@ def implementation(device: torch.device | str | None = None, dtype: torch.dtype 
 
 
 def uses_reference(x: Tensor) -> bool:
-    """Whether the reference computes for tensors like x, which it does without operators."""
+    """Returns whether the reference computes for tensors like x. The reference runs without operators."""
     return _choose(os.environ.get("D2S_KERNELS") or "", x.device.type, x.dtype) == "reference"
 
 
 def _choose(name: str, kind: str, dtype: torch.dtype) -> str:
-    """The implementation; name: of D2S_KERNELS, kind: of the device."""
+    """Returns the implementation's name, given the value of D2S_KERNELS and the type of the device."""
     if name and name not in IMPLEMENTATIONS:
         raise ValueError(f"D2S_KERNELS: {name!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     if name == "reference":
@@ -72,13 +73,13 @@ def _has_triton() -> bool:
 
 @cache
 def load(name: str) -> ModuleType:
-    """The module of an implementation, logged on first use."""
+    """Imports and returns the module of an implementation; logs its first use."""
     log.info("kernels: %s", name)
     return import_module(IMPLEMENTATIONS[name])
 
 
 def backend(x: Tensor) -> ModuleType:
-    """The module with the raw functions for tensors like x. The reference has none; use the default then."""
+    """Returns the raw functions' module for tensors like x. The reference has none: the default is used."""
     name = os.environ.get("D2S_KERNELS") or ""
     kind = x.device.type
     name = _choose("" if name == "reference" else name, kind, x.dtype)
@@ -91,6 +92,6 @@ def backend(x: Tensor) -> ModuleType:
 
 
 def _interprets() -> bool:
-    """Whether triton runs, or will run, in its interpreter. It reads TRITON_INTERPRET once, when it is imported."""
+    """Returns whether triton runs, or will run, in its interpreter. It decides this when it is imported."""
     triton = sys.modules.get("triton")
     return triton is None or type(triton.language.cdiv).__name__ == "InterpretedFunction"

@@ -1,10 +1,10 @@
-"""The kernels as operators `d2s::...` of torch: schemas, output shapes, gradients.
+"""Registers the kernels as torch operators `d2s::...`: schemas, output shapes, gradients.
 
-Schemas of torch are flat: this is the one place where `Sides` and `Winners` are taken apart and put together. An
-operator's run is opaque to `torch.compile`, so a compiled model computes the same bits. Some operators make their
-gradients in the forward sweep and return them beside the loss, in the accumulator type; the need_... arguments say
-which, the others come back empty. The rest have a second operator for their backward. The arguments are those of
-`d2s.kernels.functional`, which checks them.
+Schemas of torch are flat, so this module takes `Sides` and `Winners` apart and puts them together; no other
+does. `torch.compile` does not look inside an operator, so a compiled model computes the same bits. Some
+operators compute their gradients in the forward sweep and return them beside the loss, in the accumulator
+type. Their need_... arguments select the gradients; the others come back empty. The other operators have a
+second operator for the backward. `d2s.kernels.functional` describes and checks the arguments.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from d2s.kernels.operators.dispatch import backend
 from d2s.kernels.sides import Sides, Winners
 
 _SIDES = "Tensor image, Tensor text, Tensor image_ids, Tensor text_ids, SymInt offset, bool both"
-# The first of an operator's own arguments, behind those of the sides.
+# Index of the first argument of an operator that is not one of the sides.
 _OWN = len(Sides._fields)
 
 
 def _run(name: str, *, sides: bool, need: int) -> Callable:
-    """The implementation's function `name`, taking flat arguments: Sides first if `sides`, the last `need` as one."""
+    """Wraps function `name`: packs the first flat arguments as `Sides`, the last `need` as a tuple."""
 
     def run(*arguments):
         function = getattr(backend(arguments[0]), name)
@@ -40,7 +40,7 @@ def _new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _like(x: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous tensor in the shape of x; empty if not needed."""
+    """Returns a contiguous, uninitialised tensor in the shape of x, or an empty one if it is not needed."""
     return x.new_empty(x.shape if needed else (0,), dtype=dtype or accumulator(x.dtype))
 
 
@@ -139,7 +139,7 @@ info_nce = define(
     ),
     _run("info_nce_forward", sides=True, need=0),
 )
-# A statistic is what the implementation's forward saves of each row (B,) and column (N,) for its own backward.
+# A statistic is a number per row (B,) or column (N,) that the forward saves for the backward.
 info_nce_backward = define(
     f"info_nce_backward({_SIDES}, Tensor scale, Tensor row_statistic, Tensor column_statistic, Tensor grad,"
     " bool need_image, bool need_text, bool need_scale) -> (Tensor, Tensor, Tensor)",
@@ -202,7 +202,7 @@ gpo_backward = define(
 
 def _gpo_save(ctx: FunctionCtx, arguments: tuple, outputs: tuple) -> None:
     features, weights, mask, need_features, need_weights = arguments
-    # With the sorted values saved, the backward does not read the features: they may be freed.
+    # If the sorted values are saved, the backward does not read the features, and their memory can be freed.
     read_again = need_weights and outputs[2].numel() == 0
     ctx.save_for_backward(features if read_again else features.new_empty(0), weights, mask, *outputs[1:])
     ctx.need = need_features, need_weights

@@ -1,1 +1,1 @@
-"""The order of samples and the random draws, as pure functions."""
+"""Computes the order of samples and the random draws, with pure functions."""

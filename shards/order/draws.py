@@ -1,4 +1,4 @@
-"""Random draws as a pure function of (seed, epoch, sample, stream): no state, no generator to save.
+"""Random draws as a pure function of (seed, epoch, sample, stream). There is no state to save.
 
 The function, in unsigned 64-bit arithmetic that wraps (>> is the logical shift):
 
@@ -12,9 +12,9 @@ The function, in unsigned 64-bit arithmetic that wraps (>> is the logical shift)
     draw j       = mix(state + (j + 1) * GAMMA)          j = 0, 1, ...
     uniform j    = (draw j >> 11) * 2**-53               in [0, 1)
 
-So the draws of one sample are the output of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) started at `state`, with
-Stafford's 13th variant as its mix. Another array library that starts from a state needs only `mix` and `expand`;
-`bits(..., count=1)` of a sample may serve as such a state.
+So the draws of a sample are the output of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) that starts at
+`state`, with Stafford's 13th variant as its mix. To continue the draws in another array library, implement
+`mix` and `expand` there, and start from a state, or from `bits(..., count=1)` of a sample.
 """
 
 import numpy as np
@@ -30,14 +30,14 @@ U64 = NDArray[np.uint64]
 
 
 def mix(z: U64) -> U64:
-    """The finaliser of SplitMix64, elementwise on uint64 arrays of at least one dimension."""
+    """Applies the finaliser of SplitMix64 to each entry of a uint64 array of at least one dimension."""
     z = (z ^ (z >> _S30)) * _M1
     z = (z ^ (z >> _S27)) * _M2
     return z ^ (z >> _S31)
 
 
 def _words(values: ArrayLike) -> U64:
-    """Integers of any sign as uint64 (two's complement), at least one-dimensional."""
+    """Returns integers of any sign as uint64 (two's complement), in an array of at least one dimension."""
     array = np.atleast_1d(np.asarray(values))
     if array.dtype.kind not in "iu":
         raise ValueError(f"samples are of type {array.dtype}, use integers")
@@ -50,7 +50,7 @@ def absorb(state: U64, word: U64) -> U64:
 
 
 def hash_name(stream: str) -> int:
-    """FNV-1a hash (64 bits) of the name of a stream."""
+    """Returns the FNV-1a hash (64 bits) of a stream's name."""
     value = 0xCBF29CE484222325
     for byte in stream.encode():
         value = ((value ^ byte) * 0x100000001B3) & _WORD
@@ -58,7 +58,7 @@ def hash_name(stream: str) -> int:
 
 
 def states(seed: int, epoch: int, samples: ArrayLike, stream: str) -> U64:
-    """The state of each sample's stream: uint64 (n,) for n samples."""
+    """Returns for each of n samples the state from which its draws start: uint64 (n,)."""
     state = np.zeros(1, np.uint64)
     for word in (hash_name(stream), seed & _WORD, epoch & _WORD):
         state = absorb(state, np.array([word], np.uint64))
@@ -66,25 +66,22 @@ def states(seed: int, epoch: int, samples: ArrayLike, stream: str) -> U64:
 
 
 def expand(state: U64, count: int) -> U64:
-    """The first `count` draws of each state: uint64 (n, count) from (n,)."""
+    """Returns the first `count` draws of each state (n,): uint64 (n, count)."""
     return mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * GAMMA)
 
 
 def bits(seed: int, epoch: int, samples: ArrayLike, stream: str, count: int = 1) -> U64:
-    """64 random bits, `count` times for each sample.
+    """Returns `count` draws of 64 random bits for each of n samples: uint64 (n, count).
 
-    Args:
-        seed: the run's seed. epoch: counted from 0. Of both the lower 64 bits are used.
-        samples: integers (n,), a number for each sample.
-        stream: the purpose of the draw ("crop", "words", ...). Streams are independent of each other.
-    Returns:
-        uint64 (n, count).
+    `seed` is the seed of the training run; `epoch` counts from 0. The lower 64 bits of both are used.
+    `samples` are integers (n,). `stream` names the purpose of the draws ("crop", "words", ...); streams are
+    independent of each other.
     """
     return expand(states(seed, epoch, samples, stream), count)
 
 
 def bits_at(seed: int, epoch: int, samples: ArrayLike, stream: str, counters: ArrayLike) -> U64:
-    """Draw number counters[i] of samples[i]: uint64 (n,). Equals bits(...)[i, counters[i]]."""
+    """Returns draw number counters[i] of samples[i], for each i, like bits(...)[i, counters[i]]: (n,)."""
     return mix(states(seed, epoch, samples, stream) + (_words(counters) + np.uint64(1)) * GAMMA)
 
 
@@ -94,12 +91,12 @@ def to_uniform(random_bits: U64) -> NDArray[np.float64]:
 
 
 def uniform(seed: int, epoch: int, samples: ArrayLike, stream: str, count: int = 1) -> NDArray[np.float64]:
-    """float64 (n, count) in [0, 1); arguments as in `bits`."""
+    """Returns uniform draws, float64 (n, count) in [0, 1); `bits` describes the arguments."""
     return to_uniform(bits(seed, epoch, samples, stream, count))
 
 
 def uniform_at(
     seed: int, epoch: int, samples: ArrayLike, stream: str, counters: ArrayLike
 ) -> NDArray[np.float64]:
-    """float64 (n,) in [0, 1); arguments as in `bits_at`."""
+    """Returns uniform draws, float64 (n,) in [0, 1); `bits_at` describes the arguments."""
     return to_uniform(bits_at(seed, epoch, samples, stream, counters))

@@ -1,9 +1,10 @@
-"""The order of samples as a pure function of (n, seed, epoch): nothing is stored, nothing depends on workers.
+"""The order of samples as a pure function of (n, seed, epoch).
 
-A keyed bijection of 0..n-1 replaces a shuffled list. So an order of hundreds of millions of items needs no memory,
-and the item at any position can be computed alone. The bijection is a Feistel network on a grid of a x b cells (a
-and b near the square root of n). Its rounds add a keyed hash of one coordinate to the other; cycle walking avoids the
-fewer than a cells beyond n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+Nothing is stored, and the number of workers does not matter. A keyed bijection of 0..n-1 replaces a shuffled
+list. So an order of hundreds of millions of items needs no memory, and the item at any position can be
+computed alone. The bijection is a Feistel network on a grid of a x b cells, with a and b near the square root
+of n. Each round adds a keyed hash of one coordinate to the other. The grid has up to a - 1 more cells than n;
+cycle walking avoids them (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 """
 
 from collections.abc import Sequence
@@ -19,14 +20,12 @@ _ROUNDS = 8
 
 
 class Permutation:
-    """A bijection of 0..n-1 that follows from (seed, epoch, part).
+    """A bijection of 0..n-1, computed from (seed, epoch, part). Raises ValueError if n is less than 1.
 
     Args:
         n: number of items, at least 1.
-        seed, epoch: the run's seed and the epoch, counted from 0.
+        seed, epoch: the seed of the training run, and the epoch, counted from 0.
         part: selects one of several permutations of an epoch.
-    Raises:
-        ValueError: n is less than 1.
     """
 
     def __init__(self, n: int, seed: int, epoch: int, part: int = 0) -> None:
@@ -42,11 +41,11 @@ class Permutation:
         return self.n
 
     def __call__(self, positions: I64) -> I64:
-        """Items at the given positions: int64 (k,) in 0..n-1 from int64 (k,) in 0..n-1."""
+        """Returns the items at the given positions; both are int64 (k,) in 0..n-1."""
         items = np.array(positions, np.uint64, ndmin=1)
         assert items.size == 0 or items.max() < self.n, "position beyond the order"
         items = self._encipher(items)
-        # From a cell beyond n, walk along its cycle until it returns to 0..n-1; this is still a bijection.
+        # From a cell beyond n, follow its cycle back into 0..n-1. The result is still a bijection.
         while (outside := np.flatnonzero(items >= self.n)).size:
             items[outside] = self._encipher(items[outside])
         return items.astype(np.int64)
@@ -62,16 +61,17 @@ class Permutation:
 
 
 class BlockPermutation:
-    """An order for storage where random reads are slow: shuffles the shards, then the items in each block of shards.
+    """An order for slow random reads: shuffles the shards, then the items in each block of shards.
 
-    A block is `block` shards, and every position lies in one block. So a reader that goes through the epoch needs at
-    most the shards of two neighbouring blocks at a time. Memory: O(number of shards).
+    A block has `block` consecutive shards of the shuffled order (the last may have fewer). It takes
+    consecutive positions, so a reader needs the shards of at most two neighbouring blocks at a time. Memory:
+    O(number of shards).
 
     Args:
-        shard_sizes: number of items in each shard, in the order of the items' numbers (zeros allowed).
-        block: shards in a block, at least 1.
+        shard_sizes: number of items in each shard, in the order of the items' numbers; may be zero.
+        block: number of shards in a block, at least 1.
     Raises:
-        ValueError: no items, or block is less than 1.
+        ValueError: there are no items, or block is less than 1.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, epoch: int, block: int) -> None:
@@ -83,8 +83,8 @@ class BlockPermutation:
             raise ValueError("shard_sizes holds no item: an order needs at least one")
         self._seed, self._epoch = seed, epoch
         shuffled = Permutation(len(sizes), seed, epoch, part=-1)(np.arange(len(sizes)))
-        self._first = (np.cumsum(sizes) - sizes)[shuffled]  # number of each shuffled shard's first item
-        self._ends = np.cumsum(sizes[shuffled])  # positions at which the shuffled shards end
+        self._first = (np.cumsum(sizes) - sizes)[shuffled]  # number of the first item in each shuffled shard
+        self._ends = np.cumsum(sizes[shuffled])  # position after the last item of each shuffled shard
         self._block_ends = np.append(self._ends[block - 1 :: block], self.n)
         if len(sizes) % block == 0:
             self._block_ends = self._block_ends[:-1]
@@ -93,7 +93,7 @@ class BlockPermutation:
         return self.n
 
     def __call__(self, positions: I64) -> I64:
-        """Items at the given positions: int64 (k,) in 0..n-1 from int64 (k,) in 0..n-1."""
+        """Returns the items at the given positions; both are int64 (k,) in 0..n-1."""
         positions = np.array(positions, np.int64, ndmin=1)
         assert positions.size == 0 or positions.max() < self.n, "position beyond the order"
         mixed = np.empty_like(positions)
@@ -109,12 +109,10 @@ class BlockPermutation:
 
 
 def batch_positions(step: int, global_batch: int, rank: int = 0, world: int = 1) -> range:
-    """Positions in the order that worker `rank` of `world` reads for global batch `step` of an epoch.
+    """Returns the positions that worker `rank` of `world` reads for global batch `step` of an epoch.
 
-    Worker r takes rows r*B .. (r+1)*B of the N = global_batch rows, B = N / world.
-
-    Raises:
-        ValueError: the workers cannot have equal parts of the global batch.
+    With N = global_batch and B = N / world, worker r takes rows r*B to (r+1)*B - 1 of the batch. Raises
+    ValueError if the batch cannot be divided equally.
     """
     if global_batch % world:
         raise ValueError(
@@ -126,10 +124,9 @@ def batch_positions(step: int, global_batch: int, rank: int = 0, world: int = 1)
 
 
 def steps_per_epoch(n: int, global_batch: int) -> int:
-    """Number of full global batches in n items; the rest of the epoch, less than one batch, is left out.
+    """Returns the number of full global batches in n items; an incomplete last batch is left out.
 
-    Raises:
-        ValueError: there is not one full batch.
+    Raises ValueError if there is not one full batch.
     """
     if global_batch < 1:
         raise ValueError(f"batch_size is {global_batch}: use at least 1")

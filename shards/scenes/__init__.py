@@ -1,23 +1,24 @@
 """A procedural data set: pictures of simple objects, each with five sparse captions and a dense one.
 
-The demo, the tests and the ablation use it. It needs no downloads, and every property of the data can be measured,
-because a caption is written from claims that can be checked (`d2s.shards.scenes.claims`).
+The demo, the tests and the ablation use it. It needs no downloads. Its properties can be measured, because
+every caption is written from claims that can be checked (`d2s.shards.scenes.claims`).
 
-A scene has four to six objects (shape, colour, texture, size, place) on a background. The dense caption names them
-all. A sparse caption names a part: one or two objects with some of their attributes, or the number of similar
-objects, or an object and the background. Three structures decide what can be learned:
+A scene has four to six objects (shape, colour, texture, size, place) on a background. The dense caption names
+them all. A sparse caption names a part: one or two objects with some of their attributes, or the number of
+similar objects, or an object and the background. Three structures decide what a model can learn:
 
-- *Families of similar scenes.* Five scenes with neighbouring numbers share theme, background and most objects,
-  and differ by one or two edits. A sparse caption is often true of several of them, the dense caption of one.
-- *Themes.* Certain backgrounds, objects and attributes occur together (a dark sky, a yellow crescent, white stars).
-  So a sparse caption contains information about what it leaves out. Without themes, nothing could be learned by
-  predicting the dense embedding from the sparse caption.
+- *Families of similar scenes.* Five scenes with consecutive numbers share theme, background and most objects;
+  each differs from the first by one or two edits. A sparse caption is often true of several of them, the
+  dense caption only of one.
+- *Themes.* Certain backgrounds, objects and attributes occur together (a dark sky, a yellow crescent, white
+  stars). So a sparse caption contains information about the things that it leaves out. Without themes, a
+  model could not learn to predict the dense embedding from a sparse caption.
 - *Points of view.* The five captions of an image take turns over its objects, so they overlap little.
 
-Constants at the top of `world` set how similar and how regular scenes are; those at the top of `captions` set how
-much a caption says.
+Constants at the top of `world` set how similar and how regular scenes are. Constants at the top of `captions`
+set how much a caption tells.
 
-Left and right matter in the captions: train without horizontal flips, and with little cropping.
+Captions say left and right, so train without horizontal flips, and with little cropping.
 """
 
 import io
@@ -38,7 +39,7 @@ SPLIT_NUMBERS = {
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene: its content and its captions. The picture is drawn on request."""
+    """A scene: its content and its captions. `image` draws the picture each time it is called."""
 
     number: int
     seed: int
@@ -54,27 +55,25 @@ class Scene:
 
     @property
     def dense(self) -> tuple[str, ...]:
-        """One caption about the whole scene."""
+        """A tuple of one caption, about the whole scene."""
         return (self.dense_caption.text,)
 
     def image(self) -> Image.Image:
-        """The picture, RGB, size x size pixels."""
+        """Draws the picture: RGB, size x size pixels."""
         return draw.render(self.content, self.size, _draws(self.seed, self.number, "picture"))
 
     def encoded(self) -> bytes:
-        """The picture as a JPEG file. The bytes depend on the version of Pillow only."""
+        """Returns the picture as a JPEG file. The bytes depend only on the scene and on Pillow's version."""
         buffer = io.BytesIO()
         self.image().save(buffer, "JPEG", quality=95, subsampling=0)
         return buffer.getvalue()
 
 
 def scene(number: int, seed: int, size: int) -> Scene:
-    """Scene `number` of the world `seed`, to be drawn at `size` x `size` pixels.
+    """Returns scene `number` of the world `seed`, to be drawn at `size` x `size` pixels.
 
-    The result depends on the arguments alone. `size` changes neither objects nor captions.
-
-    Raises:
-        ValueError: the number is negative, or the size is below 16 pixels.
+    The result depends only on the arguments. `size` changes neither objects nor captions. Raises ValueError
+    for a negative number and a size below 16 pixels.
     """
     if number < 0:
         raise ValueError(f"scene number {number}: must not be negative")
@@ -91,17 +90,17 @@ def scene(number: int, seed: int, size: int) -> Scene:
 
 
 def scene_numbers(counts: dict[str, int], size: int) -> Iterator[tuple[int, str]]:
-    """The numbers and splits of the scenes in a data set, split by split.
+    """Returns the number and the split of each scene in a data set, split by split.
 
-    Each split has its own range of numbers, which starts with a new family. So no family lies in two splits, and a
-    larger training split leaves val and test as they were.
+    Each split has its own range of numbers, which starts with a new family. So no family lies in two splits,
+    and a larger training split does not change val and test.
 
     Args:
         counts: number of scenes in each of "train", "val" and "test".
-        size: pixels; only checked here.
+        size: width of the pictures in pixels; it is only checked here.
 
     Raises:
-        ValueError: another split, a count that is negative or beyond the range, or a size below 16 pixels.
+        ValueError: an unknown split, a count that is negative or too large, or a size below 16 pixels.
     """
     _check_size(size)
     for split, count in counts.items():

@@ -1,8 +1,8 @@
-"""Captions of a scene: five sparse ones, each from another point of view, and a dense one about everything.
+"""Writes the captions of a scene: five sparse ones from several points of view, and a dense one.
 
 A caption is drawn in two steps: first its claims (`d2s.shards.scenes.claims`), then its words (templates and
-synonyms). `SAID` holds the probability that a sparse caption mentions an attribute; higher values make captions more
-informative and retrieval easier.
+synonyms). `SAID` holds the probability that a sparse caption mentions an attribute. Higher values make
+captions more informative and retrieval easier.
 """
 
 import random
@@ -15,7 +15,7 @@ SAID = {"shape": 0.95, "colour": 0.85, "texture": 0.45, "size": 0.4}
 """Probability that a sparse caption mentions an attribute of an object."""
 SPARSE_WORDS = (8, 14)
 VIEWS = ("place", "ground", "relation", "relation", "count")
-"""Points of view of the five sparse captions of an image, in an order drawn for each."""
+"""Points of view of the five sparse captions of an image, which are shuffled for each image."""
 
 NOUNS = {
     "circle": ("circle", "disc"),
@@ -82,7 +82,7 @@ PICTURE = ("the picture", "the image", "this scene")
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption and its claims, which are all true of its own scene."""
+    """A caption and its claims, all of which are true of the caption's scene."""
 
     text: str
     claims: tuple[Claim, ...]
@@ -99,7 +99,7 @@ def _sentence(text: str) -> str:
 
 
 def _name(rng: random.Random, pattern: Pattern, plural: bool = False) -> str:
-    """The pattern in words without an article: "large striped red star"."""
+    """Returns the pattern in words without an article, e.g. "large striped red star"."""
     words = []
     if pattern.size:
         words.append(pick(rng, SIZES[pattern.size]))
@@ -113,7 +113,7 @@ def _name(rng: random.Random, pattern: Pattern, plural: bool = False) -> str:
 
 
 def _partial(rng: random.Random, thing: Thing, least: int = 1) -> Pattern:
-    """At least `least` attributes of a thing, among them its shape or colour. A plain texture is rarely mentioned."""
+    """Draws `least` or more attributes, including shape or colour; a plain texture is rarely drawn."""
     while True:
         said = {name: rng.random() < chance for name, chance in SAID.items()}
         if thing.texture == "plain":
@@ -123,9 +123,10 @@ def _partial(rng: random.Random, thing: Thing, least: int = 1) -> Pattern:
 
 
 def sparse(scene: Content, rng: random.Random) -> tuple[Caption, ...]:
-    """Five captions from five points of view, each about one or two objects or the number of similar ones.
+    """Returns five captions from five points of view.
 
-    The objects take turns, so that the captions of an image are about different parts of it.
+    Each is about one or two objects, or about the number of similar objects. The captions take turns over the
+    objects, so that they are about different parts of the image.
     """
     turns = shuffled(rng, scene.things)
     views = shuffled(rng, VIEWS)
@@ -133,7 +134,7 @@ def sparse(scene: Content, rng: random.Random) -> tuple[Caption, ...]:
 
 
 def _worded(rng: random.Random, scene: Content, thing: Thing, view: str) -> Caption:
-    """A caption with a number of words in SPARSE_WORDS: drawn again until it has it."""
+    """Draws captions until one has a number of words within SPARSE_WORDS, and returns it."""
     low, high = SPARSE_WORDS
     while True:
         caption = {"place": _place, "ground": _ground, "relation": _relation, "count": _count}[view](
@@ -168,7 +169,7 @@ def _place(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _ground(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """One object, or two without their relation, and the background."""
+    """Describes the background and one object, or two objects without their relation."""
     where = pick(rng, GROUNDS[scene.background])
     ground = Ground(scene.background)
     if rng.random() < 0.6:
@@ -193,7 +194,7 @@ def _ground(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _relation(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """Two objects and the relation between them; if there is none, only that both exist."""
+    """Describes two objects and the relation between them; if there is none, only that both exist."""
     options = [
         (relation, other)
         for relation in RELATIONS
@@ -218,7 +219,7 @@ def _relation(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _count(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """The number of objects with a common attribute, if possible that of `thing`, and another fact."""
+    """Tells the number of objects that share an attribute (with `thing`, if possible), and another fact."""
     groups = []
     for name in ("colour", "shape", "texture", "size"):
         for value in sorted({getattr(other, name) for other in scene.things}):
@@ -254,7 +255,7 @@ def _count(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def dense(scene: Content, rng: random.Random) -> Caption:
-    """Everything: the background, the number of objects, their attributes and places, and which covers which."""
+    """Describes the background, the number of objects, their attributes and places, and all overlaps."""
     number = NUMBERS[len(scene.things)]
     where = pick(rng, GROUNDS[scene.background])
     opening = pick(

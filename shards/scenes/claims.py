@@ -1,7 +1,7 @@
-"""Claims about a scene, from which every caption is written. The tests check that they are true.
+"""Claims about a scene. Every caption is written from claims, and the tests check that they are true.
 
-Claims are meant literally: "two red objects" is true where exactly two are red; a pattern without a texture fits
-every texture; "next to" means neighbouring places of one row.
+Claims are meant literally. "two red objects" is true if exactly two are red. A pattern without a texture fits
+every texture. "next to" means neighbouring places in one row.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from d2s.shards.scenes.world import Thing
 
 @dataclass(frozen=True)
 class Pattern:
-    """A partial description of one thing; None stands for any value.
+    """A partial description of one object. None stands for any value.
 
-    `row` and `col` may be given together (a place) or alone (a side).
+    `row` and `col` together name a place; one of them alone names a side.
     """
 
     shape: str | None = None
@@ -24,7 +24,7 @@ class Pattern:
     col: int | None = None
 
     def fits(self, thing: Thing) -> bool:
-        """Whether the thing has all the attributes of this pattern."""
+        """Returns whether the object has all the attributes of this pattern."""
         return (
             self.shape in (None, thing.shape)
             and self.colour in (None, thing.colour)
@@ -37,21 +37,21 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Some:
-    """At least one thing fits."""
+    """Claims that at least one object fits the pattern."""
 
     pattern: Pattern
 
 
 @dataclass(frozen=True)
 class Ground:
-    """The scene has this background."""
+    """Claims that the scene has this background."""
 
     background: str
 
 
 @dataclass(frozen=True)
 class Number:
-    """Exactly `count` things fit."""
+    """Claims that exactly `count` objects fit the pattern."""
 
     pattern: Pattern
     count: int
@@ -59,7 +59,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Both:
-    """Two different things fit the two patterns and, if a relation is given, stand in it."""
+    """Claims that two different objects fit the two patterns and are in the relation, if one is given."""
 
     first: Pattern
     second: Pattern
@@ -70,10 +70,11 @@ Claim = Some | Ground | Number | Both
 
 
 def related(a: Thing, relation: str, b: Thing) -> bool:
-    """Whether `a` stands in the relation (a key of `captions.RELATIONS`) to `b`, judged by their places on the grid.
+    """Returns whether `a` is in the relation to `b`, judged by their places on the grid.
 
-    Left, right, above and below require the same row or column; beside requires neighbours in a row. Of two things at
-    one place the small one is in front, and no other relation holds between them.
+    Relations are the keys of `captions.RELATIONS`. Left, right, above and below require the same row or
+    column; beside requires neighbouring places in a row. If both have the same place, the small one is in
+    front of the large one, and no other relation holds between them.
     """
     if a.cell == b.cell:
         return relation == {"small": "front", "large": "behind"}.get(a.size) and a.size != b.size

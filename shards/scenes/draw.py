@@ -1,9 +1,9 @@
 """Draws the pixels of a scene: a background at the final size, and each object on its own patch.
 
-An object is drawn `SUPER` times larger as polygons filled with a texture, scaled down with its mask, and pasted.
-So its edges are smooth, and empty parts of the picture cost nothing. Jitter of places, angles and shades comes from
-`random.Random` (see `d2s.shards.scenes.world`). Backgrounds use numpy's `RandomState`, whose stream is frozen, so
-that pictures do not change with numpy's version.
+An object is drawn `SUPER` times larger, as polygons filled with a texture, then scaled down with its mask and
+pasted. So its edges are smooth, and empty parts of the picture cost no time. Places, angles and shades are
+jittered with `random.Random` (see `d2s.shards.scenes.world`). Backgrounds use numpy's `RandomState`, whose
+sequence never changes, so that pictures do not change with numpy's version.
 """
 
 import math
@@ -18,7 +18,7 @@ from d2s.shards.scenes.world import Content, Thing
 
 SUPER = 4
 DIAMETER = {"small": 0.22, "medium": 0.29, "large": 0.37}
-"""Width of an object as a part of the image's width."""
+"""Width of an object as a fraction of the image's width."""
 CENTRES = (0.2, 0.5, 0.8)
 PALETTE = {
     "red": (214, 38, 44),
@@ -33,13 +33,13 @@ PALETTE = {
     "white": (250, 250, 250),
 }
 SECOND = {"white": (128, 132, 142), "yellow": (150, 104, 10), "pink": (170, 34, 104), "orange": (132, 58, 4)}
-"""The second colour of a texture, for first colours beside which white could hardly be seen."""
+"""The second colour of a texture, for first colours on which white can hardly be seen."""
 
 Contour = tuple[tuple[float, float], ...]
 
 
 def _polar(radius: Callable[[float], float], count: int) -> Contour:
-    """The points of a closed curve given in polar form, clockwise from the top."""
+    """Returns the points of a closed curve, clockwise from the top; `radius` gives the radius at an angle."""
     turns = [2 * math.pi * i / count for i in range(count)]
     return tuple((radius(turn) * math.sin(turn), -radius(turn) * math.cos(turn)) for turn in turns)
 
@@ -87,20 +87,11 @@ CONTOURS: dict[str, tuple[Contour, ...]] = {
     "flower": (_polar(lambda turn: 0.72 + 0.3 * math.cos(5 * turn), 60), _polar(lambda turn: 0.22, 14)),
     "drop": (_drop(),),
 }  # fmt: skip
-"""Outline of every shape within about -1..1 (x to the right, y down); a second contour is a hole."""
+"""Outline of every shape, within about -1..1 (x to the right, y down). A second contour is a hole."""
 
 
 def render(scene: Content, size: int, rng: random.Random) -> Image.Image:
-    """The picture of a scene.
-
-    Args:
-        scene: what to show.
-        size: width and height in pixels.
-        rng: where the jitter comes from; the same state gives the same picture.
-
-    Returns:
-        An RGB image of size x size.
-    """
+    """Draws a scene as an RGB image of size x size pixels; `rng` in the same state gives the same image."""
     tile = _background(scene.background, size, int(rng.random() * 4))
     if rng.random() < 0.5:
         tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -141,7 +132,7 @@ def _patch(
     half: float,
     tilt: float,
 ) -> tuple[Image.Image, Image.Image]:
-    """The mask (L) and the colours (RGB) of one object, side x side pixels; `half` is its radius in pixels."""
+    """Returns an object's mask (L) and colours (RGB), side x side pixels; `half` is its radius in pixels."""
     x, y, half = centre[0] * SUPER, centre[1] * SUPER, half * SUPER
     cos, sin = half * math.cos(tilt), half * math.sin(tilt)
     outlines = [
@@ -162,7 +153,7 @@ def _patch(
 
 
 def _texture(brush: ImageDraw.ImageDraw, thing: Thing, centre: tuple[float, float], half: float) -> None:
-    """Draws the texture of a thing on its patch; its period follows from the object's size, at least 4 pixels."""
+    """Draws the texture of an object. Larger objects have a longer period, which is at least 4 pixels."""
     if thing.texture == "plain":
         return
     second = SECOND.get(thing.colour, (248, 248, 248))
@@ -192,7 +183,7 @@ def _texture(brush: ImageDraw.ImageDraw, thing: Thing, centre: tuple[float, floa
 
 @lru_cache(maxsize=64)
 def _background(name: str, size: int, variant: int) -> Image.Image:
-    """One of four similar pictures of a background. It is cached: do not change it."""
+    """Returns one of four similar pictures of a background. The picture is cached: do not change it."""
     noise = numpy.random.RandomState(variant)
     fine = noise.randint(-1000, 1001, (size, size, 1)) / 1000
     coarse = _smooth(noise.randint(-1000, 1001, (7, 7)) / 1000, size)[..., None]
@@ -220,14 +211,14 @@ def _background(name: str, size: int, variant: int) -> Image.Image:
 
 
 def _blend(top: tuple[int, int, int], bottom: tuple[int, int, int], down: numpy.ndarray) -> numpy.ndarray:
-    """A vertical gradient, (size, size, 3)."""
+    """Returns a vertical gradient of colour, (size, size, 3)."""
     size = down.shape[0]
     rows = numpy.array(top) * (1 - down) + numpy.array(bottom) * down
     return numpy.broadcast_to(rows, (size, size, 3))
 
 
 def _smooth(values: numpy.ndarray, size: int) -> numpy.ndarray:
-    """Values on a coarse grid, spread bilinearly over size x size."""
+    """Interpolates values on a coarse grid bilinearly to size x size."""
     return numpy.asarray(Image.fromarray(values.astype(numpy.float32)).resize((size, size), Image.BILINEAR))
 
 
@@ -241,6 +232,6 @@ def _bricks(rows: numpy.ndarray, cols: numpy.ndarray) -> numpy.ndarray:
 
 
 def _waves(rows: numpy.ndarray, cols: numpy.ndarray, variant: int) -> numpy.ndarray:
-    """1 on the crests of zigzag waves and 0 elsewhere."""
+    """Returns 1 on the crests of zigzag waves and 0 elsewhere."""
     rise = numpy.abs((cols + 3 * variant) % 12 - 6) // 2
     return ((rows + rise) % 11 == 4).astype(float)

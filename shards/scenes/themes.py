@@ -1,7 +1,6 @@
-"""Themes: which backgrounds, objects and attributes occur together.
+"""Themes: backgrounds, objects and attributes that occur together. `world.py` draws scenes from them.
 
-Because of them a caption contains information about what it leaves out. `d2s.shards.scenes.world` draws scenes from
-them.
+They let a caption contain information about the things that it leaves out.
 """
 
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ HIDDEN = {
     "sea": ("blue", "green"),
     "snow": ("white",),
 }
-"""For each background, the colours that could hardly be seen on it. Objects on it never have them."""
+"""For each background, the colours that can hardly be seen on it. Objects on it never have them."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An object with its usual attributes in a theme; `row` -1 stands for any row."""
+    """An object with its usual attributes in a theme. `row` -1 stands for any row."""
 
     shape: str
     colour: str
@@ -32,7 +31,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Theme:
-    """A theme: its usual background and a second one, its objects, and which of them (by number) come in pairs."""
+    """A theme: its usual and its second background, its objects, and pairs of these, by their indices."""
 
     grounds: tuple[str, str]
     cast: tuple[Kind, ...]

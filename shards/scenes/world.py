@@ -1,14 +1,15 @@
-"""The content of a scene: its theme, background and objects, without pixels and words.
+"""Draws the content of a scene: its theme, background and objects, without pixels and words.
 
-A `Content` is a background and four to six `Thing`s on a grid of 3 x 3 places. Everything is drawn from
-`random.Random(text)`, and only through its `random()` method, whose sequence Python guarantees between versions. So a
-content is a function of (seed, number) on every machine.
+A `Content` is a background and four to six `Thing`s (objects) on a grid of 3 x 3 places. All draws come from
+`random.Random(text)`, and only from its `random()` method, whose sequence Python guarantees between versions.
+So a content is a function of (seed, number) on every machine.
 
-Two structures are intended (the reasons stand in `d2s.shards.scenes`):
+The content has two structures (`d2s.shards.scenes` gives the reasons):
 
-- **Themes** (`d2s.shards.scenes.themes`): one part of a scene contains information about the others. `DEVIATION`
-  says how often each attribute of an object differs from the usual one, `OFF_THEME` how often the object itself does.
-- **Families**: `FAMILY` scenes with neighbouring numbers have theme, background and most objects in common. Each
+- **Themes** (`d2s.shards.scenes.themes`): one part of a scene contains information about the others.
+  `DEVIATION` says how often an attribute of an object is unusual for the theme, `OFF_THEME` how often the
+  object itself is.
+- **Families**: `FAMILY` scenes with consecutive numbers share theme, background and most objects. Each
   differs from the first of them by one or two edits (`TWO_EDITS`).
 """
 
@@ -31,28 +32,28 @@ TEXTURES = ("plain", "striped", "dotted", "checked")
 SIZES = ("small", "medium", "large")
 
 FAMILY = 5
-"""Scenes in a family. More of them make sparse captions more ambiguous."""
+"""Number of scenes in a family. Larger families make sparse captions more ambiguous."""
 TWO_EDITS = 0.5
-"""Probability that a member differs from the first of its family by two edits and not by one."""
+"""Probability that a scene differs from the first of its family by two edits instead of one."""
 COUNTS = {4: 0.3, 5: 0.4, 6: 0.3}
 """Numbers of objects in a scene, with their probabilities."""
 OFF_THEME = 0.12
 """Probability that an object does not belong to the theme."""
 PAIRED = 0.8
-"""Probability that a scene has one of the pairs of its theme."""
+"""Probability that a scene contains one of its theme's pairs of objects."""
 OTHER_GROUND = 0.15
 """Probability that a scene has the second background of its theme."""
 OVERLAP = 0.4
 """Probability that a small object stands in front of a large one."""
 DEVIATION = {"colour": 0.2, "texture": 0.25, "size": 0.35, "row": 0.25}
-"""Probability that an attribute of an object is not the usual one of its kind."""
+"""Probability that an attribute of an object differs from the theme's usual one."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. `row` and `col` (0..2, from the top left) are its place.
+    """An object. `row` and `col` (0..2, counted from the top left) are its place.
 
-    Two things may share a place; then one is large, the other small, and the small one stands in front.
+    If two objects have the same place, one is large, and the other is small and stands in front.
     """
 
     shape: str
@@ -64,20 +65,20 @@ class Thing:
 
     @property
     def cell(self) -> tuple[int, int]:
-        """The place as (row, column)."""
+        """The place as (row, col)."""
         return self.row, self.col
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a scene shows."""
+    """The theme, the background and the objects of a scene."""
 
     theme: str
     background: str
     things: tuple[Thing, ...]
 
     def overlapping(self) -> list[tuple[Thing, Thing]]:
-        """Pairs (front, rear) that share a place."""
+        """Returns the pairs (front, rear) of objects that have the same place."""
         return [
             (front, rear)
             for front in self.things
@@ -86,17 +87,17 @@ class Content:
         ]
 
     def crowded(self, thing: Thing) -> bool:
-        """Whether another thing has the same place."""
+        """Returns whether another object has the same place."""
         return sum(other.cell == thing.cell for other in self.things) > 1
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
-    """One of the options, all equally probable."""
+    """Draws one of the options, all with the same probability."""
     return options[int(rng.random() * len(options))]
 
 
 def pick_weighted(rng: random.Random, weights: dict[T, float]) -> T:
-    """One of the keys, with probability in proportion to its value."""
+    """Draws one of the keys, with a probability proportional to its value."""
     left = rng.random() * sum(weights.values())
     for option, weight in weights.items():
         left -= weight
@@ -106,18 +107,18 @@ def pick_weighted(rng: random.Random, weights: dict[T, float]) -> T:
 
 
 def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
-    """The items in random order."""
+    """Returns the items in random order."""
     return [item for _, item in sorted(((rng.random(), item) for item in items), key=lambda pair: pair[0])]
 
 
 def content(seed: int, number: int) -> Content:
-    """What scene `number` of world `seed` shows."""
+    """Returns the content of scene `number` in world `seed`."""
     return _family(seed, number // FAMILY)[number % FAMILY]
 
 
 @lru_cache(maxsize=64)
 def _family(seed: int, family: int) -> tuple[Content, ...]:
-    """The members of a family: the first as drawn, the others one or two edits away, no two equal."""
+    """Returns the different scenes of a family: the first, and others made from it by one or two edits."""
     rng = random.Random(f"d2s scenes {seed} family {family}")
     members = [_first(rng)]
     seen = {_signature(members[0])}
@@ -151,7 +152,7 @@ def _first(rng: random.Random) -> Content:
 
 
 def _placed(rng: random.Random, scene: Content, kind: Kind) -> Thing:
-    """A thing of about this kind at a free place."""
+    """Draws an object that resembles `kind`, at a free place."""
     taken = {thing.cell for thing in scene.things}
     free = [(row, col) for row in range(3) for col in range(3) if (row, col) not in taken]
     row = -1 if rng.random() < DEVIATION["row"] else kind.row
@@ -171,7 +172,7 @@ def _thing(rng: random.Random, scene: Content, kind: Kind, cell: tuple[int, int]
 
 
 def _overlapped(rng: random.Random, scene: Content) -> Content:
-    """The scene with one thing moved in front of another, unless both have the same colour."""
+    """Returns the scene with one object moved in front of another, unless both have the same colour."""
     first, second = shuffled(rng, range(len(scene.things)))[:2]
     rear, front = replace(scene.things[first], size="large"), replace(scene.things[second], size="small")
     if rear.colour == front.colour:
@@ -182,7 +183,7 @@ def _overlapped(rng: random.Random, scene: Content) -> Content:
 
 
 def _edited(rng: random.Random, scene: Content) -> Content:
-    """The scene with one object changed, or with two objects exchanged."""
+    """Returns the scene with one object changed, or with the places of two objects exchanged."""
     while True:
         i, j = shuffled(rng, range(len(scene.things)))[:2]
         old, things = scene.things[i], list(scene.things)
@@ -201,7 +202,7 @@ def _edited(rng: random.Random, scene: Content) -> Content:
 
 
 def _legible(scene: Content) -> bool:
-    """Whether every object differs in colour from its background and from the object behind it."""
+    """Returns whether all objects can be told from the background and from objects at the same place."""
     if any(thing.colour in HIDDEN[scene.background] for thing in scene.things):
         return False
     pairs = scene.overlapping()
