@@ -194,9 +194,7 @@ def read_ablation(options: argparse.Namespace, overrides: list[str]) -> Ablation
     index = ShardIndex.open(options.data)
     for split in ("train", "val", "test"):
         index.rows(split)
-    steps_per_epoch(
-        len(index.rows("train")), pretrain.batch_size
-    )  # raises ValueError if the batch is too large
+    steps_per_epoch(len(index.rows("train")), pretrain.batch_size)  # raises if the batch is too large
     return Ablation(
         family=options.family, data=options.data, out=options.out, seeds=options.seeds, steps=steps,
         pretrain_steps=pretrain_steps, jobs=options.jobs, overrides=tuple(overrides),
