@@ -85,7 +85,7 @@ class ZeroState:
         return ((name, buffer) for name, buffer in self._module.named_buffers() if name in persistent)
 
     def slices(self) -> Iterator[TensorSlice]:
-        """Yields this worker's slices, in the order of the parameters. They are valid until the next training step."""
+        """Yields this worker's slices, in the order of the parameters. Valid until the next training step."""
         parts = {0: self._undivided, 1: self._part_of_group, 3: self._part_of_tensor}[self.stage]
         for name, parameter in self._module.named_parameters():
             replicated = self.stage == 0 or (self.stage == 1 and not parameter.requires_grad)
