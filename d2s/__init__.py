@@ -15,8 +15,8 @@ _LAZY = {
 }
 __all__ = list(_LAZY)
 
-# In a checkout, `kernels` and the other packages lie beside this folder, not in it. Python finds them through
-# this path, also if it starts at the checkout's root and ignores an installed d2s, or if d2s is not installed.
+# In a checkout, packages such as `kernels` lie beside this folder, not in it. Adding their folder to the path makes
+# imports work without an install, and also if Python finds this checkout before an installed d2s.
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "setup.py").is_file() and (_ROOT / "kernels").is_dir():
     __path__.append(str(_ROOT))

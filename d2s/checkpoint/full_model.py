@@ -2,7 +2,7 @@
 
 Under ZeRO 3, every forward of a module gathers its weights from all workers, so all workers must run the same modules
 equally often. Evaluation does not: how often the pooling operator computes its weights, for example, depends on a
-worker's caption lengths. It therefore runs on a copy of the model that borrows all weights and gathers nothing.
+worker's caption lengths. So evaluation runs on a copy of the model that borrows all weights and gathers nothing.
 """
 
 import copy

@@ -196,7 +196,7 @@ def _compare(saved: dict[str, int], wanted: dict[str, int]) -> None:
 
 
 def _prune(final: Path, keep: int) -> None:
-    """Keeps the newest `keep` checkpoints up to `final`. Removes the others, also newer ones, skipped as damaged."""
+    """Removes all checkpoints except the newest `keep` up to `final`; newer ones had been skipped as damaged."""
     folder = final.parent
     complete = sorted(_complete(folder), key=_step)
     up_to_final = [path for path in complete if _step(path) <= _step(final)]

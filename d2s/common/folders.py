@@ -62,7 +62,7 @@ def put_in_place(fresh: Path, folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one operation. Returns False if the system cannot; raises OSError on other errors."""
+    """Exchanges two folders' names in one operation. Returns False if unsupported; raises OSError on other errors."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -77,7 +77,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder. It first gets a hidden name, so a killed process leaves no half-removed folder in sight."""
+    """Gives a folder a hidden name, then removes it: a killed process leaves no half-removed folder in sight."""
     hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.gone")
     if hidden != folder:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -86,7 +86,7 @@ def discard(folder: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Restores old folders whose replacement by `put_in_place` was interrupted because the process was killed."""
+    """Restores old folders that `put_in_place` had set aside when the process was killed."""
     for aside in sorted(parent.glob(".*.old")):
         folder = aside.with_name(aside.name[1 : -len(".old")])
         if aside.is_dir() and not folder.exists():

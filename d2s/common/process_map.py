@@ -20,7 +20,8 @@ def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> 
 
 
 def _end_with_parent() -> None:
-    """Ends this worker if its parent is killed. It holds both ends of the task queue, so it would wait for ever."""
+    """Ends this worker if its parent is killed. A worker holds both ends of the task queue, so it would wait forever.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -17,7 +17,7 @@ _CHUNK = 1024
 
 
 def measure_capacity(embedded: Embeddings) -> dict[str, float]:
-    """Computes all measures below that the embeddings allow. Maps names such as `alignment_sparse` to values.
+    """Returns all measures below that the embeddings allow, under names such as `alignment_sparse`.
 
     Raises:
         ValueError: embeddings that are not finite.

@@ -145,8 +145,8 @@ def recall_report(images: Tensor, texts: Tensor, owner: Tensor) -> Retrieval:
     Similarities are computed in chunks, so this needs only O(N + M) memory besides the embeddings.
 
     Args:
-        images: (N, D), of any length; they are normalised here.
-        texts: (M, D), of any length; they are normalised here.
+        images: (N, D), not yet normalised.
+        texts: (M, D), not yet normalised.
         owner: (M,) int64, position in `images` of each caption's image.
 
     Raises:

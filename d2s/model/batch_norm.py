@@ -62,7 +62,7 @@ class WordBatchNorm(_WorkerBatchNorm, nn.BatchNorm1d):
     """BatchNorm over the real words of the global batch. The values (n, C) must not contain padding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises (n, C): by batch statistics in training, by running statistics in eval mode."""
+        """Normalises values (n, C): by batch statistics in training, by running statistics in eval mode."""
         return self._normalise(input) if self.training else super().forward(input)
 
 
@@ -70,7 +70,7 @@ class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
     """BatchNorm2d whose training statistics cover all workers. With one worker it is the same as torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises (B, C, H, W): by batch statistics in training, by running statistics in eval mode."""
+        """Normalises maps (B, C, H, W): by batch statistics in training, by running statistics in eval mode."""
         if not self.training or not several_workers():
             return super().forward(input)
         flat = input.movedim(1, 3)

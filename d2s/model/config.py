@@ -118,7 +118,7 @@ class ModelConfig(Settings):
 
 
 class IdleSetting(UserWarning):
-    """Warns that, with the other settings, a setting has no effect or another effect than its name suggests."""
+    """Warns that, with the other settings, a setting has no effect or not the effect that its name suggests."""
 
 
 def idle_settings(config: ModelConfig, changed: Collection[str] | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The model: image tower, text tower, decoder. Training passes tensors, users pass pictures and strings."""
+"""The model: image tower, text tower and decoder. Takes tensors in training, and pictures and strings in use."""
 
 import dataclasses
 import tempfile
@@ -172,7 +172,7 @@ class D2SModel(nn.Module):
         saved = saving.read(name)
         config = dataclasses.replace(saved.config, **changes)
         with warnings.catch_warnings():
-            # Warnings of random weights would be wrong: the weights are loaded below.
+            # A warning that weights are random would be wrong: they are loaded below.
             warnings.simplefilter("ignore", IdleSetting)
             model = cls(config, saved.tokenizer)
         for line in idle_settings(config, changes.keys()):

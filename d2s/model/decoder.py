@@ -11,7 +11,7 @@ from d2s.model.config import DecoderConfig
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a mask over the tokens attended to."""
+    """Multi-head self-attention with an optional mask."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Embeds images: from pixels to an image embedding."""
+"""Embeds images: maps pixels to an image embedding."""
 
 from contextlib import nullcontext
 from typing import Self
@@ -13,7 +13,7 @@ from d2s.model.towers import build_tower, tower_width
 
 
 class ImageEncoder(nn.Module):
-    """Embeds pixels: normalisation, tower, linear map, size augmentation, pooling, scaling to unit length."""
+    """Maps pixels to embeddings: normalisation, tower, linear map, size augmentation, pooling, unit length."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

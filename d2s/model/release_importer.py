@@ -39,7 +39,7 @@ RENAMED = {
     "prompt_learner.decoder_blocks.": "decoder.blocks.",
     "prompt_learner.decoder_norm.": "decoder.norm.",
 }
-# Below, fields of a Hugging Face configuration map to the weight and the dimension whose size is their value.
+# VIT and BERT map a field of a Hugging Face configuration to a weight and the dimension whose size is its value.
 _PATCH = "embeddings.patch_embeddings.projection.weight"
 _INNER = "encoder.layer.0.intermediate.dense.weight"
 VIT = {"hidden_size": (_PATCH, 0), "patch_size": (_PATCH, 3), "intermediate_size": (_INNER, 0)}
@@ -117,12 +117,12 @@ def _pool_name(name: str) -> str:
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """Returns how many different numbers follow the prefix in the names of weights, as in `encoder.layer.11.`."""
+    """Counts the modules whose numbers follow the prefix in weights' names, as 11 in `encoder.layer.11.output`."""
     return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 
 def _size(state: dict[str, Tensor], name: str, dim: int) -> int:
-    """Returns the size of a weight's dimension. Raises ValueError if the weight is missing or has no such size."""
+    """Returns the size of a weight's dimension `dim`. Raises ValueError if the weight or the dimension is missing."""
     if name not in state:
         raise ValueError(f"checkpoint: has no weight {name!r}, it is not the release's layout")
     shape = tuple(state[name].shape)
@@ -171,7 +171,7 @@ def model_config(state: dict[str, Tensor], size: int, tokenizer: str, *, ours: b
         width = _size(state, "decoder.tokens", 1)
         decoder = DecoderConfig(
             tokens=_size(state, "decoder.tokens", 0),
-            # The layout has no effect; the release's layout goes with the compat switches.
+            # The layout has no effect. The release's layout is recorded if the compat switches are on.
             layout="surround" if ours else "postfix",
             depth=_count(state, "decoder.blocks."),
             mlp_ratio=_size(state, "decoder.blocks.0.fc1.weight", 0) / width,

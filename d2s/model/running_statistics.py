@@ -1,7 +1,7 @@
 """Protects the running statistics of BatchNorm, which each training forward changes without the optimizer.
 
-Two problems are solved here: a forward changes the statistics before it is known whether the training step will be
-skipped, and workers that compute their own statistics (model.compat_batch_norm) drift apart.
+Two problems are solved here. A forward changes the statistics before it is known whether the training step will be
+skipped. And workers that compute their own statistics (model.compat_batch_norm) drift apart.
 """
 
 from collections.abc import Iterator

@@ -55,7 +55,7 @@ def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
     if steps >= 65536:
         return torch.zeros_like(values)
     flat = values.flatten(1)
-    # The changed seeds give other hashes than `uniforms`, which uses the seeds as they are.
+    # Changes the seeds, so that the hashes differ from those in `uniforms`.
     hashes = _hashes(seeds ^ _DROPOUT_STREAM, -(-flat.shape[1] // 4))
     keep = hashes.view(torch.int16)[:, : flat.shape[1]] >= steps - 32768
     return (flat * (keep.to(values.dtype) * (65536 / (65536 - steps)))).view_as(values)

@@ -12,7 +12,7 @@ from d2s.model.text_encoder import TextEncoder
 class Teacher(nn.Module):
     """A frozen copy of a text encoder that always stays in eval mode.
 
-    If `train_mode` is true it always stays in training mode, as in the authors' release: it applies dropout, and its
+    With `train_mode=True` it always stays in training mode, as in the authors' release: it applies dropout, and its
     running statistics change.
     """
 

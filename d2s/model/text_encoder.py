@@ -1,4 +1,4 @@
-"""Embeds texts: from word pieces to a text embedding, and to word features for the decoder."""
+"""Embeds texts: maps word pieces to a text embedding, and to word features for the decoder."""
 
 from typing import Self
 

@@ -87,7 +87,7 @@ def train_image(
     # Decodes the image large enough that the crop has at least `size` pixels on each side.
     pixels = _decode_pixels(data, int(np.ceil(size / ratio)))
     height, width = (max(1, round(ratio * side)) for side in pixels.shape[:2])
-    # + 1: every position of the crop is equally likely.
+    # With + 1, all positions of the crop are equally likely.
     left, top = int(draws[1] * (pixels.shape[1] - width + 1)), int(draws[2] * (pixels.shape[0] - height + 1))
     return _stretch(pixels[top : top + height, left : left + width], size, draws[3] < flip)
 

@@ -130,7 +130,7 @@ class TextPipeline:
         return ids, lengths, begins
 
     def _pack(self, ids: I64, lengths: I64, max_length: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Truncates, adds special tokens, pads: all ids (T,), tokens per caption (B,) -> ids and mask (B, L)."""
+        """Returns padded ids and mask (B, L), truncated, with special tokens, from `ids` (T,) and `lengths` (B,)."""
         before, after = len(self._prefix), len(self._suffix)
         room = (max_length or self.max_length) - before - after
         if before + after == 0 and (lengths == 0).any():  # each caption needs at least one token

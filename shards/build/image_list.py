@@ -36,7 +36,7 @@ def read_bytes(entry: Entry) -> bytes:
 
 @dataclass
 class ImageList:
-    """The images of a source: each has a row in a file on disk, and numbers in memory, in arrays (images,)."""
+    """The images of a source. Each has a row in a file on disk, and an entry in several arrays in memory."""
 
     rows: RowFile
     """the fields of each image's entry, and two more: `join`, the key that a row of separate captions must have, and
@@ -110,7 +110,7 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
 
 
 def _join_value(entry: Entry, row: dict, join: JoinOptions | None, readable: bool) -> str:
-    """Returns the key to match captions with. Unusable images get one too: their captions do belong to an image."""
+    """Returns an image's join key. Unusable images get one too, so that their captions are not reported as extra."""
     if join is None:
         return ""
     if join.key == "sha256":
@@ -140,7 +140,7 @@ def _id_fault(image_id: object) -> str | None:
 
 
 def _name_fault(entry: Entry) -> str | None:
-    """Returns a fault if a name is not valid Unicode, as tars allow any bytes and JSON allows unpaired surrogates."""
+    """Returns a fault if a name is not valid Unicode: tars allow any bytes, and JSON allows unpaired surrogates."""
     for name in (entry.source_id, entry.key or "", entry.path, entry.filename, entry.sha256):
         if name and not name.isascii() and caption_fault((name,)):
             return f"name {name!r} is not valid Unicode"
@@ -148,7 +148,7 @@ def _name_fault(entry: Entry) -> str | None:
 
 
 def _check_file(entry: Entry) -> tuple[int, str | None]:
-    """Returns the file's size, and its fault or None. Decodes it only if its first or last bytes look wrong."""
+    """Returns the file's size, and its fault or None. Decodes the file only if its first or last bytes look wrong."""
     if not entry.path:
         return -1, None
     if "\0" in entry.path:
@@ -175,7 +175,7 @@ def _check_file(entry: Entry) -> tuple[int, str | None]:
 
 
 def _repeated(values: np.ndarray) -> Iterator[list[int]]:
-    """Yields groups of the numbers of images with equal values, each group in ascending order."""
+    """Yields groups of images that have equal values: lists of image numbers in ascending order."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     for group in np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1):
@@ -217,7 +217,7 @@ def exclude_ambiguous(images: ImageList, join: JoinOptions, faults: Faults) -> N
 
 
 def unique_keys(images: ImageList) -> dict[int, str]:
-    """Returns new keys for images whose keys are equal: the old key and a hash of the file's full name."""
+    """Maps the number of each image with a repeated key to a new key: the old key and a hash of the image's name."""
     renamed = {}
     for number in (number for group in _repeated(images.numbers["key"]) for number in group):
         row = images.rows.row(number)

@@ -1,4 +1,4 @@
-"""How images are arranged: shuffled within their split and cut into shards, or left where they lie in tars."""
+"""Arranges images: shuffles them within each split and cuts them into shards, or leaves them in their tars."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,7 +25,7 @@ class Layout:
     seed: int = 0
     """seed of the random order within each split"""
     holdout: dict[str, int] = field(default_factory=dict)
-    """maps each split that the source lacks to the number of train images moved to it, chosen by the same shuffle"""
+    """maps each new split to how many train images are moved to it, chosen by the same shuffle"""
     in_place: Path | None = None
     """folder of existing tars that stay unchanged: each tar becomes a shard and keeps its order"""
 

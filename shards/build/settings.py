@@ -61,7 +61,7 @@ def settings_of(config: BuildConfig, facts: dict | None = None) -> dict:
 
 
 def is_complete(out: Path, settings: dict) -> bool:
-    """Returns whether the data set in `out` is complete. Raises ValueError if its settings or input differ."""
+    """Returns whether `out` holds a complete data set. Raises ValueError if that has other settings or input."""
     if not (out / CHECKSUMS).exists():
         return False
     found = read_json(out / SETTINGS) if (out / SETTINGS).exists() else {}

@@ -49,7 +49,7 @@ def part_path(out: Path, shard: Shard) -> Path:
 
 
 def is_done(out: Path, shard: Shard) -> bool:
-    """Returns whether the shard was finished before an interruption and its tar is still intact in size."""
+    """Returns whether the shard was finished before an interruption and its tar still exists with the same size."""
     marker = part_path(out, shard).with_suffix(".json")
     if not marker.exists():
         return False

@@ -46,7 +46,7 @@ def check_image(
 
 
 def check_header(data: bytes) -> EncodedImage:
-    """Reads only the header of an image. Raises ValueError with the reason if it is damaged or of another format."""
+    """Reads only an image's header. Raises ValueError with the reason if that fails or it is no JPEG, PNG or WebP."""
     with _opened(data) as image:
         if image.format not in SUFFIXES:
             raise ValueError(f"format {image.format} is none of JPEG, PNG, WebP")
@@ -85,7 +85,7 @@ def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImag
 
 
 def has_valid_ends(head: bytes, tail: bytes, size: int) -> bool:
-    """Returns whether the first 12 and last 12 bytes fit an intact image. If False, only decoding shows its state."""
+    """Returns whether the first and last 12 bytes look like an intact image. If False, only decoding can tell."""
     if head[:2] == b"\xff\xd8":
         return tail[-2:] == b"\xff\xd9"
     if head[:8] == b"\x89PNG\r\n\x1a\n":

@@ -34,7 +34,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """A row group of the manifest, which holds the rows of one shard: its number, first row and number of rows."""
+    """A row group of the manifest (the rows of one shard): number of the group, its first row, number of rows."""
 
     number: int
     start: int

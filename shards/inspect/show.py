@@ -1,4 +1,4 @@
-"""Shows the sample of a key: its properties and captions as text, and its image as a file."""
+"""Shows the sample with a given key: its properties and captions as text, and its image as a file."""
 
 import difflib
 from pathlib import Path

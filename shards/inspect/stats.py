@@ -55,7 +55,7 @@ def _count(split: SplitStats, columns: dict[str, list]) -> None:
 
 
 def _quantiles(counter: Counter, fractions: tuple[float, ...]) -> list[int]:
-    """Returns the value below which each fraction of the counted values lies (0: the smallest, 1: the largest)."""
+    """Returns one quantile for each fraction: 0 gives the smallest counted value, 0.5 the median, 1 the largest."""
     values = np.array(sorted(counter))
     ends = np.cumsum([counter[value] for value in values.tolist()])
     places = [min(len(values) - 1, int(np.searchsorted(ends, fraction * ends[-1]))) for fraction in fractions]

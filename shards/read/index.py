@@ -1,4 +1,4 @@
-"""The index of a data set: the fixed-width columns of the manifest, memory-mapped and shared by all processes.
+"""Reads the index of a data set: the fixed-width columns of the manifest, memory-mapped and shared by all processes.
 
 Opening an index reads only the footer of its file, so it is as fast for a hundred million rows as for a thousand.
 Columns are views of the mapped file; no function here copies a whole column.
@@ -128,7 +128,7 @@ class ShardIndex:
         return self._columns[name]
 
     def take(self, name: str, rows: I64) -> NDArray:
-        """Returns the values of a column at int64 rows (k,), shape (k,). Limits the mapping's resident memory."""
+        """Returns a column's values (k,) at int64 rows (k,). Limits how much of the file stays in memory."""
         values = self._columns[name][rows]
         self._release(len(values))
         return values
@@ -149,7 +149,7 @@ class ShardIndex:
         Args:
             indices: int64 (k,), numbers of pairs.
         Returns:
-            Row of each pair's image (k,), and number of its caption among the image's captions (k,), both int64.
+            The row of each pair's image, and the number of the pair's caption within that image, both int64 (k,).
         """
         rows = self.rows(split)
         starts = self._columns[f"{kind}_start"][rows.start : rows.stop]
@@ -164,7 +164,7 @@ class ShardIndex:
         return local + rows.start, numbers
 
     def without(self, split: str, kind: str) -> tuple[int, int]:
-        """Returns the number of a split's images without a caption of a kind, and the first such row (-1 if none)."""
+        """Returns how many images of a split lack captions of a kind, and the first of these rows (-1 if none)."""
         rows, chunk, count, first = self.rows(split), 1 << 22, 0, -1
         for start in range(rows.start, rows.stop, chunk):
             none = np.flatnonzero(self._columns[f"n_{kind}"][start : min(start + chunk, rows.stop)] == 0)

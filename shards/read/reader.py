@@ -1,4 +1,4 @@
-"""Reads samples by row: one `pread` for each, compared with the checksum in the index."""
+"""Reads samples by row, with one `pread` for each, and compares them with the checksums in the index."""
 
 import os
 import zlib

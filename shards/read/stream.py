@@ -1,13 +1,13 @@
 """Streams samples from the tars of a URL pattern, with webdataset and without an index.
 
-It is meant for shards that are too large or too far away to index. A stream lacks three guarantees of an index:
+It is meant for shards that are too large or too far away to index. Compared with an index it has three drawbacks:
 
 - An epoch is not every sample once. It is a number of samples that the user sets, and some samples may come twice
   before others come once.
 - The order depends on the number of workers and loader processes.
 - A resumed epoch does not continue where it stopped, but starts on other shards.
 
-But still, every worker makes the same number of training steps, and all random choices follow from the seed.
+Still, every worker makes the same number of training steps, and all random choices follow from the seed.
 """
 
 import random
