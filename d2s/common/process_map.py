@@ -20,8 +20,7 @@ def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> 
 
 
 def _end_with_parent() -> None:
-    """Ends this worker if its parent is killed. A worker holds both ends of the task queue, so it would wait forever.
-    """
+    """Ends this worker if its parent is killed. Workers hold both ends of the task queue and would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -127,7 +127,7 @@ def _embed_texts(
 
 
 def _in_order(parts: list[Tensor], places: list[Tensor], total: int) -> Tensor:
-    """Gathers all workers' rows and sorts them by place, 0..total-1: (total, D). Surplus rows have the place -1."""
+    """Gathers all workers' rows and returns them by place, 0..total-1, as (total, D). Surplus rows have place -1."""
     rows, place = all_gather(torch.cat(parts)), all_gather(torch.cat(places).to(parts[0].device))
     real = place >= 0
     assert int(real.sum()) == total, "an item was embedded twice or not at all"

@@ -152,7 +152,7 @@ class TextPipeline:
 
 
 def _flat(lists: list[list[int]]) -> tuple[I64, I64]:
-    """Concatenates lists. Returns all their T numbers (T,) and the length of each list (B,)."""
+    """Concatenates lists of numbers. Returns all T numbers (T,) and the length of each list (B,)."""
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
     return np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum())), lengths
 
