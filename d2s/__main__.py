@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command named first, with the arguments after it. Returns its exit code, 2 for an unknown command."""
+    """Runs a command with its arguments. Returns the command's exit code, 2 for an unknown command."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: d2s COMMAND ...\n")

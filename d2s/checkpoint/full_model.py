@@ -18,9 +18,10 @@ from d2s.model.running_statistics import broadcast_running_statistics
 
 
 class FullModel:
-    """Gives access to all weights of a model in training. Create it before the engine, which adds hooks to the model.
+    """Gives access to all weights of a model in training. Create it before the engine is created.
 
-    model: the D2SModel inside the module that the engine gets. stage: the ZeRO stage, 0 to 3.
+    model: the D2SModel inside the module that the engine gets; the engine adds hooks to it. stage: the ZeRO
+    stage, 0 to 3.
     """
 
     def __init__(self, model: D2SModel, stage: int) -> None:
@@ -35,10 +36,11 @@ class FullModel:
 
     @contextmanager
     def gathered(self) -> Iterator[D2SModel]:
-        """Yields the model in eval mode with all weights, inside a `with` block that all workers enter together.
+        """Yields the model in eval mode with all weights; all workers enter the `with` block together.
 
-        Under ZeRO 3, each worker holds all weights during the block. If workers compute their own running statistics
-        (model.compat_batch_norm), those of worker 0 replace the others, so that all workers evaluate the same model.
+        Under ZeRO 3, each worker holds all weights during the block. If workers compute their own running
+        statistics (model.compat_batch_norm), those of worker 0 replace the others, so that all evaluate the
+        same model.
         """
         broadcast_running_statistics(self._model)
         if self._copy is None:

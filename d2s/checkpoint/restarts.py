@@ -43,7 +43,7 @@ def forget_start(run: Path) -> None:
 
 
 def _place(checkpoint: Path | None) -> dict[str, str]:
-    """Returns a checkpoint's name and the digest of its marker file, which is rewritten after the validation."""
+    """Returns a checkpoint's name and the digest of its marker, which is rewritten after validation."""
     if checkpoint is None:
         return {"from": "the beginning", "digest": ""}
     from d2s.checkpoint.store import MARKER

@@ -42,7 +42,7 @@ def _folder(run: Path, step: int) -> Path:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Returns all complete checkpoints, including one that was set aside by a process killed before replacing it."""
+    """Returns all complete checkpoints, also one that a killed process set aside and did not replace."""
     aside = [path for path in folder.glob(".step-*.old") if not path.with_name(path.name[1:-4]).exists()]
     named = [path for path in [*folder.glob("step-*"), *aside] if _number(path).isdigit()]
     return [path for path in named if (path / MARKER).is_file()]
@@ -57,12 +57,12 @@ def _step(path: Path) -> int:
 
 
 def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Workers, *, keep: int) -> None:
-    """Writes the checkpoint of training step `step` and keeps only the newest `keep`; all workers call it together.
+    """Writes checkpoint `step` and keeps only the newest `keep`; all workers call it together.
 
     If workers compute their own running statistics, those of worker 0 replace the others.
 
-    state: JSON values under the keys of `STATE`. If any worker cannot write, all workers raise ValueError in one
-    line; older checkpoints are unchanged then.
+    state: JSON values under the keys of `STATE`. If any worker cannot write, all workers raise ValueError in
+    one line; older checkpoints are unchanged then.
     """
     final = _folder(run, step)
     hidden = final.with_name(f".{final.name}")
@@ -124,10 +124,10 @@ def update(run: Path, step: int, state: dict[str, Any], *, is_main: bool) -> Non
 
 
 def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
-    """Restores the engine from the newest intact checkpoint and returns its `state`; all workers call it together.
+    """Restores the newest intact checkpoint and returns its `state`; all workers call it together.
 
-    Returns None if there is no checkpoint. For each damaged checkpoint, a line on stderr names the damage and the
-    older checkpoint that is used instead. Raises ValueError in one line if all are damaged.
+    Returns None if there is no checkpoint. For each damaged checkpoint, a line on stderr names the damage and
+    the older checkpoint that is used instead. Raises ValueError in one line if all are damaged.
     """
 
     def choose() -> list[Path]:
@@ -151,7 +151,7 @@ def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
 
 
 def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, Any], list[str]]:
-    """Verifies a checkpoint and restores the engine from it. Returns the saved state and the problems of all workers.
+    """Verifies a checkpoint and restores it. Returns the saved state and the problems of all workers.
 
     If there are problems, the state may be incomplete. If files are damaged, the engine is unchanged.
     """
@@ -196,7 +196,7 @@ def _compare(saved: dict[str, int], wanted: dict[str, int]) -> None:
 
 
 def _prune(final: Path, keep: int) -> None:
-    """Removes all checkpoints except the newest `keep` up to `final`; newer ones had been skipped as damaged."""
+    """Removes all checkpoints but the newest `keep` up to `final`; newer ones were found damaged."""
     folder = final.parent
     complete = sorted(_complete(folder), key=_step)
     up_to_final = [path for path in complete if _step(path) <= _step(final)]

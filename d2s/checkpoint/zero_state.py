@@ -1,9 +1,9 @@
-"""Shows the state of a DeepSpeed engine as slices of named flat tensors, in the same form for every ZeRO stage.
+"""Shows the state of a DeepSpeed engine as slices of named flat tensors, in one form for all ZeRO stages.
 
-ZeRO divides weights and moments among W workers. Stages 1 and 2 divide each group of parameters, concatenated; stage
-3 divides each parameter by itself; stage 0 divides nothing. A :class:`TensorSlice` says which elements of which named
-tensor a view of the engine's memory holds. A checkpoint therefore stores only names and positions. Any number of
-workers, at any stage, can read their elements from it, and nothing has to be gathered.
+ZeRO divides weights and moments among W workers. Stages 1 and 2 divide each group of parameters,
+concatenated; stage 3 divides each parameter by itself; stage 0 divides nothing. A :class:`TensorSlice` says
+which elements of which named tensor a view of the engine's memory holds. A checkpoint therefore stores only
+names and positions. Any number of workers, at any stage, can read their elements, and nothing is gathered.
 
 Before a save, the BatchNorm buffers of worker 0 are broadcast (:mod:`d2s.model.running_statistics`).
 """
@@ -68,7 +68,7 @@ class ZeroState:
 
     @property
     def steps(self) -> int:
-        """Number of AdamW's steps: the maximum over all parameters, because those without a gradient count none."""
+        """Number of AdamW's steps: the maximum over parameters, as those without gradient count none."""
         return max(int(state["step"]) for state in self._adamw.state.values())
 
     def element_counts(self) -> dict[str, int]:
@@ -103,7 +103,7 @@ class ZeroState:
         return {kind: (0, _flat(values)) for kind, values in tensors.items()}
 
     def _part_of_group(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stages 1 and 2: maps "weight" and each moment to (index of this worker's first element, its elements)."""
+        """Stages 1, 2: maps "weight" and each moment to (index of the first local element, elements)."""
         if not parameter.requires_grad:
             return {"weight": (0, _flat(parameter.data))}
         mapping = parameter._hp_mapping
@@ -117,7 +117,7 @@ class ZeroState:
         return {kind: (first, values.narrow(0, place.start, place.numel)) for kind, values in tensors.items()}
 
     def _part_of_tensor(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stage 3: as `_part_of_group`. Worker r holds the r-th of W equal parts; the last parts are padded."""
+        """Stage 3, as `_part_of_group`: worker r holds the r-th of W equal parts; the last are padded."""
         size = parameter.partition_numel()
         first = size * torch.distributed.get_rank()
         count = min(size, max(0, parameter.ds_numel - first))

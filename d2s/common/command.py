@@ -1,4 +1,4 @@
-"""Helpers for all commands: a user's mistake or a file system error gives one line on stderr and exit code 2."""
+"""Helpers for all commands: a user's mistake or a file error gives one line on stderr and exit code 2."""
 
 import argparse
 import sys

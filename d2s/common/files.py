@@ -1,4 +1,4 @@
-"""Writes files atomically: under a temporary name, flushed to disk, then renamed. Also JSON files and checksums."""
+"""Writes files atomically: under another name, flushed to disk, then renamed. Also JSON and checksums."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ _TEXT = (".txt", ".json", ".jsonl", ".parquet")
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path` for writing, and renames it to `path` if the `with` block succeeds."""
+    """Opens a temporary file for writing, and renames it to `path` if the `with` block succeeds."""
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -68,7 +68,7 @@ def read_json(path: Path) -> object:
 
 
 def input_sha256(paths: list[Path]) -> str:
-    """Computes one sha256 over the names and bytes of files, and of text, JSON and parquet files in folders."""
+    """Computes one sha256 over names and bytes of files, and of text, JSON and parquet files in folders."""
     digest = hashlib.sha256()
     for path in paths:
         files = sorted(part for part in path.iterdir() if part.suffix in _TEXT) if path.is_dir() else [path]

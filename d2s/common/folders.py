@@ -62,7 +62,7 @@ def put_in_place(fresh: Path, folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders' names in one operation. Returns False if unsupported; raises OSError on other errors."""
+    """Exchanges two folders' names in one operation. Returns False if unsupported; may raise OSError."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -77,7 +77,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Gives a folder a hidden name, then removes it: a killed process leaves no half-removed folder in sight."""
+    """Gives a folder a hidden name, then removes it, so no half-removed folder is ever visible."""
     hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.gone")
     if hidden != folder:
         shutil.rmtree(hidden, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Runs a function on many tasks in several processes. The results do not depend on the number of processes."""
+"""Runs a function on many tasks in several processes. Results do not depend on the number of processes."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> 
 
 
 def _end_with_parent() -> None:
-    """Ends this worker if its parent is killed. Workers hold both ends of the task queue and would wait for ever."""
+    """Ends this worker if its parent is killed. It would wait forever, as it holds the task queue open."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -18,7 +18,7 @@ def clock(seconds: float) -> str:
 
 
 def track(items: Iterable[tuple[int, T]], label: str, total: int, unit: str = "images") -> Iterator[T]:
-    """Yields the item of each pair (count, item), and shows the sum of the counts so far and `total` on stderr."""
+    """Yields the item of each pair (count, item). Shows the sum of counts so far and `total` on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -32,7 +32,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Builds settings from a dictionary of `to_dict`. Raises ValueError for an unknown field or a bad value."""
+        """Builds settings from the dictionary of `to_dict`. Raises ValueError if a field does not fit."""
         from pydantic import TypeAdapter, ValidationError
 
         try:
@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings(name: str = "") -> Callable[[type[T]], type[T]]:
-    """Returns a decorator that makes a class a frozen, keyword-only dataclass whose constructor checks every value.
+    """Makes a class a frozen, keyword-only dataclass whose constructor checks every value.
 
     name: prefix of the fields' names on the command line. The constructor raises ValueError in one line.
     """

@@ -43,10 +43,10 @@ def measure_capacity(embedded: Embeddings) -> dict[str, float]:
 
 
 def effective_rank(embeddings: Tensor) -> float:
-    """Returns exp(-sum p_k log p_k) with p = s / sum(s), where s are singular values of the uncentred matrix (N, D).
+    """Returns exp(-sum p_k log p_k), p = s / sum(s), s the singular values of the uncentred (N, D) matrix.
 
-    The result lies between 1 (all rows on one line) and min(N, D); it is 0 if all rows are zero. It is computed from
-    the D x D Gram matrix in float64: O(N D^2) work, O(D^2) memory.
+    The result lies between 1 (all rows on one line) and min(N, D); it is 0 if all rows are zero. It is
+    computed from the D x D Gram matrix in float64: O(N D^2) work, O(D^2) memory.
 
     Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007); on embeddings: RankMe (ICML 2023).
     """
@@ -66,13 +66,13 @@ def effective_rank(embeddings: Tensor) -> float:
 
 
 def alignment(images: Tensor, texts: Tensor, owner: Tensor) -> float:
-    """Returns the mean over captions j of |x_owner(j) - y_j|^2 on the unit sphere: 0 best, 2 orthogonal, 4 opposite.
+    """Returns the mean over captions j of |x_owner(j) - y_j|^2: 0 is best, 2 orthogonal, 4 opposite.
 
     Args:
         images: x, (N, D) of length 1; texts: y, (M, D) of length 1; owner: (M,) int64.
 
-    Source: Wang and Isola, "Understanding contrastive representation learning through alignment and uniformity on the
-    hypersphere" (ICML 2020), alpha = 2, positive pairs = image and caption.
+    Source: Wang and Isola, "Understanding contrastive representation learning through alignment and
+    uniformity on the hypersphere" (ICML 2020), alpha = 2, positive pairs = image and caption.
     """
     return float((images[owner] - texts).double().square().sum(1).mean())
 
@@ -103,7 +103,7 @@ def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
 
 
 def modality_gap(images: Tensor, texts: Tensor) -> float:
-    """Returns the distance between the mean of the images (N, D) and the mean of the texts (M, D), all of length 1.
+    """Returns the distance between the means of images (N, D) and texts (M, D), all of length 1.
 
     Source: Liang et al., "Mind the gap" (NeurIPS 2022).
     """

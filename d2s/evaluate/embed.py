@@ -110,7 +110,7 @@ def _embed_texts(
     limit: int,
     counts: Tensor,
 ) -> TextSet:
-    """Embeds captions. limit: maximum number of word pieces. counts: (N,) int64, number of captions of each image."""
+    """Embeds captions. limit: maximum of word pieces. counts: (N,) int64, captions of each image."""
     parts, places, truncated = [], [], 0
     for numbers, _, ids, mask, valid in batches:
         parts.append(model.forward_text(ids.to(model.device), mask.to(model.device)).embedding.float())
@@ -127,7 +127,7 @@ def _embed_texts(
 
 
 def _in_order(parts: list[Tensor], places: list[Tensor], total: int) -> Tensor:
-    """Gathers all workers' rows and returns them by place, 0..total-1, as (total, D). Surplus rows have place -1."""
+    """Gathers all workers' rows, sorted by place 0..total-1: (total, D). Surplus rows have place -1."""
     rows, place = all_gather(torch.cat(parts)), all_gather(torch.cat(places).to(parts[0].device))
     real = place >= 0
     assert int(real.sum()) == total, "an item was embedded twice or not at all"

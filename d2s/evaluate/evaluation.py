@@ -35,7 +35,7 @@ class Evaluation:
     dense_captions: int
     """Number of dense captions; 0 if there are none or they were not requested."""
     without_captions: int
-    """Number of images without a sparse caption: no queries of image -> text, but candidates of text -> image."""
+    """Images without a sparse caption: no queries of image -> text, but candidates of text -> image."""
     truncated: int
     """How many sparse and dense captions were cut at the limit of word pieces."""
     sparse: Retrieval | None
@@ -47,7 +47,7 @@ class Evaluation:
     folded: Retrieval | None
     """Mean over the folds, with sparse captions. It is COCO 1K if `images` is 5,000 and `folds` is 5."""
     capacity: dict[str, float]
-    """Maps names of measures of information capacity (`d2s.evaluate.capacity`) to values; empty unless requested."""
+    """Measures of information capacity by name (`d2s.evaluate.capacity`); empty unless requested."""
     seconds: float
     """Wall-clock time in seconds, including embedding."""
 
@@ -183,7 +183,7 @@ def _by_folds(embedded: Embeddings, index: ShardIndex, split: str, folds: int) -
 
 
 def choose_folds(images: int, folds: int | None) -> int:
-    """Returns the number of folds for `images` images, or 0 if there are none; `folds` is as in `evaluate_model`.
+    """Returns the number of folds for `images` images, or 0 for none; see `evaluate_model` for `folds`.
 
     Raises:
         ValueError: `folds` does not divide the number of images.

@@ -1,4 +1,4 @@
-"""Prepares the inputs of an evaluation: the device, the trained model, and its data settings from training."""
+"""Prepares the inputs of an evaluation: device, trained model, and its data settings from training."""
 
 from pathlib import Path
 

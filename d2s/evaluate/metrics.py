@@ -125,7 +125,7 @@ def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tu
 
 
 def summarize(ranks: Tensor, right: Tensor, candidates: int) -> Recall:
-    """Computes the measures from each query's rank (N,), counted from 0, and number of right candidates (N,)."""
+    """Computes the measures from each query's rank, from 0, and number of right candidates, both (N,)."""
     assert len(ranks) == len(right) > 0
     ordered = torch.sort(ranks.double()).values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
@@ -177,10 +177,10 @@ def recall_report(images: Tensor, texts: Tensor, owner: Tensor) -> Retrieval:
 
 
 def fold_report(images: Tensor, texts: Tensor, owner: Tensor, *, folds: int) -> Retrieval:
-    """Returns the mean of `recall_report` over F folds, each with N / F consecutive images and their captions.
+    """Returns the mean of `recall_report` over F folds: N / F consecutive images and their captions.
 
-    COCO "1K" is the mean over 5 folds of the 5,000 images, not the result on the first 1,000. Every measure is
-    averaged over the folds, also the median rank.
+    COCO "1K" is the mean over 5 folds of the 5,000 images, not the result on the first 1,000. Every measure
+    is averaged over the folds, also the median rank.
 
     Args:
         images, texts, owner: as in `recall_report`; folds follow the order of the images.

@@ -18,9 +18,9 @@ CAPACITY = {
 
 
 def recall_table(rows: Sequence[tuple[str, Retrieval | None]], title: str = "", chance: bool = True) -> Table:
-    """Returns a table with one row for each (name, retrieval). A retrieval of None draws a line between groups.
+    """Returns a table with a row for each (name, retrieval). A retrieval of None draws a line.
 
-    i->t is image -> text, t->i is text -> image. chance: below each row, add the expected values of a random order.
+    i->t is image -> text, t->i is text -> image. chance: below each row, add the rates of a random order.
     """
     table = Table(title=title or None, title_justify="left", header_style="bold")
     table.add_column("", no_wrap=True)

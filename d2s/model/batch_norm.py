@@ -9,7 +9,7 @@ from d2s.workers.group import several_workers
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """Sums over workers. Each worker's loss depends on all addends, so the backward sums the gradients too."""
+    """Sums over workers. Each worker's loss depends on all addends, so gradients are summed too."""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns count (1,), mean (C,) and biased variance (C,) of values (n, C), over all workers if `across_workers`.
+    """Returns count (1,), mean (C,), biased variance (C,) of values (n, C), of all workers if asked.
 
     Takes two passes, the second around the mean, because a single pass over squares loses digits in float32.
     """
@@ -70,7 +70,7 @@ class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
     """BatchNorm2d whose training statistics cover all workers. With one worker it is the same as torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises maps (B, C, H, W): by batch statistics in training, by running statistics in eval mode."""
+        """Normalises (B, C, H, W), by batch statistics in training, else by running statistics."""
         if not self.training or not several_workers():
             return super().forward(input)
         flat = input.movedim(1, 3)

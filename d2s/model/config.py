@@ -19,20 +19,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @settings("tower")
 class TowerConfig(Settings):
-    """Selects an encoder ("tower") and how it is used. Command line: model.image_encoder or model.text_encoder."""
+    """Selects an encoder ("tower"). Command line: model.image_encoder or model.text_encoder."""
 
     name: str | None = None
-    """Name on the hub, local folder, or `package:<module>/<folder>`: a folder inside an installed Python package."""
+    """Name on the hub, folder, or `package:<module>/<folder>`: a folder in an installed package."""
     config: dict[str, Any] | None = None
     """Fields of a Hugging Face configuration, including `model_type`, for a tower with random weights."""
     pretrained: bool = True
-    """Load the weights that belong to `name`. Without a name it has no effect, and building the model warns."""
+    """Load the weights of `name`. Without a name it has no effect, and building the model warns."""
     freeze: bool = False
-    """Do not train the tower: it stays in eval mode, gets no gradient, and the optimizer does not manage it."""
+    """Do not train the tower: it stays in eval mode, without gradient or optimizer state."""
     layers: PositiveInt | None = None
     """How many of the tower's first layers to keep; None keeps all."""
     tokenizer: str | None = None
-    """For text towers: where the tokenizer is. None means `name`; "words" builds a vocabulary from the captions."""
+    """For text towers: the tokenizer's place. None means `name`; "words" builds one from captions."""
 
     def __post_init__(self) -> None:
         if (self.name is None) == (self.config is None):
@@ -51,9 +51,9 @@ class DecoderConfig(Settings):
     tokens: PositiveInt = 100
     """Number of learnable mask tokens."""
     layout: Layout = "surround"
-    """Where the mask tokens stand: "surround" puts half on each side of the words, "prefix" all before, "postfix" all
-    after them. The decoder has no position code and averages its mask tokens, so the layout changes only rounding.
-    Building a model with another layout than the default warns."""
+    """Where the mask tokens stand: half on each side of the words, all before, or all after them. The decoder
+    has no position code and averages its mask tokens, so the layout changes only rounding. Building a
+    model with another layout than the default warns."""
     depth: PositiveInt = 4
     """Number of transformer blocks."""
     heads: PositiveInt = 4
@@ -93,7 +93,7 @@ class ModelConfig(Settings):
     text_norm: bool = True
     """Apply LayerNorm to the pooled text embedding."""
     text_mlp_norm: MlpNorm = "batch"
-    """Norm inside the word MLP: BatchNorm ("batch") over the real words of all workers, or LayerNorm ("layer")."""
+    """Norm inside the word MLP: BatchNorm over the real words of all workers, or LayerNorm."""
     gpo_width: EvenWidth = 32
     """Width of the position code and of the GRU in the pooling operator."""
     gpo_temperature: PositiveFloat = 0.1
@@ -118,7 +118,7 @@ class ModelConfig(Settings):
 
 
 class IdleSetting(UserWarning):
-    """Warns that, with the other settings, a setting has no effect or not the effect that its name suggests."""
+    """Warns that a setting has no effect, or not the effect that its name suggests."""
 
 
 def idle_settings(config: ModelConfig, changed: Collection[str] | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The model: image tower, text tower and decoder. Takes tensors in training, and pictures and strings in use."""
+"""The model: image tower, text tower and decoder. Takes tensors in training, pictures and strings in use."""
 
 import dataclasses
 import tempfile
@@ -66,12 +66,12 @@ class D2SModel(nn.Module):
 
     @property
     def max_words(self) -> int:
-        """Maximum length of a text in word pieces: the setting `max_words`, or the text tower's limit if smaller."""
+        """Maximum of word pieces in a text: the setting `max_words`, or the text tower's limit if less."""
         positions = getattr(self.text_encoder.tower.config, "max_position_embeddings", None)
         return min(self.config.max_words, positions or self.config.max_words)
 
     def forward_image(self, images: Tensor, draw_seeds: Tensor | None = None) -> Tensor:
-        """Embeds uint8 images (B, 3, H, W). Returns (B, D) of unit length. See `ImageEncoder` for `draw_seeds`."""
+        """Embeds uint8 images (B, 3, H, W) as (B, D) of unit length. draw_seeds: see `ImageEncoder`."""
         return self.image_encoder(images, draw_seeds)
 
     def forward_text(self, ids: Tensor, mask: Tensor, *, draw_seeds: Tensor | None = None) -> TextOutput:
@@ -90,11 +90,11 @@ class D2SModel(nn.Module):
     def forward(
         self, images: Tensor, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None
     ) -> tuple[Tensor, TextOutput]:
-        """Returns the results of `forward_image`, with draw_seeds, and of `forward_text`, without draw_seeds."""
+        """Returns the results of `forward_image`, with draw_seeds, and `forward_text`, without."""
         return self.forward_image(images, draw_seeds), self.forward_text(ids, mask)
 
     def parameter_parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Returns the named parameters that are trained: those of the towers as "backbone", all others as "head"."""
+        """Returns the trained named parameters: those of towers as "backbone", others as "head"."""
         parts: dict[str, list[tuple[str, nn.Parameter]]] = {"backbone": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -105,12 +105,12 @@ class D2SModel(nn.Module):
     def encode_image(
         self, images: Picture | Sequence[Picture], batch_size: int = 32, device: str | torch.device = "cpu"
     ) -> Tensor:
-        """Embeds pictures in eval mode. Returns (n, D) float32 of unit length on `device`, in the given order.
+        """Embeds pictures in eval mode: (n, D) float32 of unit length on `device`, in the given order.
 
         A picture is a PIL image, a path, the bytes of an image file, or a uint8 array (H, W) or (H, W, 3).
         `batch_size` changes only the speed.
-        Raises ValueError if a picture cannot be read, with its path or its position in the list, or if `batch_size`
-        is not a positive integer.
+        Raises ValueError if a picture cannot be read, with its path or its position in the list, or if
+        `batch_size` is not a positive integer.
         """
         _check_batch_size(batch_size)
         if not isinstance(images, (list, tuple)):
@@ -156,7 +156,7 @@ class D2SModel(nn.Module):
         return coded["input_ids"], coded["attention_mask"].bool()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors, config.json and the tokenizer to `folder`, and creates it if it is missing."""
+        """Writes model.safetensors, config.json and the tokenizer to `folder`; creates it if missing."""
         towers = self.image_encoder.tower, self.text_encoder.tower
         config = saving.self_contained(self.config, *towers)
         saving.write(Path(folder), config, self.tokenizer, saving.hub_state(self))

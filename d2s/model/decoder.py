@@ -20,7 +20,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Attends from every token of x (B, K, D) to the tokens where mask (B, 1, 1, K) is true; None means all."""
+        """Lets all tokens of x (B, K, D) attend to those where mask (B, 1, 1, K) is true; None: to all."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Transforms word features together with learnable mask tokens. The mean of the mask tokens is the prompt p.
+    """Transforms word features and learnable mask tokens. The prompt p is the mean of the mask tokens.
 
     attend_padding: attention also covers padding, as in the authors' release.
     """

@@ -21,7 +21,7 @@ GRU_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 @lru_cache(maxsize=64)
 def position_code(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns the sinusoidal code of positions 0..length-1: (length, width), sine in even, cosine in odd channels."""
+    """Returns the code of positions 0..length-1: (length, width), sine in even, cosine in odd channels."""
     position = torch.arange(length, dtype=torch.float64)[:, None]
     rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10000.0) / width))
     code = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=2)
@@ -29,11 +29,11 @@ def position_code(length: int, width: int, device: torch.device, dtype: torch.dt
 
 
 class LengthWeights(nn.Module):
-    """Computes pooling weights for given numbers of tokens: bidirectional GRU over the position code, score, softmax.
+    """Computes pooling weights for numbers of tokens: bidirectional GRU over positions, score, softmax.
 
-    The forward GRU runs once over the longest sequence, because shorter sequences are its first steps. The backward
-    GRU depends on where a sequence ends. This module itself owns all parameters, because ZeRO stage 3 gathers only
-    the parameters of the module whose forward runs.
+    The forward GRU runs once over the longest sequence, because shorter sequences are its first steps. The
+    backward GRU depends on where a sequence ends. This module itself owns all parameters, because ZeRO stage
+    3 gathers only the parameters of the module whose forward runs.
     """
 
     def __init__(self, width: int, temperature: float) -> None:
@@ -47,14 +47,14 @@ class LengthWeights(nn.Module):
         self.score = nn.Parameter(nn.Linear(width, 1, bias=False).weight.detach())
 
     def _gru(self, name: str, data: Tensor, counts: list[int]) -> Tensor:
-        """Returns states (T, n, width) of one direction for data (T, width), in its dtype; see `position_gru`."""
+        """Returns states (T, n, width) of one direction for data (T, width); see `position_gru`."""
         weights = [getattr(self, f"{name}_{key}").to(data.dtype) for key in GRU_WEIGHTS]
         return position_gru(data, counts, *weights)
 
     def forward(self, lengths: list[int]) -> Tensor:
-        """Returns weights (len(lengths), max(lengths)), 0 after each length; `lengths` are distinct, longest first.
+        """Returns weights (len(lengths), max(lengths)), 0 after each length.
 
-        The result is float64 for a float64 model, else float32.
+        `lengths` are distinct, longest first. The weights are float64 for a float64 model, else float32.
         """
         assert lengths == sorted(set(lengths), reverse=True), "distinct lengths, longest first"
         assert lengths[-1] >= 1, "nothing to pool"

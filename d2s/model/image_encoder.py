@@ -13,7 +13,7 @@ from d2s.model.towers import build_tower, tower_width
 
 
 class ImageEncoder(nn.Module):
-    """Maps pixels to embeddings: normalisation, tower, linear map, size augmentation, pooling, unit length."""
+    """Maps pixels to embeddings: tower, linear map, size augmentation, pooling, unit length."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

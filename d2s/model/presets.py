@@ -20,7 +20,7 @@ SHAPES = {
 
 
 def shape_of(tower: TowerConfig) -> TowerConfig:
-    """Returns the tower with random weights instead of the hub's if its name is in `SHAPES`, else `tower` itself."""
+    """Returns the tower with random weights if its name is in `SHAPES`, else `tower` itself."""
     if tower.name not in SHAPES:
         return tower
     return dataclasses.replace(tower, name=None, config=SHAPES[tower.name], pretrained=False, tokenizer=WORDS)
@@ -32,7 +32,7 @@ def vit_b16() -> TowerConfig:
 
 
 def swin_b(size: int = 224) -> TowerConfig:
-    """Returns Swin-B, pretrained on ImageNet-22k at 224 pixels, or at 384 pixels (window 12) if `size` >= 384."""
+    """Returns Swin-B, pretrained on ImageNet-22k; at 224 pixels, or 384 (window 12) if `size` >= 384."""
     window, pixels = (12, 384) if size >= 384 else (7, 224)
     return TowerConfig(name=f"microsoft/swin-base-patch4-window{window}-{pixels}-in22k")
 

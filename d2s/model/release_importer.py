@@ -117,12 +117,12 @@ def _pool_name(name: str) -> str:
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """Counts the modules whose numbers follow the prefix in weights' names, as 11 in `encoder.layer.11.output`."""
+    """Counts the modules whose numbers follow the prefix in weights' names."""
     return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 
 def _size(state: dict[str, Tensor], name: str, dim: int) -> int:
-    """Returns the size of a weight's dimension `dim`. Raises ValueError if the weight or the dimension is missing."""
+    """Returns the size of dimension `dim` of a weight. Raises ValueError if there is none."""
     if name not in state:
         raise ValueError(f"checkpoint: has no weight {name!r}, it is not the release's layout")
     shape = tuple(state[name].shape)

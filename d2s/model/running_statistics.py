@@ -15,7 +15,7 @@ from d2s.workers.group import world_size
 
 
 def _buffers_by_dtype(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Yields the statistics inside `module`, one list for each dtype, so that each list is copied as one tensor."""
+    """Yields the statistics inside `module`: one list for each dtype, to be copied as one tensor."""
     norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
     for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
@@ -53,7 +53,7 @@ class RunningStatistics:
             _copy_into(buffers, before)
 
     def keep_finite(self) -> None:
-        """Restores only the entries that became inf or NaN: a variance can overflow although the loss is finite."""
+        """Restores the entries that became inf or NaN, as a variance can although the loss is finite."""
         for buffers, before in zip(self._groups, self._before, strict=True):
             now = _flatten(buffers)
             _copy_into(buffers, torch.where(now.isfinite(), now, before))

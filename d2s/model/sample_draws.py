@@ -1,6 +1,6 @@
-"""Draws random numbers that depend only on a sample's seed, not on its batch: a counter-based hash on the device.
+"""Draws random numbers that depend on a sample's seed and not on its batch, by a hash on the device.
 
-They equal those of `expand` and `to_uniform` in `d2s.shards.order.draws` bit for bit, where seeds are called states.
+They equal those of `expand` and `to_uniform` in `d2s.shards.order.draws`, where seeds are called states.
 """
 
 import torch
@@ -10,7 +10,7 @@ from d2s.model.config import ModelConfig
 
 
 def _as_int64(value: int) -> int:
-    """Returns the signed integer with the bits of an unsigned 64-bit one; torch computes with signed integers."""
+    """Returns the signed integer with the bits of an unsigned 64-bit one; torch needs signed ones."""
     return value - 2**64 if value >= 2**63 else value
 
 
@@ -62,7 +62,7 @@ def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
 
 
 def token_mask(seeds: Tensor, tokens: int, config: ModelConfig) -> Tensor:
-    """Draws a mask (B, tokens) bool for size augmentation: false where an image loses a token. One always stays.
+    """Draws a mask (B, tokens) bool, false where size augmentation drops a token. One always stays.
 
     A share `token_dropout` of the images loses each token at a rate drawn between `token_dropout_min` and
     `token_dropout_max`; the others lose none. Source: Chen et al., CVPR 2021.

@@ -35,7 +35,7 @@ class SavedModel(NamedTuple):
 def self_contained(
     config: ModelConfig, image_tower: PreTrainedModel, text_tower: PreTrainedModel
 ) -> ModelConfig:
-    """Returns the settings with the full Hugging Face configurations of both towers instead of the towers' names."""
+    """Returns the settings with full Hugging Face configurations of both towers instead of names."""
 
     def complete(tower: TowerConfig, built: PreTrainedModel) -> TowerConfig:
         fields = json.loads(built.config.to_json_string(use_diff=False))

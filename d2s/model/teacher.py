@@ -1,4 +1,4 @@
-"""The teacher of stage 2: a frozen text encoder of stage 1, whose embedding of the dense caption is distilled."""
+"""The teacher of stage 2: a frozen text encoder of stage 1. Its embedding of dense captions is distilled."""
 
 import copy
 from typing import Self
@@ -28,5 +28,5 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Returns the text embedding t (B, D), not of unit length, of ids (B, L) and mask (B, L), without decoder."""
+        """Returns the text embedding t (B, D), not of unit length, for ids and mask (B, L); no decoder."""
         return self.text_encoder(ids, mask)[0]

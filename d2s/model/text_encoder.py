@@ -15,7 +15,7 @@ _GROUP = 32  # number of texts that a frozen tower embeds at a time on a CPU
 
 
 class WordMLP(nn.Module):
-    """An MLP for each word: linear to D/2, norm, ReLU, linear to D. The norm covers the real words of a batch."""
+    """An MLP for each word: linear to D/2, norm over the real words of a batch, ReLU, linear to D."""
 
     def __init__(self, hidden: int, config: ModelConfig) -> None:
         super().__init__()
@@ -65,9 +65,10 @@ class TextEncoder(nn.Module):
         return self
 
     def forward(self, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns the text embedding t (B, D), not of unit length, and word features (B, L, D), for ids (B, L).
+        """Returns text embeddings t (B, D), not of unit length, and word features (B, L, D).
 
-        draw_seeds: (B,) int64; in training each sample's seed decides its dropout. None uses torch's generator.
+        draw_seeds: (B,) int64; in training each sample's seed decides its dropout. None uses torch's
+        generator.
         """
         hidden = self._frozen_hidden(ids, mask) if self.frozen else self._hidden(ids, mask)
         if draw_seeds is None or not self.training:

@@ -18,11 +18,11 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def build_word_tokenizer(
     captions: Iterable[str], *, min_count: int = 2, max_words: int = 30_000
 ) -> BertTokenizer:
-    """Builds a lower-case word tokenizer for text towers with random weights. Equal captions give equal tokenizers.
+    """Builds a lower-case word tokenizer for random text towers; equal captions give equal tokenizers.
 
-    Each of the `max_words` most frequent words that occur at least `min_count` times becomes one piece. Other words
-    are split into the longest pieces that fit, down to single characters (marked ## inside a word). A word with a
-    character that occurs in no caption becomes [UNK].
+    Each of the `max_words` most frequent words that occur at least `min_count` times becomes one piece. Other
+    words are split into the longest pieces that fit, down to single characters (marked ## inside a word). A
+    word with a character that occurs in no caption becomes [UNK].
     Raises ValueError if no caption has a word.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True)

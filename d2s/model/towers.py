@@ -64,7 +64,7 @@ def locate(name: str) -> str:
 
 
 def reachable(name: str) -> str:
-    """Returns `locate(name)` after a quick check that it is a folder or in the cache, or that the hub is reachable.
+    """Returns `locate(name)` if it is a folder or in the cache, or if the hub can be reached.
 
     Raises ValueError otherwise. Without a network, the hub's client would fail only after half a minute.
     """
@@ -84,7 +84,7 @@ def reachable(name: str) -> str:
 
 
 def _named_config(tower: TowerConfig) -> PreTrainedConfig:
-    """Returns the configuration that `tower.config` describes or that belongs to `tower.name`, without changes."""
+    """Returns the configuration that `tower.config` or `tower.name` describes, without changes."""
     if tower.config is not None:
         fields = {key: value for key, value in tower.config.items() if key != "model_type"}
         try:
@@ -121,7 +121,7 @@ def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
 
 
 def _encoder(model: nn.Module, kind: str) -> nn.Module:
-    """Returns the encoder in a model: one half of a two-tower model (CLIP, SigLIP), or that of an encoder-decoder."""
+    """Returns the encoder in a two-tower model (CLIP, SigLIP) or an encoder-decoder, else the model."""
     half = getattr(model, f"{kind}_model", None)
     if isinstance(half, nn.Module) and hasattr(model, "logit_scale"):
         return half
@@ -131,7 +131,7 @@ def _encoder(model: nn.Module, kind: str) -> nn.Module:
 
 
 def _remove_unused(model: nn.Module) -> nn.Module:
-    """Removes or freezes parameters that do not affect the tokens, because they would never get a gradient."""
+    """Removes or freezes parameters that do not affect the tokens: they would get no gradient."""
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
         model.pooler = None
@@ -142,7 +142,7 @@ def _remove_unused(model: nn.Module) -> nn.Module:
 
 
 def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedModel:
-    """Builds the encoder that `tower` describes. `kind` is "vision" or "text". See `tower_config` for `changes`.
+    """Builds the encoder that `tower` describes. kind: "vision" or "text". changes: see `tower_config`.
 
     The position embeddings of a pretrained vision tower are resized to `changes["image_size"]` pixels.
     Raises ValueError on an unknown name, model type or field, or on sizes that do not fit each other.

@@ -1,9 +1,10 @@
-"""Turns encoded images into square uint8 arrays. Pillow decodes and torch resizes; the model normalises later.
+"""Turns encoded images into square uint8 arrays. Pillow decodes, torch resizes, the model normalises.
 
-JPEGs much larger than needed are decoded at a half, quarter or eighth of their size (`Image.draft`). A crop is
-stretched to the square by one antialiased bilinear resize: torch's uint8 resize takes half of Pillow's time, and
-pixel values differ by at most 1. If simplejpeg is installed, it decodes ordinary JPEGs a fifth faster than Pillow, to
-the same pixels (both use libjpeg-turbo). Pillow decodes all other files and reports all errors.
+JPEGs much larger than needed are decoded at a half, quarter or eighth of their size (`Image.draft`). A crop
+is stretched to the square by one antialiased bilinear resize: torch's uint8 resize takes half of Pillow's
+time, and pixel values differ by at most 1. If simplejpeg is installed, it decodes ordinary JPEGs a fifth
+faster than Pillow, to the same pixels (both use libjpeg-turbo). Pillow decodes all other files and reports
+all errors.
 """
 
 import io
@@ -32,7 +33,7 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
     """Decodes an image file (JPEG, PNG, WebP, ...) to RGB and rotates it by its EXIF orientation.
 
     Args:
-        at_least: (width, height) in pixels; a JPEG may be decoded at a fraction of its size, but not below this size.
+        at_least: (width, height) in pixels; a larger JPEG may be decoded at a fraction of its size.
     Raises:
         ValueError: the bytes are not an image, are truncated, or describe an absurdly large image.
     """
@@ -48,7 +49,7 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an opened image to RGB: rotated by its EXIF orientation, transparency on white, 16 bits reduced to 8.
+    """Converts an opened image to RGB: rotated as EXIF says, on white if transparent, 16 bits cut to 8.
 
     Raises:
         ValueError: the image file is damaged.
@@ -72,12 +73,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def train_image(
     data: bytes, size: int, draws: Sequence[float], *, crop_min: float = 0.6, flip: float = 0.5
 ) -> U8:
-    """Takes a random crop of an encoded image, stretches it to a square, and flips it with probability `flip`.
+    """Crops an encoded image at random, stretches it to a square, flips it with probability `flip`.
 
     Args:
         size: side of the output in pixels.
-        draws: CROP_DRAWS numbers in [0, 1): side ratio (the same for width and height), left edge, top edge, flip.
-        crop_min: smallest ratio of the crop's side to the image's side; the ratio is uniform in (crop_min, 1).
+        draws: CROP_DRAWS numbers in [0, 1): side ratio (of width and height), left edge, top edge, flip.
+        crop_min: smallest ratio of the crop's side to the image's; the ratio is uniform in (crop_min, 1).
     Returns:
         uint8 (3, size, size).
     Raises:
@@ -103,7 +104,7 @@ def eval_image(data: bytes | Image.Image, size: int) -> U8:
 
 
 def _decode_pixels(data: bytes, at_least: int) -> U8:
-    """Decodes an image to uint8 (H, W, 3). Both sides have at least `at_least` pixels, unless the image is smaller.
+    """Decodes an image to uint8 (H, W, 3). Larger sides may shrink, but not below `at_least` pixels.
 
     Raises:
         ValueError: the image cannot be decoded.

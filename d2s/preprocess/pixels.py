@@ -29,7 +29,7 @@ def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
 
 
 def _encoded_or_opened(picture: Picture) -> bytes | Image.Image:
-    """Converts a picture for `eval_image`. Raises OSError, or ValueError if the type or the shape is unusable."""
+    """Converts a picture for `eval_image`. Raises OSError, or ValueError for a bad type or shape."""
     if isinstance(picture, (str, PathLike)):
         return Path(picture).read_bytes()
     if isinstance(picture, np.ndarray):

@@ -63,7 +63,7 @@ class TextPipeline:
         """Tokenises captions without augmentation.
 
         Returns:
-            ids, int64 (B, L), padded to the longest caption of the batch; and mask, bool (B, L), True at real tokens.
+            ids, int64 (B, L), padded to the longest caption; mask, bool (B, L), True at real tokens.
         """
         ids, lengths = _flat(
             [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -116,7 +116,7 @@ class TextPipeline:
         return self._pack(ids[keep], np.bincount(row[keep], minlength=len(texts)), max_length)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[I64, I64, NDArray[np.bool_]]:
-        """Returns the ids of all captions (T,), tokens per caption (B,), and whether each id begins a word (T,)."""
+        """Returns ids of all captions (T,), tokens per caption (B,), and whether an id begins a word (T,)."""
         if self._continuing is not None:
             encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
             ids, lengths = _flat([encoding.ids for encoding in encodings])
@@ -130,7 +130,7 @@ class TextPipeline:
         return ids, lengths, begins
 
     def _pack(self, ids: I64, lengths: I64, max_length: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns padded ids and mask (B, L), truncated, with special tokens, from `ids` (T,) and `lengths` (B,)."""
+        """Returns padded ids and mask (B, L), cut and with special tokens, for ids (T,) and lengths (B,)."""
         before, after = len(self._prefix), len(self._suffix)
         room = (max_length or self.max_length) - before - after
         if before + after == 0 and (lengths == 0).any():  # each caption needs at least one token

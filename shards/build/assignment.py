@@ -1,7 +1,8 @@
-"""Assigns every image of a source to a position in a shard: lists images, checks them, joins captions, sorts, cuts.
+"""Assigns each image of a source to a position in a shard: lists, checks, joins captions, sorts, cuts.
 
-All faults that can be found without decoding images are found here, before the first shard is written. The assignment
-is stored on disk, and the workers memory-map it. Making it needs about 100 bytes of memory for each image.
+All faults that can be found without decoding images are found here, before the first shard is written. The
+assignment is stored on disk, and the workers memory-map it. Making it needs about 100 bytes of memory for
+each image.
 """
 
 import hashlib
@@ -64,7 +65,7 @@ def assign(
     layout: Layout,
     faults: Faults,
 ) -> Assignment:
-    """Makes the assignment in `folder`. Raises ValueError, in one line, for mistakes that the user has to correct."""
+    """Makes the assignment in `folder`. Raises ValueError, in one line, for mistakes of the user."""
     images = list_images(entries, folder / _ENTRIES, join, layout.seed, faults)
     if not len(images.usable):
         raise ValueError("the source has no images; nothing to build")

@@ -1,4 +1,4 @@
-"""Builds a data set: assigns the images to shards, writes the shards, and writes the files that describe them."""
+"""Builds a data set: assigns the images to shards, writes the shards, and writes their description."""
 
 import fcntl
 import shutil
@@ -87,9 +87,10 @@ def build(
 
 
 def _is_last(common_lock: IO[str], assignment: Assignment, out: Path) -> bool:
-    """Returns whether all shards are done and no other part is running: then this part completes the data set.
+    """Returns whether all shards are done and no other part runs: then this part completes the build.
 
-    The shared lock is released before an exclusive one is requested, so one of two parts that end together gets it.
+    The shared lock is released before an exclusive one is requested, so one of two parts that end together
+    gets it.
     """
     fcntl.flock(common_lock, fcntl.LOCK_UN)
     try:

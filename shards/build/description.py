@@ -28,7 +28,7 @@ from d2s.shards.format.index_file import IndexWriter
 def write_description(
     out: Path, shards: list[Shard], markers: dict[str, dict], faults: list[dict], settings: dict
 ) -> None:
-    """Writes all files that describe the shards. checksums.json comes last and marks the data set as complete.
+    """Writes all files that describe the shards; checksums.json last, as it marks complete data sets.
 
     Args:
         shards: the shards with at least one sample, in order.

@@ -39,7 +39,7 @@ class ImageList:
     """The images of a source. Each has a row in a file on disk, and an entry in several arrays in memory."""
 
     rows: RowFile
-    """the fields of each image's entry, and two more: `join`, the key that a row of separate captions must have, and
+    """the fields of each image's entry; and `join`, the key that its row of separate captions must have, and
     `given`, a key that the source gave and that must be unique"""
     numbers: dict[str, np.ndarray]
     """maps each name in _KINDS to an array (images,)"""
@@ -59,7 +59,7 @@ class ImageList:
 def list_images(
     entries: Iterable[Entry], path: Path, join: JoinOptions | None, seed: int, faults: Faults
 ) -> ImageList:
-    """Lists the images and writes their rows to `path`. Unusable entries are listed, too, and added to `faults`."""
+    """Lists the images and writes their rows to `path`. Unusable ones are also added to `faults`."""
     secret = str(seed).encode()
     columns = {name: array(kind) for name, kind in _KINDS.items()}
     usable, splits, tars = array("b"), {}, {}
@@ -110,7 +110,7 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
 
 
 def _join_value(entry: Entry, row: dict, join: JoinOptions | None, readable: bool) -> str:
-    """Returns an image's join key. Unusable images get one too, so that their captions are not reported as extra."""
+    """Returns the key to join captions by. Unusable images get one, so that theirs are not extra."""
     if join is None:
         return ""
     if join.key == "sha256":
@@ -140,7 +140,7 @@ def _id_fault(image_id: object) -> str | None:
 
 
 def _name_fault(entry: Entry) -> str | None:
-    """Returns a fault if a name is not valid Unicode: tars allow any bytes, and JSON allows unpaired surrogates."""
+    """Returns a fault if a name is not valid Unicode, which tars and JSON with surrogates allow."""
     for name in (entry.source_id, entry.key or "", entry.path, entry.filename, entry.sha256):
         if name and not name.isascii() and caption_fault((name,)):
             return f"name {name!r} is not valid Unicode"
@@ -148,7 +148,7 @@ def _name_fault(entry: Entry) -> str | None:
 
 
 def _check_file(entry: Entry) -> tuple[int, str | None]:
-    """Returns the file's size, and its fault or None. Decodes the file only if its first or last bytes look wrong."""
+    """Returns the file's size, and its fault or None. Decodes it only if its ends look wrong."""
     if not entry.path:
         return -1, None
     if "\0" in entry.path:
@@ -217,7 +217,7 @@ def exclude_ambiguous(images: ImageList, join: JoinOptions, faults: Faults) -> N
 
 
 def unique_keys(images: ImageList) -> dict[int, str]:
-    """Maps the number of each image with a repeated key to a new key: the old key and a hash of the image's name."""
+    """Maps each image with a repeated key to a new key: the old one and a hash of the image's name."""
     renamed = {}
     for number in (number for group in _repeated(images.numbers["key"]) for number in group):
         row = images.rows.row(number)

@@ -1,4 +1,4 @@
-"""Arranges images: shuffles them within each split and cuts them into shards, or leaves them in their tars."""
+"""Arranges images: shuffles them in each split and cuts them into shards, or leaves them in their tars."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -47,19 +47,19 @@ def arrange(
     tars: tuple[np.ndarray, list[str]],
     layout: Layout,
 ) -> tuple[list[Shard], dict[str, int], np.ndarray]:
-    """Orders the images of each split by their hash and cuts them into shards. Tars in place keep their order.
+    """Orders the images of each split by hash and cuts them into shards. Tars in place keep theirs.
 
     Args:
         groups: maps each split to the numbers of its images, int64, in the order of the source.
-        shuffle: uint64 (images,), the keyed hash of each image; the image with the smallest hash comes first.
+        shuffle: uint64 (images,), the keyed hash of each image; images are ordered by it.
         sizes: int64 (images,), the size of each image in bytes, or -1 if it is unknown.
         tars: int32 (images,), the number of each image's tar; and the list of the paths of the tars.
 
     Returns:
-        The shards; the number of images in each split; and the numbers of all images in their final order, int64.
+        The shards; the number of images in each split; and the numbers of all images in final order, int64.
 
     Raises:
-        ValueError: an empty split, a holdout that is too large, or a shard size in bytes although sizes are unknown.
+        ValueError: an empty split, a holdout that is too large, or a shard size in bytes for unknown sizes.
     """
     if not layout.in_place:
         groups = {name: rows[np.argsort(shuffle[rows], kind="stable")] for name, rows in groups.items()}

@@ -27,7 +27,7 @@ def check_output(out: Path, resume: bool) -> None:
 
 
 def remove_description(folder: Path, force: bool) -> None:
-    """Prepares a folder of tars for indexing. Raises ValueError if it is already indexed, unless `force` is set."""
+    """Prepares a folder of tars for indexing. Raises ValueError if it is indexed, unless `force`."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / CHECKSUMS).exists() and not force:
@@ -52,7 +52,7 @@ def lock(file: IO[str], out: Path, shared: bool = False) -> None:
 
 
 def remove_empty_build(out: Path, own: Path) -> None:
-    """Removes the scratch folder of a build that was refused before its first shard, unless other parts use it."""
+    """Removes the scratch folder of a build refused before its first shard, unless other parts use it."""
     scratch = out / SCRATCH
     others = [path for path in scratch.glob("assignment-*") if path != own]
     if not (scratch / "settings.json").exists() and not others:

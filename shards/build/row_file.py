@@ -1,4 +1,4 @@
-"""Stores rows on disk as memory-mapped JSON lines, which many processes can read in any order with little memory."""
+"""Stores rows on disk as memory-mapped JSON lines. Many processes can read them with little memory."""
 
 import json
 import mmap
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class RowFileWriter:
-    """Appends rows (dictionaries) to a file. When it is closed, it writes the rows' offsets to a file beside it."""
+    """Appends rows (dictionaries) to a file. On closing, writes the rows' offsets to a file beside it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

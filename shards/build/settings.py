@@ -41,7 +41,7 @@ class BuildConfig:
 
 
 def settings_of(config: BuildConfig, facts: dict | None = None) -> dict:
-    """Returns the content of build.json: everything that decides the bytes, nothing about the machine or the time."""
+    """Returns the content of build.json: all that decides the bytes, nothing of machine or time."""
     layout = config.layout
     size = layout.shard_size
     settings = {
@@ -61,7 +61,7 @@ def settings_of(config: BuildConfig, facts: dict | None = None) -> dict:
 
 
 def is_complete(out: Path, settings: dict) -> bool:
-    """Returns whether `out` holds a complete data set. Raises ValueError if that has other settings or input."""
+    """Returns whether `out` has a complete data set. Raises ValueError if it has other settings or input."""
     if not (out / CHECKSUMS).exists():
         return False
     found = read_json(out / SETTINGS) if (out / SETTINGS).exists() else {}

@@ -38,18 +38,18 @@ _job: _Job | None = None
 
 
 def start_worker(out: Path, assignment: Path, config: BuildConfig) -> None:
-    """Prepares this process to write shards into `out`. `assignment` is the folder of the stored assignment."""
+    """Prepares this process to write shards into `out`. assignment: the folder that stores it."""
     global _job
     _job = _Job(out, Assignment(assignment), config)
 
 
 def part_path(out: Path, shard: Shard) -> Path:
-    """Returns the file for a finished shard's manifest rows. The files are joined once all shards are done."""
+    """Returns the file for a finished shard's manifest rows, which are joined at the end."""
     return out / SCRATCH / "parts" / (shard.name.removesuffix(".tar").replace("/", "-") + ".parquet")
 
 
 def is_done(out: Path, shard: Shard) -> bool:
-    """Returns whether the shard was finished before an interruption and its tar still exists with the same size."""
+    """Returns whether the shard was finished before an interruption and its tar has the same size."""
     marker = part_path(out, shard).with_suffix(".json")
     if not marker.exists():
         return False
@@ -75,7 +75,7 @@ def write_shard(shard: Shard) -> None:
 
 
 def _images(shard: Shard, faults: Faults) -> Iterator[tuple[Entry, EncodedImage]]:
-    """Yields the entries of a shard whose images can be used, with these images. Adds all others to `faults`."""
+    """Yields the entries of a shard with their images. Unusable ones are added to `faults` instead."""
     assert _job is not None
     config = _job.config
     for entry in _job.assignment.entries(shard):
@@ -141,7 +141,7 @@ def _write_tar(
 def _describe_tar(
     out: Path, shard: Shard, images: Iterator[tuple[Entry, EncodedImage]]
 ) -> tuple[list[dict], int, str]:
-    """Writes the captions of a tar that stays unchanged; their offsets count from the start of this captions file."""
+    """Writes the captions of a tar that stays unchanged. Offsets count from this file's start."""
     rows, position = [], 0
     with atomic_file(part_path(out, shard).with_suffix(".jsonl")) as file:
         for entry, image in images:

@@ -29,10 +29,11 @@ class EncodedImage:
 def check_image(
     data: bytes, resize: int | None = None, quality: int = 95, convert: bool = True
 ) -> EncodedImage:
-    """Decodes an image in full. If `resize` is given, shrinks the shorter side of a larger image to `resize` pixels.
+    """Decodes an image in full. With `resize`, shrinks a larger image's shorter side to that many pixels.
 
-    An image that is not shrunk keeps its bytes if it is a JPEG, PNG or WebP. An image in another format becomes a
-    JPEG, or raises ValueError if `convert` is False. Raises ValueError with the reason if the image does not decode.
+    An image that is not shrunk keeps its bytes if it is a JPEG, PNG or WebP. An image in another format
+    becomes a JPEG, or raises ValueError if `convert` is False. Raises ValueError with the reason if it does
+    not decode.
     """
     with _opened(data) as image:
         suffix = SUFFIXES.get(image.format or "")
@@ -46,7 +47,7 @@ def check_image(
 
 
 def check_header(data: bytes) -> EncodedImage:
-    """Reads only an image's header. Raises ValueError with the reason if that fails or it is no JPEG, PNG or WebP."""
+    """Reads only an image's header. Raises ValueError, with the reason, unless it is JPEG, PNG or WebP."""
     with _opened(data) as image:
         if image.format not in SUFFIXES:
             raise ValueError(f"format {image.format} is none of JPEG, PNG, WebP")
@@ -85,7 +86,7 @@ def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImag
 
 
 def has_valid_ends(head: bytes, tail: bytes, size: int) -> bool:
-    """Returns whether the first and last 12 bytes look like an intact image. If False, only decoding can tell."""
+    """Returns whether the first and last 12 bytes look intact. If False, only decoding can tell."""
     if head[:2] == b"\xff\xd8":
         return tail[-2:] == b"\xff\xd9"
     if head[:8] == b"\x89PNG\r\n\x1a\n":

@@ -47,7 +47,7 @@ def index_schema(shards: list[str], splits: dict[str, list[int]], json_home: str
 
 
 class IndexWriter:
-    """Collects the rows of all shards in memory-mapped files, so that memory does not grow with their number."""
+    """Collects the rows of all shards in memory-mapped files, so that memory does not grow with them."""
 
     def __init__(self, rows: int, scratch: Path) -> None:
         assert rows, "an index has at least one row"
@@ -62,7 +62,7 @@ class IndexWriter:
         self._splits: dict[str, list[int]] = {}
 
     def add(self, table: pa.Table, crc32: np.ndarray) -> None:
-        """Appends the manifest rows of one shard and each sample's CRC-32 (over image bytes, then JSON bytes)."""
+        """Appends a shard's manifest rows and samples' CRC-32 (of image bytes, then JSON bytes)."""
         split = table.column("split")[0].as_py()
         start, stop = self._next, self._next + table.num_rows
         self._splits.setdefault(split, [start, stop])[1] = stop

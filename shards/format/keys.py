@@ -9,7 +9,7 @@ _KEY_LENGTH = 80
 
 
 def clean_key(name: str) -> str:
-    """Makes a key that every WebDataset reader accepts from a file name: without folder, suffix, dots and slashes."""
+    """Makes a key for any WebDataset reader from a file name: no folder, suffix, dots or slashes."""
     stem = name.replace("\\", "/").rsplit("/", 1)[-1]
     stem = stem.rsplit(".", 1)[0] or stem
     key = _UNCLEAN.sub("_", stem).strip("_")

@@ -86,7 +86,7 @@ def open_manifest(folder: Path) -> pq.ParquetFile:
 
 
 def read_row(file: pq.ParquetFile, number: int, columns: list[str]) -> dict:
-    """Returns some columns of row `number` of an open manifest. This is slow: it reads them for a whole row group."""
+    """Returns some columns of row `number` of an open manifest. Slow: it reads a whole row group."""
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         if number < rows:

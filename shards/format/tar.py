@@ -20,7 +20,7 @@ class Member:
 
 
 def header(name: str, size: int) -> bytes:
-    """Returns the 512 bytes before a member: plain ustar with time 0, owner 0 and mode 0644, always the same."""
+    """Returns the 512 bytes before a member: plain ustar with time 0, owner 0 and mode 0644."""
     info = tarfile.TarInfo(name)
     info.size = size
     info.mode = 0o644
@@ -35,7 +35,7 @@ def padding(size: int) -> bytes:
 
 
 def ending(size: int) -> bytes:
-    """Returns the end of a tar of `size` bytes: two empty blocks, then zeros up to a multiple of 10,240 bytes."""
+    """Returns the end of a tar of `size` bytes: two empty blocks, then zeros up to 10,240-byte records."""
     return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
 
 
@@ -98,7 +98,7 @@ def scan(path: Path) -> Iterator[Member]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Splits a name into key and suffix as WebDataset does: the suffix begins after the file name's first dot."""
+    """Splits a name into key and suffix by the WebDataset rule: at the first dot of the file name."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()

@@ -1,4 +1,4 @@
-"""Checks one shard: compares every byte of its tar, and its rows in the index, with its rows in the manifest."""
+"""Checks one shard: compares every byte of its tar, and its index rows, with its manifest rows."""
 
 import hashlib
 import mmap
@@ -22,7 +22,7 @@ _Bytes = mmap.mmap | bytes
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault found in a file. `key` is the key of the damaged sample, or "" if no single sample is damaged."""
+    """A fault found in a file. key: the damaged sample's key, or "" if the fault is in no sample."""
 
     file: str
     key: str
@@ -34,7 +34,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """A row group of the manifest (the rows of one shard): number of the group, its first row, number of rows."""
+    """A row group of the manifest, with the rows of one shard: its number, first row, number of rows."""
 
     number: int
     start: int
@@ -43,7 +43,7 @@ class RowGroup:
 
 @dataclass
 class CheckedShard:
-    """The faults of one shard, and its key hashes and image ids, which are later compared across all shards."""
+    """The faults of one shard, and its key hashes and image ids, to be compared across shards."""
 
     faults: list[Fault] = field(default_factory=list)
     shard: str = ""
@@ -52,7 +52,7 @@ class CheckedShard:
 
 
 def open_index(folder: Path) -> tuple[pa.RecordBatch | None, list[Fault]]:
-    """Opens the index as one memory-mapped record batch. Returns (batch, []), or (None, [fault]) if that fails."""
+    """Opens the index as one memory-mapped record batch: (batch, []), or (None, [fault]) if damaged."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(folder / INDEX)))
         return reader.get_batch(0), []
@@ -125,7 +125,7 @@ def _check_index_rows(table: pa.Table, indexed: pa.RecordBatch, rows: list[dict]
 
 
 def _check_tar(shard: str, data: _Bytes, rows: list[dict], crc32: list[int | None]) -> list[Fault]:
-    """Returns the faults of a tar's samples. If the checksum is wrong, also checks the bytes between samples."""
+    """Returns the faults of a tar's samples and, for a wrong checksum, of the bytes between them."""
     assert _data is not None
     reasons = ((row["key"], _sample_fault(data, row, crc)) for row, crc in zip(rows, crc32, strict=True))
     faults = [Fault(shard, key, reason) for key, reason in reasons if reason]

@@ -14,7 +14,7 @@ _HINT_ROWS = 200_000
 
 
 def find(folder: Path, key: str) -> dict:
-    """Returns the manifest row of a key. Raises ValueError, with the most similar key, if there is no such key."""
+    """Returns the manifest row of a key. Raises ValueError, with a similar key, if there is none."""
     path = folder / MANIFEST
     manifest.open_manifest(folder).close()
     rows = pq.read_table(path, filters=[("key", "==", key)]).to_pylist()

@@ -27,7 +27,7 @@ class SplitStats:
 
 
 def stats(folder: Path) -> dict[str, SplitStats]:
-    """Computes the statistics from the manifest. Raises ValueError if it is missing, damaged or has no sample."""
+    """Computes statistics from the manifest. Raises ValueError if it is missing, damaged or empty."""
     found: dict[str, SplitStats] = {}
     with manifest.open_manifest(folder) as file:
         for group in range(file.num_row_groups):
@@ -55,7 +55,7 @@ def _count(split: SplitStats, columns: dict[str, list]) -> None:
 
 
 def _quantiles(counter: Counter, fractions: tuple[float, ...]) -> list[int]:
-    """Returns one quantile for each fraction: 0 gives the smallest counted value, 0.5 the median, 1 the largest."""
+    """Returns one quantile for each fraction: 0 gives the smallest value, 0.5 the median, 1 the largest."""
     values = np.array(sorted(counter))
     ends = np.cumsum([counter[value] for value in values.tolist()])
     places = [min(len(values) - 1, int(np.searchsorted(ends, fraction * ends[-1]))) for fraction in fractions]

@@ -99,7 +99,7 @@ def _row_groups(groups: pq.ParquetFile) -> list[RowGroup]:
 
 
 def _check_across_shards(folder: Path, checked: list[CheckedShard]) -> Iterator[Fault]:
-    """Yields faults that only all shards together show: tars unknown to the manifest, and repeated keys and ids."""
+    """Yields faults of all shards together: tars unknown to the manifest, repeated keys and ids."""
     tars = {path.relative_to(folder).as_posix() for path in [*folder.glob("*.tar"), *folder.glob("*/*.tar")]}
     for name in sorted(tars - {part.shard for part in checked}):
         yield Fault(name, "", "is no part of the data set: the manifest does not know it")
