@@ -1,7 +1,7 @@
 """D2S: image-text embeddings trained by dense-to-sparse feature distillation.
 
-The names below are imported on first use. So `import d2s.shards` does not import torch, and `import d2s.kernels`
-imports only torch and triton.
+The names below are imported on first use. So `import d2s.shards` does not import torch, and `import
+d2s.kernels` imports only torch and triton.
 """
 
 from importlib import import_module

@@ -2,8 +2,8 @@
 
 Trains the paper's five rows and two controls with several seeds each, and prints a table of rSum on test. All
 fine-tuning runs take the same number of training steps. Each run's model is its best on val, and test is
-evaluated only once, after the last training. Complete runs in the output folder are not trained again, so an
-interrupted ablation continues.
+evaluated only once, after the last training. Complete runs are not trained again, so an interrupted ablation
+continues.
 """
 
 import argparse
@@ -84,7 +84,7 @@ class Ablation:
     overrides: tuple[str, ...]
 
     def settings(self) -> dict[str, object]:
-        """Returns the settings that affect results, without seeds. They must be equal to reuse runs."""
+        """Returns the settings that affect results, without seeds. Old runs are used only if equal."""
         same = {name: getattr(self, name) for name in ("family", "steps", "pretrain_steps")}
         return {**same, "data": str(self.data), "overrides": list(self.overrides)}
 

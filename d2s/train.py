@@ -1,7 +1,7 @@
 """Trains one stage: `deepspeed d2s/train.py RECIPE --data DIR --run DIR [--init RUN] [--field value ...]`.
 
-The same file runs under deepspeed, torchrun, srun and plain python. A mistake in the arguments, the configuration or
-the data is reported in one line before the training starts.
+The same file runs under deepspeed, torchrun, srun and plain python. A mistake in the arguments, the
+configuration or the data is reported in one line before the training starts.
 """
 
 import os
@@ -93,7 +93,7 @@ def _rank() -> int:
 def _report_error(error: object, code: int, preemption: Preemption) -> int:
     """Prints the error as one line on stderr and returns `code`.
 
-    Workers often fail for the same reason: the others first wait for worker 0 to report the error and end the group.
+    Workers often fail for the same reason: the others wait for worker 0 to report it and to end them.
     """
     preemption.uninstall()
     _exit_if_another_failed()

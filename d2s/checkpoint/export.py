@@ -12,8 +12,8 @@ from d2s.model import D2SModel
 def write_model(folder: Path, model: D2SModel) -> None:
     """Writes the model to `folder` and replaces an older one.
 
-    Raises OSError, with the name of the file or of `folder`, if the disk is full or cannot be written. The unfinished
-    folder is removed then, because it may be the reason why the disk is full.
+    Raises OSError, with the name of the file or of `folder`, if the disk is full or cannot be written. The
+    unfinished folder is removed then, because it may be the reason why the disk is full.
     """
     try:
         replace_folder(folder, model.save_pretrained)

@@ -1,8 +1,8 @@
 """Gives evaluation and export a model with all of its weights, under any ZeRO stage.
 
-Under ZeRO 3, every forward of a module gathers its weights from all workers, so all workers must run the same modules
-equally often. Evaluation does not: how often the pooling operator computes its weights, for example, depends on a
-worker's caption lengths. So evaluation runs on a copy of the model that borrows all weights and gathers nothing.
+Under ZeRO 3, every forward of a module gathers its weights from all workers, so all workers must run the same
+modules equally often. Evaluation does not: how often the pooling operator computes its weights, for example,
+depends on a worker's caption lengths. So evaluation runs on a copy of the model that borrows all weights.
 """
 
 import copy
@@ -18,10 +18,9 @@ from d2s.model.running_statistics import broadcast_running_statistics
 
 
 class FullModel:
-    """Gives access to all weights of a model in training. Create it before the engine is created.
+    """Gives access to all weights of a model in training. Create it before the engine adds hooks.
 
-    model: the D2SModel inside the module that the engine gets; the engine adds hooks to it. stage: the ZeRO
-    stage, 0 to 3.
+    model: the D2SModel inside the module that the engine gets. stage: the ZeRO stage, 0 to 3.
     """
 
     def __init__(self, model: D2SModel, stage: int) -> None:
@@ -39,8 +38,7 @@ class FullModel:
         """Yields the model in eval mode with all weights; all workers enter the `with` block together.
 
         Under ZeRO 3, each worker holds all weights during the block. If workers compute their own running
-        statistics (model.compat_batch_norm), those of worker 0 replace the others, so that all evaluate the
-        same model.
+        statistics (model.compat_batch_norm), those of worker 0 replace the others.
         """
         broadcast_running_statistics(self._model)
         if self._copy is None:

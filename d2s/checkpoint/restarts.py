@@ -20,7 +20,8 @@ class StalledError(Exception):
 def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
     """Counts a start at `checkpoint` (None: at the first training step). Only one worker calls it.
 
-    Raises StalledError if the last `limit` starts also began there and saved nothing newer. `limit` 0 never raises.
+    Raises StalledError if the last `limit` starts also began there and saved nothing newer, unless `limit` is
+    0.
     """
     place = _place(checkpoint)
     path = run / RESTARTS

@@ -5,9 +5,10 @@
     checkpoints/.step-00000120/   unfinished: being written, or left by a killed process; never read
     best/, last/                  D2SModel folders (safetensors), for use and evaluation
 
-A checkpoint is written under a hidden name, flushed to disk, marked as complete and renamed. Only then are old
-checkpoints removed. It holds weights, AdamW's moments and buffers by name. Each worker writes its own part to its own
-file (:mod:`d2s.checkpoint.zero_state`), so no worker ever holds the full state. No file is a pickle.
+A checkpoint is written under a hidden name, flushed to disk, marked as complete and renamed. Only then are
+old checkpoints removed. It holds weights, AdamW's moments and buffers by name. Each worker writes its own
+part to its own file (:mod:`d2s.checkpoint.zero_state`), so no worker holds the full state. No file is a
+pickle.
 """
 
 import json

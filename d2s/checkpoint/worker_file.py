@@ -1,7 +1,7 @@
 """Reads and writes one worker's file of a checkpoint: slices of named tensors in safetensors format.
 
-A file stores consecutive elements of flattened tensors under keys such as `weight/model.norm.bias@128`: the tensor's
-name, and the index of the first element. Workers read only the ranges that they hold, from the files of all workers.
+A file stores consecutive elements of flattened tensors under keys such as `weight/model.norm.bias@128`: the
+tensor's name, and the index of the first element. Workers read only the ranges that they hold.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ from d2s.checkpoint.zero_state import TensorSlice
 def slices_to_write(slices: Iterable[TensorSlice], rank: int, world: int) -> Iterator[TensorSlice]:
     """Yields the slices that worker `rank` of `world` writes.
 
-    Of a slice that all workers hold, each worker writes one of `world` equal parts; other slices are written in full.
+    Of a slice that all workers hold, each worker writes one of `world` equal parts; others are written in
+    full.
     """
     for one in slices:
         if not one.replicated:

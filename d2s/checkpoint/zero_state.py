@@ -103,7 +103,7 @@ class ZeroState:
         return {kind: (0, _flat(values)) for kind, values in tensors.items()}
 
     def _part_of_group(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stages 1, 2: maps "weight" and each moment to (index of the first local element, elements)."""
+        """Stages 1 and 2: maps "weight" and each moment to (first index, elements) of this worker's part."""
         if not parameter.requires_grad:
             return {"weight": (0, _flat(parameter.data))}
         mapping = parameter._hp_mapping

@@ -28,7 +28,7 @@ def run(work: Callable[[], int | None], interrupted: str = "interrupted") -> int
         work: does the work and returns the exit code, or None for 0.
         interrupted: text to print after Ctrl-C.
     Returns:
-        The exit code: the result of `work`; 2 after ValueError or OSError, printed as one line; 130 after Ctrl-C.
+        The exit code: the result of `work`; 2 after ValueError or OSError; 130 after Ctrl-C.
     """
     try:
         return work() or 0

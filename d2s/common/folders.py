@@ -1,7 +1,7 @@
 """Replaces folders atomically: a folder is filled under a hidden name, flushed to disk, then renamed.
 
-If the process is killed meanwhile, the old or the new folder is complete. Hidden folders may remain, and the next
-write removes them.
+If the process is killed meanwhile, the old or the new folder is complete. The next write removes hidden
+folders.
 """
 
 import ctypes
@@ -43,8 +43,8 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def put_in_place(fresh: Path, folder: Path) -> None:
     """Renames `fresh` to `folder`, replaces an existing `folder`, and flushes the change to disk.
 
-    If the system cannot exchange two names in one operation, the old folder has a temporary name for a moment. If the
-    process is killed then, :func:`recover` restores the old folder.
+    If the system cannot exchange two names in one operation, the old folder has a temporary name for a
+    moment. If the process is killed then, :func:`recover` restores the old folder.
     """
     if not folder.exists():
         fresh.rename(folder)
@@ -62,7 +62,7 @@ def put_in_place(fresh: Path, folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders' names in one operation. Returns False if unsupported; may raise OSError."""
+    """Swaps two folders' names in one operation. Returns False if unsupported, raises other errors."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):

@@ -36,8 +36,8 @@ def map_ordered(
 ) -> Iterator[tuple[Any, Any]]:
     """Yields (task, result) in the order of the tasks. Each process first calls `initializer(*arguments)`.
 
-    With one worker, everything runs in this process. Processes are spawned, not forked, because the threads of numpy
-    and pyarrow do not survive a fork. Only a few tasks are queued at a time, to limit memory.
+    With one worker, everything runs in this process. Processes are spawned, not forked, because the threads
+    of numpy and pyarrow do not survive a fork. Only a few tasks are queued at a time, to limit memory.
 
     Raises:
         ValueError: a process died. An error that `function` raises for a task is raised at that task's turn.

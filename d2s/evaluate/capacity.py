@@ -1,8 +1,8 @@
 """Measures information capacity: how much of the embedding space a set of embeddings uses.
 
 Sizes: N images, M captions, D width. `owner` is explained in `d2s.evaluate.metrics`. All functions but
-`effective_rank` and `measure_capacity` require rows of length 1. Use the measures to compare models on the same
-split. No measure by itself shows quality: random embeddings have the highest rank and the best uniformity.
+`effective_rank` and `measure_capacity` require rows of length 1. Use the measures to compare models on the
+same split. No measure alone shows quality: random embeddings have the best rank and uniformity.
 """
 
 import math
@@ -56,7 +56,7 @@ def effective_rank(embeddings: Tensor) -> float:
     for part in embeddings.split(_CHUNK):
         gram += part.double().T @ part.double()
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
-    # Eigenvalues have an error of about eps times the largest. Its square root would look like a used direction.
+    # Eigenvalues have errors of about eps times the largest, whose square root would count as a direction.
     noise = values.max() * torch.finfo(torch.float64).eps * len(values)
     values = values[values > noise].sqrt()
     if len(values) == 0:
@@ -80,8 +80,8 @@ def alignment(images: Tensor, texts: Tensor, owner: Tensor) -> float:
 def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
     """Returns the log of the mean over pairs i < j of exp(-2 |x_i - x_j|^2) on the unit sphere.
 
-    The result is 0 if all rows are equal, and lower the more evenly they spread (-4 in the limit of many dimensions).
-    The cost is quadratic, so of more than `limit` rows only `limit` evenly spaced ones are used.
+    The result is 0 if all rows are equal, and lower the more evenly they spread (-4 in the limit of many
+    dimensions). The cost is quadratic, so of more than `limit` rows only `limit` evenly spaced ones are used.
 
     Args:
         embeddings: (N, D) of length 1.
@@ -115,8 +115,8 @@ def sparse_to_dense(
 ) -> float:
     """Returns the mean over images of the mean cosine between an image's sparse and its dense captions.
 
-    The mean cosine over all pairs of two sets of unit vectors is the dot product of the sets' means. Images without a
-    sparse or without a dense caption are left out; the result is NaN if no image has both.
+    The mean cosine over all pairs of two sets of unit vectors is the dot product of the sets' means. Images
+    without a sparse or without a dense caption are left out; the result is NaN if no image has both.
 
     Args:
         sparse: (M, D) of length 1; dense: (M', D) of length 1; their owners: (M,) and (M',) int64.

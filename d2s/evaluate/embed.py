@@ -1,7 +1,8 @@
 """Embeds each image and each caption of a split once, on one worker or on several.
 
-All workers process equally many batches, filled up with surplus rows. The rows of all workers are gathered and sorted
-into the order of the split, so the result depends neither on the number of workers nor on the batch size.
+All workers process equally many batches, filled up with surplus rows. The rows of all workers are gathered
+and sorted into the order of the split, so the result does not depend on the number of workers or the batch
+size.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -67,7 +68,7 @@ def embed_split(
         poll: called before each batch, equally often on every worker; an exception in it ends the embedding.
 
     Raises:
-        ValueError: the split does not exist or is empty, or a sample is damaged (evaluation replaces no samples).
+        ValueError: the split does not exist or is empty, or a sample is damaged.
     """
 
     def polled(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
@@ -116,7 +117,7 @@ def _embed_texts(
         parts.append(model.forward_text(ids.to(model.device), mask.to(model.device)).embedding.float())
         places.append(numbers)
         surplus = ~valid & (mask.sum(1) == limit)
-        # Surplus rows repeat the last caption. If that was cut, the pipeline counted it again for each surplus row.
+        # Surplus rows repeat the last caption. If it was cut, each surplus row was counted as well.
         truncated += max(0, pipeline.truncated - int(surplus.sum()))
         pipeline.truncated = 0
     return TextSet(

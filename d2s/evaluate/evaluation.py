@@ -1,7 +1,7 @@
 """Measures a model on a split: retrieval with sparse and with dense captions, folds, information capacity.
 
-Each image and each caption is embedded once, by the same functions as in `encode_image` and `encode_text`, so the
-measures hold for the embeddings that users get.
+Each image and each caption is embedded once, by the same functions as in `encode_image` and `encode_text`, so
+the measures hold for the embeddings that users get.
 """
 
 import math
@@ -115,14 +115,14 @@ def evaluate_model(
     All workers must call this together. Afterwards the model is in its previous mode (training or eval).
 
     Args:
-        data_config, batch_size, rank, world, dense, poll: passed to `embed_split` (`data_config` as `config`).
+        data_config, batch_size, rank, world, dense, poll: see `embed_split` (`data_config` is its `config`).
         full: whether to measure also the folds and the information capacity.
-        folds: number of folds; 0 means none. None means folds of 1,000 images, if the split has 2,000, 3,000, ...
-            images. Folds are cut in the order of ascending image ids, not in that of the shards. The Karpathy file
-            of COCO has another order, so its COCO 1K comes from other folds.
+        folds: number of folds; 0 means none. None means folds of 1,000 images, if the split has 2,000, 3,000,
+            ... images. Folds are cut in the order of ascending image ids, not in that of the shards. The
+            Karpathy file of COCO has another order, so its COCO 1K comes from other folds.
 
     Raises:
-        ValueError: no such split, no caption in the split, `folds` does not divide it, or embeddings are not finite.
+        ValueError: no such split, no caption in the split, wrong `folds`, or embeddings not finite.
     """
     start = time.monotonic()
     if full:

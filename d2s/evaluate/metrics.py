@@ -1,16 +1,16 @@
 """Retrieval metrics, as pure functions of embeddings.
 
-Sizes: N images, M captions, D width, F folds. For each caption, `owner` (M,) int64 holds the position in 0..N-1 of
-the image that the caption describes. An image may have any number of captions, or none.
+Sizes: N images, M captions, D width, F folds. For each caption, `owner` (M,) int64 holds the position in
+0..N-1 of the image that the caption describes. An image may have any number of captions, or none.
 
 Conventions, tested with matrices computed by hand:
 
-* R@K is a *hit rate*: the percentage of queries that have at least one right candidate among the first K. It is not
-  the recall of information retrieval, which divides by the number of right candidates.
-* Ties count against the model: a query's rank is the number of wrong candidates that are at least as similar as its
-  best right candidate. A collapsed model, with all embeddings equal, therefore scores 0 and not 100.
+* R@K is a *hit rate*: the percentage of queries that have at least one right candidate among the first K. It
+  is not the recall of information retrieval, which divides by the number of right candidates.
+* Ties count against the model: a query's rank is the number of wrong candidates that are at least as similar
+  as its best right candidate. A collapsed model, with all embeddings equal, therefore scores 0 and not 100.
 * An image without captions is no query of image -> text, but a wrong candidate of text -> image.
-* Embeddings that are not finite are an error: no number compares as greater than NaN, so NaN would rank first.
+* Embeddings that are not finite are an error: nothing compares as greater than NaN, which would rank first.
 """
 
 from collections.abc import Iterable
@@ -125,7 +125,7 @@ def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tu
 
 
 def summarize(ranks: Tensor, right: Tensor, candidates: int) -> Recall:
-    """Computes the measures from each query's rank, from 0, and number of right candidates, both (N,)."""
+    """Computes the measures. ranks: (N,), counted from 0. right: (N,), right candidates of each query."""
     assert len(ranks) == len(right) > 0
     ordered = torch.sort(ranks.double()).values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
@@ -150,7 +150,7 @@ def recall_report(images: Tensor, texts: Tensor, owner: Tensor) -> Retrieval:
         owner: (M,) int64, position in `images` of each caption's image.
 
     Raises:
-        ValueError: no image or caption, shapes that do not fit, an owner outside 0..N-1, or rows that are not finite.
+        ValueError: no image or caption, shapes that do not fit, an owner outside 0..N-1, or rows not finite.
     """
     images, texts = normalize(images, "image embeddings"), normalize(texts, "caption embeddings")
     owner = owner.to(images.device)

@@ -124,8 +124,8 @@ class IdleSetting(UserWarning):
 def idle_settings(config: ModelConfig, changed: Collection[str] | None = None) -> list[str]:
     """Returns one line of text for each setting that has no effect.
 
-    changed: None if a new model is built, else the fields that the user changed in a saved model. Towers are checked
-    only for a new model, because those of a saved model have trained weights, whatever their settings say.
+    changed: None if a new model is built, else the fields that the user changed in a saved model. Towers are
+    checked only for a new model, because those of a saved model always have trained weights.
     """
     lines = []
     for field in ("image_encoder", "text_encoder") if changed is None else ():
@@ -139,7 +139,7 @@ def idle_settings(config: ModelConfig, changed: Collection[str] | None = None) -
             lines.append(
                 f"model.{field}.freeze=True keeps a tower with random weights as it is: it learns nothing"
             )
-    # No warning with compat_decoder_padding: recipes of the authors' release set both, to reproduce the release.
+    # No warning with compat_decoder_padding: recipes of the authors' release set both together.
     decoder = config.decoder if changed is None or "decoder" in changed else None
     if decoder is not None and decoder.layout != "surround" and not config.compat_decoder_padding:
         lines.append(

@@ -109,8 +109,8 @@ class D2SModel(nn.Module):
 
         A picture is a PIL image, a path, the bytes of an image file, or a uint8 array (H, W) or (H, W, 3).
         `batch_size` changes only the speed.
-        Raises ValueError if a picture cannot be read, with its path or its position in the list, or if
-        `batch_size` is not a positive integer.
+        Raises ValueError for an unreadable picture, with its path or position, or if `batch_size` is not a
+        positive integer.
         """
         _check_batch_size(batch_size)
         if not isinstance(images, (list, tuple)):
@@ -131,10 +131,10 @@ class D2SModel(nn.Module):
     ) -> Tensor:
         """Embeds texts in eval mode. Returns (n, D) float32 of unit length on `device`, in the given order.
 
-        With a decoder the result is t + p, the embedding that training aligns. Texts of more than `max_words` word
-        pieces are cut. `batch_size` changes only the speed.
-        Raises ValueError if `texts` has no order (a dictionary or a set), if `batch_size` is not a positive integer,
-        or, with its position in the list, if an item is not a string or cannot be encoded in UTF-8.
+        With a decoder the result is t + p, the embedding that training aligns. Texts of more than `max_words`
+        word pieces are cut. `batch_size` changes only the speed.
+        Raises ValueError if `texts` has no order (a dictionary or a set), if `batch_size` is not a positive
+        integer, or, with its position in the list, if an item is not a string or cannot be encoded in UTF-8.
         """
         _check_batch_size(batch_size)
         texts = _text_list(texts)
@@ -165,8 +165,8 @@ class D2SModel(nn.Module):
     def from_pretrained(cls, name: str | Path, **changes: object) -> Self:
         """Loads a saved model from a folder or from the hub, in eval mode.
 
-        `changes` replace fields of the saved `ModelConfig`. If they add a decoder, it starts with random weights; if
-        they change image_size, position embeddings are resized.
+        `changes` replace fields of the saved `ModelConfig`. If they add a decoder, it starts with random
+        weights; if they change image_size, position embeddings are resized.
         Raises ValueError in one line if there is no such model or its files are damaged.
         """
         saved = saving.read(name)

@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         before = {"surround": config.tokens // 2, "prefix": config.tokens, "postfix": 0}
         self.before = before[config.layout]
         self.tokens = nn.Parameter(torch.empty(config.tokens, width))
-        # Standard deviation 1, as word features have. The prompt averages many tokens, so it starts small beside t.
+        # Standard deviation 1, as word features have. The prompt is a mean, so it starts small beside t.
         nn.init.normal_(self.tokens)
         hidden = int(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))

@@ -74,8 +74,8 @@ class LengthWeights(nn.Module):
 class GPO(nn.Module):
     """Pools token features by the generalised pooling operator.
 
-    Weights are computed once for each distinct length in a batch. In eval mode without gradients they are cached, and
-    computed again only when the parameters change.
+    Weights are computed once for each distinct length in a batch. In eval mode without gradients they are
+    cached, and computed again only when the parameters change.
     """
 
     def __init__(self, width: int = 32, temperature: float = 0.1) -> None:

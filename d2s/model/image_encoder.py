@@ -56,7 +56,7 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor, draw_seeds: Tensor | None = None) -> Tensor:
         """Embeds uint8 images (B, 3, H, W). Returns embeddings (B, D) of unit length.
 
-        draw_seeds: (B,) int64; in training each image's seed decides which tokens it loses. None drops no token.
+        draw_seeds: (B,) int64; in training each seed decides which tokens its image loses. None: no token.
         """
         tokens = self.tokens(images)
         if self.training and draw_seeds is not None and self.config.token_dropout > 0:

@@ -50,8 +50,8 @@ def minilm(*, freeze: bool = True, layers: int | None = None) -> TowerConfig:
 def small_resnet(widths: tuple[int, ...] = (32, 64, 128, 256)) -> TowerConfig:
     """Returns a ResNet of basic blocks with random weights; it has 1.2 million parameters by default.
 
-    widths: number of channels of each stage. The first stage outputs a map with a quarter of the image's side, and
-    each further stage halves the side. BatchNorm uses statistics of the global batch, over all workers.
+    widths: number of channels of each stage. The first stage outputs a map with a quarter of the image's
+    side, and each further stage halves the side. BatchNorm uses the batches of all workers.
     """
     fields = {
         "model_type": "resnet",

@@ -1,12 +1,13 @@
 """Imports a checkpoint of the authors' release; the command is `d2s.compat`.
 
-The checkpoint has the layout of the release of D2S-VSE (arXiv 2503.14953). The file is a pickle, so it is opened by a
-loader that admits only tensors, plain containers and argparse.Namespace, and executes nothing. The imported model has
-the compat switches on, which reproduce the release's behaviour in evaluation; `--ours` leaves them off.
+The checkpoint has the layout of the release of D2S-VSE (arXiv 2503.14953). The file is a pickle, so it is
+opened by a loader that admits only tensors, plain containers and argparse.Namespace, and executes nothing.
+The imported model has the compat switches on, which reproduce the release's evaluation; `--ours` leaves them
+off.
 
-The release's padding inside the pooling operator (-10000 before the sort, 0 after it) needs no switch: the result
-equals that of a mask unless a feature is below -10000. The release resizes images with OpenCV (bilinear, not
-antialiased); this is part of reading images and is not reproduced here.
+The release's padding inside the pooling operator (-10000 before the sort, 0 after it) needs no switch: the
+result equals that of a mask unless a feature is below -10000. The release resizes images with OpenCV
+(bilinear, not antialiased); this is part of reading images and is not reproduced here.
 """
 
 import argparse

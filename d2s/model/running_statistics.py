@@ -1,7 +1,7 @@
 """Protects the running statistics of BatchNorm, which each training forward changes without the optimizer.
 
-Two problems are solved here. A forward changes the statistics before it is known whether the training step will be
-skipped. And workers that compute their own statistics (model.compat_batch_norm) drift apart.
+Two problems are solved here. A forward changes the statistics before it is known whether the training step
+will be skipped. And workers that compute their own statistics (model.compat_batch_norm) drift apart.
 """
 
 from collections.abc import Iterator
@@ -35,8 +35,8 @@ def _copy_into(buffers: list[Tensor], flat: Tensor) -> None:
 class RunningStatistics:
     """Undoes changes of running statistics, if a training step is skipped or a statistic becomes inf or NaN.
 
-    A running average that is inf or NaN once would stay so for ever. No method waits for the device, and finite
-    statistics keep every bit. Create the object when the module is already on the device on which it is trained.
+    A running average that is inf or NaN once would stay so for ever. No method waits for the device, and
+    finite statistics keep every bit. Create the object after the module is moved to its device.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -62,8 +62,8 @@ class RunningStatistics:
 def broadcast_running_statistics(module: nn.Module) -> None:
     """Gives every worker the running statistics of worker 0; all workers call it together.
 
-    Call it before statistics are saved or used in eval mode. Training does not read them, so extra calls do not
-    change those of worker 0, and a resumed run ends with the same bits as an uninterrupted run.
+    Call it before statistics are saved or used in eval mode. Training does not read them, so extra calls do
+    not change those of worker 0, and a resumed run ends with the same bits as an uninterrupted run.
     """
     if world_size() == 1:
         return

@@ -46,8 +46,8 @@ def uniforms(seeds: Tensor, count: int) -> Tensor:
 def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
     """Applies dropout to values (B, ...). Row b depends only on seeds[b] (int64).
 
-    Whether an entry is dropped depends on its position in the row, but not on the row's length. The rate is rounded
-    to a multiple of 1 / 65536, because one 64-bit hash serves four entries.
+    Whether an entry is dropped depends on its position in the row, but not on the row's length. The rate is
+    rounded to a multiple of 1 / 65536, because one 64-bit hash serves four entries.
     """
     if rate <= 0:
         return values

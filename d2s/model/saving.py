@@ -58,7 +58,7 @@ def write(
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # Resets padding and truncation, which the tokenizer keeps from its last call: equal models give equal files.
+        # The tokenizer keeps these settings of its last call. Reset, equal models give equal files.
         backend.no_padding()
         backend.no_truncation()
     tokenizer.save_pretrained(folder)

@@ -67,8 +67,7 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns text embeddings t (B, D), not of unit length, and word features (B, L, D).
 
-        draw_seeds: (B,) int64; in training each sample's seed decides its dropout. None uses torch's
-        generator.
+        draw_seeds: (B,) int64; in training each seed decides its sample's dropout. None: torch's generator.
         """
         hidden = self._frozen_hidden(ids, mask) if self.frozen else self._hidden(ids, mask)
         if draw_seeds is None or not self.training:
@@ -85,8 +84,8 @@ class TextEncoder(nn.Module):
     def _frozen_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Returns the tower's hidden states (B, L, H). On a CPU it embeds texts in groups of similar length.
 
-        On a CPU, padding takes as much time as words. Positions after the longest text of a group stay 0; the mask
-        excludes them later.
+        On a CPU, padding takes as much time as words. Positions after a group's longest text stay 0 and are
+        masked later.
         """
         if ids.device.type != "cpu" or len(ids) <= _GROUP:
             return self._hidden(ids, mask)

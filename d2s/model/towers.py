@@ -105,7 +105,7 @@ def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
     """Returns the full Hugging Face configuration of a tower.
 
     `changes` (image_size, vocab_size) apply only to random weights, and to fields that the configuration has.
-    Raises ValueError on an unknown name, model type or field, or if the tower has fewer than `tower.layers` layers.
+    Raises ValueError on an unknown name, model type or field, or on fewer layers than `tower.layers`.
     """
     config = _named_config(tower)
     if tower.layers is not None:

@@ -1,7 +1,7 @@
 """Translates between the names of a tower's weights in the installed transformers and in files on the hub.
 
-Releases of transformers rename modules, but files on the hub keep the old names, and transformers maps one to the
-other. A saved model uses the hub's names, so that other releases of transformers can read it.
+Releases of transformers rename modules, but files on the hub keep the old names, and transformers maps one to
+the other. A saved model uses the hub's names, so that other releases of transformers can read it.
 """
 
 import torch
@@ -15,10 +15,10 @@ TOWERS = ("image_encoder.tower.", "text_encoder.tower.")
 def hub_names(tower: PreTrainedModel) -> dict[str, str]:
     """Maps the installed name of each weight and buffer of the tower to its name on the hub.
 
-    Maps each name to itself if transformers merges or splits weights of this model type instead of renaming them.
+    Maps each name to itself if transformers merges or splits weights of this model type.
     """
     names = list(tower.state_dict())
-    # Each weight is replaced by its number. The name under which a number comes back is the weight's name on the hub.
+    # Each weight is replaced by its number; the number comes back under the weight's name on the hub.
     numbered = {name: torch.full((1,), number) for number, name in enumerate(names)}
     renamed = revert_weight_conversion(tower, numbered)
     pairs = {names[int(value)]: name for name, value in renamed.items() if value.numel() == 1}

@@ -16,7 +16,7 @@ Picture = Image.Image | str | PathLike | bytes | np.ndarray
 def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
     """Loads a picture and stretches it to a square, as evaluation does. Returns uint8 (3, size, size).
 
-    Raises ValueError if the picture cannot be read. The message contains its path if there is one, else `name`.
+    Raises ValueError if the picture cannot be read. The message has its path, or else `name`.
     """
     if isinstance(picture, (str, PathLike)):
         name = f"image {str(picture)!r}"

@@ -82,12 +82,12 @@ class TextPipeline:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokenises captions and masks, replaces or deletes words at random.
 
-        Each word is augmented with probability `word_augment`. Of the augmented words, half have all their tokens
-        masked, a tenth have all their tokens replaced by random tokens, and the others are deleted. If all words of a
-        caption would be deleted, its first word stays unchanged.
+        Each word is augmented with probability `word_augment`. Of the augmented words, half have all their
+        tokens masked, a tenth have all their tokens replaced by random tokens, and the others are deleted. If
+        all words of a caption would be deleted, its first word stays unchanged.
 
         Args:
-            samples: (B,) sample numbers; the augmentation of a caption depends only on (seed, epoch, sample number).
+            samples: (B,); a caption's augmentation depends only on seed, epoch and its number in `samples`.
         Returns:
             The same as `encode`.
         """
@@ -160,7 +160,7 @@ def _flat(lists: list[list[int]]) -> tuple[I64, I64]:
 def _continuing_pieces(core: Tokenizer) -> NDArray[np.bool_] | None:
     """Returns, for each token id, whether it continues a word; None unless the tokenizer is of BERT's kind.
 
-    BERT's pre-tokenizer makes a word of each "#", so a token that begins a word never starts with the prefix "##".
+    BERT's pre-tokenizer makes a word of each "#", so tokens that begin a word never start with "##".
     """
     description = json.loads(core.to_str())
     model, splitter = description["model"], description["pre_tokenizer"] or {}

@@ -1,8 +1,7 @@
 """Assigns each image of a source to a position in a shard: lists, checks, joins captions, sorts, cuts.
 
 All faults that can be found without decoding images are found here, before the first shard is written. The
-assignment is stored on disk, and the workers memory-map it. Making it needs about 100 bytes of memory for
-each image.
+assignment is stored on disk, and the workers memory-map it. Making it needs about 100 bytes for each image.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Joins captions from separate files (JSON lines or parquet) to images by an exact key.
 
-The files are read once, as a stream. However large they are, memory holds only 24 bytes for each image: matching
-captions are written to a memory-mapped file, from which the workers read them.
+The files are read once, as a stream. However large they are, memory holds only 24 bytes for each image:
+matching captions are written to a memory-mapped file, from which the workers read them.
 """
 
 from collections.abc import Callable, Iterator

@@ -55,12 +55,12 @@ def build(
         join: where separate captions come from, if there are any.
         facts: what build.json says about the input, in addition to the settings.
         workers: number of processes; the output does not depend on it.
-        part: (i, n) builds only the i-th of n parts of the shards, counted from 1. Other processes or machines build
-            the other parts. The part that ends last completes the data set; for all other parts, None is returned.
+        part: (i, n) builds only the i-th of n parts of the shards, counted from 1. Other processes or
+            machines build the other parts. The last part completes the data set; the others return None.
 
     Raises:
-        ValueError: bad input (in one line), another build is writing to `out`, or the input or the settings differ
-            from those of the interrupted build.
+        ValueError: bad input (in one line), another build is writing to `out`, or the input or the settings
+            differ from those of the interrupted build.
     """
     faults = faults or Faults(config.quarantine)
     scratch = out / SCRATCH
@@ -89,8 +89,7 @@ def build(
 def _is_last(common_lock: IO[str], assignment: Assignment, out: Path) -> bool:
     """Returns whether all shards are done and no other part runs: then this part completes the build.
 
-    The shared lock is released before an exclusive one is requested, so one of two parts that end together
-    gets it.
+    The shared lock is released before the exclusive one is requested, so one of two parts gets that.
     """
     fcntl.flock(common_lock, fcntl.LOCK_UN)
     try:

@@ -101,7 +101,7 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
     row["key"] = clean_key(entry.key or entry.source_id)
     if entry.image_id is None or _id_fault(entry.image_id):
         row["image_id"] = number
-    # Different tars may repeat keys, which are made unique later. But a key that a table gives must be unique.
+    # Keys of tars may repeat and are made unique later; a key that a table gives must be unique.
     row["given"] = entry.key if entry.key and entry.offset < 0 else ""
     row["join"] = _join_value(entry, row, join, readable)
     if usable:
@@ -110,7 +110,7 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
 
 
 def _join_value(entry: Entry, row: dict, join: JoinOptions | None, readable: bool) -> str:
-    """Returns the key to join captions by. Unusable images get one, so that theirs are not extra."""
+    """Returns an image's join key. Unusable images need one, so that their captions are not extra."""
     if join is None:
         return ""
     if join.key == "sha256":
@@ -140,7 +140,7 @@ def _id_fault(image_id: object) -> str | None:
 
 
 def _name_fault(entry: Entry) -> str | None:
-    """Returns a fault if a name is not valid Unicode, which tars and JSON with surrogates allow."""
+    """Returns a fault if a name is not valid Unicode. Names in tars and in JSON need not be valid."""
     for name in (entry.source_id, entry.key or "", entry.path, entry.filename, entry.sha256):
         if name and not name.isascii() and caption_fault((name,)):
             return f"name {name!r} is not valid Unicode"

@@ -47,7 +47,7 @@ def arrange(
     tars: tuple[np.ndarray, list[str]],
     layout: Layout,
 ) -> tuple[list[Shard], dict[str, int], np.ndarray]:
-    """Orders the images of each split by hash and cuts them into shards. Tars in place keep theirs.
+    """Orders each split by hash and cuts it into shards. Tars in place keep their order.
 
     Args:
         groups: maps each split to the numbers of its images, int64, in the order of the source.

@@ -32,8 +32,7 @@ def check_image(
     """Decodes an image in full. With `resize`, shrinks a larger image's shorter side to that many pixels.
 
     An image that is not shrunk keeps its bytes if it is a JPEG, PNG or WebP. An image in another format
-    becomes a JPEG, or raises ValueError if `convert` is False. Raises ValueError with the reason if it does
-    not decode.
+    becomes a JPEG, or raises ValueError if `convert` is False. Raises ValueError if it does not decode.
     """
     with _opened(data) as image:
         suffix = SUFFIXES.get(image.format or "")
@@ -75,7 +74,7 @@ def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImag
     if resize is not None and min(width, height) > resize:
         scale = resize / min(width, height)
         target = max(1, round(width * scale)), max(1, round(height * scale))
-        # The JPEG decoder can shrink by 2, 4 or 8. It leaves at least twice the target size for the filter below.
+        # The JPEG decoder can shrink by 2, 4 or 8. At least twice the target size is left for the filter.
         image.draft("RGB", (2 * target[0], 2 * target[1]))
         image = image.convert("RGB").resize(target, Image.Resampling.BICUBIC)
     # The new file has no orientation tag, so the pixels are rotated by the old file's tag.

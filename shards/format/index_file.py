@@ -1,7 +1,7 @@
 """Writes index.arrow: the fixed-width columns of the manifest in one Arrow record batch, to be memory-mapped.
 
-All processes that open the file share its pages, and a column is a numpy view without a copy. So opening the file is
-fast, even if it has hundreds of millions of rows.
+All processes that open the file share its pages, and a column is a numpy view without a copy. So opening the
+file is fast, even if it has hundreds of millions of rows.
 """
 
 import json

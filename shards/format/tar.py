@@ -76,7 +76,7 @@ def scan(path: Path) -> Iterator[Member]:
     """Yields the regular files of an uncompressed tar, in the order of the tar.
 
     Raises:
-        ValueError: the file is no tar or is cut short, or a member is a link or device or leads outside the tar.
+        ValueError: the file is no tar or is cut short, or a member is a link, a device or leads outside.
     """
     try:
         with tarfile.open(path, "r:") as tar:

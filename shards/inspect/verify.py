@@ -36,7 +36,7 @@ def verify(folder: Path, workers: int = 1, decode: bool = True) -> Iterator[Faul
     yield from faults
     damaged = {fault.file for fault in faults}
     if MANIFEST in damaged:
-        # Without an intact manifest the samples cannot be located, so the tars are only compared with checksums.
+        # A damaged manifest cannot locate the samples, so the tars are only compared with checksums.
         yield from _check_files(folder, {name: facts for name, facts in files.items() if _is_tar(name)})
         return
     groups = manifest.open_manifest(folder)

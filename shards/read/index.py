@@ -1,7 +1,7 @@
-"""Reads the index of a data set: the fixed-width columns of the manifest, memory-mapped and shared by all processes.
+"""Reads the index of a data set: fixed-width columns of the manifest, memory-mapped and shared.
 
-Opening an index reads only the footer of its file, so it is as fast for a hundred million rows as for a thousand.
-Columns are views of the mapped file; no function here copies a whole column.
+Opening an index reads only the footer of its file, so it is as fast for a hundred million rows as for a
+thousand. Columns are views of the mapped file; no function here copies a whole column.
 """
 
 import json
@@ -42,7 +42,7 @@ class DamagedSample(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Where the image and captions of a row are stored: file names in the data set, offsets and sizes in bytes."""
+    """Where a row's image and captions are: file names in the data set, offsets and sizes in bytes."""
 
     shard: str
     image_offset: int
@@ -81,11 +81,10 @@ class ShardIndex:
 
     @classmethod
     def open(cls, root: str | Path) -> "ShardIndex":
-        """Opens DIR/index.arrow. Checks that every shard exists and, up to 5 million rows, that it is long enough.
+        """Opens DIR/index.arrow. Checks that all shards exist and, up to 5 million rows, are long enough.
 
         Raises:
-            ValueError: DIR is not a data set made by `python -m d2s.shard build` or `index`, or a shard is missing or
-                cut short.
+            ValueError: DIR is no data set of `python -m d2s.shard build` or `index`, or its shards are incomplete.
         """
         root = Path(root)
         if not root.is_dir():
@@ -124,7 +123,7 @@ class ShardIndex:
         return range(start, stop)
 
     def column(self, name: str) -> NDArray:
-        """Returns a whole column, (rows,), as a view of the mapped file. Slices are views; other indexing copies."""
+        """Returns a whole column, (rows,), as a view of the file. Slices are views; other indexing copies."""
         return self._columns[name]
 
     def take(self, name: str, rows: I64) -> NDArray:
@@ -149,7 +148,7 @@ class ShardIndex:
         Args:
             indices: int64 (k,), numbers of pairs.
         Returns:
-            The row of each pair's image, and the number of the pair's caption within that image, both int64 (k,).
+            Each pair's image row, and the number of its caption within that image, both int64 (k,).
         """
         rows = self.rows(split)
         starts = self._columns[f"{kind}_start"][rows.start : rows.stop]
@@ -164,7 +163,7 @@ class ShardIndex:
         return local + rows.start, numbers
 
     def without(self, split: str, kind: str) -> tuple[int, int]:
-        """Returns how many images of a split lack captions of a kind, and the first of these rows (-1 if none)."""
+        """Returns how many images of a split lack captions of a kind, and the first such row or -1."""
         rows, chunk, count, first = self.rows(split), 1 << 22, 0, -1
         for start in range(rows.start, rows.stop, chunk):
             none = np.flatnonzero(self._columns[f"n_{kind}"][start : min(start + chunk, rows.stop)] == 0)
@@ -175,10 +174,10 @@ class ShardIndex:
         return count, first
 
     def shard_sizes(self, split: str, unit: str = "rows") -> I64:
-        """Returns how many images ("rows") or captions ("sparse", "dense") each shard of a split has, in order."""
+        """Returns how many images ("rows") or captions ("sparse", "dense") each shard of a split has."""
         rows = self.rows(split)
         shards = self._columns["shard"][rows.start : rows.stop]
-        # Shards are numbered in row order, so bisection finds where each begins without reading the whole column.
+        # Shards are numbered in row order, so bisection finds where each begins without reading all rows.
         numbers = np.arange(shards[0], shards[-1] + 2, dtype=shards.dtype)
         borders = np.searchsorted(shards, numbers) + rows.start
         if unit != "rows":
@@ -189,7 +188,7 @@ class ShardIndex:
         return np.diff(borders)
 
     def location(self, row: int) -> Location:
-        """Returns where a row is stored. Raises DamagedSample if the index gives it an impossible shard number."""
+        """Returns where a row is stored. Raises DamagedSample if the row's shard number is impossible."""
         value = {name: int(self._columns[name][row]) for name in _PLACE}
         self._release(len(_PLACE))
         number = value.pop("shard")
@@ -199,7 +198,7 @@ class ShardIndex:
         return Location(shard=shard, json_file=SIDECAR if self._sidecar else shard, **value)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
-        """Returns the keys of some rows, from the manifest. This is slow: it reads a whole row group for each key.
+        """Returns the keys of some rows, from the manifest. Slow: each key costs a whole row group.
 
         Raises:
             ValueError: the manifest cannot be read.
@@ -211,7 +210,7 @@ class ShardIndex:
             raise ValueError(f"{self.root / MANIFEST} cannot be read: {error}") from None
 
     def fingerprint(self) -> str:
-        """Returns a hash of the number of rows, the splits and the shards. It changes if the data set is replaced."""
+        """Returns a hash of number of rows, splits and shards. It changes if the data set is replaced."""
         text = json.dumps([len(self), self.splits, self.shards], sort_keys=True)
         return f"{draws.hash_name(text):016x}"
 
@@ -225,7 +224,7 @@ class ShardIndex:
 
 
 def _check(batch: pa.RecordBatch, schema: pa.Schema) -> dict:
-    """Returns the metadata of an index. Raises ValueError, KeyError, TypeError or an Arrow error if it is damaged."""
+    """Returns the metadata of an index. Raises ValueError, KeyError, TypeError or an Arrow error if damaged."""
     meta = json.loads((schema.metadata or {}).get(b"d2s", b"{}"))
     if not isinstance(meta, dict) or meta.get("version") != index_file.VERSION:
         raise ValueError(f"no index of version {index_file.VERSION}")

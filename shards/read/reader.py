@@ -35,7 +35,7 @@ class ShardReader:
     Args:
         index: the opened index.
         verify: whether to check each sample's CRC-32 (takes about 1 % of the time to decode an image).
-        max_open: maximum number of open files; before another is opened, the least recently used one is closed.
+        max_open: maximum number of open files; the least recently used one is closed first.
     """
 
     def __init__(self, index: ShardIndex, verify: bool = True, max_open: int = 64) -> None:
@@ -57,7 +57,7 @@ class ShardReader:
         """Reads, checks and parses the sample of a row.
 
         Raises:
-            DamagedSample: the sample cannot be read or parsed, or its length or checksum differs from the index.
+            DamagedSample: it cannot be read or parsed, or its length or checksum is not that in the index.
         """
         place = self.index.location(row)
         try:
@@ -86,7 +86,7 @@ class ShardReader:
         return self._captions(row, text)
 
     def damaged(self, row: int, reason: str) -> DamagedSample:
-        """Returns the error to raise for a row, with its shard, and with its key if the manifest can be read."""
+        """Returns the error to raise for a row, with its shard and, if the manifest is readable, its key."""
         try:
             key = f"key {self.index.keys([row])[0]} (row {row})"
         except ValueError:

@@ -1,4 +1,4 @@
-"""Compares the files of a data set with its index when it is opened; training would find faults only after hours."""
+"""Compares files with the index when a data set is opened; training would find faults only after hours."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ _CHUNK = 1 << 18
 
 
 def check_files(root: Path, names: list[str], sized: bool) -> list[int]:
-    """Returns the sizes of the files in bytes, or zeros if not `sized`. Raises ValueError if a file is missing."""
+    """Returns the files' sizes in bytes, or zeros if not `sized`. Raises ValueError if one is missing."""
     found: dict[str, int] = {}
     # Folders are listed as a whole, because a shared disk is slow if asked for thousands of files one by one.
     for folder in {os.path.dirname(name) for name in names}:

@@ -1,9 +1,8 @@
 """Streams samples from the tars of a URL pattern, with webdataset and without an index.
 
-It is meant for shards that are too large or too far away to index. Compared with an index it has three drawbacks:
+It is for shards too large or too far away to index. Compared with an index it has three drawbacks:
 
-- An epoch is not every sample once. It is a number of samples that the user sets, and some samples may come twice
-  before others come once.
+- An epoch is not every sample once. The user sets its number of samples, some of which may come twice.
 - The order depends on the number of workers and loader processes.
 - A resumed epoch does not continue where it stopped, but starts on other shards.
 
@@ -29,12 +28,12 @@ _EMPTY_PASSES = 8
 
 
 def is_pattern(data: str) -> bool:
-    """Returns whether --data is a pattern of tars to stream (a URL, braces, a .tar), not the folder of a data set."""
+    """Returns whether --data names tars to stream (a URL, braces, a .tar), not a data set's folder."""
     return "://" in data or "{" in data or data.startswith("pipe:") or data.endswith(".tar")
 
 
 def expand(pattern: str) -> list[str]:
-    """Returns the tars of a pattern such as `https://host/{00000..00099}.tar`. `::` separates several patterns.
+    """Returns the tars of a pattern such as `https://host/{00000..00099}.tar`; `::` joins patterns.
 
     Raises:
         ValueError: a brace is not closed.
@@ -51,14 +50,14 @@ class Stream:
     Args:
         urls: the tars, at least one.
         seed: seed for the order of the tars and for the shuffle buffer.
-        reader, readers: number of this reader, and number of all readers (workers times loader processes). If there
-            are fewer tars than readers, each reader reads all tars and uses only every `readers`-th sample.
+        reader, readers: number of this reader, and number of all readers (workers times loader processes). If
+            there are fewer tars than readers, each reads all tars and uses every `readers`-th sample.
         buffer: number of samples in the shuffle buffer.
         budget: maximum number of lines in `notes`.
-        sparse_columns, dense_columns: names of fields in a sample's JSON (a string or a list of strings) or suffixes
-            of its text files ("txt") that contain captions. All captions found are used, duplicates only once.
+        sparse_columns, dense_columns: names of fields in a sample's JSON (a string or a list of strings) or
+            suffixes of its text files ("txt") that contain captions. Duplicate captions are used once.
     Attributes:
-        notes: a line for each sample or tar that could not be used. The caller removes lines that it has reported.
+        notes: a line for each sample or tar that could not be used. The caller removes reported lines.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Stream:
         self.notes: list[str] = []
 
     def samples(self, epoch: int, usable: Callable[[Record], str | None]) -> Iterator[tuple[int, Record]]:
-        """Yields (number, sample). Random draws use the number to identify the sample. The sample's `row` is -1.
+        """Yields (number, sample). Random draws use the number as the sample's name. Its row is -1.
 
         Args:
             usable: returns the reason why a sample cannot be used, or None if it can.
@@ -129,7 +128,7 @@ class Stream:
         return iter(shuffle(samples))
 
     def _note(self, error: Exception) -> bool:
-        """Handles an error of webdataset: notes it, and lets webdataset continue with data that can still be read."""
+        """Notes an error of webdataset, and lets webdataset continue with data that can still be read."""
         # webdataset appends the stream and its URL to the arguments of the error.
         url = next((part for part in reversed(error.args[1:]) if isinstance(part, str)), "a tar")
         first = error.args[0] if error.args and not isinstance(error, OSError) else error
