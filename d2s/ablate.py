@@ -2,8 +2,7 @@
 
 Trains the paper's five rows and two controls with several seeds each, and prints a table of rSum on test. All
 fine-tuning runs take the same number of training steps. Each run's model is its best on val, and test is
-evaluated only once, after the last training. Complete runs are not trained again, so an interrupted ablation
-continues.
+evaluated once, at the end. Complete runs are not trained again, so an interrupted ablation continues.
 """
 
 import argparse

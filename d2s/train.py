@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
-# If this file runs as a script, Python puts its folder first on the path, where its modules could hide others.
+# For a script, Python puts its folder first on the path, where the folder's modules could hide others.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -93,7 +93,7 @@ def _rank() -> int:
 def _report_error(error: object, code: int, preemption: Preemption) -> int:
     """Prints the error as one line on stderr and returns `code`.
 
-    Workers often fail for the same reason: the others wait for worker 0 to report it and to end them.
+    Workers often fail for the same reason: the others wait until worker 0 reports the error and ends them.
     """
     preemption.uninstall()
     _exit_if_another_failed()

@@ -20,8 +20,7 @@ class StalledError(Exception):
 def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
     """Counts a start at `checkpoint` (None: at the first training step). Only one worker calls it.
 
-    Raises StalledError if the last `limit` starts also began there and saved nothing newer, unless `limit` is
-    0.
+    Raises StalledError if the last `limit` starts also began there and saved nothing newer; 0 never raises.
     """
     place = _place(checkpoint)
     path = run / RESTARTS

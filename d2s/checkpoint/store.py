@@ -7,8 +7,7 @@
 
 A checkpoint is written under a hidden name, flushed to disk, marked as complete and renamed. Only then are
 old checkpoints removed. It holds weights, AdamW's moments and buffers by name. Each worker writes its own
-part to its own file (:mod:`d2s.checkpoint.zero_state`), so no worker holds the full state. No file is a
-pickle.
+part to its own file (:mod:`d2s.checkpoint.zero_state`), so none holds the full state. No file is a pickle.
 """
 
 import json

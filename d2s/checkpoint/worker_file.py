@@ -21,8 +21,7 @@ from d2s.checkpoint.zero_state import TensorSlice
 def slices_to_write(slices: Iterable[TensorSlice], rank: int, world: int) -> Iterator[TensorSlice]:
     """Yields the slices that worker `rank` of `world` writes.
 
-    Of a slice that all workers hold, each worker writes one of `world` equal parts; others are written in
-    full.
+    Of a slice that all workers hold, each writes one of `world` equal parts; others are written in full.
     """
     for one in slices:
         if not one.replicated:

@@ -1,7 +1,6 @@
 """Replaces folders atomically: a folder is filled under a hidden name, flushed to disk, then renamed.
 
-If the process is killed meanwhile, the old or the new folder is complete. The next write removes hidden
-folders.
+If the process is killed meanwhile, the old or new folder is complete; the next write removes hidden ones.
 """
 
 import ctypes

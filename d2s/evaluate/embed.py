@@ -1,8 +1,7 @@
 """Embeds each image and each caption of a split once, on one worker or on several.
 
-All workers process equally many batches, filled up with surplus rows. The rows of all workers are gathered
-and sorted into the order of the split, so the result does not depend on the number of workers or the batch
-size.
+All workers process equally many batches, filled up with surplus rows. All rows are gathered and sorted into
+the split's order, so the result does not depend on the number of workers or the batch size.
 """
 
 from collections.abc import Callable, Iterable, Iterator

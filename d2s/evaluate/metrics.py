@@ -10,7 +10,7 @@ Conventions, tested with matrices computed by hand:
 * Ties count against the model: a query's rank is the number of wrong candidates that are at least as similar
   as its best right candidate. A collapsed model, with all embeddings equal, therefore scores 0 and not 100.
 * An image without captions is no query of image -> text, but a wrong candidate of text -> image.
-* Embeddings that are not finite are an error: nothing compares as greater than NaN, which would rank first.
+* Embeddings that are not finite are an error: no number exceeds NaN, so NaN would rank first.
 """
 
 from collections.abc import Iterable

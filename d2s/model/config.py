@@ -51,9 +51,9 @@ class DecoderConfig(Settings):
     tokens: PositiveInt = 100
     """Number of learnable mask tokens."""
     layout: Layout = "surround"
-    """Where the mask tokens stand: half on each side of the words, all before, or all after them. The decoder
-    has no position code and averages its mask tokens, so the layout changes only rounding. Building a
-    model with another layout than the default warns."""
+    """Where the mask tokens stand: half on each side of the words (surround), all before (prefix) or all
+    after them (postfix). The decoder has no position code and averages its mask tokens, so the layout changes
+    only rounding. Building a model with another layout than the default warns."""
     depth: PositiveInt = 4
     """Number of transformer blocks."""
     heads: PositiveInt = 4

@@ -2,8 +2,7 @@
 
 The checkpoint has the layout of the release of D2S-VSE (arXiv 2503.14953). The file is a pickle, so it is
 opened by a loader that admits only tensors, plain containers and argparse.Namespace, and executes nothing.
-The imported model has the compat switches on, which reproduce the release's evaluation; `--ours` leaves them
-off.
+The imported model has the compat switches on, which reproduce the release's evaluation; `--ours` omits them.
 
 The release's padding inside the pooling operator (-10000 before the sort, 0 after it) needs no switch: the
 result equals that of a mask unless a feature is below -10000. The release resizes images with OpenCV
@@ -40,7 +39,7 @@ RENAMED = {
     "prompt_learner.decoder_blocks.": "decoder.blocks.",
     "prompt_learner.decoder_norm.": "decoder.norm.",
 }
-# VIT and BERT map a field of a Hugging Face configuration to a weight and the dimension whose size is its value.
+# VIT and BERT map fields of a Hugging Face configuration to a weight and the dimension with their value.
 _PATCH = "embeddings.patch_embeddings.projection.weight"
 _INNER = "encoder.layer.0.intermediate.dense.weight"
 VIT = {"hidden_size": (_PATCH, 0), "patch_size": (_PATCH, 3), "intermediate_size": (_INNER, 0)}

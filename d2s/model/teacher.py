@@ -12,8 +12,7 @@ from d2s.model.text_encoder import TextEncoder
 class Teacher(nn.Module):
     """A frozen copy of a text encoder that always stays in eval mode.
 
-    With `train_mode=True` it always stays in training mode, as in the authors' release: with dropout and
-    changing statistics.
+    With `train_mode=True` it stays in training mode, as in the authors' release, with changing statistics.
     """
 
     def __init__(self, text_encoder: TextEncoder, *, train_mode: bool = False) -> None:

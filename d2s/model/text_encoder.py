@@ -85,7 +85,7 @@ class TextEncoder(nn.Module):
         """Returns the tower's hidden states (B, L, H). On a CPU it embeds texts in groups of similar length.
 
         On a CPU, padding takes as much time as words. Positions after a group's longest text stay 0 and are
-        masked later.
+        masked.
         """
         if ids.device.type != "cpu" or len(ids) <= _GROUP:
             return self._hidden(ids, mask)

@@ -3,8 +3,7 @@
 JPEGs much larger than needed are decoded at a half, quarter or eighth of their size (`Image.draft`). A crop
 is stretched to the square by one antialiased bilinear resize: torch's uint8 resize takes half of Pillow's
 time, and pixel values differ by at most 1. If simplejpeg is installed, it decodes ordinary JPEGs a fifth
-faster than Pillow, to the same pixels (both use libjpeg-turbo). Pillow decodes all else and reports all
-errors.
+faster than Pillow, to the same pixels (both use libjpeg-turbo); Pillow does all else and reports all errors.
 """
 
 import io

@@ -89,7 +89,7 @@ def build(
 def _is_last(common_lock: IO[str], assignment: Assignment, out: Path) -> bool:
     """Returns whether all shards are done and no other part runs: then this part completes the build.
 
-    The shared lock is released before the exclusive one is requested, so one of two parts gets that.
+    The shared lock is released before the exclusive one is requested, so that one part always completes it.
     """
     fcntl.flock(common_lock, fcntl.LOCK_UN)
     try:

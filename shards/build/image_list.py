@@ -19,8 +19,8 @@ from d2s.shards.sources.faults import Faults, caption_fault, is_integer
 
 _CHECKED_AT_ONCE = 4096
 _ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
-# Columns: 64-bit hashes of strings (type Q), and numbers. `bytes` is the size of the image file or -1 if unknown;
-# `captions` is the number of captions or -1 if not known yet.
+# Columns: 64-bit hashes of strings (type Q), and numbers. `bytes` is the size of the image file, or -1 if
+# unknown; `captions` is the number of captions, or -1 if not known yet.
 _KINDS = dict.fromkeys(("source_id", "given", "key", "join", "order"), "Q")
 _KINDS |= {"image_id": "q", "bytes": "q", "captions": "q", "split": "h", "tar": "i"}
 

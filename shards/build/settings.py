@@ -83,7 +83,7 @@ def check_same_build(scratch: Path, own: Path, settings: dict, assignment: str) 
         assignment: the digest of the assignment.
     """
     path = scratch / "settings.json"
-    # `on_error` may change, as finished shards had no faults. The digest covers the input, so INPUT is not needed.
+    # `on_error` may change, as finished shards had no faults. INPUT is not needed: the digest covers it.
     deciding = {name: value for name, value in settings.items() if name not in ("on_error", INPUT)}
     now = {"settings": deciding, "assignment": assignment}
     if path.exists() and read_json(path) != now:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Formats that are stored without conversion. Every other format that Pillow reads is stored as JPEG.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# Errors that Pillow's decoders raise on broken input. No others are listed, so that bugs of ours stay visible.
+# Errors that Pillow's decoders raise on broken input. Others are not listed, so our bugs stay visible.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, Image.DecompressionBombError)
 
 

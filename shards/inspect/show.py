@@ -9,7 +9,7 @@ from d2s.shards.format import manifest
 from d2s.shards.format.file_names import MANIFEST
 from d2s.shards.format.image_file import check_image
 
-# A similar key is searched only in data sets of up to this many samples, because all keys must be read for it.
+# A similar key is searched only in data sets of up to this many samples, as all keys must be read.
 _HINT_ROWS = 200_000
 
 

@@ -24,8 +24,8 @@ I64 = NDArray[np.int64]
 _PLACE = ("shard", "image_offset", "image_size", "json_offset", "json_size", "crc32")
 # Up to this many rows, the length of every shard is compared with the index; with more, only its existence.
 _SIZED_ROWS = 5_000_000
-# For each page that is read, the operating system maps 16. Pages are released after this many values, so that the
-# whole file does not count as resident memory of the process.
+# For each page that is read, the operating system maps 16. Pages are released after this many values, so that
+# the whole file does not count as resident memory of the process.
 _TRIM_AFTER = 1 << 12
 
 
@@ -84,7 +84,7 @@ class ShardIndex:
         """Opens DIR/index.arrow. Checks that all shards exist and, up to 5 million rows, are long enough.
 
         Raises:
-            ValueError: DIR is no data set of `python -m d2s.shard build` or `index`, or its shards are incomplete.
+            ValueError: DIR was not made by `python -m d2s.shard build` or `index`, or shards are incomplete.
         """
         root = Path(root)
         if not root.is_dir():
@@ -224,7 +224,7 @@ class ShardIndex:
 
 
 def _check(batch: pa.RecordBatch, schema: pa.Schema) -> dict:
-    """Returns the metadata of an index. Raises ValueError, KeyError, TypeError or an Arrow error if damaged."""
+    """Returns the metadata of an index. Raises ValueError, KeyError, TypeError or pa.ArrowException."""
     meta = json.loads((schema.metadata or {}).get(b"d2s", b"{}"))
     if not isinstance(meta, dict) or meta.get("version") != index_file.VERSION:
         raise ValueError(f"no index of version {index_file.VERSION}")

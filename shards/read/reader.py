@@ -10,8 +10,8 @@ from d2s.shards.read.index import DamagedSample, Location, ShardIndex
 
 __all__ = ["DamagedSample", "Record", "ShardReader"]
 
-# In shards from a build, only a tar header and padding lie between an image and its JSON, so one read gets both.
-# If more bytes than this lie between them, as is possible in other tars, they are read separately.
+# In shards from a build, only a tar header and padding lie between an image and its JSON, so one read gets
+# both. If more bytes than this lie between them, as is possible in other tars, they are read separately.
 _GAP = 1 << 16
 
 

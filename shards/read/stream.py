@@ -79,7 +79,7 @@ class Stream:
         self.notes: list[str] = []
 
     def samples(self, epoch: int, usable: Callable[[Record], str | None]) -> Iterator[tuple[int, Record]]:
-        """Yields (number, sample). Random draws use the number as the sample's name. Its row is -1.
+        """Yields (number, sample). Random draws identify the sample by its number. Its row is -1.
 
         Args:
             usable: returns the reason why a sample cannot be used, or None if it can.
