@@ -83,7 +83,10 @@ class Ablation:
     overrides: tuple[str, ...]
 
     def settings(self) -> dict[str, object]:
-        """Returns the settings that affect results, without seeds. Old runs are used only if equal."""
+        """Returns the settings that affect results, without seeds.
+
+        Runs in the output folder are used again only if their settings are equal.
+        """
         same = {name: getattr(self, name) for name in ("family", "steps", "pretrain_steps")}
         return {**same, "data": str(self.data), "overrides": list(self.overrides)}
 
@@ -178,7 +181,10 @@ def _evaluate(folder: Path, index: ShardIndex) -> dict[str, float]:
 
 
 def read_ablation(options: argparse.Namespace, overrides: list[str]) -> Ablation:
-    """Checks the options. Raises ValueError for a field that the ablation sets, or a missing recipe."""
+    """Builds the ablation from the command line's options and checks that its data and recipes exist.
+
+    Raises ValueError if an option is wrong or `overrides` sets a field that the ablation sets itself.
+    """
     for name in (word.split("=")[0] for word in overrides):
         if name.removeprefix("--") in _OWN_FIELDS:
             raise ValueError(f"{name} is set by the ablation itself: use --seeds, --steps, --pretrain-steps")

@@ -117,7 +117,11 @@ class ZeroState:
         return {kind: (first, values.narrow(0, place.start, place.numel)) for kind, values in tensors.items()}
 
     def _part_of_tensor(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stage 3, as `_part_of_group`: worker r holds the r-th of W equal parts; the last are padded."""
+        """Stage 3: returns the same as `_part_of_group`.
+
+        Worker r holds the r-th of W equal parts of each parameter. The last parts end with padding, which is
+        left out.
+        """
         size = parameter.partition_numel()
         first = size * torch.distributed.get_rank()
         count = min(size, max(0, parameter.ds_numel - first))

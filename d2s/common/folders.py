@@ -61,7 +61,10 @@ def put_in_place(fresh: Path, folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders' names in one operation. Returns False if unsupported, raises other errors."""
+    """Swaps the names of two folders in one operation.
+
+    Returns False if the system does not support that. Raises OSError on other errors.
+    """
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):

@@ -122,8 +122,7 @@ def evaluate_model(
             Karpathy file of COCO has another order, so its COCO 1K comes from other folds.
 
     Raises:
-        ValueError: no such split, no caption in the split, `folds` that do not divide it, or embeddings not
-            finite.
+        ValueError: no such split, no caption in it, `folds` does not divide it, or embeddings not finite.
     """
     start = time.monotonic()
     if full:

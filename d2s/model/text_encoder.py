@@ -84,8 +84,8 @@ class TextEncoder(nn.Module):
     def _frozen_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Returns the tower's hidden states (B, L, H). On a CPU it embeds texts in groups of similar length.
 
-        On a CPU, padding takes as much time as words. Positions after a group's longest text stay 0 and are
-        masked.
+        Padding costs a CPU as much time as words. Positions after a group's longest text stay 0 and are
+        masked later.
         """
         if ids.device.type != "cpu" or len(ids) <= _GROUP:
             return self._hidden(ids, mask)

@@ -110,7 +110,10 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
 
 
 def _join_value(entry: Entry, row: dict, join: JoinOptions | None, readable: bool) -> str:
-    """Returns an image's join key. Unusable images need one, so that their captions are not extra."""
+    """Returns the key that links an image to its row of separate captions, "" without `join`.
+
+    Unusable images need one too: otherwise their captions would be reported as rows without an image.
+    """
     if join is None:
         return ""
     if join.key == "sha256":
@@ -140,7 +143,10 @@ def _id_fault(image_id: object) -> str | None:
 
 
 def _name_fault(entry: Entry) -> str | None:
-    """Returns a fault if a name is not valid Unicode. Names in tars and in JSON need not be valid."""
+    """Returns a fault if a name is not valid Unicode, else None.
+
+    Names in tars may have any bytes and names in JSON unpaired surrogates, but only Unicode can be stored.
+    """
     for name in (entry.source_id, entry.key or "", entry.path, entry.filename, entry.sha256):
         if name and not name.isascii() and caption_fault((name,)):
             return f"name {name!r} is not valid Unicode"
