@@ -1,7 +1,7 @@
 """D2S: image-text embeddings trained by dense-to-sparse feature distillation.
 
-Names are handed out on first use, so that `import d2s.shards` brings no torch and `import d2s.kernels`
-nothing but torch and triton.
+The names below are imported on first use. So `import d2s.shards` does not import torch, and
+`import d2s.kernels` imports only torch and triton.
 """
 
 from importlib import import_module
@@ -15,8 +15,8 @@ _LAZY = {
 }
 __all__ = list(_LAZY)
 
-# In a checkout the rooms lie beside this folder, not in it. A plain install is shadowed by the checkout when
-# Python starts at its root, and `deepspeed d2s/train.py` runs without any install: both find the rooms here.
+# In a checkout, packages such as `kernels` lie beside this folder, not in it. Adding their folder to the path
+# makes imports work without an install, and also if Python finds this checkout before an installed d2s.
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "setup.py").is_file() and (_ROOT / "kernels").is_dir():
     __path__.append(str(_ROOT))

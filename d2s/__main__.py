@@ -1,9 +1,9 @@
-"""The console command `d2s COMMAND ...`. A command's module is imported when the command is used."""
+"""The console command `d2s COMMAND ...`. Each command's module is imported only when that command runs."""
 
 import sys
 from importlib import import_module
 
-# Command: its module, and a line for the help text.
+# Maps each command to its module and its line in the help text.
 COMMANDS = {
     "shard": ("d2s.shards.cli", "build, index, verify and inspect data sets"),
     "train": ("d2s.train", "train a stage of a recipe"),
@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Pass the arguments after the command to it. Returns its exit code, or 2 for an unknown command."""
+    """Runs a command with its arguments. Returns the command's exit code, 2 for an unknown command."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: d2s COMMAND ...\n")
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    sys.argv[0] = f"d2s {name}"  # the name in argparse's usage line
+    sys.argv[0] = f"d2s {name}"  # argparse shows this name in its usage line
     return import_module(COMMANDS[name][0]).main(arguments[1:]) or 0
 
 

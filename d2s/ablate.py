@@ -1,9 +1,8 @@
-"""The paper's ablation with two controls: `python -m d2s.ablate [--family scenes_small] [--data DIR] [--seeds 3]`.
+"""Runs the paper's ablation with two controls: `python -m d2s.ablate [--data DIR] [--seeds 3]`.
 
-Trains the paper's five rows and the controls, several seeds each, and prints a table of test rSum. Every row's
-fine-tuning takes the same number of optimization steps, its model is the best on val, and the test split is
-evaluated once, after the last training. A run that is complete in the output folder is not trained again, so an
-interrupted ablation continues where it stopped.
+Trains the paper's five rows and two controls with several seeds each, and prints a table of rSum on test. All
+fine-tuning runs take the same number of training steps. Each run's model is its best on val, and test is
+evaluated once, at the end. Complete runs are not trained again, so an interrupted ablation continues.
 """
 
 import argparse
@@ -36,23 +35,23 @@ _OWN_FIELDS = ("seed", "max_steps", "stage", "recipe", "epochs")
 
 
 class TrainingError(Exception):
-    """A training failed."""
+    """Raised if a training process fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the table."""
+    """One row of the ablation table: how its runs are trained."""
 
     name: str
     recipe: str
     """Last part of the recipe's name: pretrain, align or finetune."""
     pretrained: bool = False
-    """Starts from the pre-training of its seed."""
+    """Whether each run starts from the pre-trained model of the same seed."""
     total_steps: bool = False
-    """Trains for the steps of both stages together."""
+    """Whether each run trains for as many steps as pre-training and fine-tuning have together."""
     overrides: tuple[str, ...] = ()
     control: bool = False
-    """Not one of the paper's rows."""
+    """Whether this row is a control, which the paper does not have."""
 
 
 ROWS = (
@@ -70,26 +69,29 @@ ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """The recipes `<family>_pretrain`, `_align` and `_finetune` on one data set."""
+    """An ablation on one data set. Its recipes are `<family>_pretrain`, `_align` and `_finetune`."""
 
     family: str
     data: Path
     out: Path
     seeds: int
     steps: int
-    """Of fine-tuning."""
+    """Number of training steps of each fine-tuning run."""
     pretrain_steps: int
     jobs: int
-    """Trainings at a time."""
+    """Number of trainings that run at the same time."""
     overrides: tuple[str, ...]
 
     def settings(self) -> dict[str, object]:
-        """The settings that decide the numbers, without the seeds. Runs are reused only if these are the same."""
+        """Returns the settings that affect results, without seeds.
+
+        Runs in the output folder are used again only if their settings are equal.
+        """
         same = {name: getattr(self, name) for name in ("family", "steps", "pretrain_steps")}
         return {**same, "data": str(self.data), "overrides": list(self.overrides)}
 
     def claim_folder(self) -> None:
-        """Writes the settings to the output folder. Raises ValueError where it holds anything else."""
+        """Writes the settings to the output folder. Raises ValueError if that has other contents."""
         path, used = self.out / "settings.json", self.out.exists() and any(self.out.iterdir())
         if used and not (path.is_file() and read_json(path) == self.settings()):
             raise ValueError(
@@ -102,7 +104,7 @@ class Ablation:
         return self.out / f"seed{seed}" / slug
 
     def command(self, row: Row, seed: int) -> list[str]:
-        """The training command of one run."""
+        """Returns the command line that trains one run."""
         steps = self.pretrain_steps if row.recipe == "pretrain" else self.steps
         if row.total_steps:
             steps += self.pretrain_steps
@@ -112,7 +114,7 @@ class Ablation:
         return [*words, "--init", str(self.run_folder(ROWS[0], seed))] if row.pretrained else words
 
     def train(self, row: Row, seed: int) -> None:
-        """Trains one run unless it is complete. Raises TrainingError with the last line of its log."""
+        """Trains one run unless complete. Raises TrainingError, with the log's last line, if it fails."""
         folder = self.run_folder(row, seed)
         if (folder / "last" / "model.safetensors").is_file():
             return
@@ -132,7 +134,7 @@ class Ablation:
         print(f"seed {seed}  {row.name:<36} {time.monotonic() - start:6.0f} s", flush=True)
 
     def train_all(self) -> None:
-        """Trains all runs, `jobs` at a time; the pre-training of a seed before the rows that start from it."""
+        """Trains all runs, `jobs` at a time. Runs that need a pre-trained model wait for it."""
         seeds = range(self.seeds)
         with ThreadPoolExecutor(self.jobs) as pool:
             pretrainings = [pool.submit(self.train, ROWS[0], seed) for seed in seeds]
@@ -142,19 +144,19 @@ class Ablation:
                     pretrainings[seed].result()
                 self.train(row, seed)
 
-            # Rows without pre-training come first, so that no thread waits for one.
+            # Rows that need no pre-trained model come first, so that threads do not wait while there is work.
             rows = sorted(ROWS[1:], key=lambda row: row.pretrained)
             others = [pool.submit(train, row, seed) for row in rows for seed in seeds]
             try:
                 for future in as_completed([*pretrainings, *others]):
                     future.result()
             except TrainingError:
-                pool.shutdown(cancel_futures=True)  # waits for trainings that have started
+                pool.shutdown(cancel_futures=True)  # returns only after the running trainings end
                 raise
 
 
 def evaluate_all(ablation: Ablation) -> list[dict]:
-    """Evaluates every run's best model on the test split; returns one result a row."""
+    """Evaluates the best model of every run on test. Returns one dictionary for each row of the table."""
     index, results = ShardIndex.open(ablation.data), []
     for row in ROWS:
         folders = [ablation.run_folder(row, seed) for seed in range(ablation.seeds)]
@@ -179,7 +181,10 @@ def _evaluate(folder: Path, index: ShardIndex) -> dict[str, float]:
 
 
 def read_ablation(options: argparse.Namespace, overrides: list[str]) -> Ablation:
-    """Raises ValueError for fields that the ablation sets itself, and for a family without its three recipes."""
+    """Builds the ablation from the command line's options and checks that its data and recipes exist.
+
+    Raises ValueError if an option is wrong or `overrides` sets a field that the ablation sets itself.
+    """
     for name in (word.split("=")[0] for word in overrides):
         if name.removeprefix("--") in _OWN_FIELDS:
             raise ValueError(f"{name} is set by the ablation itself: use --seeds, --steps, --pretrain-steps")
@@ -194,7 +199,7 @@ def read_ablation(options: argparse.Namespace, overrides: list[str]) -> Ablation
     index = ShardIndex.open(options.data)
     for split in ("train", "val", "test"):
         index.rows(split)
-    steps_per_epoch(len(index.rows("train")), pretrain.batch_size)  # raises for too large a batch
+    steps_per_epoch(len(index.rows("train")), pretrain.batch_size)  # raises if the batch is too large
     return Ablation(
         family=options.family, data=options.data, out=options.out, seeds=options.seeds, steps=steps,
         pretrain_steps=pretrain_steps, jobs=options.jobs, overrides=tuple(overrides),
@@ -225,7 +230,7 @@ def parser() -> command.Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 where a training failed, 2 for a user's mistake."""
+    """Runs the command. Returns its exit code: 0, 1 if a training failed, or 2 for a user's mistake."""
     options, overrides = parser().parse_known_args(arguments)
     try:
         return command.run(lambda: _ablate(options, overrides))

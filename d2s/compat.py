@@ -10,7 +10,7 @@ from d2s.model.release_importer import TOKENIZER, convert
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit code: 0, or 2 after an error in one line."""
+    """Runs the command. Returns its exit code: 0, or 2 after an error, which is printed in one line."""
     parser = command.Parser(prog="python -m d2s.compat", description=__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the release's model_best.pth")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the model")
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import(options: argparse.Namespace) -> None:
-    """Convert the checkpoint and write the model atomically. Raises ValueError or OSError."""
+    """Converts the checkpoint and writes the model atomically. Raises ValueError or OSError."""
     out: Path = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {str(out)!r}: exists and is not an empty folder, name a new one")

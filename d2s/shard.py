@@ -1,4 +1,4 @@
-"""`python -m d2s.shard build | index | verify | stats | show`: makes and checks data sets. Needs no torch."""
+"""Makes and checks data sets: `python -m d2s.shard build | index | verify | stats | show`. Needs no torch."""
 
 from d2s.shards.cli import main
 

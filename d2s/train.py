@@ -1,7 +1,7 @@
 """Trains one stage: `deepspeed d2s/train.py RECIPE --data DIR --run DIR [--init RUN] [--field value ...]`.
 
-The same file runs under deepspeed, torchrun, srun and plain python. Every mistake in the arguments, the configuration
-or the data is reported in one line before any long work starts.
+The same file runs under deepspeed, torchrun, srun and plain python. A mistake in the arguments, the
+configuration or the data is reported in one line before the training starts.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
-# As a script, Python puts this folder first on the path, where its modules could hide others.
+# For a script, Python puts its folder first on the path, where the folder's modules could hide others.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from d2s.training.trainer import Trainer
 
 SECONDS_AFTER_WORKER_0 = 5.0
-"""How long the other workers wait with an error that worker 0 probably reports too."""
+"""How long the other workers wait with an error, since worker 0 probably reports the same one."""
 
 
 def main(arguments: list[str] | None = None, preemption: Preemption | None = None) -> int:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None, preemption: Preemption | None = Non
 
     0: done; 1: training failed; 2: a user's mistake; 75: preempted, run again with --resume; 130: Ctrl-C.
 
-    preemption: notes stop signals; without it no signal handler is installed.
+    preemption: records the stop signals that arrive; if it is None, no signal handler is installed.
     """
     preemption = preemption or Preemption()
     if _rank():
@@ -93,7 +93,7 @@ def _rank() -> int:
 def _report_error(error: object, code: int, preemption: Preemption) -> int:
     """Prints the error as one line on stderr and returns `code`.
 
-    Workers often fail for the same reason: the others wait for worker 0 to report it and to end the group.
+    Workers often fail for the same reason: the others wait until worker 0 reports the error and ends them.
     """
     preemption.uninstall()
     _exit_if_another_failed()
@@ -107,7 +107,7 @@ def _report_error(error: object, code: int, preemption: Preemption) -> int:
 
 
 def _record_for_torchrun(error: BaseException) -> None:
-    """torchrun ends with a table of the failed workers and shows the error that is recorded here."""
+    """Stores the error for torchrun, which shows it in its final table of failed workers."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ and "torch" in sys.modules:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -115,7 +115,7 @@ def _record_for_torchrun(error: BaseException) -> None:
 
 
 def _exit_if_another_failed() -> None:
-    """Ends this process silently if its error is only a consequence of another worker's end."""
+    """Ends this process silently if its error only follows from the failure of another worker."""
     if "torch" in sys.modules:
         from d2s.workers.group import exit_if_another_failed
 
@@ -123,7 +123,7 @@ def _exit_if_another_failed() -> None:
 
 
 def _leave_group(code: int) -> None:
-    """Tells the other workers how this one ended, and ends the process."""
+    """Tells the other workers that this worker ended with exit code `code`, and ends the process."""
     if "torch" in sys.modules:
         from d2s.workers.group import leave
 
@@ -133,24 +133,24 @@ def _leave_group(code: int) -> None:
 def _exit_on_uncaught(
     kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """Exit callback of a `with` block: ends the process at once after an error that nothing caught.
+    """Ends the process at once after an error that nothing caught. It is the exit callback of a `with` block.
 
-    The interpreter's own way out would tear down threads and connections, which may hang or abort.
+    A normal exit of the interpreter would close threads and connections, which may hang or abort.
     """
     if kind is None or "torch" not in sys.modules:
         return
     _exit_if_another_failed()
-    if isinstance(error, SystemExit):  # --help, or a library that exits: the other workers must notice
+    if isinstance(error, SystemExit):  # --help, or a library exits: other workers must notice
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
-    sys.excepthook(kind, error, trace)  # torch's hook puts the worker's number before each line
+    sys.excepthook(kind, error, trace)  # torch's hook adds the worker's number to each line
     _record_for_torchrun(error)
     _leave_group(1)
 
 
 def run() -> NoReturn:
-    """The script: installs the signal handlers before any heavy import, trains, and leaves the group in order."""
+    """Runs the script: installs signal handlers before any slow import, trains, and ends the process."""
     preemption = Preemption()
     preemption.install()
     with ExitStack() as stack:

@@ -1,1 +1,1 @@
-"""What a run writes to continue and to use: checkpoints and model folders."""
+"""Writes and reads the models of a run: checkpoints to resume from, and model folders to use."""

@@ -1,4 +1,4 @@
-"""The model folders of a run, `best` and `last`: written atomically."""
+"""Writes the model folders of a run, `best` and `last`, atomically."""
 
 import shutil
 from pathlib import Path
@@ -10,17 +10,17 @@ from d2s.model import D2SModel
 
 
 def write_model(folder: Path, model: D2SModel) -> None:
-    """Write the model to `folder`, in place of an older one.
+    """Writes the model to `folder` and replaces an older one.
 
-    Raises OSError with a file's or the folder's name if the disk is full or cannot be written; the unfinished folder
-    is removed then, as it may be what fills the disk.
+    Raises OSError, with the name of the file or of `folder`, if the disk is full or cannot be written. The
+    unfinished folder is removed then, because it may be the reason why the disk is full.
     """
     try:
         replace_folder(folder, model.save_pretrained)
     except OSError as error:
         if error.filename:
             raise
-        # A failed write, unlike a failed open, does not know the file's name.
+        # The error of a failed write, unlike that of a failed open, does not contain the file's name.
         raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
     except SafetensorError as error:
         raise OSError(0, str(error), str(folder)) from error

@@ -1,8 +1,8 @@
-"""The model with all of its weights, for evaluation and export under any ZeRO stage.
+"""Gives evaluation and export a model with all of its weights, under any ZeRO stage.
 
-Under ZeRO 3 every forward of a module gathers weights from all workers, and every worker has to run the same modules
-equally often. Evaluation does not: how often the pooling operator computes its weights, for example, depends on the
-lengths that a worker meets. It therefore runs on a copy of the model that borrows all weights and gathers nothing.
+Under ZeRO 3, every forward of a module gathers its weights from all workers, so all workers must run the same
+modules equally often. Evaluation does not: how often the pooling operator computes its weights, for example,
+depends on a worker's caption lengths. So evaluation runs on a copy of the model that borrows all weights.
 """
 
 import copy
@@ -18,15 +18,15 @@ from d2s.model.running_statistics import broadcast_running_statistics
 
 
 class FullModel:
-    """Gives access to all weights of a model in training. Create it before the engine, which adds hooks to the model.
+    """Gives access to all weights of a model in training. Create it before the engine adds hooks.
 
-    model: the model inside the module that the engine gets. stage: of ZeRO, 0 to 3.
+    model: the D2SModel inside the module that the engine gets. stage: the ZeRO stage, 0 to 3.
     """
 
     def __init__(self, model: D2SModel, stage: int) -> None:
         self._model, self._copy = model, None
         if stage == 3:
-            # The copy shares the buffers; its parameters are empty until they borrow the model's.
+            # The copy shares the model's buffers. Its parameters are empty until `gathered` fills them.
             memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
             for parameter in model.parameters():
                 empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
@@ -35,10 +35,10 @@ class FullModel:
 
     @contextmanager
     def gathered(self) -> Iterator[D2SModel]:
-        """The model in eval mode, with all weights, inside a block that all workers enter together.
+        """Yields the model in eval mode with all weights; all workers enter the `with` block together.
 
-        Under ZeRO 3 each worker holds all weights during the block. Running statistics that workers compute apart
-        (model.compat_batch_norm) become those of worker 0, so that all workers evaluate one model.
+        Under ZeRO 3, each worker holds all weights during the block. If workers compute their own running
+        statistics (model.compat_batch_norm), those of worker 0 replace the others.
         """
         broadcast_running_statistics(self._model)
         if self._copy is None:

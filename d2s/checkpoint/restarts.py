@@ -1,6 +1,6 @@
-"""Counts a run's starts without progress, so that one that is requeued again and again ends at last.
+"""Counts starts without progress, so that a run that the scheduler requeues again and again ends at last.
 
-`restarts.json` in the run folder holds the checkpoint of the last start, and how many starts in a row began there.
+`restarts.json` in the run folder stores where the last start began, and how many starts in a row began there.
 This file needs no torch: train.py imports it before its signal handlers are installed.
 """
 
@@ -14,13 +14,13 @@ RESTARTS = "restarts.json"
 
 
 class StalledError(Exception):
-    """Several starts in a row began at the same checkpoint and saved nothing after it."""
+    """Raised if several starts in a row began at the same checkpoint and saved nothing newer."""
 
 
 def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
-    """Counts a start at `checkpoint` (None: at the first step). One worker calls it.
+    """Counts a start at `checkpoint` (None: at the first training step). Only one worker calls it.
 
-    Raises StalledError if the last `limit` starts began there too and saved nothing newer; limit 0 allows any number.
+    Raises StalledError if the last `limit` starts also began there and saved nothing newer; 0 never raises.
     """
     place = _place(checkpoint)
     path = run / RESTARTS
@@ -38,12 +38,12 @@ def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
 
 
 def forget_start(run: Path) -> None:
-    """Resets the count, as after an interrupt by the user: that is no requeue without progress."""
+    """Resets the count. Called if the user interrupts the run, because the next start is then no requeue."""
     (run / RESTARTS).unlink(missing_ok=True)
 
 
 def _place(checkpoint: Path | None) -> dict[str, str]:
-    """Name of a checkpoint and digest of its marker, which is rewritten when the checkpoint has been validated."""
+    """Returns a checkpoint's name and the digest of its marker, which is rewritten after validation."""
     if checkpoint is None:
         return {"from": "the beginning", "digest": ""}
     from d2s.checkpoint.store import MARKER

@@ -1,13 +1,13 @@
-"""Checkpoints: complete or invisible, for any number of workers and ZeRO stage; the newest intact one is found.
+"""Saves and loads the checkpoints of a run, for any number of workers and any ZeRO stage.
 
     checkpoints/step-00000120/    worker-00000.safetensors, one file for each worker that wrote it, then the marker
                                   `complete.json` with the run's state and the sha256 of every file
     checkpoints/.step-00000120/   unfinished: being written, or left by a killed process; never read
     best/, last/                  D2SModel folders (safetensors), for use and evaluation
 
-A checkpoint is written under a hidden name, flushed to disk, marked and renamed; only then are old ones removed.
-It holds weights, AdamW's moments and buffers by name. Each worker writes its part of them to its own file
-(:mod:`d2s.checkpoint.zero_state`), so no worker holds or writes more. Nothing in it is a pickle.
+A checkpoint is written under a hidden name, flushed to disk, marked as complete and renamed. Only then are
+old checkpoints removed. It holds weights, AdamW's moments and buffers by name. Each worker writes its own
+part to its own file (:mod:`d2s.checkpoint.zero_state`), so none holds the full state. No file is a pickle.
 """
 
 import json
@@ -33,7 +33,7 @@ _CONTENT = {"files", "optimizer_steps"}
 
 
 def newest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, intact or damaged; None if there is none."""
+    """Returns the newest complete checkpoint of a run, intact or damaged, or None if there is none."""
     return max(_complete(run / "checkpoints"), key=_step, default=None)
 
 
@@ -42,7 +42,7 @@ def _folder(run: Path, step: int) -> Path:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """All complete checkpoints, including one that a killed process set aside and did not replace."""
+    """Returns all complete checkpoints, also one that a killed process set aside and did not replace."""
     aside = [path for path in folder.glob(".step-*.old") if not path.with_name(path.name[1:-4]).exists()]
     named = [path for path in [*folder.glob("step-*"), *aside] if _number(path).isdigit()]
     return [path for path in named if (path / MARKER).is_file()]
@@ -57,12 +57,12 @@ def _step(path: Path) -> int:
 
 
 def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Workers, *, keep: int) -> None:
-    """Write checkpoint `step` of a run and remove all but the newest `keep`; all workers call it together.
+    """Writes checkpoint `step` and keeps only the newest `keep`; all workers call it together.
 
-    Running statistics that workers compute apart become those of worker 0 on all workers.
+    If workers compute their own running statistics, those of worker 0 replace the others.
 
-    state: JSON values under the keys of `STATE`. Raises ValueError in one line, on all workers, if any worker cannot
-    write; older checkpoints are unchanged then.
+    state: JSON values under the keys of `STATE`. If any worker cannot write, all workers raise ValueError in
+    one line; older checkpoints are unchanged then.
     """
     final = _folder(run, step)
     hidden = final.with_name(f".{final.name}")
@@ -93,7 +93,7 @@ def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Work
         run_on_all(finish)
     except ValueError as error:
         if workers.is_main:
-            shutil.rmtree(hidden, ignore_errors=True)  # it may be what fills the disk
+            shutil.rmtree(hidden, ignore_errors=True)  # it may be why the disk is full
         older = newest(run)
         next_start = (
             f"then --resume goes on from {older.name}" if older else "there is no older one to resume"
@@ -104,9 +104,9 @@ def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Work
 
 
 def update(run: Path, step: int, state: dict[str, Any], *, is_main: bool) -> None:
-    """Replace the run's state in a complete checkpoint; all workers call it together.
+    """Replaces the run's state in a complete checkpoint; all workers call it together.
 
-    state: as in `save`. Raises ValueError in one line, on all workers, if it cannot be written.
+    state: as in `save`. All workers raise ValueError in one line if it cannot be written.
     """
     path = _folder(run, step) / MARKER
 
@@ -124,10 +124,10 @@ def update(run: Path, step: int, state: dict[str, Any], *, is_main: bool) -> Non
 
 
 def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
-    """Restore the engine from the newest intact checkpoint and return its `state`; all workers call it together.
+    """Restores the newest intact checkpoint and returns its `state`; all workers call it together.
 
-    Returns None if there is no checkpoint. A damaged one is skipped, and a line on stderr names it, the file and the
-    remedy. Raises ValueError in one line if all are damaged.
+    Returns None if there is no checkpoint. For each damaged checkpoint, a line on stderr names the damage and
+    the older checkpoint that is used instead. Raises ValueError in one line if all are damaged.
     """
 
     def choose() -> list[Path]:
@@ -151,9 +151,9 @@ def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
 
 
 def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, Any], list[str]]:
-    """Verify a checkpoint and restore the engine from it: its state, and the problems found by any worker.
+    """Verifies a checkpoint and restores it. Returns the saved state and the problems of all workers.
 
-    With problems in the list the state is incomplete; with damaged files the engine is unchanged.
+    If there are problems, the state may be incomplete. If files are damaged, the engine is unchanged.
     """
     state: dict[str, Any] = {}
 
@@ -170,7 +170,7 @@ def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, An
         if not state.keys() >= STATE | _CONTENT:
             raise ValueError(f"{MARKER} lacks some of {', '.join(sorted(STATE | _CONTENT))}")
         for number, (name, digest) in enumerate(sorted(state["files"].items())):
-            # Each file is checked by one worker, and all learn the result.
+            # Each file is checked by one worker only; `run_on_all` shares the results.
             if number % workers.world == workers.rank and file_sha256(folder / name) != digest:
                 raise ValueError(f"{name} differs from its checksum")
 
@@ -196,7 +196,7 @@ def _compare(saved: dict[str, int], wanted: dict[str, int]) -> None:
 
 
 def _prune(final: Path, keep: int) -> None:
-    """Remove all but the newest `keep` up to `final`, and also newer ones, which were skipped as damaged."""
+    """Removes all checkpoints but the newest `keep` up to `final`; newer ones were found damaged."""
     folder = final.parent
     complete = sorted(_complete(folder), key=_step)
     up_to_final = [path for path in complete if _step(path) <= _step(final)]

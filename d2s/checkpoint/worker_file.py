@@ -1,7 +1,7 @@
-"""One worker's file of a checkpoint: slices of named tensors in safetensors format.
+"""Reads and writes one worker's file of a checkpoint: slices of named tensors in safetensors format.
 
-A file holds flat runs of elements under keys such as `weight/model.norm.bias@128`: the tensor, and the index of the
-run's first element. Files are read by ranges, so a worker takes from the files of all workers only what it holds.
+A file stores consecutive elements of flattened tensors under keys such as `weight/model.norm.bias@128`: the
+tensor's name, and the index of the first element. Workers read only the ranges that they hold.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from d2s.checkpoint.zero_state import TensorSlice
 
 
 def slices_to_write(slices: Iterable[TensorSlice], rank: int, world: int) -> Iterator[TensorSlice]:
-    """The slices that worker `rank` of `world` writes.
+    """Yields the slices that worker `rank` of `world` writes.
 
-    Of a replicated slice it writes one of `world` equal parts; other slices are its own, and written in full.
+    Of a slice that all workers hold, each writes one of `world` equal parts; others are written in full.
     """
     for one in slices:
         if not one.replicated:
@@ -34,9 +34,9 @@ def slices_to_write(slices: Iterable[TensorSlice], rank: int, world: int) -> Ite
 
 
 def write_slices(path: Path, slices: Iterable[TensorSlice]) -> str:
-    """Write slices to a new safetensors file, flush it to disk, and return its sha256.
+    """Writes slices to a new safetensors file, flushes it to disk, and returns its sha256.
 
-    Raises OSError with the path if the disk is full or cannot be written.
+    Raises OSError with the path if the disk is full or the file cannot be written.
     """
     tensors = {f"{one.name}@{one.start}": one.values.detach().cpu() for one in slices}
     try:
@@ -49,9 +49,9 @@ def write_slices(path: Path, slices: Iterable[TensorSlice]) -> str:
 
 
 class WorkerFiles:
-    """All workers' files of one checkpoint, open for reading ranges.
+    """Opens the files of all workers in one checkpoint for reading ranges.
 
-    Raises ValueError with the file's name if one is missing or is no safetensors file.
+    Raises ValueError with the file's name if a file is missing or is not in safetensors format.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -63,7 +63,7 @@ class WorkerFiles:
             except (SafetensorError, OSError) as error:
                 self._open.close()
                 raise ValueError(f"{path.name}: {error}") from error
-            for key in file.keys():  # noqa: SIM118 (it is no dictionary)
+            for key in file.keys():  # noqa: SIM118 (`file` is not a dictionary)
                 name, _, start = key.rpartition("@")
                 first = int(start)
                 self._runs[name].append((first, first + file.get_slice(key).get_shape()[0], file, key))
@@ -75,11 +75,11 @@ class WorkerFiles:
         self._open.close()
 
     def element_counts(self) -> dict[str, int]:
-        """Tensor name -> number of its elements in all files together."""
+        """Returns, for each tensor name, the number of the tensor's elements in all files together."""
         return {name: sum(end - start for start, end, *_ in runs) for name, runs in self._runs.items()}
 
     def read_into(self, target: TensorSlice) -> None:
-        """Fill `target.values` from the files. Raises ValueError if they lack some of its elements."""
+        """Fills `target.values` from the files. Raises ValueError if the files lack some of its elements."""
         first, last = target.start, target.start + len(target.values)
         filled = 0
         for start, end, file, key in self._runs.get(target.name, ()):

@@ -1,11 +1,11 @@
-"""The state of a DeepSpeed engine as slices of named flat tensors, in one form for every ZeRO stage.
+"""Shows the state of a DeepSpeed engine as slices of named flat tensors, in one form for all ZeRO stages.
 
-ZeRO divides weights and moments among W workers along its own buffers: stages 1 and 2 divide a group of parameters
-laid end to end, stage 3 each parameter by itself, stage 0 nothing. A :class:`TensorSlice` says which elements of
-which named tensor a view of those buffers holds. A checkpoint therefore stores names and positions only, any number
-of workers at any stage can read from it what they hold, and nothing is gathered.
+ZeRO divides weights and moments among W workers. Stages 1 and 2 divide each group of parameters,
+concatenated; stage 3 divides each parameter by itself; stage 0 divides nothing. A :class:`TensorSlice` says
+which elements of which named tensor a view of the engine's memory holds. A checkpoint therefore stores only
+names and positions. Any number of workers, at any stage, can read their elements, and nothing is gathered.
 
-Before a save the BatchNorm buffers of worker 0 are broadcast (:mod:`d2s.model.running_statistics`).
+Before a save, the BatchNorm buffers of worker 0 are broadcast (:mod:`d2s.model.running_statistics`).
 """
 
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Elements start .. start + len(values) - 1 of the flattened tensor `name`."""
+    """Elements start .. start + len(values) - 1 of the flattened tensor called `name`."""
 
     name: str
     start: int
     values: Tensor
-    """(n,), a view of the engine's own memory: writing into it restores the engine."""
+    """(n,), a view of the engine's own memory: writing into this tensor restores the engine."""
     replicated: bool
-    """Every worker holds the same slice; otherwise the workers' slices of a tensor are disjoint."""
+    """True if every worker holds the same slice; otherwise the slices of different workers do not overlap."""
 
 
 class ZeroState:
-    """Weights, AdamW's moments and buffers of a DeepSpeed engine of ZeRO stage 0, 1, 2 or 3.
+    """Accesses the weights, AdamW's moments and the buffers of a DeepSpeed engine of ZeRO stage 0, 1, 2 or 3.
 
     Raises ValueError if engine.deepspeed_json gave the engine an optimizer whose state cannot be saved.
     """
@@ -44,7 +44,7 @@ class ZeroState:
         if isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
             self.stage = 3
         elif isinstance(self._optimizer, DeepSpeedZeroOptimizer):
-            self.stage = 1  # or 2, which divides the gradients as well
+            self.stage = 1  # or 2, which also divides the gradients
         elif isinstance(self._optimizer, torch.optim.Optimizer):
             self.stage = 0
         else:
@@ -56,9 +56,9 @@ class ZeroState:
         self._create_moments()
 
     def _create_moments(self) -> None:
-        """Add AdamW's moments, all zero, for parameters that it has not stepped yet."""
+        """Adds zero moments for all parameters that AdamW has not updated yet."""
         stepped = [flat for group in self._adamw.param_groups for flat in group["params"]]
-        if self.stage == 3:  # its groups hold the flat tensors only during a step
+        if self.stage == 3:  # param_groups hold the flat tensors only during a step
             stepped = self._optimizer.fp32_partitioned_groups_flat
         for flat in stepped:
             state = self._adamw.state[flat]
@@ -68,11 +68,11 @@ class ZeroState:
 
     @property
     def steps(self) -> int:
-        """The number of AdamW's steps: the largest of any parameter, as one without a gradient counts none."""
+        """Number of AdamW's steps: the maximum over parameters, as those without gradient count none."""
         return max(int(state["step"]) for state in self._adamw.state.values())
 
     def element_counts(self) -> dict[str, int]:
-        """Tensor name -> number of elements, for everything in a checkpoint; the same on every worker."""
+        """Returns the number of elements of each tensor in a checkpoint, by name; equal on all workers."""
         counts = {}
         for name, parameter in self._module.named_parameters():
             count = getattr(parameter, "ds_numel", parameter.numel())
@@ -85,7 +85,7 @@ class ZeroState:
         return ((name, buffer) for name, buffer in self._module.named_buffers() if name in persistent)
 
     def slices(self) -> Iterator[TensorSlice]:
-        """What this worker holds, in the order of the module's parameters; valid until the next step."""
+        """Yields this worker's slices, in the order of the parameters. Valid until the next training step."""
         parts = {0: self._undivided, 1: self._part_of_group, 3: self._part_of_tensor}[self.stage]
         for name, parameter in self._module.named_parameters():
             replicated = self.stage == 0 or (self.stage == 1 and not parameter.requires_grad)
@@ -96,14 +96,14 @@ class ZeroState:
             yield TensorSlice(f"buffer/{name}", 0, _flat(buffer), True)
 
     def _undivided(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stage 0: kind ("weight" or a moment) -> (index of the first element, elements), all of them."""
+        """Stage 0: maps "weight" and each moment to (0, all elements of the parameter)."""
         tensors = {"weight": parameter.data}
         if parameter.requires_grad:
             tensors |= {key: self._adamw.state[parameter][key] for key in MOMENTS}
         return {kind: (0, _flat(values)) for kind, values in tensors.items()}
 
     def _part_of_group(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stages 1 and 2: this worker's part of the group may hold all, some or none of a parameter."""
+        """Stages 1 and 2: maps "weight" and each moment to (first index, elements) of this worker's part."""
         if not parameter.requires_grad:
             return {"weight": (0, _flat(parameter.data))}
         mapping = parameter._hp_mapping
@@ -117,7 +117,11 @@ class ZeroState:
         return {kind: (first, values.narrow(0, place.start, place.numel)) for kind, values in tensors.items()}
 
     def _part_of_tensor(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stage 3: worker r holds the r-th of W equal parts; the last ones are padded."""
+        """Stage 3: returns the same as `_part_of_group`.
+
+        Worker r holds the r-th of W equal parts of each parameter. The last parts end with padding, which is
+        left out.
+        """
         size = parameter.partition_numel()
         first = size * torch.distributed.get_rank()
         count = min(size, max(0, parameter.ds_numel - first))
@@ -128,11 +132,11 @@ class ZeroState:
         return {kind: (first, values.narrow(0, place, count)) for kind, values in tensors.items()}
 
     def _flat_tensors(self, flat: Tensor) -> dict[str, Tensor]:
-        """Weights and moments of one flat group of parameters."""
+        """Returns the weights and the moments of one flat group of parameters."""
         return {"weight": flat.data} | {key: self._adamw.state[flat][key] for key in MOMENTS}
 
     def finish_restore(self, steps: int) -> None:
-        """Give the module the restored weights; all workers call it together once their slices are filled.
+        """Copies the restored state to the module; all workers call it together once their slices are filled.
 
         steps: the number of AdamW's steps in the checkpoint.
         """
@@ -145,7 +149,7 @@ class ZeroState:
             for group in range(len(self._optimizer.fp16_groups)):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
             persistent = self._optimizer.persistent_parameters
-            if persistent:  # small parameters stay gathered between steps and would keep their old values
+            if persistent:  # small parameters stay gathered between steps, with their old values
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
 

@@ -1,1 +1,1 @@
-"""What all rooms share, without torch: command lines, files and folders, progress, processes."""
+"""Helpers for all packages of d2s, without torch: command lines, files and folders, progress, processes."""

@@ -1,4 +1,4 @@
-"""What the commands share: a mistake of the user, or an error of the file system, is one line and exit code 2."""
+"""Helpers for all commands: a user's mistake or a file error gives one line on stderr and exit code 2."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line; argparse would print all options first."""
+    """An argument parser that reports a usage error in one line, without argparse's list of all options."""
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with code 2."""
@@ -15,27 +15,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
+    """Parses a whole number of at least 1; an argparse `type`."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def run(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Runs the work of a command and reports its errors.
+    """Runs the work of a command and prints its errors.
 
     Args:
-        work: returns the exit code, None for 0.
-        interrupted: the line to print after Ctrl-C.
+        work: does the work and returns the exit code, or None for 0.
+        interrupted: text to print after Ctrl-C.
     Returns:
-        The exit code: that of the work; 2 after ValueError or OSError, with one line; 130 after Ctrl-C.
+        The exit code: the result of `work`; 2 after ValueError or OSError; 130 after Ctrl-C.
     """
     try:
         return work() or 0
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except OSError as error:
-        # After a failed rename, the second name is the one that the user knows.
+        # A failed rename has two file names; the user knows the second, because the first is temporary.
         name = error.filename2 or error.filename
         what = error.strerror or " ".join(str(error).split()) or type(error).__name__
         print(f"error: {f'{name}: ' if name is not None else ''}{what}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Atomic files: written under another name, flushed to the disk, then renamed. Also JSON files and checksums."""
+"""Writes files atomically: under another name, flushed to disk, then renamed. Also JSON and checksums."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ _TEXT = (".txt", ".json", ".jsonl", ".parquet")
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path` for writing and renames it to `path` if the block succeeds."""
+    """Opens a temporary file for writing, and renames it to `path` if the `with` block succeeds."""
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -28,7 +28,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a folder, so that a rename in it survives a power cut. Does nothing except on POSIX."""
+    """Flushes a folder to disk, so that a rename in it survives a power cut. Does nothing except on POSIX."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -38,7 +38,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def parse_json(text: str | bytes) -> object:
-    """`json.loads` that raises ValueError also for text that is nested too deeply."""
+    """Parses JSON like `json.loads`. Raises ValueError also if the text is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -68,7 +68,7 @@ def read_json(path: Path) -> object:
 
 
 def input_sha256(paths: list[Path]) -> str:
-    """One sha256 over the names and bytes of files, and of the text, JSON and parquet files in folders."""
+    """Computes one sha256 over names and bytes of files, and of text, JSON and parquet files in folders."""
     digest = hashlib.sha256()
     for path in paths:
         files = sorted(part for part in path.iterdir() if part.suffix in _TEXT) if path.is_dir() else [path]
@@ -78,13 +78,13 @@ def input_sha256(paths: list[Path]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal digits."""
+    """Returns the sha256 of a file in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a UTF-8 text file, whole or not at all. Raises OSError that names the file."""
+    """Writes a UTF-8 text file atomically. Raises OSError with the file's name."""
     try:
         with atomic_file(path) as file:
             file.write(text.encode())

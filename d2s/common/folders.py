@@ -1,7 +1,6 @@
-"""Atomic folders: filled under a hidden name, flushed to the disk, then renamed.
+"""Replaces folders atomically: a folder is filled under a hidden name, flushed to disk, then renamed.
 
-A process that is killed meanwhile leaves the old folder or the new one, and hidden folders that the next writer
-removes.
+If the process is killed meanwhile, the old or new folder is complete; the next write removes hidden ones.
 """
 
 import ctypes
@@ -14,12 +13,12 @@ from pathlib import Path
 from d2s.common.files import sync_folder
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# Errors of kernels, file systems (NFS) and C libraries that cannot exchange two names.
+# Error numbers if the kernel, the file system (NFS) or the C library cannot exchange two names.
 _UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flushes every file below `folder`, and the folders themselves, to disk."""
+    """Flushes `folder`, its subfolders and all their files to disk."""
     for root, _, files in os.walk(folder):
         for name in [*files, "."]:
             handle = os.open(os.path.join(root, name), os.O_RDONLY)
@@ -30,7 +29,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fills a new folder with `write` and replaces `folder` by it."""
+    """Creates a new folder, lets `write` fill it, and replaces `folder` with it."""
     fresh = folder.with_name(f".{folder.name}.new")
     recover(folder.parent)
     shutil.rmtree(fresh, ignore_errors=True)
@@ -41,10 +40,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def put_in_place(fresh: Path, folder: Path) -> None:
-    """Renames `fresh` to `folder`, replacing what is there; the change survives a power cut.
+    """Renames `fresh` to `folder`, replaces an existing `folder`, and flushes the change to disk.
 
-    Where two names cannot be exchanged in one step, the old folder has another name for a moment, from which
-    :func:`recover` restores it.
+    If the system cannot exchange two names in one operation, the old folder has a temporary name for a
+    moment. If the process is killed then, :func:`recover` restores the old folder.
     """
     if not folder.exists():
         fresh.rename(folder)
@@ -62,7 +61,10 @@ def put_in_place(fresh: Path, folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step. Returns False where that is not possible; raises OSError on other errors."""
+    """Swaps the names of two folders in one operation.
+
+    Returns False if the system does not support that. Raises OSError on other errors.
+    """
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -77,7 +79,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder. It is renamed first, so a killed process leaves only a hidden folder."""
+    """Gives a folder a hidden name, then removes it, so no half-removed folder is ever visible."""
     hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.gone")
     if hidden != folder:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -86,7 +88,7 @@ def discard(folder: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Restores folders that a process renamed in `put_in_place` before it was killed."""
+    """Restores old folders that `put_in_place` had set aside when the process was killed."""
     for aside in sorted(parent.glob(".*.old")):
         folder = aside.with_name(aside.name[1 : -len(".old")])
         if aside.is_dir() and not folder.exists():

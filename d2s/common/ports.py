@@ -1,10 +1,10 @@
-"""TCP ports of this machine."""
+"""Finds free TCP ports on this machine."""
 
 import socket
 
 
 def free_port() -> int:
-    """A port that is free on 127.0.0.1 now. Another process can take it before it is used."""
+    """Returns a port that is free on 127.0.0.1 now. Another process can take it before it is used."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Runs one function over many tasks in several processes; the result does not depend on their number."""
+"""Runs a function on many tasks in several processes. Results do not depend on the number of processes."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> None:
-    # Ctrl-C goes to the whole process group; only the parent reacts to it.
+    # The terminal sends Ctrl-C to the parent and all workers; only the parent shall react.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if initializer:
@@ -20,7 +20,7 @@ def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> 
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent is killed. It holds both ends of the task queue, so it would wait for ever."""
+    """Ends this worker if its parent is killed. It would wait forever, as it holds the task queue open."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -34,13 +34,13 @@ def map_ordered(
     initializer: Callable[..., None] | None = None,
     arguments: tuple = (),
 ) -> Iterator[tuple[Any, Any]]:
-    """Yields (task, result) in the order of the tasks. `initializer(*arguments)` runs first in each process.
+    """Yields (task, result) in the order of the tasks. Each process first calls `initializer(*arguments)`.
 
-    With one worker everything happens in this process. Processes are spawned, not forked, because the threads of
-    numpy and pyarrow do not survive a fork. Only a few tasks are queued at a time, to bound memory.
+    With one worker, everything runs in this process. Processes are spawned, not forked, because the threads
+    of numpy and pyarrow do not survive a fork. Only a few tasks are queued at a time, to limit memory.
 
     Raises:
-        ValueError: a process died. Errors of the function are raised as they are, in the order of the tasks.
+        ValueError: a process died. An error that `function` raises for a task is raised at that task's turn.
     """
     if workers <= 1 or len(tasks) <= 1:
         if initializer:

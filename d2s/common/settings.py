@@ -1,11 +1,11 @@
-"""Settings: frozen dataclasses that pydantic checks, with one line for each mistake.
+"""Settings are frozen dataclasses that pydantic checks. Each mistake is reported in one line.
 
     @settings("optim")
     class OptimConfig(Settings):
         lr: NonNegativeFloat = 2e-4
 
-A value must already have its field's type: `True` is no integer and `"8"` neither. Numbers must be finite.
-pydantic is imported by the functions, so that machines without it can import this room.
+A value must already have its field's type: `True` is no integer, and nor is `"8"`. Numbers must be finite.
+Only functions import pydantic, so machines without it can import `d2s.common`.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ T = TypeVar("T", bound="Settings")
 
 
 class Settings:
-    """Conversion to JSON and back, for the classes that :func:`settings` decorates."""
+    """Base class of the settings that :func:`settings` decorates. Converts them to JSON types and back."""
 
     name_on_command_line: ClassVar[str] = ""
-    """What stands before a field's name where a user types it, as in --optim.lr."""
+    """Prefix of the fields' names on the command line, as `optim` in --optim.lr."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a dictionary of plain JSON types."""
+        """Returns the settings as a dictionary of plain JSON types."""
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The settings that `to_dict` gave. Raises ValueError for an unknown field or a value that does not fit."""
+        """Builds settings from the dictionary of `to_dict`. Raises ValueError if a field does not fit."""
         from pydantic import TypeAdapter, ValidationError
 
         try:
-            # As JSON, where a list stands for a tuple and a dictionary for the settings of a part.
+            # Validated as JSON: pydantic then takes lists for tuples and dictionaries for nested settings.
             return TypeAdapter(cls).validate_json(json.dumps(values))
         except ValidationError as error:
             raise ValueError(_one_line(error, cls.name_on_command_line or cls.__name__)) from None
@@ -46,7 +46,7 @@ class Settings:
 def settings(name: str = "") -> Callable[[type[T]], type[T]]:
     """Makes a class a frozen, keyword-only dataclass whose constructor checks every value.
 
-    name: what a user types before its fields. The constructor raises ValueError in one line.
+    name: prefix of the fields' names on the command line. The constructor raises ValueError in one line.
     """
     from pydantic import ConfigDict, ValidationError
     from pydantic.dataclasses import dataclass
@@ -70,17 +70,17 @@ def settings(name: str = "") -> Callable[[type[T]], type[T]]:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'NEAREST'?`, or nothing where no name is near."""
+    """Returns `; did you mean 'NEAREST'?` with the most similar of `names`, or "" if none is similar."""
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _one_line(error: "ValidationError", prefix: str) -> str:
-    """The first mistake that pydantic found: dotted field name, value and remedy."""
+    """Formats the first mistake that pydantic found: dotted field name, value and remedy."""
     first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":  # raised by a class's own check, which names its fields
+    if first["type"] == "value_error":  # from a class's own check; its message names the fields
         return str(first["ctx"]["error"])
-    path = [part for part in first["loc"] if isinstance(part, str)]  # without the position in a tuple
+    path = [part for part in first["loc"] if isinstance(part, str)]  # leaves out positions in a tuple
     remedy = first["msg"].replace("Input should be", "it must be")
     if first["type"] == "unexpected_keyword_argument":
         names = {field.name for kind in Settings.__subclasses__() for field in dataclasses.fields(kind)}

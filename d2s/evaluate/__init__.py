@@ -1,1 +1,1 @@
-"""Evaluation of a model on a split: embeddings, recall and ranks, information capacity."""
+"""Evaluates a model on a split: embeddings, recall and ranks, information capacity."""

@@ -1,4 +1,4 @@
-"""`python -m d2s.evaluate`."""
+"""Runs the command `python -m d2s.evaluate`."""
 
 from d2s.evaluate.command import main
 

@@ -1,8 +1,8 @@
-"""Measures of information capacity: how much of the embedding space a set of embeddings uses.
+"""Measures information capacity: how much of the embedding space a set of embeddings uses.
 
-Sizes: N images, M captions, D width; `owner` as in `d2s.evaluate.metrics`. All functions but `effective_rank` and
-`measure_capacity` expect rows of length 1. The measures compare models on the same split. None is a quality by
-itself: random embeddings have the highest rank and the best uniformity.
+Sizes: N images, M captions, D width. `owner` is explained in `d2s.evaluate.metrics`. All functions but
+`effective_rank` and `measure_capacity` require rows of length 1. Use the measures to compare models on the
+same split. No measure alone shows quality: random embeddings have the best rank and uniformity.
 """
 
 import math
@@ -17,7 +17,7 @@ _CHUNK = 1024
 
 
 def measure_capacity(embedded: Embeddings) -> dict[str, float]:
-    """All measures below that the embeddings allow, by name: `effective_rank_images`, `alignment_sparse`, ...
+    """Returns all measures below that the embeddings allow, under names such as `alignment_sparse`.
 
     Raises:
         ValueError: embeddings that are not finite.
@@ -43,10 +43,10 @@ def measure_capacity(embedded: Embeddings) -> dict[str, float]:
 
 
 def effective_rank(embeddings: Tensor) -> float:
-    """exp(-sum p_k log p_k) with p = s / sum(s), where s are the singular values of the matrix (N, D), not centred.
+    """Returns exp(-sum p_k log p_k), p = s / sum(s), s the singular values of the uncentred (N, D) matrix.
 
-    Between 1 (all rows on one line) and min(N, D); 0 if all rows are zero. Computed from the D x D Gram matrix in
-    float64: O(N D^2) work, O(D^2) memory.
+    The result lies between 1 (all rows on one line) and min(N, D); it is 0 if all rows are zero. It is
+    computed from the D x D Gram matrix in float64: O(N D^2) work, O(D^2) memory.
 
     Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007); on embeddings: RankMe (ICML 2023).
     """
@@ -56,7 +56,7 @@ def effective_rank(embeddings: Tensor) -> float:
     for part in embeddings.split(_CHUNK):
         gram += part.double().T @ part.double()
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
-    # Eigenvalues have an error of about eps * the largest; its square root would count as a direction.
+    # Eigenvalues have errors of about eps times the largest, whose square root would count as a direction.
     noise = values.max() * torch.finfo(torch.float64).eps * len(values)
     values = values[values > noise].sqrt()
     if len(values) == 0:
@@ -66,10 +66,10 @@ def effective_rank(embeddings: Tensor) -> float:
 
 
 def alignment(images: Tensor, texts: Tensor, owner: Tensor) -> float:
-    """Mean over captions of |x_owner(j) - y_j|^2 on the unit sphere: 0 perfect, 2 orthogonal, 4 opposite.
+    """Returns the mean over captions j of |x_owner(j) - y_j|^2: 0 is best, 2 orthogonal, 4 opposite.
 
     Args:
-        images: (N, D) of length 1; texts: (M, D) of length 1; owner: (M,) int64.
+        images: x, (N, D) of length 1; texts: y, (M, D) of length 1; owner: (M,) int64.
 
     Source: Wang and Isola, "Understanding contrastive representation learning through alignment and
     uniformity on the hypersphere" (ICML 2020), alpha = 2, positive pairs = image and caption.
@@ -78,10 +78,10 @@ def alignment(images: Tensor, texts: Tensor, owner: Tensor) -> float:
 
 
 def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
-    """log of the mean over pairs i < j of exp(-2 |x_i - x_j|^2) on the unit sphere.
+    """Returns the log of the mean over pairs i < j of exp(-2 |x_i - x_j|^2) on the unit sphere.
 
-    0 if all rows are equal, lower the more evenly they spread (-4 in the limit of many dimensions). The cost is
-    quadratic, so of more than `limit` rows only that many, evenly spaced, are used.
+    The result is 0 if all rows are equal, and lower the more evenly they spread (-4 in the limit of many
+    dimensions). The cost is quadratic, so of more than `limit` rows only `limit` evenly spaced ones are used.
 
     Args:
         embeddings: (N, D) of length 1.
@@ -103,7 +103,7 @@ def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
 
 
 def modality_gap(images: Tensor, texts: Tensor) -> float:
-    """Distance between the mean of the images (N, D) and the mean of the texts (M, D), all of length 1.
+    """Returns the distance between the means of images (N, D) and texts (M, D), all of length 1.
 
     Source: Liang et al., "Mind the gap" (NeurIPS 2022).
     """
@@ -113,14 +113,14 @@ def modality_gap(images: Tensor, texts: Tensor) -> float:
 def sparse_to_dense(
     sparse: Tensor, sparse_owner: Tensor, dense: Tensor, dense_owner: Tensor, images: int
 ) -> float:
-    """Mean over images of the mean cosine between the image's sparse and dense captions.
+    """Returns the mean over images of the mean cosine between an image's sparse and its dense captions.
 
-    The mean cosine over all pairs of two sets of unit vectors is the dot product of their means. Images without a
-    sparse or without a dense caption are left out; NaN if no image has both.
+    The mean cosine over all pairs of two sets of unit vectors is the dot product of the sets' means. Images
+    without a sparse or without a dense caption are left out; the result is NaN if no image has both.
 
     Args:
-        sparse: (M, D) of length 1; dense: (M', D) of length 1; the owners as above.
-        images: N.
+        sparse: (M, D) of length 1; dense: (M', D) of length 1; their owners: (M,) and (M',) int64.
+        images: N, the number of images.
     """
 
     def means(rows: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from d2s.shards.read.index import ShardIndex
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit code: 0, or 2 after an error in one line."""
+    """Runs the command. Returns its exit code: 0, or 2 after an error, which is printed in one line."""
     parser = command.Parser(prog="python -m d2s.evaluate", description="Evaluate a model on a split.")
     parser.add_argument("--model", type=Path, required=True, help="model folder, such as runs/NAME/best")
     parser.add_argument("--data", type=Path, required=True, help="data set made by python -m d2s.shard")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    """Check all arguments before any long work, evaluate, print the tables, and write the JSON file."""
+    """Checks all arguments before any long work, evaluates, prints the tables, and writes the JSON file."""
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size is {arguments.batch_size}: it must be 1 or more")
     if arguments.json is not None:
@@ -63,7 +63,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(path: Path) -> None:
-    """Raise ValueError if `path` cannot be written."""
+    """Raises ValueError if `path` cannot be written."""
     if path.is_dir():
         raise ValueError(f"--json {path} is a folder: name a file in it")
     if not path.parent.is_dir():

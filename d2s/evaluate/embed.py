@@ -1,7 +1,7 @@
-"""Embeds a split: every image once, every caption once, on one worker or on several.
+"""Embeds each image and each caption of a split once, on one worker or on several.
 
-All workers take the same number of steps; surplus rows are masked. The rows of all workers are gathered and sorted
-into the order of the split, so the result depends neither on the number of workers nor on the batch size.
+All workers process equally many batches, filled up with surplus rows. All rows are gathered and sorted into
+the split's order, so the result does not depend on the number of workers or the batch size.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,22 +21,22 @@ from d2s.workers.collectives import all_gather
 
 @dataclass(frozen=True, kw_only=True)
 class TextSet:
-    """The embeddings of all captions of one kind in a split. M captions, D width."""
+    """The embeddings of all sparse or of all dense captions in a split. Sizes: M captions, D width."""
 
     embeddings: Tensor
     """(M, D) float32, not normalised."""
     owner: Tensor
-    """(M,) int64: position of the caption's image in the split, 0..N-1, ascending."""
+    """(M,) int64, ascending: position in the split, 0..N-1, of each caption's image."""
     truncated: int
-    """Number of captions that were cut at the limit of word pieces."""
+    """How many captions were cut at the limit of word pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """An embedded split; the same on every worker. N images, D width."""
+    """The embeddings of a split, the same on every worker. Sizes: N images, D width."""
 
     images: Tensor
-    """(N, D) float32 in the order of the split's rows."""
+    """(N, D) float32, in the order of the split's rows."""
     sparse: TextSet | None
     """None if the split has no sparse captions."""
     dense: TextSet | None
@@ -56,18 +56,18 @@ def embed_split(
     dense: bool = True,
     poll: Callable[[], None] | None = None,
 ) -> Embeddings:
-    """Embed a split in eval mode; the model returns to its previous mode.
+    """Embeds a split in eval mode. Afterwards the model is in its previous mode.
 
-    All workers must call this together; each gets all (N + M) x D numbers.
+    All workers must call this together. Each worker gets all (N + M) x D numbers.
 
     Args:
         config: image size and limits of word pieces.
-        batch_size: images or captions per worker and step.
-        dense: also embed dense captions, if the split has any.
+        batch_size: number of images or captions in a batch of one worker.
+        dense: whether to embed also dense captions, if the split has any.
         poll: called before each batch, equally often on every worker; an exception in it ends the embedding.
 
     Raises:
-        ValueError: the split does not exist or is empty, or a sample is damaged (evaluation replaces none).
+        ValueError: the split does not exist or is empty, or a sample is damaged.
     """
 
     def polled(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
@@ -88,7 +88,7 @@ def embed_split(
             limit = config.max_words_sparse if kind == "sparse" else config.max_words_dense
             limit = min(limit, model.max_words)
             pipeline = TextPipeline(model.tokenizer, limit)
-            # Read in this process, because the pipeline counts the captions that it cuts.
+            # Captions are read in this process, so that the pipeline can count the captions that it cuts.
             batches = polled(eval_texts(index, split, pipeline, kind, batch_size, rank, world))
             counts = torch.from_numpy(index.column(f"n_{kind}")[rows.start : rows.stop].astype("int64"))
             sets[kind] = _embed_texts(model, batches, pipeline, limit, counts)
@@ -110,13 +110,13 @@ def _embed_texts(
     limit: int,
     counts: Tensor,
 ) -> TextSet:
-    """limit: of word pieces. counts: (N,) int64, captions of each image."""
+    """Embeds captions. limit: maximum of word pieces. counts: (N,) int64, captions of each image."""
     parts, places, truncated = [], [], 0
     for numbers, _, ids, mask, valid in batches:
         parts.append(model.forward_text(ids.to(model.device), mask.to(model.device)).embedding.float())
         places.append(numbers)
         surplus = ~valid & (mask.sum(1) == limit)
-        # Surplus rows repeat the last caption, which was counted once for each if it was cut.
+        # Surplus rows repeat the last caption. If it was cut, each surplus row was counted as well.
         truncated += max(0, pipeline.truncated - int(surplus.sum()))
         pipeline.truncated = 0
     return TextSet(
@@ -127,7 +127,7 @@ def _embed_texts(
 
 
 def _in_order(parts: list[Tensor], places: list[Tensor], total: int) -> Tensor:
-    """All workers' rows, sorted by their places 0..total-1: (total, D). Surplus rows have the place -1."""
+    """Gathers all workers' rows, sorted by place 0..total-1: (total, D). Surplus rows have place -1."""
     rows, place = all_gather(torch.cat(parts)), all_gather(torch.cat(places).to(parts[0].device))
     real = place >= 0
     assert int(real.sum()) == total, "an item was embedded twice or not at all"

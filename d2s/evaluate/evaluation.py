@@ -1,7 +1,7 @@
-"""Measures a model on a split: retrieval over sparse and dense captions, folds, information capacity.
+"""Measures a model on a split: retrieval with sparse and with dense captions, folds, information capacity.
 
-Images and captions are embedded once each, by the functions behind `encode_image` and `encode_text`: what is measured
-is what users get.
+Each image and each caption is embedded once, by the same functions as in `encode_image` and `encode_text`, so
+the measures hold for the embeddings that users get.
 """
 
 import math
@@ -21,12 +21,12 @@ from d2s.evaluate.tables import capacity_table, recall_table
 from d2s.model import D2SModel
 from d2s.shards.read.index import ShardIndex
 
-FOLD = 1000  # images in a fold, as in COCO 1K
+FOLD = 1000  # number of images in a fold, as in COCO 1K
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The measures of `evaluate_model` on one split."""
+    """The measures that `evaluate_model` computes on one split."""
 
     split: str
     images: int
@@ -37,27 +37,27 @@ class Evaluation:
     without_captions: int
     """Images without a sparse caption: no queries of image -> text, but candidates of text -> image."""
     truncated: int
-    """Sparse and dense captions that were cut at the limit of word pieces."""
+    """How many sparse and dense captions were cut at the limit of word pieces."""
     sparse: Retrieval | None
-    """Retrieval with sparse captions; None if the split has none."""
+    """Retrieval with sparse captions; None if the split has no sparse caption."""
     dense: Retrieval | None
-    """Retrieval with dense captions."""
+    """Retrieval with dense captions; None if `dense_captions` is 0."""
     folds: int
-    """Number of folds in `folded`, 0 for none."""
+    """Number of folds in `folded`, or 0 if there are none."""
     folded: Retrieval | None
-    """Mean over the folds, sparse captions: COCO 1K when `images` is 5,000 and `folds` 5."""
+    """Mean over the folds, with sparse captions. It is COCO 1K if `images` is 5,000 and `folds` is 5."""
     capacity: dict[str, float]
     """Measures of information capacity by name (`d2s.evaluate.capacity`); empty unless requested."""
     seconds: float
-    """Wall-clock time, embedding included."""
+    """Wall-clock time in seconds, including embedding."""
 
     @property
     def rsum(self) -> float:
-        """rSum over sparse captions, at most 600; NaN if the split has none."""
+        """rSum with sparse captions, at most 600; NaN if the split has no sparse caption."""
         return self.sparse.rsum if self.sparse else math.nan
 
     def to_dict(self) -> dict:
-        """Plain numbers, lists and dictionaries for JSON, without the measures that are None."""
+        """Returns numbers, lists and dictionaries for JSON. Measures that are None are left out."""
         counts = ("split", "images", "captions", "dense_captions", "without_captions", "truncated")
         result = {name: getattr(self, name) for name in counts} | {"seconds": round(self.seconds, 3)}
         if self.sparse:
@@ -67,13 +67,13 @@ class Evaluation:
         if self.folded:
             result["folds"] = {"number": self.folds, **self.folded.to_dict()}
         if self.capacity:
-            # JSON knows no NaN.
+            # JSON has no NaN.
             finite = {name: value if math.isfinite(value) else None for name, value in self.capacity.items()}
             result["capacity"] = finite
         return result
 
     def renderable(self) -> Group:
-        """The tables, for a rich console."""
+        """Returns the tables to print on a rich console."""
         rows = [
             ("sparse captions", self.sparse),
             (f"sparse, mean of {self.folds} folds", self.folded),
@@ -110,19 +110,19 @@ def evaluate_model(
     folds: int | None = None,
     poll: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Embed a split and measure retrieval; the result does not depend on the number of workers.
+    """Embeds a split and measures retrieval. The result does not depend on the number of workers.
 
-    All workers must call it together. The model returns to its previous mode (training or not).
+    All workers must call this together. Afterwards the model is in its previous mode (training or eval).
 
     Args:
-        data_config, batch_size, dense, poll: as `config` and the others in `embed_split`.
-        full: also measure the folds and the information capacity.
-        folds: number of folds; 0 means none, None means folds of 1,000 images if the split is a multiple of them and
-            larger. Folds are cut along ascending image ids, whatever the order in the shards; the Karpathy file of
-            COCO has another order, so its 1K numbers come from other folds.
+        data_config, batch_size, rank, world, dense, poll: see `embed_split` (`data_config` is its `config`).
+        full: whether to measure also the folds and the information capacity.
+        folds: number of folds; 0 means none. None means folds of 1,000 images, if the split has 2,000, 3,000,
+            ... images. Folds are cut in the order of ascending image ids, not in that of the shards. The
+            Karpathy file of COCO has another order, so its COCO 1K comes from other folds.
 
     Raises:
-        ValueError: no such split, no caption in it, folds that do not divide it, or embeddings not finite.
+        ValueError: no such split, no caption in it, `folds` does not divide it, or embeddings not finite.
     """
     start = time.monotonic()
     if full:
@@ -145,7 +145,7 @@ def evaluate_model(
 def evaluate_embeddings(
     embedded: Embeddings, index: ShardIndex, split: str, *, full: bool = True, folds: int | None = None
 ) -> Evaluation:
-    """Measure a split that is embedded already; arguments and errors as in `evaluate_model`."""
+    """Measures a split that is already embedded. Arguments and errors are those of `evaluate_model`."""
     start = time.monotonic()
     sets = {"sparse": embedded.sparse, "dense": embedded.dense}
     sets = {kind: texts for kind, texts in sets.items() if texts is not None}
@@ -173,7 +173,7 @@ def evaluate_embeddings(
 
 
 def _by_folds(embedded: Embeddings, index: ShardIndex, split: str, folds: int) -> Retrieval:
-    """`fold_report` of the sparse captions, with the images in the order of their ids."""
+    """Returns `fold_report` of the sparse captions, with the images ordered by their ids."""
     rows, texts, device = index.rows(split), embedded.sparse, embedded.images.device
     order = torch.argsort(torch.tensor(index.column("image_id")[rows.start : rows.stop]))
     place = torch.empty_like(order)
@@ -183,10 +183,10 @@ def _by_folds(embedded: Embeddings, index: ShardIndex, split: str, folds: int) -
 
 
 def choose_folds(images: int, folds: int | None) -> int:
-    """The number of folds for so many images, 0 for none; see `evaluate_model`.
+    """Returns the number of folds for `images` images, or 0 for none; see `evaluate_model` for `folds`.
 
     Raises:
-        ValueError: `folds` does not divide the images.
+        ValueError: `folds` does not divide the number of images.
     """
     if folds is None:
         return images // FOLD if images > FOLD and images % FOLD == 0 else 0

@@ -1,4 +1,4 @@
-"""What an evaluation starts from: a device, a trained model, and how the model was fed in training."""
+"""Prepares the inputs of an evaluation: device, trained model, and its data settings from training."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from d2s.workers.devices import in_full_precision
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; for an empty name CUDA if there is one, otherwise the CPU. Turns TF32 off.
+    """Returns the named device; for an empty name, CUDA if available, else the CPU. Turns TF32 off.
 
     Raises:
         ValueError: the device does not exist or cannot be used.
@@ -31,10 +31,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(folder: Path) -> D2SModel:
-    """The model in a folder that `save_pretrained` wrote, in eval mode.
+    """Loads the model, in eval mode, from a folder that `save_pretrained` wrote.
 
     Raises:
-        ValueError: the folder holds no model; the message tells if it is a run.
+        ValueError: the folder does not contain a model. If it is a run, the message says so.
     """
     if (folder / "best" / "config.json").is_file():
         raise ValueError(f"--model {folder} is a run, not a model: use {folder / 'best'}")
@@ -45,9 +45,9 @@ def load_model(folder: Path) -> D2SModel:
 
 
 def data_config_of(folder: Path, model: D2SModel) -> DataConfig:
-    """The word limits and loader processes of the run that contains the model's folder, or the defaults.
+    """Returns the word limits and the number of loader processes of the run that contains the model's folder.
 
-    The image size is always the model's own.
+    Settings that the run lacks have their defaults. The image size is always the model's own.
 
     Raises:
         ValueError: the run's config.json is not JSON or has an impossible value.

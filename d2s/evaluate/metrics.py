@@ -1,16 +1,16 @@
-"""Retrieval metrics: pure functions of embeddings.
+"""Retrieval metrics, as pure functions of embeddings.
 
-Sizes: N images, M captions, D width, F folds. `owner` (M,) int64 holds, for each caption, the position in 0..N-1 of
-the image that it describes. An image may have any number of captions, or none.
+Sizes: N images, M captions, D width, F folds. For each caption, `owner` (M,) int64 holds the position in
+0..N-1 of the image that the caption describes. An image may have any number of captions, or none.
 
-Conventions, tested by hand-computed matrices:
+Conventions, tested with matrices computed by hand:
 
-* R@K is a *hit rate*: the share of queries with at least one right candidate among the first K, in percent.
-  It is not the recall of information retrieval, which divides by the number of right candidates.
-* Ties count against the model: a rank is the number of wrong candidates whose similarity is at least that of
-  the best right one. A collapsed model, with all embeddings equal, therefore scores 0 and not 100.
+* R@K is a *hit rate*: the percentage of queries that have at least one right candidate among the first K. It
+  is not the recall of information retrieval, which divides by the number of right candidates.
+* Ties count against the model: a query's rank is the number of wrong candidates that are at least as similar
+  as its best right candidate. A collapsed model, with all embeddings equal, therefore scores 0 and not 100.
 * An image without captions is no query of image -> text, but a wrong candidate of text -> image.
-* Embeddings that are not finite are an error: NaN compares as smaller than everything and would rank first.
+* Embeddings that are not finite are an error: no number exceeds NaN, so NaN would rank first.
 """
 
 from collections.abc import Iterable
@@ -32,20 +32,20 @@ class Recall:
     hits: tuple[float, float, float]
     """R@1, R@5, R@10 in percent."""
     chance: tuple[float, float, float]
-    """Expected R@1, R@5, R@10 of a random order of the candidates, in percent."""
+    """Expected R@1, R@5, R@10 in percent if the candidates were ordered at random."""
     median_rank: float
-    """Median over queries of the best right candidate's rank, counted from 1."""
+    """Median over queries of the rank of the best right candidate, counted from 1."""
     mean_rank: float
-    """Mean of the same ranks."""
+    """Mean over queries of the rank of the best right candidate, counted from 1."""
     queries: int
     """Number of queries that have a right candidate."""
     candidates: int
-    """Number of candidates with which each query is compared."""
+    """Number of candidates that each query is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Both directions over one set of images and captions, or their mean over folds."""
+    """Both directions of retrieval on one set of images and captions, or the mean over folds."""
 
     i2t: Recall
     """Image -> text."""
@@ -59,11 +59,11 @@ class Retrieval:
 
     @property
     def chance_rsum(self) -> float:
-        """Expected rSum of a random order."""
+        """Expected rSum if candidates were ordered at random."""
         return sum(self.i2t.chance) + sum(self.t2i.chance)
 
     def to_dict(self) -> dict:
-        """Plain numbers and lists, for JSON."""
+        """Returns numbers and lists for JSON."""
         ways = {"i2t": self.i2t, "t2i": self.t2i}
         result = {"rsum": self.rsum, **{way: list(recall.hits) for way, recall in ways.items()}}
         for name in ("median_rank", "mean_rank", "queries"):
@@ -73,14 +73,14 @@ class Retrieval:
 
 
 def normalize(embeddings: Tensor, name: str = "embeddings") -> Tensor:
-    """x / |x| of each row as float32, (N, D), for cosine similarity. A zero row stays zero.
+    """Returns x / |x| of each row x as float32, (N, D), for cosine similarity. A zero row stays zero.
 
     Args:
         embeddings: (N, D), any float type.
-        name: what the rows are, for error messages.
+        name: name of the embeddings in error messages.
 
     Raises:
-        ValueError: not a matrix, or rows that are not finite; the message counts them.
+        ValueError: not a matrix, or some rows are not finite; the message gives the number of such rows.
     """
     if embeddings.ndim != 2:
         raise ValueError(f"{name} must have the shape (number, width), not {tuple(embeddings.shape)}")
@@ -94,10 +94,10 @@ def normalize(embeddings: Tensor, name: str = "embeddings") -> Tensor:
 
 
 def hit_rates(ranks: Tensor, ks: tuple[int, ...] = KS) -> tuple[float, ...]:
-    """R@K = 100 * mean over queries of [rank < K].
+    """Returns R@K = 100 * mean over queries of [rank < K], for each K in `ks`.
 
     Args:
-        ranks: (N,) int64, 0-based rank of the best right candidate.
+        ranks: (N,) int64, rank of each query's best right candidate, counted from 0.
 
     Source: as in Karpathy and Fei-Fei (CVPR 2015) and VSE++ (BMVC 2018) for Flickr30K and COCO.
     """
@@ -105,13 +105,13 @@ def hit_rates(ranks: Tensor, ks: tuple[int, ...] = KS) -> tuple[float, ...]:
 
 
 def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tuple[float, ...]:
-    """Expected R@K of a random order: 100 * mean over queries of 1 - C(M - P, K) / C(M, K).
+    """Returns the expected R@K of a random order: 100 * mean over queries of 1 - C(M - P, K) / C(M, K).
 
     Args:
-        right: (N,) int64, the number P of right candidates of each query.
-        candidates: their number M.
+        right: (N,) int64, the number P of right candidates for each query.
+        candidates: the number M of all candidates.
 
-    Source: hypergeometric distribution; with P = 1 it is K / M.
+    Source: hypergeometric distribution; with P = 1 the expectation is 100 * K / M.
     """
     rates = []
     missed = torch.ones(len(right), dtype=torch.float64)
@@ -125,7 +125,7 @@ def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tu
 
 
 def summarize(ranks: Tensor, right: Tensor, candidates: int) -> Recall:
-    """The measures for ranks (N,) counted from 0, numbers of right candidates (N,), and M candidates."""
+    """Computes the measures. ranks: (N,), counted from 0. right: (N,), right candidates of each query."""
     assert len(ranks) == len(right) > 0
     ordered = torch.sort(ranks.double()).values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
@@ -140,17 +140,17 @@ def summarize(ranks: Tensor, right: Tensor, candidates: int) -> Recall:
 
 
 def recall_report(images: Tensor, texts: Tensor, owner: Tensor) -> Retrieval:
-    """R@1/5/10, median and mean rank in both directions, by cosine similarity.
+    """Computes R@1/5/10, median rank and mean rank in both directions, by cosine similarity.
 
-    Besides the embeddings it needs O(N + M) memory: similarities are computed in chunks.
+    Similarities are computed in chunks, so this needs only O(N + M) memory besides the embeddings.
 
     Args:
-        images: (N, D), normalised here.
-        texts: (M, D), normalised here.
-        owner: (M,) int64, position of each caption's image in `images`.
+        images: (N, D), not yet normalised.
+        texts: (M, D), not yet normalised.
+        owner: (M,) int64, position in `images` of each caption's image.
 
     Raises:
-        ValueError: no caption at all, shapes that do not fit, an owner outside 0..N-1, or rows not finite.
+        ValueError: no image or caption, shapes that do not fit, an owner outside 0..N-1, or rows not finite.
     """
     images, texts = normalize(images, "image embeddings"), normalize(texts, "caption embeddings")
     owner = owner.to(images.device)
@@ -177,13 +177,13 @@ def recall_report(images: Tensor, texts: Tensor, owner: Tensor) -> Retrieval:
 
 
 def fold_report(images: Tensor, texts: Tensor, owner: Tensor, *, folds: int) -> Retrieval:
-    """Mean of `recall_report` over F folds of N / F consecutive images and their captions.
+    """Returns the mean of `recall_report` over F folds: N / F consecutive images and their captions.
 
-    COCO "1K" is the mean over 5 folds of 5,000 images, not the first 1,000 images. Every measure is a mean over the
-    folds, median ranks included.
+    COCO "1K" is the mean over 5 folds of the 5,000 images, not the result on the first 1,000. Every measure
+    is averaged over the folds, also the median rank.
 
     Args:
-        images, texts, owner: as in `recall_report`, the images in the order in which folds are cut.
+        images, texts, owner: as in `recall_report`; folds follow the order of the images.
         folds: F, a divisor of N.
 
     Raises:

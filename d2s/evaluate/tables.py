@@ -1,4 +1,4 @@
-"""Recall tables for the screen, through rich."""
+"""Formats recall and capacity as tables for the screen, through rich."""
 
 from collections.abc import Sequence
 
@@ -18,9 +18,9 @@ CAPACITY = {
 
 
 def recall_table(rows: Sequence[tuple[str, Retrieval | None]], title: str = "", chance: bool = True) -> Table:
-    """A table with a row for each (name, retrieval); a retrieval of None draws a line between groups.
+    """Returns a table with a row for each (name, retrieval). A retrieval of None draws a line.
 
-    i->t is image -> text, t->i is text -> image. chance: add a row with the expectation of a random order to each.
+    i->t is image -> text, t->i is text -> image. chance: below each row, add the rates of a random order.
     """
     table = Table(title=title or None, title_justify="left", header_style="bold")
     table.add_column("", no_wrap=True)
@@ -46,7 +46,7 @@ def _cells(recall: Recall) -> list[str]:
 
 
 def capacity_table(measures: dict[str, float]) -> Table:
-    """A table of the result of `d2s.evaluate.capacity.measure_capacity`."""
+    """Returns a table of the measures that `d2s.evaluate.capacity.measure_capacity` computed."""
     table = Table(title="information capacity", title_justify="left", header_style="bold")
     table.add_column("")
     for column in KINDS:

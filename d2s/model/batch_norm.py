@@ -1,4 +1,4 @@
-"""Batch normalisation whose training statistics cover the real words only, and all workers."""
+"""Batch normalisation whose training statistics cover all workers and exclude padding."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from d2s.workers.group import several_workers
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """Every worker's loss depends on every worker's addend, so the gradient is a sum over workers too."""
+    """Sums over workers. Each worker's loss depends on all addends, so gradients are summed too."""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
@@ -22,14 +22,14 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Count (1,), mean (C,) and biased variance (C,) of values (n, C), over all workers if asked.
+    """Returns count (1,), mean (C,), biased variance (C,) of values (n, C), of all workers if asked.
 
-    Two passes, the second around the mean, because one pass over squares loses digits in float32.
+    Takes two passes, the second around the mean, because a single pass over squares loses digits in float32.
     """
     total = _SumOverWorkers.apply if across_workers and several_workers() else (lambda value: value)
     count = values.new_full((1,), float(values.shape[0]))
     sums = total(torch.cat([values.sum(0), count]))
-    # The count is summed together with the values to save a collective; it takes no gradient.
+    # The count is summed together with the values to save a collective. It gets no gradient.
     count = sums[-1:].detach().clamp(min=1.0)
     mean = sums[:-1] / count
     variance = total((values - mean).square().sum(0)) / count
@@ -37,12 +37,12 @@ def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tenso
 
 
 class _WorkerBatchNorm:
-    """Mixin for the classes below: training statistics over the (n, C) values of all workers."""
+    """Mixin for the classes below: computes training statistics over the (n, C) values of all workers."""
 
     across_workers = True
 
     def _normalise(self, values: Tensor) -> Tensor:
-        """Normalise values (n, C) by their own statistics and update the running statistics."""
+        """Normalises values (n, C) by their own statistics and updates the running statistics."""
         with torch.autocast(values.device.type, enabled=False):
             wide = values if values.dtype == torch.float64 else values.float()
             count, mean, variance = moments(wide, self.across_workers)
@@ -59,18 +59,18 @@ class _WorkerBatchNorm:
 
 
 class WordBatchNorm(_WorkerBatchNorm, nn.BatchNorm1d):
-    """BatchNorm over the real words of a global batch: values (n, C), from which padding was removed."""
+    """BatchNorm over the real words of the global batch. The values (n, C) must not contain padding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (n, C): by the batch in training, by the running statistics in eval mode."""
+        """Normalises values (n, C): by batch statistics in training, by running statistics in eval mode."""
         return self._normalise(input) if self.training else super().forward(input)
 
 
 class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics cover all workers; with one worker it is torch's own."""
+    """BatchNorm2d whose training statistics cover all workers. With one worker it is the same as torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (B, C, H, W)."""
+        """Normalises (B, C, H, W), by batch statistics in training, else by running statistics."""
         if not self.training or not several_workers():
             return super().forward(input)
         flat = input.movedim(1, 3)
@@ -78,7 +78,7 @@ class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
 
 
 def share_statistics(module: nn.Module) -> nn.Module:
-    """Make every BatchNorm2d inside `module` a `MapBatchNorm`, in place, and return the module."""
+    """Turns every BatchNorm2d inside `module` into a `MapBatchNorm`, in place, and returns the module."""
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = MapBatchNorm

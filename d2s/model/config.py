@@ -1,4 +1,4 @@
-"""Settings of a model, and which of them have no effect under the others."""
+"""Settings of a model, and a check for settings that have no effect in combination with the others."""
 
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
@@ -19,20 +19,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @settings("tower")
 class TowerConfig(Settings):
-    """Which encoder ("tower") to use, and how. On the command line: model.image_encoder or model.text_encoder."""
+    """Selects an encoder ("tower"). Command line: model.image_encoder or model.text_encoder."""
 
     name: str | None = None
-    """Hub name, local folder, or `package:<module>/<folder>`: a folder inside an installed Python package."""
+    """Name on the hub, folder, or `package:<module>/<folder>`: a folder in an installed package."""
     config: dict[str, Any] | None = None
-    """Fields of a Hugging Face configuration, `model_type` included: a tower with random weights."""
+    """Fields of a Hugging Face configuration, including `model_type`, for a tower with random weights."""
     pretrained: bool = True
-    """Load the weights that belong to `name`; without a name it has no effect, and building the model warns."""
+    """Load the weights of `name`. Without a name it has no effect, and building the model warns."""
     freeze: bool = False
-    """Do not train the tower: it stays in eval mode, without gradient, and the optimizer does not get it."""
+    """Do not train the tower: it stays in eval mode, without gradient or optimizer state."""
     layers: PositiveInt | None = None
-    """Number of the tower's first layers to keep; None keeps all."""
+    """How many of the tower's first layers to keep; None keeps all."""
     tokenizer: str | None = None
-    """Text towers: where the tokenizer is. None means `name`; "words" builds a vocabulary from the captions."""
+    """For text towers: the tokenizer's place. None means `name`; "words" builds one from captions."""
 
     def __post_init__(self) -> None:
         if (self.name is None) == (self.config is None):
@@ -51,20 +51,20 @@ class DecoderConfig(Settings):
     tokens: PositiveInt = 100
     """Number of learnable mask tokens."""
     layout: Layout = "surround"
-    """Where the mask tokens stand: half on each side of the words, before, or after them. The decoder has no
-    position code and reads the mask tokens by their mean, so the choice changes rounding only; building the
-    model with another layout than the default warns."""
+    """Where the mask tokens stand: half on each side of the words (surround), all before (prefix) or all
+    after them (postfix). The decoder has no position code and averages its mask tokens, so the layout changes
+    only rounding. Building a model with another layout than the default warns."""
     depth: PositiveInt = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     heads: PositiveInt = 4
-    """Attention heads; they must divide the model's width."""
+    """Number of attention heads; it must divide the model's width."""
     mlp_ratio: PositiveFloat = 4.0
     """Hidden width of a block's MLP, as a multiple of the model's width."""
 
 
 @settings("model")
 class ModelConfig(Settings):
-    """Everything that decides the shape and the behaviour of a `D2SModel`."""
+    """All settings that decide the shape and the behaviour of a `D2SModel`."""
 
     image_encoder: TowerConfig = TowerConfig(name="google/vit-base-patch16-224-in21k")
     """The image tower."""
@@ -75,11 +75,11 @@ class ModelConfig(Settings):
     image_size: PositiveInt = 224
     """Side of the square input image, in pixels."""
     max_words: Annotated[int, Field(ge=3)] = 256
-    """Longest text that `encode_text` reads, in word pieces with start and end; longer ones are cut."""
+    """Maximum length of a text in `encode_text`, in word pieces with start and end; longer texts are cut."""
     decoder: DecoderConfig | None = None
-    """The decoder of stage 2; None is a stage-1 model."""
+    """The decoder of stage 2; None for a stage-1 model."""
     image_mean: Color = IMAGENET_MEAN
-    """Mean of red, green and blue (0 to 1), subtracted from the images."""
+    """Mean of red, green and blue (0 to 1), which is subtracted from the images."""
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     """Standard deviation of red, green and blue, by which the images are divided."""
     token_dropout: Share = 0.8
@@ -89,17 +89,17 @@ class ModelConfig(Settings):
     token_dropout_max: Share = 0.2
     """Largest rate at which such an image loses tokens."""
     text_dropout: Share = 0.2
-    """Dropout on the text tower's output, in training."""
+    """Dropout rate on the text tower's output in training."""
     text_norm: bool = True
-    """LayerNorm on the pooled text embedding."""
+    """Apply LayerNorm to the pooled text embedding."""
     text_mlp_norm: MlpNorm = "batch"
     """Norm inside the word MLP: BatchNorm over the real words of all workers, or LayerNorm."""
     gpo_width: EvenWidth = 32
-    """Width of the pooling operator's position code and of its GRU."""
+    """Width of the position code and of the GRU in the pooling operator."""
     gpo_temperature: PositiveFloat = 0.1
     """Temperature of the softmax over pooling positions."""
     compat_decoder_padding: bool = False
-    """As in the authors' release: the decoder attends to padded words."""
+    """As in the authors' release: the decoder also attends to padding."""
     compat_unit_prompt: bool = False
     """As in the authors' release: in eval mode the prompt is scaled to length 1 before it is added."""
     compat_batch_norm: bool = False
@@ -118,14 +118,14 @@ class ModelConfig(Settings):
 
 
 class IdleSetting(UserWarning):
-    """Warning: a setting has no effect, or not the one that its name suggests, under the others."""
+    """Warns that a setting has no effect, or not the effect that its name suggests."""
 
 
 def idle_settings(config: ModelConfig, changed: Collection[str] | None = None) -> list[str]:
-    """One line for each setting without effect.
+    """Returns one line of text for each setting that has no effect.
 
-    changed: the fields given by the user where a saved model is loaded; None where a model is built anew. The
-    towers of a loaded model have saved weights whatever they are called, so they are checked for a new one only.
+    changed: None if a new model is built, else the fields that the user changed in a saved model. Towers are
+    checked only for a new model, because those of a saved model always have trained weights.
     """
     lines = []
     for field in ("image_encoder", "text_encoder") if changed is None else ():
@@ -139,7 +139,7 @@ def idle_settings(config: ModelConfig, changed: Collection[str] | None = None) -
             lines.append(
                 f"model.{field}.freeze=True keeps a tower with random weights as it is: it learns nothing"
             )
-    # The recipes of the authors' release set its layout together with its compat_ switches: no warning there.
+    # No warning with compat_decoder_padding: recipes of the authors' release set both together.
     decoder = config.decoder if changed is None or "decoder" in changed else None
     if decoder is not None and decoder.layout != "surround" and not config.compat_decoder_padding:
         lines.append(

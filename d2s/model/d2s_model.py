@@ -1,4 +1,4 @@
-"""The model: image tower, text tower, decoder. Takes tensors in training, pictures and strings in use."""
+"""The model: image tower, text tower and decoder. Takes tensors in training, pictures and strings in use."""
 
 import dataclasses
 import tempfile
@@ -24,21 +24,21 @@ from d2s.preprocess.pixels import Picture, pixels
 
 
 class TextOutput(NamedTuple):
-    """Embeddings of a batch of B texts; D is the model's width."""
+    """The embeddings of a batch of B texts; D is the model's width."""
 
     embedding: Tensor
-    """(B, D) t + p, or t without the decoder; not of unit length."""
+    """(B, D), t + p, or t if there is no decoder; not of unit length."""
     text: Tensor
-    """(B, D) the text embedding t."""
+    """(B, D), the text embedding t."""
     prompt: Tensor | None
-    """(B, D) the decoder's prompt p; None without the decoder."""
+    """(B, D), the decoder's prompt p; None if there is no decoder."""
 
 
 class D2SModel(nn.Module):
     """Embeds images and texts in one space. Source: Liu et al., ICCV 2025 (D2S-VSE), arXiv 2503.14953.
 
-    `tokenizer` is needed if the text tower names none (random weights, or tokenizer "words").
-    Raises ValueError if a tower cannot be built, and warns (IdleSetting) of settings that have no effect.
+    `tokenizer` is required if the text tower does not name one (random weights, or tokenizer "words").
+    Raises ValueError if a tower cannot be built. Warns (IdleSetting) of settings that have no effect.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -61,23 +61,23 @@ class D2SModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """The device that holds the weights."""
         return self.image_encoder.linear.weight.device
 
     @property
     def max_words(self) -> int:
-        """Longest text in word pieces: the setting `max_words`, or the text tower's positions if fewer."""
+        """Maximum of word pieces in a text: the setting `max_words`, or the text tower's limit if less."""
         positions = getattr(self.text_encoder.tower.config, "max_position_embeddings", None)
         return min(self.config.max_words, positions or self.config.max_words)
 
     def forward_image(self, images: Tensor, draw_seeds: Tensor | None = None) -> Tensor:
-        """Embed uint8 images (B, 3, H, W): (B, D) of unit length. See `ImageEncoder` for draw_seeds."""
+        """Embeds uint8 images (B, 3, H, W) as (B, D) of unit length. draw_seeds: see `ImageEncoder`."""
         return self.image_encoder(images, draw_seeds)
 
     def forward_text(self, ids: Tensor, mask: Tensor, *, draw_seeds: Tensor | None = None) -> TextOutput:
-        """Embed word pieces ids (B, L) int64; mask (B, L) bool is false at padding.
+        """Embeds word pieces `ids` (B, L) int64; mask (B, L) bool is false at padding.
 
-        See `TextEncoder` for draw_seeds.
+        See `TextEncoder` for `draw_seeds`.
         """
         text, words = self.text_encoder(ids, mask, draw_seeds)
         if self.decoder is None:
@@ -90,11 +90,11 @@ class D2SModel(nn.Module):
     def forward(
         self, images: Tensor, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None
     ) -> tuple[Tensor, TextOutput]:
-        """`forward_image` (with draw_seeds) and `forward_text` (without) in one call."""
+        """Returns the results of `forward_image`, with draw_seeds, and `forward_text`, without."""
         return self.forward_image(images, draw_seeds), self.forward_text(ids, mask)
 
     def parameter_parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Named parameters that learn, in two parts: "backbone" (the towers) and "head" (everything else)."""
+        """Returns the trained named parameters: those of towers as "backbone", others as "head"."""
         parts: dict[str, list[tuple[str, nn.Parameter]]] = {"backbone": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -105,11 +105,11 @@ class D2SModel(nn.Module):
     def encode_image(
         self, images: Picture | Sequence[Picture], batch_size: int = 32, device: str | torch.device = "cpu"
     ) -> Tensor:
-        """Embed pictures in eval mode: (n, D) float32 of unit length on `device`, in the order given.
+        """Embeds pictures in eval mode: (n, D) float32 of unit length on `device`, in the given order.
 
         A picture is a PIL image, a path, the bytes of an image file, or a uint8 array (H, W) or (H, W, 3).
-        batch_size changes the speed only.
-        Raises ValueError with the path or list position of a picture that cannot be read, or if batch_size is not a
+        `batch_size` changes only the speed.
+        Raises ValueError for an unreadable picture, with its path or position, or if `batch_size` is not a
         positive integer.
         """
         _check_batch_size(batch_size)
@@ -129,17 +129,17 @@ class D2SModel(nn.Module):
     def encode_text(
         self, texts: str | Sequence[str], batch_size: int = 128, device: str | torch.device = "cpu"
     ) -> Tensor:
-        """Embed texts in eval mode: (n, D) float32 of unit length on `device`, in the order given.
+        """Embeds texts in eval mode. Returns (n, D) float32 of unit length on `device`, in the given order.
 
-        With a decoder this is t + p, the embedding that training aligns. Texts longer than `max_words` word
-        pieces are cut. batch_size changes the speed only.
-        Raises ValueError if `texts` has no order (a dictionary, a set), with the list position of an item that is no
-        string or cannot be encoded in UTF-8, or if batch_size is not a positive integer.
+        With a decoder the result is t + p, the embedding that training aligns. Texts of more than `max_words`
+        word pieces are cut. `batch_size` changes only the speed.
+        Raises ValueError if `texts` has no order (a dictionary or a set), if `batch_size` is not a positive
+        integer, or, with its position in the list, if an item is not a string or cannot be encoded in UTF-8.
         """
         _check_batch_size(batch_size)
         texts = _text_list(texts)
         out = torch.zeros(len(texts), self.config.width)
-        # Texts of similar length share a batch: less padding, the same embeddings.
+        # Batches of texts of similar length need less padding and give the same embeddings.
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
         with evaluating(self):
             for start in range(0, len(order), batch_size):
@@ -156,23 +156,23 @@ class D2SModel(nn.Module):
         return coded["input_ids"], coded["attention_mask"].bool()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors, config.json and the tokenizer to `folder`, which is created if missing."""
+        """Writes model.safetensors, config.json and the tokenizer to `folder`; creates it if missing."""
         towers = self.image_encoder.tower, self.text_encoder.tower
         config = saving.self_contained(self.config, *towers)
         saving.write(Path(folder), config, self.tokenizer, saving.hub_state(self))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **changes: object) -> Self:
-        """Load a saved model, in eval mode, from a folder or from the hub.
+        """Loads a saved model from a folder or from the hub, in eval mode.
 
-        `changes` replace fields of its `ModelConfig`. A decoder that the saved model lacks starts from random
-        weights; another image_size resizes the position embeddings.
+        `changes` replace fields of the saved `ModelConfig`. If they add a decoder, it starts with random
+        weights; if they change image_size, position embeddings are resized.
         Raises ValueError in one line if there is no such model or its files are damaged.
         """
         saved = saving.read(name)
         config = dataclasses.replace(saved.config, **changes)
         with warnings.catch_warnings():
-            # Warnings on random weights are wrong here: the weights are loaded below.
+            # A warning that weights are random would be wrong: they are loaded below.
             warnings.simplefilter("ignore", IdleSetting)
             model = cls(config, saved.tokenizer)
         for line in idle_settings(config, changes.keys()):
@@ -181,7 +181,7 @@ class D2SModel(nn.Module):
         return model.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes to the hub, and return the address."""
+        """Uploads the files of `save_pretrained` to the hub, and returns their address."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -198,7 +198,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def _text_list(texts: str | Iterable[str]) -> list[str]:
-    """The texts as a list. Raises ValueError as `encode_text` says."""
+    """Returns the texts as a list. Raises ValueError as described in `encode_text`."""
     if isinstance(texts, (Mapping, set, frozenset)) or not isinstance(texts, Iterable):
         raise ValueError(f"texts is a {type(texts).__name__}: give a text or a list of texts")
     texts = [texts] if isinstance(texts, str) else list(texts)
@@ -216,7 +216,7 @@ def _text_list(texts: str | Iterable[str]) -> list[str]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, the previous mode afterwards."""
+    """Puts the model in eval mode inside a `with` block, and restores the previous mode afterwards."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The decoder of stage 2, whose mask tokens represent the words that a sparse caption leaves out.
+"""The decoder of stage 2. Its mask tokens represent the words that a sparse caption leaves out.
 
 Source: Liu et al., ICCV 2025 (D2S-VSE), arXiv 2503.14953.
 """
@@ -11,7 +11,7 @@ from d2s.model.config import DecoderConfig
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a key mask."""
+    """Multi-head self-attention with an optional mask."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend from every token of x (B, K, D) to those where mask (B, 1, 1, K) is true; None masks nothing."""
+        """Lets all tokens of x (B, K, D) attend to those where mask (B, 1, 1, K) is true; None: to all."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -40,15 +40,15 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Map x (B, K, D) to (B, K, D). See `Attention` for mask."""
+        """Maps x (B, K, D) to (B, K, D). See `Attention.forward` for `mask`."""
         x = x + self.attn(self.norm1(x), mask)
         return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
 
 
 class Decoder(nn.Module):
-    """Transforms word features together with learnable mask tokens, whose mean is the prompt p.
+    """Transforms word features and learnable mask tokens. The prompt p is the mean of the mask tokens.
 
-    attend_padding: attention includes padded words, as in the authors' release.
+    attend_padding: attention also covers padding, as in the authors' release.
     """
 
     def __init__(self, config: DecoderConfig, width: int, attend_padding: bool = False) -> None:
@@ -57,14 +57,14 @@ class Decoder(nn.Module):
         before = {"surround": config.tokens // 2, "prefix": config.tokens, "postfix": 0}
         self.before = before[config.layout]
         self.tokens = nn.Parameter(torch.empty(config.tokens, width))
-        # Standard deviation 1, like the word features; the prompt is a mean of tokens, so it starts small next to t.
+        # Standard deviation 1, as word features have. The prompt is a mean, so it starts small beside t.
         nn.init.normal_(self.tokens)
         hidden = int(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        """Prompt p (B, D) of word features (B, L, D); mask (B, L) is false at padding."""
+        """Returns the prompt p (B, D) for word features (B, L, D); mask (B, L) is false at padding."""
         batch, length = mask.shape
         tokens = self.tokens.to(words.dtype).expand(batch, -1, -1)
         x = torch.cat([tokens[:, : self.before], words, tokens[:, self.before :]], dim=1)

@@ -1,6 +1,6 @@
-"""Generalised pooling operator (GPO): sort each channel, then take a weighted sum.
+"""Generalised pooling operator (GPO): sorts each channel of the tokens, then takes a weighted sum.
 
-The weights depend on the number of tokens only.
+The weights depend only on the number of tokens.
 
 Source: Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding", CVPR 2021.
 """
@@ -21,7 +21,7 @@ GRU_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 @lru_cache(maxsize=64)
 def position_code(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal code of positions 0..length-1: (length, width), sine in even and cosine in odd channels."""
+    """Returns the code of positions 0..length-1: (length, width), sine in even, cosine in odd channels."""
     position = torch.arange(length, dtype=torch.float64)[:, None]
     rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10000.0) / width))
     code = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=2)
@@ -29,11 +29,11 @@ def position_code(length: int, width: int, device: torch.device, dtype: torch.dt
 
 
 class LengthWeights(nn.Module):
-    """Pooling weights for a number of tokens: a bidirectional GRU over the position code, a score, a softmax.
+    """Computes pooling weights for numbers of tokens: bidirectional GRU over positions, score, softmax.
 
-    It consists of two one-way GRUs. The forward one runs once over the longest sequence, because shorter sequences
-    are its first steps; the backward one depends on where a sequence ends. All parameters belong to this module
-    itself, because ZeRO stage 3 gathers those of the module whose forward runs.
+    The forward GRU runs once over the longest sequence, because shorter sequences are its first steps. The
+    backward GRU depends on where a sequence ends. This module itself owns all parameters, because ZeRO stage
+    3 gathers only the parameters of the module whose forward runs.
     """
 
     def __init__(self, width: int, temperature: float) -> None:
@@ -41,20 +41,20 @@ class LengthWeights(nn.Module):
         self.width = width
         self.temperature = temperature
         for name in DIRECTIONS:
-            # Shapes, names and initial values of torch.nn.GRU; copied into parameters of this module.
+            # Parameters of this module get the shapes, names and initial values of torch.nn.GRU.
             for key, value in nn.GRU(width, width).named_parameters():
                 self.register_parameter(f"{name}_{key.removesuffix('_l0')}", nn.Parameter(value.detach()))
         self.score = nn.Parameter(nn.Linear(width, 1, bias=False).weight.detach())
 
     def _gru(self, name: str, data: Tensor, counts: list[int]) -> Tensor:
-        """States (T, n, width) of one direction for data (T, width), in its dtype; see `position_gru`."""
+        """Returns states (T, n, width) of one direction for data (T, width); see `position_gru`."""
         weights = [getattr(self, f"{name}_{key}").to(data.dtype) for key in GRU_WEIGHTS]
         return position_gru(data, counts, *weights)
 
     def forward(self, lengths: list[int]) -> Tensor:
-        """Weights (len(lengths), max(lengths)), zero beyond each length; `lengths` are distinct, longest first.
+        """Returns weights (len(lengths), max(lengths)), 0 after each length.
 
-        float64 for a float64 model, else float32.
+        `lengths` are distinct, longest first. The weights are float64 for a float64 model, else float32.
         """
         assert lengths == sorted(set(lengths), reverse=True), "distinct lengths, longest first"
         assert lengths[-1] >= 1, "nothing to pool"
@@ -72,10 +72,10 @@ class LengthWeights(nn.Module):
 
 
 class GPO(nn.Module):
-    """Generalised pooling operator.
+    """Pools token features by the generalised pooling operator.
 
-    Weights are computed once for each distinct length of a batch, and only once in all in eval mode without
-    gradients, where they are cached until the parameters change.
+    Weights are computed once for each distinct length in a batch. In eval mode without gradients they are
+    cached, and computed again only when the parameters change.
     """
 
     def __init__(self, width: int = 32, temperature: float = 0.1) -> None:
@@ -84,7 +84,7 @@ class GPO(nn.Module):
         self._cache: dict[tuple, Tensor] = {}
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode and empty the cache."""
+        """Sets the mode and empties the cache."""
         self._cache.clear()
         return super().train(mode)
 
@@ -93,7 +93,7 @@ class GPO(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def _cached_weights(self, lengths: list[int]) -> Tensor:
-        """`LengthWeights` of these lengths, from the cache or added to it."""
+        """Returns the weights of `LengthWeights` for these lengths; computes and caches the missing ones."""
         versions = tuple(parameter._version for parameter in self.parameters())
         missing = [length for length in lengths if (length, versions) not in self._cache]
         if missing:
@@ -103,7 +103,7 @@ class GPO(nn.Module):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Pool features (B, K, D) over the tokens where mask (B, K) is true: (B, D)."""
+        """Pools features (B, K, D) over the tokens where mask (B, K) is true. Returns (B, D)."""
         counts = mask.sum(1)
         distinct, which = torch.unique(counts, return_inverse=True)
         lengths = distinct.flip(0).tolist()

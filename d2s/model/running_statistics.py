@@ -1,7 +1,7 @@
-"""Running statistics of BatchNorm, which every training forward changes although no optimizer manages them.
+"""Protects the running statistics of BatchNorm, which each training forward changes without the optimizer.
 
-Two problems are solved here for every kind of BatchNorm: a forward changes them before anybody knows whether its
-step will be skipped, and workers that compute their own (model.compat_batch_norm) drift apart.
+Two problems are solved here. A forward changes the statistics before it is known whether the training step
+will be skipped. And workers that compute their own statistics (model.compat_batch_norm) drift apart.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from d2s.workers.group import world_size
 
 
 def _buffers_by_dtype(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The statistics inside `module`, one list for each dtype, so that a list is copied as one tensor."""
+    """Yields the statistics inside `module`: one list for each dtype, to be copied as one tensor."""
     norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
     for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
@@ -33,10 +33,10 @@ def _copy_into(buffers: list[Tensor], flat: Tensor) -> None:
 
 
 class RunningStatistics:
-    """Undoes what a skipped step changed in a module's statistics, and keeps numbers that are not finite out.
+    """Undoes changes of running statistics, if a training step is skipped or a statistic becomes inf or NaN.
 
-    A running average that is inf or NaN once stays so. Nothing here waits for the device, and finite statistics keep
-    every bit. Create it when the module is on the device on which it is trained.
+    A running average that is inf or NaN once would stay so for ever. No method waits for the device, and
+    finite statistics keep every bit. Create the object after the module is moved to its device.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -44,26 +44,26 @@ class RunningStatistics:
         self._before: list[Tensor] = []
 
     def snapshot(self) -> None:
-        """Remember the statistics; call it before the forward of a step."""
+        """Stores the statistics. Call it before the forward of each training step."""
         self._before = [_flatten(buffers) for buffers in self._groups]
 
     def restore(self) -> None:
-        """Restore all statistics: the step is skipped."""
+        """Restores all statistics from the snapshot. Call it if the training step is skipped."""
         for buffers, before in zip(self._groups, self._before, strict=True):
             _copy_into(buffers, before)
 
     def keep_finite(self) -> None:
-        """Restore the entries that are not finite after a step: a variance overflows before a loss does."""
+        """Restores the entries that became inf or NaN, as a variance can although the loss is finite."""
         for buffers, before in zip(self._groups, self._before, strict=True):
             now = _flatten(buffers)
             _copy_into(buffers, torch.where(now.isfinite(), now, before))
 
 
 def broadcast_running_statistics(module: nn.Module) -> None:
-    """Give every worker the running statistics of worker 0; all workers call it together.
+    """Gives every worker the running statistics of worker 0; all workers call it together.
 
-    Call it before statistics are saved or used in eval mode. Training does not read them, so how often it is called
-    changes nothing in those of worker 0, and a resumed run ends with the bits of an uninterrupted one.
+    Call it before statistics are saved or used in eval mode. Training does not read them, so extra calls do
+    not change those of worker 0, and a resumed run ends with the same bits as an uninterrupted run.
     """
     if world_size() == 1:
         return

@@ -1,6 +1,6 @@
-"""Random numbers that depend on a sample's seed and not on its batch: a counter-based hash on the device.
+"""Draws random numbers that depend on a sample's seed and not on its batch, by a hash on the device.
 
-They equal those of `expand` and `to_uniform` in `d2s.shards.order.draws` bit for bit; a seed is a state there.
+They equal those of `expand` and `to_uniform` in `d2s.shards.order.draws`, where seeds are called states.
 """
 
 import torch
@@ -10,7 +10,7 @@ from d2s.model.config import ModelConfig
 
 
 def _as_int64(value: int) -> int:
-    """The signed integer with the bits of an unsigned 64-bit one: torch computes with signed integers."""
+    """Returns the signed integer with the bits of an unsigned 64-bit one; torch needs signed ones."""
     return value - 2**64 if value >= 2**63 else value
 
 
@@ -21,33 +21,33 @@ _DROPOUT_STREAM = _as_int64(0xD6E8FEB86659FD93)
 
 
 def _shift_right(value: Tensor, by: int) -> Tensor:
-    """Logical shift to the right; torch's own shift copies the sign bit."""
+    """Shifts to the right and fills with zeros; torch's own shift copies the sign bit."""
     return (value >> by) & ((1 << (64 - by)) - 1)
 
 
 def splitmix64(value: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64 tensors of any shape (Steele, Lea, Flood, OOPSLA 2014)."""
+    """Applies the finaliser of splitmix64 to int64 tensors of any shape (Steele, Lea, Flood, OOPSLA 2014)."""
     value = (value ^ _shift_right(value, 30)) * _FIRST_FACTOR
     value = (value ^ _shift_right(value, 27)) * _SECOND_FACTOR
     return value ^ _shift_right(value, 31)
 
 
 def _hashes(seeds: Tensor, count: int) -> Tensor:
-    """Hashes (B, count) int64; row b depends on seeds[b] alone."""
+    """Returns hashes (B, count) int64; row b depends only on seeds[b]."""
     counter = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64)
     return splitmix64(seeds[:, None] + counter * _GOLDEN)
 
 
 def uniforms(seeds: Tensor, count: int) -> Tensor:
-    """Uniform numbers in [0, 1): (B, count) float64; row b depends on seeds[b] (int64) alone."""
+    """Returns uniform numbers in [0, 1), (B, count) float64; row b depends only on seeds[b] (int64)."""
     return _shift_right(_hashes(seeds, count), 11).double() * 2.0**-53
 
 
 def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
-    """Dropout of values (B, ...) in which row b draws from seeds[b] (int64) alone.
+    """Applies dropout to values (B, ...). Row b depends only on seeds[b] (int64).
 
-    What happens to an entry depends on its position in the row and not on the row's length. The rate is rounded to
-    a multiple of 1 / 65536, because one 64-bit hash serves four entries.
+    Whether an entry is dropped depends on its position in the row, but not on the row's length. The rate is
+    rounded to a multiple of 1 / 65536, because one 64-bit hash serves four entries.
     """
     if rate <= 0:
         return values
@@ -55,14 +55,14 @@ def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
     if steps >= 65536:
         return torch.zeros_like(values)
     flat = values.flatten(1)
-    # Another stream than that of `uniforms`, which hashes the seeds themselves.
+    # Changes the seeds, so that the hashes differ from those in `uniforms`.
     hashes = _hashes(seeds ^ _DROPOUT_STREAM, -(-flat.shape[1] // 4))
     keep = hashes.view(torch.int16)[:, : flat.shape[1]] >= steps - 32768
     return (flat * (keep.to(values.dtype) * (65536 / (65536 - steps)))).view_as(values)
 
 
 def token_mask(seeds: Tensor, tokens: int, config: ModelConfig) -> Tensor:
-    """Size augmentation: (B, tokens) bool, false for the tokens that an image loses. One token always stays.
+    """Draws a mask (B, tokens) bool, false where size augmentation drops a token. One always stays.
 
     A share `token_dropout` of the images loses each token at a rate drawn between `token_dropout_min` and
     `token_dropout_max`; the others lose none. Source: Chen et al., CVPR 2021.

@@ -1,4 +1,4 @@
-"""A model on disk: model.safetensors, config.json, and the files of its tokenizer."""
+"""Writes a model to a folder and reads it: model.safetensors, config.json, and the tokenizer's files."""
 
 import dataclasses
 import json
@@ -27,15 +27,15 @@ class SavedModel(NamedTuple):
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase
     state: dict[str, Tensor]
-    """All weights and buffers, the towers' under the names that the hub uses."""
+    """All weights and buffers; those of the towers have the names that the hub uses."""
     source: Path
-    """The file of the weights, for error messages."""
+    """Path of the file with the weights, for error messages."""
 
 
 def self_contained(
     config: ModelConfig, image_tower: PreTrainedModel, text_tower: PreTrainedModel
 ) -> ModelConfig:
-    """The settings with the full Hugging Face configuration of both towers in place of their names."""
+    """Returns the settings with full Hugging Face configurations of both towers instead of names."""
 
     def complete(tower: TowerConfig, built: PreTrainedModel) -> TowerConfig:
         fields = json.loads(built.config.to_json_string(use_diff=False))
@@ -52,13 +52,13 @@ def self_contained(
 def write(
     folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor]
 ) -> None:
-    """Write a model folder. The weights come last: a folder that has them is complete."""
+    """Writes a model folder. The weights are written last, so a folder that contains them is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # It remembers the padding and truncation of its last call, and two saves of one model would differ.
+        # The tokenizer keeps these settings of its last call. Reset, equal models give equal files.
         backend.no_padding()
         backend.no_truncation()
     tokenizer.save_pretrained(folder)
@@ -66,9 +66,9 @@ def write(
 
 
 def read(name: str | Path) -> SavedModel:
-    """Read the saved model in a local folder or, downloaded, on the hub.
+    """Reads a saved model from a local folder, or downloads it from the hub.
 
-    Raises ValueError in one line if there is none or a file is damaged.
+    Raises ValueError in one line if there is no such model or a file is damaged.
     """
     folder = Path(name) if Path(name).is_dir() else _download(str(name))
     for file in (CONFIG, WEIGHTS):
@@ -93,7 +93,7 @@ def _download(name: str) -> Path:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The settings of the saved model in `folder`. Raises ValueError in one line if they cannot be read."""
+    """Reads the settings of the saved model in `folder`. Raises ValueError in one line if that fails."""
     path = folder / CONFIG
     fields = read_json(path)
     try:
@@ -103,16 +103,16 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def hub_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state on the CPU, the towers' weights under the names that the hub uses."""
+    """Returns the model's state on the CPU; the towers' weights have the names that the hub uses."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     return to_hub(model, state)
 
 
 def load_hub_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Load a state with the hub's names into the model.
+    """Loads a state with the hub's names into the model.
 
-    Only the state or only the model may have a decoder; position embeddings may differ in their number.
-    Raises ValueError in one line with `source` and the first entry that does not fit.
+    The decoder may be missing in the state or in the model. The number of position embeddings may differ.
+    Raises ValueError in one line, with `source` and the first entry that does not fit.
     """
     state, own = from_hub(model, state), model.state_dict()
     if not any(name.startswith("decoder.") for name in state):
@@ -134,6 +134,6 @@ def load_hub_state(model: nn.Module, state: dict[str, Tensor], source: str | Pat
 
 
 def _differ_in_rows(given: torch.Size, wanted: torch.Size) -> bool:
-    """Whether two shapes (..., n, C) agree in all but n, and the given n is positive."""
+    """Returns whether two shapes (..., n, C) are equal except possibly in n, and the given n is positive."""
     same = (len(given), given[:-2], given[-1:]) == (len(wanted), wanted[:-2], wanted[-1:])
     return same and len(wanted) >= 2 and given[-2] > 0

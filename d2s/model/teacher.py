@@ -1,4 +1,4 @@
-"""The frozen text tower of stage 1, whose embedding of the dense caption is distilled in stage 2."""
+"""The teacher of stage 2: a frozen text encoder of stage 1. Its embedding of dense captions is distilled."""
 
 import copy
 from typing import Self
@@ -12,8 +12,7 @@ from d2s.model.text_encoder import TextEncoder
 class Teacher(nn.Module):
     """A frozen copy of a text encoder that always stays in eval mode.
 
-    `train_mode=True` follows the authors' release: always in training mode, with dropout and with running
-    statistics that change.
+    With `train_mode=True` it stays in training mode, as in the authors' release, with changing statistics.
     """
 
     def __init__(self, text_encoder: TextEncoder, *, train_mode: bool = False) -> None:
@@ -23,10 +22,10 @@ class Teacher(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Keep the mode set at construction, whatever `mode` says."""
+        """Keeps the mode chosen at construction and ignores `mode`."""
         return super().train(self.train_mode)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Text embedding t (B, D), not of unit length, of ids (B, L) with mask (B, L); no decoder."""
+        """Returns the text embedding t (B, D), not of unit length, for ids and mask (B, L); no decoder."""
         return self.text_encoder(ids, mask)[0]

@@ -1,4 +1,4 @@
-"""From word pieces to a text embedding, and to the word features that the decoder reads."""
+"""Embeds texts: maps word pieces to a text embedding, and to word features for the decoder."""
 
 from typing import Self
 
@@ -11,11 +11,11 @@ from d2s.model.gpo import GPO
 from d2s.model.sample_draws import dropout
 from d2s.model.towers import build_tower, tower_width
 
-_GROUP = 32  # rows that a frozen tower embeds at a time on a CPU
+_GROUP = 32  # number of texts that a frozen tower embeds at a time on a CPU
 
 
 class WordMLP(nn.Module):
-    """hidden -> D/2, norm, ReLU, -> D, over the real words of a batch."""
+    """An MLP for each word: linear to D/2, norm over the real words of a batch, ReLU, linear to D."""
 
     def __init__(self, hidden: int, config: ModelConfig) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class WordMLP(nn.Module):
             self.norm.across_workers = False
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Map hidden (B, L, H) to (B, L, D); mask (B, L) is false at padding."""
+        """Maps hidden (B, L, H) to (B, L, D); mask (B, L) is false at padding."""
         inner = self.inner(hidden)
         flat = inner.flatten(0, 1)
         if self.pads or not (self.training and isinstance(self.norm, WordBatchNorm)):
@@ -41,7 +41,7 @@ class WordMLP(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Tower, dropout, word features, pooling over the real length, LayerNorm."""
+    """Embeds texts: tower, dropout, word features, pooling over the real words, LayerNorm."""
 
     def __init__(self, config: ModelConfig, vocab_size: int | None = None) -> None:
         super().__init__()
@@ -58,16 +58,16 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width) if config.text_norm else nn.Identity()
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; a frozen tower stays in eval mode."""
+        """Sets the mode; a frozen tower stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.tower.eval()
         return self
 
     def forward(self, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Text embedding t (B, D), not of unit length, and word features (B, L, D) of ids (B, L).
+        """Returns text embeddings t (B, D), not of unit length, and word features (B, L, D).
 
-        draw_seeds (B,) int64: in training, dropout depends on each sample's seed; None uses torch's generator.
+        draw_seeds: (B,) int64; in training each seed decides its sample's dropout. None: torch's generator.
         """
         hidden = self._frozen_hidden(ids, mask) if self.frozen else self._hidden(ids, mask)
         if draw_seeds is None or not self.training:
@@ -82,10 +82,10 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def _frozen_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The tower's hidden states (B, L, H), computed on a CPU in groups of similar length.
+        """Returns the tower's hidden states (B, L, H). On a CPU it embeds texts in groups of similar length.
 
-        Padding costs a CPU as much time as words do. Positions beyond a group's longest text stay 0; the mask
-        excludes them later.
+        Padding costs a CPU as much time as words. Positions after a group's longest text stay 0 and are
+        masked later.
         """
         if ids.device.type != "cpu" or len(ids) <= _GROUP:
             return self._hidden(ids, mask)

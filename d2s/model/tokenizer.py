@@ -1,4 +1,4 @@
-"""Tokenizers: the one that belongs to a text tower, or a word vocabulary built from captions."""
+"""Loads the tokenizer that belongs to a text tower, or builds a word tokenizer from captions."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,11 +18,11 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def build_word_tokenizer(
     captions: Iterable[str], *, min_count: int = 2, max_words: int = 30_000
 ) -> BertTokenizer:
-    """A lower-case word tokenizer for text towers with random weights; equal captions give equal tokenizers.
+    """Builds a lower-case word tokenizer for random text towers; equal captions give equal tokenizers.
 
-    The `max_words` most frequent words among those that occur at least `min_count` times are one piece each. Other
-    words are split into the longest pieces that fit, down to single characters (marked ## inside a word). A word with
-    a character that no caption has becomes [UNK].
+    Each of the `max_words` most frequent words that occur at least `min_count` times becomes one piece. Other
+    words are split into the longest pieces that fit, down to single characters (marked ## inside a word). A
+    word with a character that occurs in no caption becomes [UNK].
     Raises ValueError if no caption has a word.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -40,7 +40,7 @@ def build_word_tokenizer(
 
 
 def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that the text tower names. Raises ValueError if it names none or it cannot be loaded."""
+    """Loads the tokenizer that the text tower names. Raises ValueError if it names none or loading fails."""
     name = tower.tokenizer or tower.name
     if name is None or name == WORDS:
         raise ValueError(
@@ -51,14 +51,14 @@ def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:
 
 
 def read_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a name on the hub.
+    """Loads a tokenizer from a folder, or by its name from the hub.
 
-    Raises ValueError in one line that begins with `what` if there is none or its files are damaged.
+    Raises ValueError in one line that begins with `what`, if there is no tokenizer or its files are damaged.
     """
     with quiet(), _damage_as_value_error(f"{what}: no tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
-        # Texts of different lengths need padding; the mask excludes it from every result.
+        # Batches of texts need a padding token; the mask excludes padding from every result.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""Towers: Hugging Face encoders by name, from a folder, from inside a package, or with random weights."""
+"""Builds towers: Hugging Face encoders from the hub, a folder or a Python package, or with random weights."""
 
 import socket
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from d2s.model.batch_norm import share_statistics
 from d2s.model.config import TowerConfig
 
 PACKAGE = "package:"
-# What transformers and torch raise while they build a model whose sizes do not fit each other.
+# Errors that transformers and torch raise if the sizes in a configuration do not fit each other.
 _BUILD_ERRORS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
 )  # fmt: skip
@@ -28,7 +28,7 @@ _BUILD_ERRORS = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and its list of unused heads while weights are loaded."""
+    """Hides transformers' progress bars and its list of unused weights inside a `with` block."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -41,13 +41,13 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
+    """Returns the first line of an error's message, or the name of its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def locate(name: str) -> str:
-    """The path of `package:<module>/<folder>`; other names are returned unchanged.
+    """Returns the path of a folder named `package:<module>/<folder>`; returns other names unchanged.
 
     Raises ValueError if the package is not installed or has no such folder.
     """
@@ -64,9 +64,9 @@ def locate(name: str) -> str:
 
 
 def reachable(name: str) -> str:
-    """`locate(name)`, after a quick check that it is a folder, in the cache, or on a hub that can be reached.
+    """Returns `locate(name)` if it is a folder or in the cache, or if the hub can be reached.
 
-    Without a network the hub's own client fails only after half a minute. Raises ValueError if the check fails.
+    Raises ValueError otherwise. Without a network, the hub's client would fail only after half a minute.
     """
     path, host = locate(name), urlsplit(ENDPOINT).hostname
     if Path(path).is_dir() or HF_HUB_OFFLINE or "https" in getproxies():
@@ -84,7 +84,7 @@ def reachable(name: str) -> str:
 
 
 def _named_config(tower: TowerConfig) -> PreTrainedConfig:
-    """The configuration of the tower's model type, or that of its name, without changes."""
+    """Returns the configuration that `tower.config` or `tower.name` describes, without changes."""
     if tower.config is not None:
         fields = {key: value for key, value in tower.config.items() if key != "model_type"}
         try:
@@ -102,10 +102,10 @@ def _named_config(tower: TowerConfig) -> PreTrainedConfig:
 
 
 def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
-    """The full Hugging Face configuration of a tower.
+    """Returns the full Hugging Face configuration of a tower.
 
-    `changes` (image_size, vocab_size) apply to random weights only, and to fields that the configuration has.
-    Raises ValueError on an unknown name, model type or field, or if the tower has fewer than `tower.layers` layers.
+    `changes` (image_size, vocab_size) apply only to random weights, and to fields that the configuration has.
+    Raises ValueError on an unknown name, model type or field, or on fewer layers than `tower.layers`.
     """
     config = _named_config(tower)
     if tower.layers is not None:
@@ -121,7 +121,7 @@ def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
 
 
 def _encoder(model: nn.Module, kind: str) -> nn.Module:
-    """The encoder in a model: half of a two-tower model (CLIP, SigLIP), or the encoder of an encoder-decoder."""
+    """Returns the encoder in a two-tower model (CLIP, SigLIP) or an encoder-decoder, else the model."""
     half = getattr(model, f"{kind}_model", None)
     if isinstance(half, nn.Module) and hasattr(model, "logit_scale"):
         return half
@@ -131,7 +131,7 @@ def _encoder(model: nn.Module, kind: str) -> nn.Module:
 
 
 def _remove_unused(model: nn.Module) -> nn.Module:
-    """Remove or freeze parameters that do not affect the tokens, because they would never get a gradient."""
+    """Removes or freezes parameters that do not affect the tokens: they would get no gradient."""
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
         model.pooler = None
@@ -142,7 +142,7 @@ def _remove_unused(model: nn.Module) -> nn.Module:
 
 
 def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedModel:
-    """Build the encoder that `tower` describes; `kind` is "vision" or "text". See `tower_config` for changes.
+    """Builds the encoder that `tower` describes. kind: "vision" or "text". changes: see `tower_config`.
 
     The position embeddings of a pretrained vision tower are resized to `changes["image_size"]` pixels.
     Raises ValueError on an unknown name, model type or field, or on sizes that do not fit each other.
@@ -151,7 +151,7 @@ def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedMode
     with quiet():
         if tower.name is not None and tower.pretrained:
             try:
-                # Checkpoints may be stored in half precision; training needs float32 weights.
+                # Some checkpoints are stored in half precision, but training needs float32 weights.
                 model = AutoModel.from_pretrained(
                     locate(tower.name), config=config, dtype=torch.float32, trust_remote_code=False
                 )
@@ -173,7 +173,7 @@ def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedMode
 
 
 def resize_input(model: PreTrainedModel, size: int) -> PreTrainedModel:
-    """The same tower for square images of `size` pixels; its position embeddings are resized."""
+    """Returns the tower for square images of `size` pixels, with resized position embeddings."""
     before = getattr(model.config, "image_size", None)
     if before is None or before in (size, [size, size], (size, size)):
         return model
@@ -189,9 +189,9 @@ def resize_input(model: PreTrainedModel, size: int) -> PreTrainedModel:
 
 
 def resize_positions(table: Tensor, count: int) -> Tensor:
-    """Resize position embeddings (..., n, C), extra tokens (CLS) and then a square grid, to (..., count, C).
+    """Resizes position embeddings (..., n, C), extra tokens (CLS) and then a square grid, to (..., count, C).
 
-    Bicubic; the extra tokens stay. Raises ValueError if neither grid is square.
+    The grid is resized bicubically; the extra tokens stay. Raises ValueError if the grid cannot be square.
     """
     rows, channels = table.shape[-2:]
     old, new = int(rows**0.5), int(count**0.5)
@@ -206,7 +206,7 @@ def resize_positions(table: Tensor, count: int) -> Tensor:
 
 
 def tower_width(model: PreTrainedModel) -> int:
-    """Width C of the tower's output tokens. Raises ValueError if its configuration does not tell."""
+    """Returns the width C of the tower's output tokens. Raises ValueError if the configuration lacks it."""
     config = model.config
     sizes = getattr(config, "hidden_sizes", None) or getattr(config, "channels", None)
     width = sizes[-1] if isinstance(sizes, (list, tuple)) else getattr(config, "hidden_size", None)

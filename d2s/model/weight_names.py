@@ -1,7 +1,7 @@
-"""Names of a tower's weights: those of the installed transformers, and those of the files on the hub.
+"""Translates between the names of a tower's weights in the installed transformers and in files on the hub.
 
-Releases of transformers rename modules; files on the hub keep the old names, and transformers maps between the
-two. A saved model uses the hub's names, so that another release can read it.
+Releases of transformers rename modules, but files on the hub keep the old names, and transformers maps one to
+the other. A saved model uses the hub's names, so that other releases of transformers can read it.
 """
 
 import torch
@@ -13,12 +13,12 @@ TOWERS = ("image_encoder.tower.", "text_encoder.tower.")
 
 
 def hub_names(tower: PreTrainedModel) -> dict[str, str]:
-    """Installed name -> name on the hub, for every weight and buffer of the tower.
+    """Maps the installed name of each weight and buffer of the tower to its name on the hub.
 
-    The identity for kinds of towers whose weights transformers merges or splits instead of renaming.
+    Maps each name to itself if transformers merges or splits weights of this model type.
     """
     names = list(tower.state_dict())
-    # One number stands for each weight: where it comes out shows how the weight was renamed.
+    # Each weight is replaced by its number; the number comes back under the weight's name on the hub.
     numbered = {name: torch.full((1,), number) for number, name in enumerate(names)}
     renamed = revert_weight_conversion(tower, numbered)
     pairs = {names[int(value)]: name for name, value in renamed.items() if value.numel() == 1}
@@ -26,12 +26,12 @@ def hub_names(tower: PreTrainedModel) -> dict[str, str]:
 
 
 def to_hub(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the entries of both towers in a model's state to the names on the hub."""
+    """Renames the entries of both towers in a model's state to the names on the hub."""
     return _rename(state, _all_names(model))
 
 
 def from_hub(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `to_hub`."""
+    """Renames the entries of both towers from the names on the hub to the installed names."""
     return _rename(state, {theirs: ours for ours, theirs in _all_names(model).items()})
 
 

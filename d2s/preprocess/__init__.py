@@ -1,1 +1,1 @@
-"""From image files to pixel arrays, and from captions to token ids."""
+"""Turns image files into pixel arrays, and captions into token ids."""

@@ -1,9 +1,9 @@
-"""From encoded images to square uint8 arrays. Pillow decodes, torch resizes; the model normalises.
+"""Turns encoded images into square uint8 arrays. Pillow decodes, torch resizes, the model normalises.
 
-JPEGs much larger than needed are decoded at a half, quarter or eighth of their size (`Image.draft`). Crop and
-stretch are one antialiased bilinear resize of a box: torch's uint8 resize takes half of Pillow's time, and its pixels
-differ by one level at most. If simplejpeg is installed, it decodes ordinary JPEGs a fifth faster to the same pixels
-(both use libjpeg-turbo); Pillow decodes everything else, and all errors are Pillow's.
+JPEGs much larger than needed are decoded at a half, quarter or eighth of their size (`Image.draft`). A crop
+is stretched to the square by one antialiased bilinear resize: torch's uint8 resize takes half of Pillow's
+time, and pixel values differ by at most 1. If simplejpeg is installed, it decodes ordinary JPEGs a fifth
+faster than Pillow, to the same pixels (both use libjpeg-turbo); Pillow does all else and reports all errors.
 """
 
 import io
@@ -22,19 +22,19 @@ except ImportError:
 
 U8 = NDArray[np.uint8]
 CROP_DRAWS = 4
-"""Random numbers that `train_image` uses: side ratio, left edge, top edge, flip."""
+"""How many random numbers `train_image` uses: side ratio, left edge, top edge, flip."""
 _ORIENTATION = 0x0112
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises on the bytes of a damaged image."""
+"""Exceptions that Pillow raises if an image file is damaged."""
 
 
 def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """Decodes an image file (JPEG, PNG, WebP, ...) to RGB, rotated by its EXIF orientation.
+    """Decodes an image file (JPEG, PNG, WebP, ...) to RGB and rotates it by its EXIF orientation.
 
     Args:
-        at_least: (width, height) in pixels; a JPEG may be decoded at a fraction of its size, never below this.
+        at_least: (width, height) in pixels; a larger JPEG may be decoded at a fraction of its size.
     Raises:
-        ValueError: the bytes are no image, are truncated, or describe an image of absurd size.
+        ValueError: the bytes are not an image, are truncated, or describe an absurdly large image.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -48,10 +48,10 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image as RGB: rotated by its EXIF orientation, on white where it is transparent, 16 bits cut to 8.
+    """Converts an opened image to RGB: rotated as EXIF says, on white if transparent, 16 bits cut to 8.
 
     Raises:
-        ValueError: its file is damaged.
+        ValueError: the image file is damaged.
     """
     try:
         image.load()
@@ -72,11 +72,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def train_image(
     data: bytes, size: int, draws: Sequence[float], *, crop_min: float = 0.6, flip: float = 0.5
 ) -> U8:
-    """A random crop of an encoded image, stretched to a square and flipped with probability `flip`.
+    """Crops an encoded image at random, stretches it to a square, flips it with probability `flip`.
 
     Args:
         size: side of the output in pixels.
-        draws: CROP_DRAWS numbers in [0, 1): side ratio (one for both sides), left edge, top edge, flip.
+        draws: CROP_DRAWS numbers in [0, 1): side ratio (of width and height), left edge, top edge, flip.
         crop_min: smallest ratio of the crop's side to the image's; the ratio is uniform in (crop_min, 1).
     Returns:
         uint8 (3, size, size).
@@ -84,16 +84,16 @@ def train_image(
         ValueError: the image cannot be decoded.
     """
     ratio = crop_min + (1 - crop_min) * draws[0]
-    # Large enough for the crop to have `size` pixels a side.
+    # Decodes the image large enough that the crop has at least `size` pixels on each side.
     pixels = _decode_pixels(data, int(np.ceil(size / ratio)))
     height, width = (max(1, round(ratio * side)) for side in pixels.shape[:2])
-    # + 1: every position of the crop is equally likely.
+    # With + 1, all positions of the crop are equally likely.
     left, top = int(draws[1] * (pixels.shape[1] - width + 1)), int(draws[2] * (pixels.shape[0] - height + 1))
     return _stretch(pixels[top : top + height, left : left + width], size, draws[3] < flip)
 
 
 def eval_image(data: bytes | Image.Image, size: int) -> U8:
-    """The full image, encoded or opened, stretched to a square: uint8 (3, size, size).
+    """Stretches a full image, encoded or opened, to a square. Returns uint8 (3, size, size).
 
     Raises:
         ValueError: the image cannot be decoded.
@@ -103,7 +103,7 @@ def eval_image(data: bytes | Image.Image, size: int) -> U8:
 
 
 def _decode_pixels(data: bytes, at_least: int) -> U8:
-    """uint8 (H, W, 3), with sides of `at_least` pixels or more, unless the image is smaller.
+    """Decodes an image to uint8 (H, W, 3). Larger sides may shrink, but not below `at_least` pixels.
 
     Raises:
         ValueError: the image cannot be decoded.
@@ -112,15 +112,15 @@ def _decode_pixels(data: bytes, at_least: int) -> U8:
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             ordinary = colours in ("YCbCr", "Gray")
-            if ordinary and min(height, width) < 2 * at_least:  # above, Pillow's draft is faster
+            if ordinary and min(height, width) < 2 * at_least:  # larger: Pillow's draft is faster
                 return simplejpeg.decode_jpeg(data, "RGB")
         except ValueError:
-            pass  # Pillow reads more kinds of JPEG, and names what is wrong with a damaged one
+            pass  # Pillow reads more kinds of JPEG, and its error messages are more precise
     return np.array(decode(data, (at_least, at_least)))
 
 
 def _stretch(pixels: U8, size: int, mirrored: bool = False) -> U8:
-    """uint8 (H, W, 3) to uint8 (3, size, size)."""
+    """Resizes uint8 (H, W, 3) to uint8 (3, size, size), mirrored if asked."""
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     square = torch.nn.functional.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
     return (square[0].flip(2) if mirrored else square[0]).contiguous().numpy()

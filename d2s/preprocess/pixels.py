@@ -1,4 +1,4 @@
-"""From images as users have them (files, bytes, arrays, PIL) to the model's pixels."""
+"""Turns an image in any form that users have (file, bytes, array, PIL image) into pixels for the model."""
 
 from os import PathLike
 from pathlib import Path
@@ -14,9 +14,9 @@ Picture = Image.Image | str | PathLike | bytes | np.ndarray
 
 
 def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
-    """uint8 (3, size, size) of a PIL image, a path, the bytes of a file or an array, stretched to the square.
+    """Loads a picture and stretches it to a square, as evaluation does. Returns uint8 (3, size, size).
 
-    The same resize as in evaluation. Raises ValueError if it cannot be read, naming the file, or else `name`.
+    Raises ValueError if the picture cannot be read. The message has its path, or else `name`.
     """
     if isinstance(picture, (str, PathLike)):
         name = f"image {str(picture)!r}"
@@ -29,7 +29,7 @@ def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
 
 
 def _encoded_or_opened(picture: Picture) -> bytes | Image.Image:
-    """The picture as `eval_image` takes it. Raises OSError, or ValueError on an unusable type or shape."""
+    """Converts a picture for `eval_image`. Raises OSError, or ValueError for a bad type or shape."""
     if isinstance(picture, (str, PathLike)):
         return Path(picture).read_bytes()
     if isinstance(picture, np.ndarray):

@@ -1,4 +1,4 @@
-"""From captions to token ids, a batch at a time: the tokenizer's Rust core, and numpy for the rest."""
+"""Turns captions into batches of token ids, with the tokenizer's Rust core and numpy."""
 
 import json
 import os
@@ -19,16 +19,16 @@ _MASKED, _REPLACED = 0.5, 0.1
 
 
 class TextPipeline:
-    """Tokenises, augments, truncates, adds special tokens and pads. Picklable; it copies the tokenizer.
+    """Tokenises, augments, truncates and pads captions. It copies the tokenizer and can be pickled.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer (PreTrainedTokenizerFast).
-        max_length: default maximum of tokens, special tokens included.
+        max_length: default maximum number of tokens in a caption, including special tokens.
     Attributes:
-        truncated: captions truncated so far, in this process.
-        pad_id: token id of padding, which the mask excludes.
+        truncated: number of captions truncated so far in this process.
+        pad_id: token id that fills up short captions; the mask is False there.
     Raises:
-        ValueError: a tokenizer that is not fast, or too short a max_length.
+        ValueError: `tokenizer` is not fast, or `max_length` leaves no room for words.
     """
 
     def __init__(self, tokenizer: Any, max_length: int = 64) -> None:
@@ -37,7 +37,7 @@ class TextPipeline:
             raise ValueError(
                 f"tokenizer is {type(tokenizer).__name__}, which has no fast core: use a PreTrainedTokenizerFast"
             )
-        # A loader process has one core, and a forked process can deadlock in the tokenizer's threads.
+        # Each loader process has one core, and the tokenizer's threads can deadlock in a forked process.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._core = Tokenizer.from_str(backend.to_str())
         self._core.no_padding()
@@ -52,7 +52,7 @@ class TextPipeline:
         fallback = unk if unk is not None else (special[0] if special else 0)
         self._unk_id = fallback
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else fallback
-        # A tokenizer without a mask token (most byte-level ones) masks with its unknown token.
+        # If the tokenizer has no mask token, as most byte-level ones, its unknown token is used.
         self._mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else fallback
         self._continuing = _continuing_pieces(self._core)
         self._pieces = np.setdiff1d(np.arange(self._core.get_vocab_size(with_added_tokens=False)), special)
@@ -60,10 +60,10 @@ class TextPipeline:
     def encode(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Captions without augmentation.
+        """Tokenises captions without augmentation.
 
         Returns:
-            ids int64 (B, L) and mask bool (B, L), True at real tokens, padded to the longest of the batch.
+            ids, int64 (B, L), padded to the longest caption; mask, bool (B, L), True at real tokens.
         """
         ids, lengths = _flat(
             [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -80,16 +80,16 @@ class TextPipeline:
         word_augment: float = 0.2,
         max_length: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Captions with words masked, replaced and deleted at random.
+        """Tokenises captions and masks, replaces or deletes words at random.
 
-        Each word is augmented with probability `word_augment`: half of those have every token masked, a tenth have
-        every token replaced by a random one, and the others are deleted. A caption that would lose all its words
-        keeps its first one unchanged.
+        Each word is augmented with probability `word_augment`. Of the augmented words, half have all their
+        tokens masked, a tenth have all their tokens replaced by random tokens, and the others are deleted. If
+        all words of a caption would be deleted, its first word stays unchanged.
 
         Args:
-            samples: (B,); a caption's augmentation depends on (seed, epoch, its sample) alone.
+            samples: (B,); a caption's augmentation depends only on seed, epoch and its number in `samples`.
         Returns:
-            As `encode`.
+            The same as `encode`.
         """
         if word_augment == 0:
             return self.encode(texts, max_length)
@@ -116,12 +116,12 @@ class TextPipeline:
         return self._pack(ids[keep], np.bincount(row[keep], minlength=len(texts)), max_length)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[I64, I64, NDArray[np.bool_]]:
-        """Ids of all captions concatenated (T,), tokens of each caption (B,), and whether a word begins (T,)."""
+        """Returns ids of all captions (T,), tokens per caption (B,), and whether an id begins a word (T,)."""
         if self._continuing is not None:
             encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
             ids, lengths = _flat([encoding.ids for encoding in encodings])
             return ids, lengths, ~self._continuing[ids]
-        # encode_batch_fast would be a quarter faster, but does not number the words.
+        # encode_batch_fast would be a quarter faster, but does not tell which word a token belongs to.
         encodings = self._core.encode_batch(list(texts), add_special_tokens=False)
         ids, lengths = _flat([encoding.ids for encoding in encodings])
         numbers, _ = _flat([[-2 if w is None else w for w in e.word_ids] for e in encodings])
@@ -130,10 +130,10 @@ class TextPipeline:
         return ids, lengths, begins
 
     def _pack(self, ids: I64, lengths: I64, max_length: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Truncates, adds special tokens and pads: (T,) tokens, lengths (B,) -> ids (B, L), mask (B, L)."""
+        """Returns padded ids and mask (B, L), cut and with special tokens, for ids (T,) and lengths (B,)."""
         before, after = len(self._prefix), len(self._suffix)
         room = (max_length or self.max_length) - before - after
-        if before + after == 0 and (lengths == 0).any():  # a row needs one token
+        if before + after == 0 and (lengths == 0).any():  # each caption needs at least one token
             ids = np.insert(ids, (np.cumsum(lengths) - lengths)[lengths == 0], self._unk_id)
             lengths = np.maximum(lengths, 1)
         self.truncated += int((lengths > room).sum())
@@ -152,15 +152,15 @@ class TextPipeline:
 
 
 def _flat(lists: list[list[int]]) -> tuple[I64, I64]:
-    """The lists concatenated (T,), and their lengths (B,)."""
+    """Concatenates lists of numbers. Returns all T numbers (T,) and the length of each list (B,)."""
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
     return np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum())), lengths
 
 
 def _continuing_pieces(core: Tokenizer) -> NDArray[np.bool_] | None:
-    """Which ids continue a word instead of beginning one, for BERT's kind of tokenizer; None for others.
+    """Returns, for each token id, whether it continues a word; None unless the tokenizer is of BERT's kind.
 
-    BERT's pre-tokenizer makes a word of each "#", so no word begins with the prefix "##".
+    BERT's pre-tokenizer makes a word of each "#", so tokens that begin a word never start with "##".
     """
     description = json.loads(core.to_str())
     model, splitter = description["model"], description["pre_tokenizer"] or {}
@@ -173,7 +173,7 @@ def _continuing_pieces(core: Tokenizer) -> NDArray[np.bool_] | None:
 
 
 def _special_tokens(core: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer adds before and after a text."""
+    """Returns the token ids that the tokenizer adds before a text and after it."""
     bare = core.encode("a", add_special_tokens=False).ids
     full = core.encode("a", add_special_tokens=True).ids
     for start in range(len(full) - len(bare) + 1):

@@ -1,1 +1,1 @@
-"""From the entries of a source to tar shards and the files that describe them."""
+"""Builds tar shards, and the files that describe them, from the entries of a source."""

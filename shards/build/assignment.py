@@ -1,7 +1,7 @@
-"""Assigns every image of a source to its place in a shard: lists, checks, joins captions, orders and cuts.
+"""Assigns each image of a source to a position in a shard: lists, checks, joins captions, sorts, cuts.
 
-Everything that can be known without decoding images is found out here, before the first shard is written. The
-assignment lies on disk and is memory-mapped by the workers; making it needs about 100 bytes for each image.
+All faults that can be found without decoding images are found here, before the first shard is written. The
+assignment is stored on disk, and the workers memory-map it. Making it needs about 100 bytes for each image.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _ENTRIES, _CAPTIONS, _ORDER, _MATCHED, _FACTS = _FILES
 
 
 class Assignment:
-    """An assignment on disk, opened for reading."""
+    """A stored assignment, opened for reading."""
 
     def __init__(self, folder: Path) -> None:
         self._entries = RowFile(folder / _ENTRIES)
@@ -36,12 +36,12 @@ class Assignment:
         self._renamed = {int(row): key for row, key in facts["renamed"].items()}
         self.shards = [Shard(*shard) for shard in facts["shards"]]
         self.counts: dict[str, int] = facts["counts"]
-        """images in each split"""
+        """number of images in each split"""
         self.extra: int = facts["extra"]
-        """rows of separate captions that have no image"""
+        """number of rows of separate captions that have no image"""
 
     def entries(self, shard: Shard) -> Iterator[Entry]:
-        """The entries of a shard in their final order, with final key, split and captions."""
+        """Yields the entries of a shard in their final order, with their final keys, splits and captions."""
         for number in self._order[shard.start : shard.stop].tolist():
             row = self._entries.row(number)
             join = row.pop("join")
@@ -64,7 +64,7 @@ def assign(
     layout: Layout,
     faults: Faults,
 ) -> Assignment:
-    """Makes the assignment in `folder`. Raises ValueError, in one line, for what the user has to correct."""
+    """Makes the assignment in `folder`. Raises ValueError, in one line, for mistakes of the user."""
     images = list_images(entries, folder / _ENTRIES, join, layout.seed, faults)
     if not len(images.usable):
         raise ValueError("the source has no images; nothing to build")
@@ -105,6 +105,6 @@ def assign(
 
 
 def digest(folder: Path) -> str:
-    """A checksum of the assignment: an interrupted build continues only if it comes out the same."""
+    """Returns a checksum of the assignment. An interrupted build continues only if this is unchanged."""
     sums = [file_sha256(folder / name) for name in _FILES if (folder / name).exists()]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()

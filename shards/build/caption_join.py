@@ -1,7 +1,7 @@
-"""Joins captions from separate files (JSON lines or parquet) to the images, exactly.
+"""Joins captions from separate files (JSON lines or parquet) to images by an exact key.
 
-The files are streamed once. Memory holds 24 bytes for each image, whatever the size of the files; matching captions
-go to a memory-mapped file, from which the workers read them.
+The files are read once, as a stream. However large they are, memory holds only 24 bytes for each image:
+matching captions are written to a memory-mapped file, from which the workers read them.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,22 +22,22 @@ _BATCH = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class JoinOptions:
-    """Where separate captions come from and how they find their images."""
+    """Where separate captions come from, and how they are matched with images."""
 
     path: Path
     """a file, or a folder of files"""
     key: str = "filename"
-    """what is compared, one of KEYS"""
+    """the property of an image that is compared with the key of a row, one of KEYS"""
     key_column: str = ""
-    """the column that holds the key; "" means the one named as `key`"""
+    """the column that contains the key; "" means the column with the name `key`"""
     columns: tuple[str, ...] = ("text",)
-    """columns of dense captions"""
+    """columns with dense captions"""
     sparse_columns: tuple[str, ...] = ()
-    """columns of sparse captions, which replace those of the source"""
+    """columns with sparse captions, which replace those of the source"""
     missing: str = "stop"
-    """"stop" or "allow": an image without a row"""
+    """"stop" or "allow": what to do if an image has no row"""
     extra: str = "stop"
-    """"stop" or "allow": a row without an image"""
+    """"stop" or "allow": what to do if a row has no image"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def _read(options: JoinOptions, faults: Faults) -> Iterator[_Row]:
 
 
 def _fault(options: JoinOptions, row: _Row) -> str | None:
-    """Why the captions of a row cannot be used, or None."""
+    """Returns the reason why the captions of a row cannot be used, or None."""
     # An empty list would silently leave the image without these captions.
     for columns, found in ((options.columns, row.dense), (options.sparse_columns, row.sparse)):
         if columns and not found:
@@ -80,16 +80,16 @@ def join_captions(
     faults: Faults,
     name_of: Callable[[int], str],
 ) -> tuple[np.ndarray, int]:
-    """Finds the row of captions of each image.
+    """Finds the row with the captions of each image.
 
     Args:
-        hashes: uint64 (images,), `hash64` of what the images are joined by.
-        usable: bool (images,), False for images that are excluded; changed for those that are excluded here.
-        path: the matching captions are written here, each with its key.
-        name_of: gives the name of an image in error messages, from its number.
+        hashes: uint64 (images,), `hash64` of each image's join key.
+        usable: bool (images,), False for excluded images. Images that are excluded here become False.
+        path: file to which the matching captions are written, each with its key.
+        name_of: returns an image's name for error messages, given its number.
 
     Returns:
-        int64 (images,), the row at `path` or -1; and how many rows of the input had no image.
+        int64 (images,), each image's row in `path`, or -1; and the number of input rows that have no image.
     """
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]

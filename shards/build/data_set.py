@@ -1,4 +1,4 @@
-"""Builds a data set: assigns the images to shards, writes the shards, then describes them."""
+"""Builds a data set: assigns the images to shards, writes the shards, and writes their description."""
 
 import fcntl
 import shutil
@@ -23,17 +23,17 @@ from d2s.shards.sources.faults import Faults
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What a build made."""
+    """Counts of a finished build."""
 
     samples: dict[str, int]
-    """samples in each split"""
+    """number of samples in each split"""
     shards: int
     bytes: int
-    """of all tars"""
+    """size of all tars together"""
     quarantined: int
-    """faults that were listed"""
+    """number of faults listed in the quarantine file"""
     extra: int
-    """rows of separate captions that have no image"""
+    """number of rows of separate captions that have no image"""
 
 
 def build(
@@ -47,29 +47,29 @@ def build(
     workers: int = 1,
     part: tuple[int, int] | None = None,
 ) -> BuildReport | None:
-    """Builds a data set from the entries of a source, or continues a build that was interrupted in `out`.
+    """Builds a data set from the entries of a source, or continues an interrupted build in `out`.
 
     Args:
-        entries: the source, whose own faults go to `faults`.
-        out: the output folder, which `check_output` or `remove_description` has checked.
-        join: separate captions to be joined.
-        facts: what build.json says about the input, beside the settings.
+        entries: the entries of the source, which adds its own faults to `faults`.
+        out: the output folder, already checked by `check_output` or `remove_description`.
+        join: where separate captions come from, if there are any.
+        facts: what build.json says about the input, in addition to the settings.
         workers: number of processes; the output does not depend on it.
-        part: (i, n) makes the i-th of n parts of the shards, counted from 1. Other processes or machines make the
-            other parts; the last one to end joins them. None is returned for all other parts.
+        part: (i, n) builds only the i-th of n parts of the shards, counted from 1. Other processes or
+            machines build the other parts. The last part completes the data set; the others return None.
 
     Raises:
-        ValueError: bad input (one line), another build is writing to `out`, or the input or settings differ from
-            those before the interruption.
+        ValueError: bad input (in one line), another build is writing to `out`, or the input or the settings
+            differ from those of the interrupted build.
     """
     faults = faults or Faults(config.quarantine)
     scratch = out / SCRATCH
-    # Each part makes an assignment of its own, because parts run on different machines and start at any time.
+    # Each part makes its own assignment, because parts run on different machines and start at any time.
     own = scratch / f"assignment-{part[0]}-of-{part[1]}" if part else scratch
     own.mkdir(parents=True, exist_ok=True)
     with open(scratch / "lock", "w") as common_lock, open(own / "own-lock", "w") as own_lock:
         lock(own_lock, out)
-        # Parts share the folder with each other; any other build has it to itself.
+        # Parts of one build share the output folder; a build without parts locks it for itself.
         lock(common_lock, out, shared=part is not None)
         settings = settings_of(config, facts)
         try:
@@ -87,9 +87,9 @@ def build(
 
 
 def _is_last(common_lock: IO[str], assignment: Assignment, out: Path) -> bool:
-    """Whether all shards are done and no other part is running: then this part joins them.
+    """Returns whether all shards are done and no other part runs: then this part completes the build.
 
-    The lock is released before it is requested alone, so one of two parts that end together gets it.
+    The shared lock is released before the exclusive one is requested, so that one part always completes it.
     """
     fcntl.flock(common_lock, fcntl.LOCK_UN)
     try:

@@ -1,4 +1,4 @@
-"""Joins the rows of finished shards into the files that describe the data set."""
+"""Writes the files that describe a data set, from the manifest rows of its finished shards."""
 
 import json
 import os
@@ -28,11 +28,11 @@ from d2s.shards.format.index_file import IndexWriter
 def write_description(
     out: Path, shards: list[Shard], markers: dict[str, dict], faults: list[dict], settings: dict
 ) -> None:
-    """Writes every file that describes the shards; checksums.json last, as the sign of a complete data set.
+    """Writes all files that describe the shards; checksums.json last, as it marks complete data sets.
 
     Args:
-        shards: those with at least one sample, in order.
-        markers: by the name of a shard: its number of samples, bytes and sha256.
+        shards: the shards with at least one sample, in order.
+        markers: maps the name of each shard to its number of samples, bytes and sha256.
         faults: the rows of quarantine.jsonl.
         settings: the content of build.json.
     """
@@ -57,7 +57,7 @@ def write_description(
 
 
 def _write_manifest_and_index(out: Path, shards: list[Shard], rows: int, in_place: bool) -> None:
-    """Writes manifest.parquet and index.arrow with one shard in memory at a time."""
+    """Writes manifest.parquet and index.arrow. Only one shard's rows are in memory at a time."""
     index = IndexWriter(rows, out / SCRATCH)
     sidecar_bytes = 0
     with atomic_file(out / MANIFEST) as file, manifest.open_writer(file) as writer:
@@ -66,7 +66,7 @@ def _write_manifest_and_index(out: Path, shards: list[Shard], rows: int, in_plac
             crc32 = table.column("crc32").to_numpy()
             table = table.drop_columns(["crc32"])
             if in_place:
-                # The captions of all shards go into one file, so offsets move by what lies before.
+                # One file gets the captions of all shards, so offsets grow by the size of the shards before.
                 column = table.schema.get_field_index("json_offset")
                 moved = pa.array(table.column("json_offset").to_numpy() + sidecar_bytes)
                 table = table.set_column(column, "json_offset", moved)

@@ -1,4 +1,4 @@
-"""Lists the images of a source, and checks what can be checked without decoding every image."""
+"""Lists the images of a source, and finds all faults that can be found without decoding every image."""
 
 import hashlib
 from array import array
@@ -19,13 +19,14 @@ from d2s.shards.sources.faults import Faults, caption_fault, is_integer
 
 _CHECKED_AT_ONCE = 4096
 _ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
-# 64-bit hashes of strings (Q), and numbers: `bytes` is the size of the image file, `captions` -1 where unknown yet.
+# Columns: 64-bit hashes of strings (type Q), and numbers. `bytes` is the size of the image file, or -1 if
+# unknown; `captions` is the number of captions, or -1 if not known yet.
 _KINDS = dict.fromkeys(("source_id", "given", "key", "join", "order"), "Q")
 _KINDS |= {"image_id": "q", "bytes": "q", "captions": "q", "split": "h", "tar": "i"}
 
 
 def read_bytes(entry: Entry) -> bytes:
-    """The encoded image of an entry. Raises OSError if the file cannot be read."""
+    """Reads the encoded image of an entry. Raises OSError if the file cannot be read."""
     with open(entry.path, "rb") as file:
         if entry.offset < 0:
             return file.read()
@@ -35,22 +36,22 @@ def read_bytes(entry: Entry) -> bytes:
 
 @dataclass
 class ImageList:
-    """The images of a source: a row on disk for each, and numbers in memory, arrays of shape (images,)."""
+    """The images of a source. Each has a row in a file on disk, and an entry in several arrays in memory."""
 
     rows: RowFile
-    """the fields of the entry; and `join`, what separate captions are joined by, and `given`, a key that the source
-    gave and that must be unique"""
+    """the fields of each image's entry; and `join`, the key that its row of separate captions must have, and
+    `given`, a key that the source gave and that must be unique"""
     numbers: dict[str, np.ndarray]
-    """a column for each name in _KINDS"""
+    """maps each name in _KINDS to an array (images,)"""
     usable: np.ndarray
-    """bool; set to False where an image is excluded later"""
+    """bool (images,); becomes False if an image is excluded later"""
     splits: list[str]
-    """the names of the numbers in column `split`"""
+    """names of the splits; column `split` holds positions in this list"""
     tars: list[str]
-    """the paths of the numbers in column `tar`"""
+    """paths of the tars; column `tar` holds positions in this list, or -1"""
 
     def groups(self) -> dict[str, np.ndarray]:
-        """The numbers of the usable images in each split, int64."""
+        """Returns, for each split, the numbers of its usable images, int64."""
         named = [(code, name) for code, name in enumerate(self.splits) if not _split_fault(name)]
         return {name: np.flatnonzero(self.usable & (self.numbers["split"] == code)) for code, name in named}
 
@@ -58,7 +59,7 @@ class ImageList:
 def list_images(
     entries: Iterable[Entry], path: Path, join: JoinOptions | None, seed: int, faults: Faults
 ) -> ImageList:
-    """Lists the images and writes their rows to `path`. Entries that cannot be used also go to `faults`."""
+    """Lists the images and writes their rows to `path`. Unusable ones are also added to `faults`."""
     secret = str(seed).encode()
     columns = {name: array(kind) for name, kind in _KINDS.items()}
     usable, splits, tars = array("b"), {}, {}
@@ -100,7 +101,7 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
     row["key"] = clean_key(entry.key or entry.source_id)
     if entry.image_id is None or _id_fault(entry.image_id):
         row["image_id"] = number
-    # Keys of tars repeat from tar to tar and are made unique later; a key in a table must be unique.
+    # Keys of tars may repeat and are made unique later; a key that a table gives must be unique.
     row["given"] = entry.key if entry.key and entry.offset < 0 else ""
     row["join"] = _join_value(entry, row, join, readable)
     if usable:
@@ -109,7 +110,10 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
 
 
 def _join_value(entry: Entry, row: dict, join: JoinOptions | None, readable: bool) -> str:
-    """What a row of separate captions must contain to be joined. Unusable images also need it: their row is known."""
+    """Returns the key that links an image to its row of separate captions, "" without `join`.
+
+    Unusable images need one too: otherwise their captions would be reported as rows without an image.
+    """
     if join is None:
         return ""
     if join.key == "sha256":
@@ -139,7 +143,10 @@ def _id_fault(image_id: object) -> str | None:
 
 
 def _name_fault(entry: Entry) -> str | None:
-    """Names in tars are bytes and names in JSON may hold unpaired surrogates; only Unicode can be stored."""
+    """Returns a fault if a name is not valid Unicode, else None.
+
+    Names in tars may have any bytes and names in JSON unpaired surrogates, but only Unicode can be stored.
+    """
     for name in (entry.source_id, entry.key or "", entry.path, entry.filename, entry.sha256):
         if name and not name.isascii() and caption_fault((name,)):
             return f"name {name!r} is not valid Unicode"
@@ -147,7 +154,7 @@ def _name_fault(entry: Entry) -> str | None:
 
 
 def _check_file(entry: Entry) -> tuple[int, str | None]:
-    """Size of the image file, and why it cannot be used, or None. Decodes the file only if its ends look wrong."""
+    """Returns the file's size, and its fault or None. Decodes it only if its ends look wrong."""
     if not entry.path:
         return -1, None
     if "\0" in entry.path:
@@ -174,7 +181,7 @@ def _check_file(entry: Entry) -> tuple[int, str | None]:
 
 
 def _repeated(values: np.ndarray) -> Iterator[list[int]]:
-    """Groups of images with equal values, each in the order of the list."""
+    """Yields groups of images that have equal values: lists of image numbers in ascending order."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     for group in np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1):
@@ -183,7 +190,7 @@ def _repeated(values: np.ndarray) -> Iterator[list[int]]:
 
 
 def exclude_duplicates(images: ImageList, faults: Faults) -> None:
-    """Excludes images whose name, image id or given key an earlier image has already."""
+    """Excludes images that have the same name, image id or given key as an earlier image."""
     for column, label in (("source_id", "image"), ("image_id", "image id"), ("given", "key")):
         for numbers in _repeated(images.numbers[column]):
             first = images.rows.row(numbers[0])
@@ -198,9 +205,9 @@ def exclude_duplicates(images: ImageList, faults: Faults) -> None:
 
 
 def exclude_ambiguous(images: ImageList, join: JoinOptions, faults: Faults) -> None:
-    """Excludes images to which the same row of separate captions would be joined."""
+    """Excludes images whose join key also belongs to an image of another name: captions would fit both."""
     if join.key == "sha256":
-        # Images of one checksum are equal, so the same captions describe them.
+        # Images with the same checksum are equal, so the same captions describe them.
         return
     for numbers in _repeated(images.numbers["join"]):
         rows = [images.rows.row(number) for number in numbers]
@@ -216,7 +223,7 @@ def exclude_ambiguous(images: ImageList, join: JoinOptions, faults: Faults) -> N
 
 
 def unique_keys(images: ImageList) -> dict[int, str]:
-    """New keys for images whose keys are equal: with a hash of the file's full name at the end."""
+    """Maps each image with a repeated key to a new key: the old one and a hash of the image's name."""
     renamed = {}
     for number in (number for group in _repeated(images.numbers["key"]) for number in group):
         row = images.rows.row(number)

@@ -1,4 +1,4 @@
-"""How images are arranged: shuffled within their split and cut into shards, or left where they lie in tars."""
+"""Arranges images: shuffles them in each split and cuts them into shards, or leaves them in their tars."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -11,7 +11,7 @@ from d2s.shards.format.keys import split_rank
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSize:
-    """Size of a shard: a number of samples, or, if `bytes` is set, about so many bytes of source images."""
+    """Size of a shard: a number of samples or, if `bytes` is set, about that many bytes of source images."""
 
     samples: int | None = 1000
     bytes: int | None = None
@@ -19,20 +19,20 @@ class ShardSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which images go where, in which order, in shards of which size."""
+    """How images are assigned to splits, ordered, and cut into shards."""
 
     shard_size: ShardSize = field(default_factory=ShardSize)
     seed: int = 0
-    """seed of the order within each split"""
+    """seed of the random order within each split"""
     holdout: dict[str, int] = field(default_factory=dict)
-    """splits that the source does not have, and how many images of train go to each, by the same shuffle"""
+    """maps each new split to how many train images are moved to it, chosen by the same shuffle"""
     in_place: Path | None = None
-    """folder of tars that stay as they are: each tar is a shard and keeps its order"""
+    """folder of existing tars that stay unchanged: each tar becomes a shard and keeps its order"""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A shard: positions start..stop of the order of all images."""
+    """A shard: the images at positions start..stop - 1 in the final order of all images."""
 
     name: str
     split: str
@@ -47,19 +47,19 @@ def arrange(
     tars: tuple[np.ndarray, list[str]],
     layout: Layout,
 ) -> tuple[list[Shard], dict[str, int], np.ndarray]:
-    """Orders each split by the keyed hash and cuts it into shards; of tars in place, takes their order and shards.
+    """Orders each split by hash and cuts it into shards. Tars in place keep their order.
 
     Args:
-        groups: the numbers of the images in each split, int64, in source order.
-        shuffle: uint64 (images,), the keyed hash of each image; the smallest comes first.
-        sizes: int64 (images,), bytes of each image, -1 where unknown.
-        tars: int32 (images,), the number of the tar of each image, and the paths of the tars.
+        groups: maps each split to the numbers of its images, int64, in the order of the source.
+        shuffle: uint64 (images,), the keyed hash of each image; images are ordered by it.
+        sizes: int64 (images,), the size of each image in bytes, or -1 if it is unknown.
+        tars: int32 (images,), the number of each image's tar; and the list of the paths of the tars.
 
     Returns:
-        The shards; the number of images in each split; and all images in their final order, int64.
+        The shards; the number of images in each split; and the numbers of all images in final order, int64.
 
     Raises:
-        ValueError: an empty split, a holdout that is too large, or a shard size in bytes of unknown images.
+        ValueError: an empty split, a holdout that is too large, or a shard size in bytes for unknown sizes.
     """
     if not layout.in_place:
         groups = {name: rows[np.argsort(shuffle[rows], kind="stable")] for name, rows in groups.items()}
@@ -100,7 +100,7 @@ def _hold_out(groups: dict[str, np.ndarray], holdout: dict[str, int]) -> None:
 
 
 def _cuts(rows: np.ndarray, sizes: np.ndarray, limit: ShardSize) -> list[int]:
-    """The positions in a split at which its shards begin."""
+    """Returns the positions in a split at which its shards begin."""
     if limit.bytes is None:
         return list(range(0, len(rows), limit.samples))
     if (sizes[rows] < 0).any():

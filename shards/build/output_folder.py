@@ -1,4 +1,4 @@
-"""The folder that a build writes to: what may be in it before, and the lock while it is written."""
+"""Checks and locks the folder that a build writes to."""
 
 import errno
 import fcntl
@@ -10,7 +10,7 @@ from d2s.shards.format.file_names import CHECKSUMS, DESCRIPTION, SCRATCH
 
 
 def check_output(out: Path, resume: bool) -> None:
-    """Raises ValueError if `out` holds anything but, with `resume`, an interrupted build."""
+    """Raises ValueError unless `out` is missing or empty or, with `resume`, holds an interrupted build."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, not a folder")
     found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
@@ -27,12 +27,12 @@ def check_output(out: Path, resume: bool) -> None:
 
 
 def remove_description(folder: Path, force: bool) -> None:
-    """Prepares a folder of tars to be indexed. Raises ValueError if it is indexed already, unless forced."""
+    """Prepares a folder of tars for indexing. Raises ValueError if it is indexed, unless `force`."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / CHECKSUMS).exists() and not force:
         raise ValueError(f"{folder}: is indexed already; --force does it anew")
-    # The checksums go first, so that a half-removed description never looks complete.
+    # The checksums are removed first, so that a half-removed description never looks complete.
     for name in (CHECKSUMS, *DESCRIPTION):
         (folder / name).unlink(missing_ok=True)
     if force:
@@ -40,19 +40,19 @@ def remove_description(folder: Path, force: bool) -> None:
 
 
 def lock(file: IO[str], out: Path, shared: bool = False) -> None:
-    """Locks a file until it is closed. Raises ValueError if another process has locked it."""
+    """Locks a file until it is closed. Raises ValueError if another process holds the lock."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"--out {out}: another build is writing there now") from None
     except OSError as error:
-        # Some cluster file systems have no locks; there the user must not start two builds.
+        # Some cluster file systems have no locks. On these, the user must not start two builds at once.
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
 
 
 def remove_empty_build(out: Path, own: Path) -> None:
-    """Removes the scratch folder of a build that was refused before its first shard, unless other parts use it."""
+    """Removes the scratch folder of a build refused before its first shard, unless other parts use it."""
     scratch = out / SCRATCH
     others = [path for path in scratch.glob("assignment-*") if path != own]
     if not (scratch / "settings.json").exists() and not others:

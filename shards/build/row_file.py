@@ -1,4 +1,4 @@
-"""Rows on disk that many processes read at random: JSON lines, memory-mapped, so that builds need little memory."""
+"""Stores rows on disk as memory-mapped JSON lines. Many processes can read them with little memory."""
 
 import json
 import mmap
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class RowFileWriter:
-    """Appends rows (dictionaries) to a file, and writes their offsets beside it when it is closed."""
+    """Appends rows (dictionaries) to a file. On closing, writes the rows' offsets to a file beside it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -21,7 +21,7 @@ class RowFileWriter:
         return len(self._offsets) - 1
 
     def append(self, row: dict) -> None:
-        """Adds one row."""
+        """Appends one row."""
         line = json.dumps(row, default=str, separators=(",", ":")).encode() + b"\n"
         self._file.write(line)
         self._offsets.append(self._offsets[-1] + len(line))
@@ -35,7 +35,7 @@ class RowFileWriter:
 
 
 class RowFile:
-    """Reads rows by number. Processes share the pages of the file."""
+    """Reads rows by number. All processes share the pages of the file."""
 
     def __init__(self, path: Path) -> None:
         self._offsets = np.load(path.with_suffix(".npy"), mmap_mode="r")
@@ -47,5 +47,5 @@ class RowFile:
         return len(self._offsets) - 1
 
     def row(self, number: int) -> dict:
-        """The row as a dictionary; tuples have become lists."""
+        """Returns the row as a dictionary. Tuples have become lists."""
         return json.loads(self._data[self._offsets[number] : self._offsets[number + 1]])

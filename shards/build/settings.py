@@ -1,4 +1,4 @@
-"""The settings of a build: what decides its bytes, kept in build.json and compared when a build is resumed."""
+"""The settings of a build, which decide its bytes. They are stored in build.json and compared on --resume."""
 
 import json
 import shutil
@@ -10,23 +10,23 @@ from d2s.shards.build.layout import Layout
 from d2s.shards.format.file_names import CHECKSUMS, SCRATCH, SETTINGS
 
 INPUT = "input_sha256"
-"""In build.json: the sha256 over the caption files and split lists. Older data sets have none."""
+"""Key in build.json for the sha256 of the caption files and split lists. Older data sets do not have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """What decides the bytes of a data set, besides its input."""
+    """The settings that, together with the input, decide the bytes of a data set."""
 
     resize: int | None = None
-    """shrink the shorter side of larger images to so many pixels"""
+    """shrink the shorter side of larger images to this number of pixels"""
     quality: int = 95
     """JPEG quality of images that are re-encoded, 1 to 100"""
     layout: Layout = field(default_factory=Layout)
     """how the images are ordered and cut into shards"""
     quarantine: bool = False
-    """list and leave out bad input instead of stopping at it"""
+    """list bad input and leave it out, instead of stopping at it"""
     decode: bool = True
-    """for tars indexed in place: False reads only the headers of the images"""
+    """for tars indexed in place: False reads only the headers of images"""
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < 16:
@@ -36,12 +36,12 @@ class BuildConfig:
 
     @property
     def in_place(self) -> bool:
-        """Whether the tars exist already and stay as they are."""
+        """Whether the tars exist already and stay unchanged."""
         return self.layout.in_place is not None
 
 
 def settings_of(config: BuildConfig, facts: dict | None = None) -> dict:
-    """The content of build.json: all that decides the bytes, nothing about the machine or the time."""
+    """Returns the content of build.json: all that decides the bytes, nothing of machine or time."""
     layout = config.layout
     size = layout.shard_size
     settings = {
@@ -56,12 +56,12 @@ def settings_of(config: BuildConfig, facts: dict | None = None) -> dict:
         "on_error": "quarantine" if config.quarantine else "stop",
         **(facts or {}),
     }
-    # Through JSON, so that it can be compared with the content of a file.
+    # Converted to JSON and back, so that the result can be compared with settings read from a file.
     return json.loads(json.dumps(settings))
 
 
 def is_complete(out: Path, settings: dict) -> bool:
-    """Whether the data set in `out` is complete. Raises ValueError if it has other settings or input."""
+    """Returns whether `out` has a complete data set. Raises ValueError if it has other settings or input."""
     if not (out / CHECKSUMS).exists():
         return False
     found = read_json(out / SETTINGS) if (out / SETTINGS).exists() else {}
@@ -76,19 +76,19 @@ def is_complete(out: Path, settings: dict) -> bool:
 
 
 def check_same_build(scratch: Path, own: Path, settings: dict, assignment: str) -> None:
-    """Records what is being built. Raises ValueError if the interrupted build in `scratch` was another one.
+    """Records the settings and input of this build. Raises ValueError if the interrupted build had others.
 
     Args:
         own: the folder that only this process writes to.
         assignment: the digest of the assignment.
     """
     path = scratch / "settings.json"
-    # `on_error` may change, because finished shards had no faults. The digest covers the input better than INPUT.
+    # `on_error` may change, as finished shards had no faults. INPUT is not needed: the digest covers it.
     deciding = {name: value for name, value in settings.items() if name not in ("on_error", INPUT)}
     now = {"settings": deciding, "assignment": assignment}
     if path.exists() and read_json(path) != now:
         remedy = "run with --force" if settings["in_place"] else "delete it, or build elsewhere"
         raise ValueError(f"{scratch.parent}: input or options changed since the interrupted build; {remedy}")
-    # Renamed from a file of its own, because another part may be writing the same.
+    # The file is written in `own` and then renamed, because another part may write it at the same time.
     write_json(own / "own-settings.json", now)
     (own / "own-settings.json").replace(path)

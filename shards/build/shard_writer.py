@@ -1,4 +1,4 @@
-"""Writes one shard: a tar, or the captions and rows of a tar that stays as it is."""
+"""Writes one shard: a new tar, or only the captions and manifest rows of a tar that stays unchanged."""
 
 import hashlib
 import json
@@ -33,23 +33,23 @@ class _Job:
     config: BuildConfig
 
 
-# The job of this process; set by `start_worker`.
+# The job of this process. It is set by `start_worker`.
 _job: _Job | None = None
 
 
 def start_worker(out: Path, assignment: Path, config: BuildConfig) -> None:
-    """Prepares a process to write shards into `out`, from the assignment in a folder."""
+    """Prepares this process to write shards into `out`. assignment: the folder that stores it."""
     global _job
     _job = _Job(out, Assignment(assignment), config)
 
 
 def part_path(out: Path, shard: Shard) -> Path:
-    """The manifest rows of a finished shard; they are joined when all shards are done."""
+    """Returns the file for a finished shard's manifest rows, which are joined at the end."""
     return out / SCRATCH / "parts" / (shard.name.removesuffix(".tar").replace("/", "-") + ".parquet")
 
 
 def is_done(out: Path, shard: Shard) -> bool:
-    """True if the shard was finished before an interruption and its tar is still there."""
+    """Returns whether the shard was finished before an interruption and its tar has the same size."""
     marker = part_path(out, shard).with_suffix(".json")
     if not marker.exists():
         return False
@@ -59,9 +59,9 @@ def is_done(out: Path, shard: Shard) -> bool:
 
 
 def write_shard(shard: Shard) -> None:
-    """Writes the shard, then its manifest rows, then a marker that both are complete.
+    """Writes the shard, then its manifest rows, then a marker file that says that both are complete.
 
-    Raises ValueError for an image that cannot be used, unless faults are quarantined.
+    Raises ValueError if an image cannot be used, unless faults are quarantined.
     """
     assert _job is not None
     faults = Faults(_job.config.quarantine)
@@ -75,7 +75,7 @@ def write_shard(shard: Shard) -> None:
 
 
 def _images(shard: Shard, faults: Faults) -> Iterator[tuple[Entry, EncodedImage]]:
-    """The entries of a shard whose images can be used, with their images; the others go to `faults`."""
+    """Yields the entries of a shard with their images. Unusable ones are added to `faults` instead."""
     assert _job is not None
     config = _job.config
     for entry in _job.assignment.entries(shard):
@@ -94,7 +94,7 @@ def _images(shard: Shard, faults: Faults) -> Iterator[tuple[Entry, EncodedImage]
 
 
 def _row(shard: str, entry: Entry, image: EncodedImage) -> dict:
-    """The manifest row of a sample without its offsets."""
+    """Returns the manifest row of a sample, without its offsets."""
     return {
         "key": entry.key,
         "image_id": entry.image_id,
@@ -122,7 +122,7 @@ def _offsets(image: Member, captions: Member, checksum: int) -> dict:
 def _write_tar(
     out: Path, shard: Shard, images: Iterator[tuple[Entry, EncodedImage]]
 ) -> tuple[list[dict], int, str]:
-    """Writes the tar; returns the manifest rows, the size of the tar and its sha256."""
+    """Writes the tar. Returns the manifest rows, the size of the tar in bytes, and its sha256."""
     path = out / shard.name
     rows = []
     with atomic_file(path) as file:
@@ -141,7 +141,7 @@ def _write_tar(
 def _describe_tar(
     out: Path, shard: Shard, images: Iterator[tuple[Entry, EncodedImage]]
 ) -> tuple[list[dict], int, str]:
-    """Writes the captions of a tar that stays as it is; their offsets count from the start of this part."""
+    """Writes the captions of a tar that stays unchanged. Offsets count from this file's start."""
     rows, position = [], 0
     with atomic_file(part_path(out, shard).with_suffix(".jsonl")) as file:
         for entry, image in images:

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Formats that are stored as they are. Every other format that Pillow reads is stored as JPEG.
+# Formats that are stored without conversion. Every other format that Pillow reads is stored as JPEG.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# What Pillow's decoders raise on broken input. The list is no wider, so our own bugs still surface.
+# Errors that Pillow's decoders raise on broken input. Others are not listed, so our bugs stay visible.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """An image file (JPEG, PNG or WebP) that was checked; width and height in pixels."""
+    """An image file (JPEG, PNG or WebP) that passed a check. Width and height are in pixels."""
 
     data: bytes
     suffix: str
@@ -29,10 +29,10 @@ class EncodedImage:
 def check_image(
     data: bytes, resize: int | None = None, quality: int = 95, convert: bool = True
 ) -> EncodedImage:
-    """Decodes an image in full and, if `resize` is given, shrinks its shorter side to that many pixels.
+    """Decodes an image in full. With `resize`, shrinks a larger image's shorter side to that many pixels.
 
-    An image that is small enough keeps its bytes. One in another format than JPEG, PNG or WebP becomes a JPEG, or
-    raises ValueError where `convert` is False. Raises ValueError with the reason if the image does not decode.
+    An image that is not shrunk keeps its bytes if it is a JPEG, PNG or WebP. An image in another format
+    becomes a JPEG, or raises ValueError if `convert` is False. Raises ValueError if it does not decode.
     """
     with _opened(data) as image:
         suffix = SUFFIXES.get(image.format or "")
@@ -46,7 +46,7 @@ def check_image(
 
 
 def check_header(data: bytes) -> EncodedImage:
-    """Reads only the header of an image. Raises ValueError with the reason if that is not possible."""
+    """Reads only an image's header. Raises ValueError, with the reason, unless it is JPEG, PNG or WebP."""
     with _opened(data) as image:
         if image.format not in SUFFIXES:
             raise ValueError(f"format {image.format} is none of JPEG, PNG, WebP")
@@ -55,7 +55,7 @@ def check_header(data: bytes) -> EncodedImage:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Opens an image without decoding it. Errors of its decoder become ValueError."""
+    """Opens an image without decoding it. Turns errors of its decoder in the `with` block into ValueError."""
     if not data:
         raise ValueError("the image file is empty")
     try:
@@ -74,10 +74,10 @@ def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImag
     if resize is not None and min(width, height) > resize:
         scale = resize / min(width, height)
         target = max(1, round(width * scale)), max(1, round(height * scale))
-        # The JPEG decoder can shrink by 2, 4 or 8. Twice the target size is left for the filter below.
+        # The JPEG decoder can shrink by 2, 4 or 8. At least twice the target size is left for the filter.
         image.draft("RGB", (2 * target[0], 2 * target[1]))
         image = image.convert("RGB").resize(target, Image.Resampling.BICUBIC)
-    # The new file has no orientation tag, so the pixels are rotated as the tag of the old one says.
+    # The new file has no orientation tag, so the pixels are rotated by the old file's tag.
     upright = ImageOps.exif_transpose(image).convert("RGB")
     file = io.BytesIO()
     upright.save(file, "JPEG", quality=quality)
@@ -85,7 +85,7 @@ def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImag
 
 
 def has_valid_ends(head: bytes, tail: bytes, size: int) -> bool:
-    """A cheap check of the first 12 and last 12 bytes of an image file. False: only decoding it can tell."""
+    """Returns whether the first and last 12 bytes look intact. If False, only decoding can tell."""
     if head[:2] == b"\xff\xd8":
         return tail[-2:] == b"\xff\xd9"
     if head[:8] == b"\x89PNG\r\n\x1a\n":

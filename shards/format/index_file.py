@@ -1,7 +1,7 @@
-"""index.arrow: the fixed-width columns of the manifest in one Arrow record batch, made to be memory-mapped.
+"""Writes index.arrow: the fixed-width columns of the manifest in one Arrow record batch, to be memory-mapped.
 
-All processes that open it share the same pages, and a column is a numpy view without a copy. So opening it takes
-no time, even with hundreds of millions of rows.
+All processes that open the file share its pages, and a column is a numpy view without a copy. So opening the
+file is fast, even if it has hundreds of millions of rows.
 """
 
 import json
@@ -32,11 +32,11 @@ _COLUMNS = {
 }
 COLUMNS = tuple(_COLUMNS)
 FROM_MANIFEST = ("image_offset", "image_size", "json_offset", "json_size", "image_id")
-"""Columns that repeat those of the manifest."""
+"""Columns that are copied from the manifest."""
 
 
 def index_schema(shards: list[str], splits: dict[str, list[int]], json_home: str = "tar") -> pa.Schema:
-    """Columns of the index, with the shard names and the row range of each split in its metadata.
+    """Returns the columns of the index. The metadata holds the shard names and the row range of each split.
 
     `json_home` says where the captions are: "tar" (in the shards) or "sidecar" (in captions.jsonl).
     """
@@ -47,7 +47,7 @@ def index_schema(shards: list[str], splits: dict[str, list[int]], json_home: str
 
 
 class IndexWriter:
-    """Collects rows shard by shard in memory-mapped files, so that memory does not grow with the rows."""
+    """Collects the rows of all shards in memory-mapped files, so that memory does not grow with them."""
 
     def __init__(self, rows: int, scratch: Path) -> None:
         assert rows, "an index has at least one row"
@@ -62,7 +62,7 @@ class IndexWriter:
         self._splits: dict[str, list[int]] = {}
 
     def add(self, table: pa.Table, crc32: np.ndarray) -> None:
-        """Appends the manifest rows of one shard, and the checksum of each (over image bytes, then JSON bytes)."""
+        """Appends a shard's manifest rows and samples' CRC-32 (of image bytes, then JSON bytes)."""
         split = table.column("split")[0].as_py()
         start, stop = self._next, self._next + table.num_rows
         self._splits.setdefault(split, [start, stop])[1] = stop
@@ -90,7 +90,7 @@ class IndexWriter:
 
 
 def write_index(folder: Path, table: pa.Table, crc32: np.ndarray, json_home: str = "tar") -> None:
-    """Writes index.arrow for a manifest table; its rows must be in the order of the manifest."""
+    """Writes index.arrow for a manifest table, whose rows must be in the order of the manifest."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         writer, start = IndexWriter(table.num_rows, Path(scratch)), 0
         for part in split_by_shard(table):

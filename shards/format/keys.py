@@ -1,4 +1,4 @@
-"""Keys of samples, hashes of names, and the order of splits."""
+"""Makes keys of samples, hashes names, and defines the order of splits."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ _KEY_LENGTH = 80
 
 
 def clean_key(name: str) -> str:
-    """The file name without folder and suffix, as a key that every WebDataset reader accepts: no dot, no slash."""
+    """Makes a key for any WebDataset reader from a file name: no folder, suffix, dots or slashes."""
     stem = name.replace("\\", "/").rsplit("/", 1)[-1]
     stem = stem.rsplit(".", 1)[0] or stem
     key = _UNCLEAN.sub("_", stem).strip("_")
@@ -19,11 +19,11 @@ def clean_key(name: str) -> str:
 
 
 def hash64(text: str, secret: bytes = b"") -> int:
-    """A 64-bit keyed hash of a string (BLAKE2b): the same on every machine and in every process."""
+    """Returns a keyed 64-bit hash of a string (BLAKE2b), equal on all machines and in all processes."""
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=secret).digest(), "little")
 
 
 def split_rank(split: str) -> tuple[int, str]:
-    """Sort key of the splits: train, val, test, then the others by name."""
+    """Returns the sort key of a split: train, val, test, then all others by name."""
     return (SPLIT_ORDER.index(split) if split in SPLIT_ORDER else len(SPLIT_ORDER), split)

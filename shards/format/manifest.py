@@ -1,4 +1,4 @@
-"""manifest.parquet: one row for each sample, with everything about it except its pixels."""
+"""Reads and writes manifest.parquet, which has one row for each sample, with all its data but the pixels."""
 
 import json
 from itertools import pairwise
@@ -31,38 +31,38 @@ _SCHEMA = pa.schema(
 
 
 def schema() -> pa.Schema:
-    """The columns of the manifest. Offsets and sizes in bytes, width and height in pixels."""
+    """Returns the columns of the manifest. Offsets and sizes are in bytes, width and height in pixels."""
     return _SCHEMA
 
 
 def record(row: dict) -> bytes:
-    """The JSON member of a sample: UTF-8, sorted keys, no spaces."""
+    """Returns the content of a sample's JSON file: UTF-8, sorted keys, no spaces."""
     fields = ("key", "image_id", "split", "sparse", "dense", "width", "height", "sha256")
     value = {name: row[name] for name in fields}
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
 def open_writer(file: object) -> pq.ParquetWriter:
-    """A writer of row groups, one for each shard, so that the rows of one shard can be read alone."""
+    """Returns a writer. Write one row group for each shard, so that the rows of a shard can be read alone."""
     return pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_page_checksum=True)
 
 
 def split_by_shard(table: pa.Table) -> list[pa.Table]:
-    """The rows of each shard, for rows in the order of the manifest."""
+    """Splits a table, whose rows are in the order of the manifest, into one table for each shard."""
     shards = table.column("shard").to_pylist()
     cuts = [0, *(i for i in range(1, len(shards)) if shards[i] != shards[i - 1]), len(shards)]
     return [table.slice(start, stop - start) for start, stop in pairwise(cuts)]
 
 
 def write_manifest(folder: Path, table: pa.Table) -> None:
-    """Writes manifest.parquet atomically, with one row group for the rows of each shard."""
+    """Writes manifest.parquet atomically, with one row group for each shard."""
     with atomic_file(Path(folder) / MANIFEST) as file, open_writer(file) as writer:
         for part in split_by_shard(table):
             writer.write_table(part, row_group_size=max(1, part.num_rows))
 
 
 def open_manifest(folder: Path) -> pq.ParquetFile:
-    """Opens the manifest; its row groups are read one at a time.
+    """Opens the manifest, so that its row groups can be read one at a time.
 
     Raises:
         ValueError: it is missing or damaged, or was not written by this project.
@@ -86,7 +86,7 @@ def open_manifest(folder: Path) -> pq.ParquetFile:
 
 
 def read_row(file: pq.ParquetFile, number: int, columns: list[str]) -> dict:
-    """Some columns of row `number` of an open manifest. Slow: it reads these columns of a whole row group."""
+    """Returns some columns of row `number` of an open manifest. Slow: it reads a whole row group."""
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         if number < rows:
@@ -96,10 +96,10 @@ def read_row(file: pq.ParquetFile, number: int, columns: list[str]) -> dict:
 
 
 def read_manifest(folder: Path, columns: list[str] | None = None, split: str | None = None) -> pa.Table:
-    """Reads all columns of the manifest or some, of all splits or one; rows in their stored order.
+    """Reads the manifest: all columns or some, all splits or one. The rows keep their stored order.
 
     Raises:
-        ValueError: as `open_manifest`, or the split has no rows.
+        ValueError: as in `open_manifest`, or if the split has no rows.
     """
     open_manifest(folder).close()
     path = Path(folder) / MANIFEST

@@ -1,4 +1,4 @@
-"""Writes tar files whose bytes depend only on their content, and finds the members of any tar."""
+"""Writes tar files whose bytes depend only on their members, and finds the members of any tar."""
 
 import hashlib
 import tarfile
@@ -12,7 +12,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar: its bytes are `size` bytes from `offset`."""
+    """A regular file in a tar: `size` bytes that begin at byte `offset` of the tar."""
 
     name: str
     offset: int
@@ -20,7 +20,7 @@ class Member:
 
 
 def header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member: plain ustar with time 0, owner 0 and mode 0644, the same for everybody."""
+    """Returns the 512 bytes before a member: plain ustar with time 0, owner 0 and mode 0644."""
     info = tarfile.TarInfo(name)
     info.size = size
     info.mode = 0o644
@@ -30,17 +30,17 @@ def header(name: str, size: int) -> bytes:
 
 
 def padding(size: int) -> bytes:
-    """Zeros that fill the last block of a member."""
+    """Returns the zeros that fill up the last block of a member of `size` bytes."""
     return bytes(-size % BLOCK)
 
 
 def ending(size: int) -> bytes:
-    """The end of a tar of `size` bytes: two empty blocks, then zeros up to a full record of 10,240 bytes."""
+    """Returns the end of a tar of `size` bytes: two empty blocks, then zeros up to 10,240-byte records."""
     return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
 
 
 class TarFile:
-    """Writes members into an open binary file and computes the sha256 on the way."""
+    """Writes members into an open binary file and computes its sha256 at the same time."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -53,7 +53,7 @@ class TarFile:
         self.size += len(data)
 
     def add(self, name: str, data: bytes) -> Member:
-        """Appends a member and returns its place."""
+        """Appends a member and returns where it is stored."""
         self._write(header(name, len(data)))
         member = Member(name, self.size, len(data))
         self._write(data)
@@ -67,16 +67,16 @@ class TarFile:
 
 
 def leads_outside(name: str) -> bool:
-    """True where unpacking the name could write outside of the folder it is unpacked to."""
+    """Returns whether unpacking a member of this name could write outside the folder it is unpacked to."""
     parts = name.replace("\\", "/").split("/")
     return name.startswith(("/", "\\")) or ".." in parts or (len(parts[0]) == 2 and parts[0][1] == ":")
 
 
 def scan(path: Path) -> Iterator[Member]:
-    """Yields the regular files of an uncompressed tar, in their order.
+    """Yields the regular files of an uncompressed tar, in the order of the tar.
 
     Raises:
-        ValueError: not a tar, cut short, a link or device in it, or a path that leads outside.
+        ValueError: the file is no tar or is cut short, or a member is a link, a device or leads outside.
     """
     try:
         with tarfile.open(path, "r:") as tar:
@@ -91,14 +91,14 @@ def scan(path: Path) -> Iterator[Member]:
                 if info.offset_data + info.size > length:
                     raise ValueError(f"{path}: cut short within member {info.name!r}")
                 yield Member(info.name, info.offset_data, info.size)
-                # tarfile keeps every header that it reads; clearing them bounds the memory of a long scan.
+                # tarfile keeps every header that it reads. Clearing them limits the memory of a long scan.
                 tar.members.clear()
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not a readable, uncompressed tar: {error}") from None
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and suffix by the WebDataset rule: the suffix begins at the first dot of the last path component."""
+    """Splits a name into key and suffix by the WebDataset rule: at the first dot of the file name."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()

@@ -1,1 +1,1 @@
-"""Shows what a data set contains, and checks it for damage."""
+"""Shows the contents of a data set, and checks data sets for damage."""

@@ -1,4 +1,4 @@
-"""Checks one shard against its manifest rows: every byte of the tar, and its rows in the index."""
+"""Checks one shard: compares every byte of its tar, and its index rows, with its manifest rows."""
 
 import hashlib
 import mmap
@@ -22,7 +22,7 @@ _Bytes = mmap.mmap | bytes
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something wrong in a file; `key` names the sample where it is known."""
+    """A fault found in a file. key: the damaged sample's key, or "" if the fault is in no sample."""
 
     file: str
     key: str
@@ -34,7 +34,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """A row group of the manifest, the rows of one shard: its number, its first row, its number of rows."""
+    """A row group of the manifest, with the rows of one shard: its number, first row, number of rows."""
 
     number: int
     start: int
@@ -43,7 +43,7 @@ class RowGroup:
 
 @dataclass
 class CheckedShard:
-    """The faults of one shard, and what is needed to check all shards together."""
+    """The faults of one shard, and its key hashes and image ids, to be compared across shards."""
 
     faults: list[Fault] = field(default_factory=list)
     shard: str = ""
@@ -52,7 +52,7 @@ class CheckedShard:
 
 
 def open_index(folder: Path) -> tuple[pa.RecordBatch | None, list[Fault]]:
-    """The index as one memory-mapped record batch, or why it cannot be opened."""
+    """Opens the index as one memory-mapped record batch: (batch, []), or (None, [fault]) if damaged."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(folder / INDEX)))
         return reader.get_batch(0), []
@@ -72,12 +72,12 @@ class _DataSet:
     sidecar: _Bytes | None
 
 
-# The data set that this process checks; set by `start_worker`.
+# The data set that this process checks. It is set by `start_worker`.
 _data: _DataSet | None = None
 
 
 def start_worker(folder: Path, checksums: dict[str, dict], decode: bool, indexed: bool) -> None:
-    """Opens a data set in this process; `indexed` says whether its index is to be checked."""
+    """Opens a data set in this process. `indexed` says whether to check its index."""
     global _data
     index = open_index(folder)[0] if indexed else None
     sidecar = _map(folder / SIDECAR) if (folder / SIDECAR).exists() else None
@@ -125,7 +125,7 @@ def _check_index_rows(table: pa.Table, indexed: pa.RecordBatch, rows: list[dict]
 
 
 def _check_tar(shard: str, data: _Bytes, rows: list[dict], crc32: list[int | None]) -> list[Fault]:
-    """The faults of the samples in a tar, then of the bytes between them if the checksum of the tar is wrong."""
+    """Returns the faults of a tar's samples and, for a wrong checksum, of the bytes between them."""
     assert _data is not None
     reasons = ((row["key"], _sample_fault(data, row, crc)) for row, crc in zip(rows, crc32, strict=True))
     faults = [Fault(shard, key, reason) for key, reason in reasons if reason]
@@ -150,7 +150,7 @@ def _check_tar(shard: str, data: _Bytes, rows: list[dict], crc32: list[int | Non
 
 
 def _sample_fault(data: _Bytes, row: dict, crc32: int | None) -> str | None:
-    """Why a sample is not what the manifest and the index say, or None."""
+    """Returns how a sample differs from the manifest or the index, or None if it does not."""
     assert _data is not None
     image = data[row["image_offset"] : row["image_offset"] + row["image_size"]]
     home = data if _data.sidecar is None else _data.sidecar
@@ -172,7 +172,7 @@ def _sample_fault(data: _Bytes, row: dict, crc32: int | None) -> str | None:
 
 
 def _check_between(data: _Bytes, rows: list[dict]) -> Iterator[tuple[str, str]]:
-    """Yields (key, reason) where a header, the padding or the end of our own tar is not what a build writes."""
+    """Yields (key, reason) for each header, padding or end of a tar that is not what a build writes."""
     position = 0
     for row in rows:
         start = row["image_offset"]

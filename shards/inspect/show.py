@@ -1,4 +1,4 @@
-"""Shows one sample by its key: its facts and captions as text, and its image as a file."""
+"""Shows the sample with a given key: its properties and captions as text, and its image as a file."""
 
 import difflib
 from pathlib import Path
@@ -9,12 +9,12 @@ from d2s.shards.format import manifest
 from d2s.shards.format.file_names import MANIFEST
 from d2s.shards.format.image_file import check_image
 
-# The nearest key is only looked for in data sets of up to this many samples, since all keys must be read.
+# A similar key is searched only in data sets of up to this many samples, as all keys must be read.
 _HINT_ROWS = 200_000
 
 
 def find(folder: Path, key: str) -> dict:
-    """The manifest row of a sample. Raises ValueError, with the nearest key, if there is no such key."""
+    """Returns the manifest row of a key. Raises ValueError, with a similar key, if there is none."""
     path = folder / MANIFEST
     manifest.open_manifest(folder).close()
     rows = pq.read_table(path, filters=[("key", "==", key)]).to_pylist()
@@ -30,7 +30,7 @@ def find(folder: Path, key: str) -> dict:
 def save_image(folder: Path, row: dict, out: Path | None) -> Path:
     """Writes the image of a row to `out` (a file or an existing folder), by default to <key>.<suffix> here.
 
-    Raises ValueError if the image in the tar is damaged, or the file exists with other content.
+    Raises ValueError if the image in the tar is damaged, or if the file exists with other content.
     """
     with open(folder / row["shard"], "rb") as file:
         file.seek(row["image_offset"])
@@ -48,7 +48,7 @@ def save_image(folder: Path, row: dict, out: Path | None) -> Path:
 
 
 def describe(row: dict) -> str:
-    """The row as text: its facts, then its captions."""
+    """Formats a row as text: its properties, then its captions."""
     lines = [
         f"key        {row['key']}",
         f"source     {row['source_id']} (image id {row['image_id']})",

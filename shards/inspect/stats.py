@@ -1,4 +1,4 @@
-"""Counts, caption lengths, image sizes and bytes of a data set, split by split."""
+"""Computes statistics of each split of a data set: counts, caption lengths, image sizes and bytes."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,19 +15,19 @@ _COLUMNS = ["split", "shard", "image_size", "width", "height", "sparse", "dense"
 
 @dataclass
 class SplitStats:
-    """Statistics of one split. A counter maps each value to the number of its occurrences."""
+    """Statistics of one split. Each counter maps a value to how often it occurs."""
 
     images: int = 0
     bytes: int = 0
     shards: set[str] = field(default_factory=set)
     words: dict[str, Counter] = field(default_factory=lambda: {"sparse": Counter(), "dense": Counter()})
-    """words in a caption, for each kind of captions"""
+    """number of words in a caption, for sparse and for dense captions"""
     widths: Counter = field(default_factory=Counter)
     heights: Counter = field(default_factory=Counter)
 
 
 def stats(folder: Path) -> dict[str, SplitStats]:
-    """Reads the manifest shard by shard. Raises ValueError if it is missing, damaged or has no sample."""
+    """Computes statistics from the manifest. Raises ValueError if it is missing, damaged or empty."""
     found: dict[str, SplitStats] = {}
     with manifest.open_manifest(folder) as file:
         for group in range(file.num_row_groups):
@@ -44,7 +44,7 @@ def stats(folder: Path) -> dict[str, SplitStats]:
 
 
 def _count(split: SplitStats, columns: dict[str, list]) -> None:
-    """Adds the rows of one shard."""
+    """Adds the manifest rows of one shard to the statistics."""
     split.images += len(columns["split"])
     split.bytes += sum(columns["image_size"])
     split.shards.update(columns["shard"])
@@ -55,7 +55,7 @@ def _count(split: SplitStats, columns: dict[str, list]) -> None:
 
 
 def _quantiles(counter: Counter, fractions: tuple[float, ...]) -> list[int]:
-    """The values below which these fractions of the counted values lie (0 gives the smallest, 1 the largest)."""
+    """Returns one quantile for each fraction: 0 gives the smallest value, 0.5 the median, 1 the largest."""
     values = np.array(sorted(counter))
     ends = np.cumsum([counter[value] for value in values.tolist()])
     places = [min(len(values) - 1, int(np.searchsorted(ends, fraction * ends[-1]))) for fraction in fractions]
@@ -63,7 +63,7 @@ def _quantiles(counter: Counter, fractions: tuple[float, ...]) -> list[int]:
 
 
 def table(found: dict[str, SplitStats]) -> str:
-    """The statistics as text for a terminal."""
+    """Formats the statistics as text for a terminal."""
     sizes = "width min/median/max  height min/median/max"
     lines = [f"{'split':<8}{'images':>12}{'shards':>8}{'image MB':>11}  {sizes}"]
     for name, split in found.items():

@@ -1,7 +1,7 @@
-"""The index of a data set: the fixed-width columns of the manifest, memory-mapped and shared by all processes.
+"""Reads the index of a data set: fixed-width columns of the manifest, memory-mapped and shared.
 
-Opening it reads only the footer of the file, so it takes as long for a thousand rows as for a hundred million.
-Columns are views of the mapping; nothing here copies a whole column.
+Opening an index reads only the footer of its file, so it is as fast for a hundred million rows as for a
+thousand. Columns are views of the mapped file; no function here copies a whole column.
 """
 
 import json
@@ -22,15 +22,15 @@ from d2s.shards.read.shard_files import check_files, check_lengths
 
 I64 = NDArray[np.int64]
 _PLACE = ("shard", "image_offset", "image_size", "json_offset", "json_size", "crc32")
-# Up to this many rows the length of every shard is compared with the index; beyond, only that the shard exists.
+# Up to this many rows, the length of every shard is compared with the index; with more, only its existence.
 _SIZED_ROWS = 5_000_000
-# The kernel maps 16 pages for each page that is touched. After this many values the pages are released, so that a
-# process does not show the whole file as resident memory.
+# For each page that is read, the operating system maps 16. Pages are released after this many values, so that
+# the whole file does not count as resident memory of the process.
 _TRIM_AFTER = 1 << 12
 
 
 class DamagedSample(ValueError):
-    """A sample that cannot be used. The message is one line with shard, key or row, and reason."""
+    """Raised for a sample that cannot be used. The message is one line with shard, key or row, and reason."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(shard, key, reason)
@@ -42,7 +42,7 @@ class DamagedSample(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Where the image and the captions of a row lie: file names in the data set, offsets and sizes in bytes."""
+    """Where a row's image and captions are: file names in the data set, offsets and sizes in bytes."""
 
     shard: str
     image_offset: int
@@ -54,9 +54,9 @@ class Location:
 
 
 class ShardIndex:
-    """An opened index; `ShardIndex.open(dir)` makes one. Safe to pickle and to fork.
+    """An opened index; use `ShardIndex.open(dir)` to open one. Safe to pickle and to fork.
 
-    Rows are numbered over the whole data set, and a split is a range of them.
+    Rows are numbered across the whole data set, and each split is a range of rows.
     """
 
     def __init__(self, root: Path) -> None:
@@ -81,11 +81,10 @@ class ShardIndex:
 
     @classmethod
     def open(cls, root: str | Path) -> "ShardIndex":
-        """Opens DIR/index.arrow and checks that every shard exists and, up to 5 million rows, is long enough.
+        """Opens DIR/index.arrow. Checks that all shards exist and, up to 5 million rows, are long enough.
 
         Raises:
-            ValueError: DIR is not a data set made by `python -m d2s.shard build` or `index`, or one of its shards is
-                missing or cut short.
+            ValueError: DIR was not made by `python -m d2s.shard build` or `index`, or shards are incomplete.
         """
         root = Path(root)
         if not root.is_dir():
@@ -110,10 +109,10 @@ class ShardIndex:
         return len(self._columns["shard"])
 
     def rows(self, split: str) -> range:
-        """The rows of a split.
+        """Returns the row numbers of a split.
 
         Raises:
-            ValueError: there is no such split, or it is empty.
+            ValueError: the split does not exist or is empty.
         """
         start, stop = self.splits.get(split, (0, 0))
         if start == stop:
@@ -124,32 +123,32 @@ class ShardIndex:
         return range(start, stop)
 
     def column(self, name: str) -> NDArray:
-        """A whole column, (rows,), as a view of the mapped file. Slices are views too; other indexing copies."""
+        """Returns a whole column, (rows,), as a view of the file. Slices are views; other indexing copies."""
         return self._columns[name]
 
     def take(self, name: str, rows: I64) -> NDArray:
-        """The values of a column at some rows: (k,) from int64 (k,). Limits the resident memory of the mapping."""
+        """Returns a column's values (k,) at int64 rows (k,). Limits how much of the file stays in memory."""
         values = self._columns[name][rows]
         self._release(len(values))
         return values
 
     def total(self, split: str, kind: str) -> int:
-        """Number of captions of a kind ("sparse" or "dense") in a split."""
+        """Returns how many captions of a kind ("sparse" or "dense") a split has."""
         rows = self.rows(split)
         starts, counts = self._columns[f"{kind}_start"], self._columns[f"n_{kind}"]
         return int(starts[rows[-1]]) + int(counts[rows[-1]]) - int(starts[rows[0]])
 
     def n_sparse_total(self, split: str) -> int:
-        """Number of (image, sparse caption) pairs in a split."""
+        """Returns how many pairs of an image and a sparse caption a split has."""
         return self.total(split, "sparse")
 
     def pair(self, split: str, indices: I64, kind: str = "sparse") -> tuple[I64, I64]:
-        """The image and the caption of pairs, which are numbered 0..total-1 within a split.
+        """Finds the images and captions of pairs, which are numbered 0..total-1 within a split.
 
         Args:
             indices: int64 (k,), numbers of pairs.
         Returns:
-            The rows (k,) of the images, and the numbers (k,) of the captions within their images, both int64.
+            Each pair's image row, and the number of its caption within that image, both int64 (k,).
         """
         rows = self.rows(split)
         starts = self._columns[f"{kind}_start"][rows.start : rows.stop]
@@ -164,7 +163,7 @@ class ShardIndex:
         return local + rows.start, numbers
 
     def without(self, split: str, kind: str) -> tuple[int, int]:
-        """How many images of a split have no caption of a kind, and the first such row (-1 if there is none)."""
+        """Returns how many images of a split lack captions of a kind, and the first such row or -1."""
         rows, chunk, count, first = self.rows(split), 1 << 22, 0, -1
         for start in range(rows.start, rows.stop, chunk):
             none = np.flatnonzero(self._columns[f"n_{kind}"][start : min(start + chunk, rows.stop)] == 0)
@@ -175,10 +174,10 @@ class ShardIndex:
         return count, first
 
     def shard_sizes(self, split: str, unit: str = "rows") -> I64:
-        """Items in each shard of a split, in row order: images ("rows") or captions ("sparse", "dense")."""
+        """Returns how many images ("rows") or captions ("sparse", "dense") each shard of a split has."""
         rows = self.rows(split)
         shards = self._columns["shard"][rows.start : rows.stop]
-        # Shards are numbered in row order, so bisection finds their borders without reading the column.
+        # Shards are numbered in row order, so bisection finds where each begins without reading all rows.
         numbers = np.arange(shards[0], shards[-1] + 2, dtype=shards.dtype)
         borders = np.searchsorted(shards, numbers) + rows.start
         if unit != "rows":
@@ -189,7 +188,7 @@ class ShardIndex:
         return np.diff(borders)
 
     def location(self, row: int) -> Location:
-        """Where a row lies. Raises DamagedSample if the index names no shard for it."""
+        """Returns where a row is stored. Raises DamagedSample if the row's shard number is impossible."""
         value = {name: int(self._columns[name][row]) for name in _PLACE}
         self._release(len(_PLACE))
         number = value.pop("shard")
@@ -199,7 +198,7 @@ class ShardIndex:
         return Location(shard=shard, json_file=SIDECAR if self._sidecar else shard, **value)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
-        """Keys of some rows, from the manifest. Slow: it reads a row group for each.
+        """Returns the keys of some rows, from the manifest. Slow: each key costs a whole row group.
 
         Raises:
             ValueError: the manifest cannot be read.
@@ -211,21 +210,21 @@ class ShardIndex:
             raise ValueError(f"{self.root / MANIFEST} cannot be read: {error}") from None
 
     def fingerprint(self) -> str:
-        """A hash of the number of rows, the splits and the shards; it changes when a data set is replaced."""
+        """Returns a hash of number of rows, splits and shards. It changes if the data set is replaced."""
         text = json.dumps([len(self), self.splits, self.shards], sort_keys=True)
         return f"{draws.hash_name(text):016x}"
 
     def _release(self, touched: int) -> None:
-        """Counts touched values, and releases the mapped pages once there are many."""
+        """Counts `touched` more values as read, and releases the mapped pages once many values were read."""
         self._touched += touched
         if self._touched >= _TRIM_AFTER and hasattr(mmap, "MADV_DONTNEED"):
-            # The pages stay in the page cache of the machine; only this process gives them up.
+            # The pages stay in the machine's page cache; they only stop counting as memory of this process.
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
 
 
 def _check(batch: pa.RecordBatch, schema: pa.Schema) -> dict:
-    """The metadata of an index. Raises ValueError, KeyError, TypeError or an Arrow error if it is damaged."""
+    """Returns the metadata of an index. Raises ValueError, KeyError, TypeError or pa.ArrowException."""
     meta = json.loads((schema.metadata or {}).get(b"d2s", b"{}"))
     if not isinstance(meta, dict) or meta.get("version") != index_file.VERSION:
         raise ValueError(f"no index of version {index_file.VERSION}")

@@ -1,4 +1,4 @@
-"""Random access to samples: one `pread` for each, checked against the checksum in the index."""
+"""Reads samples by row, with one `pread` for each, and compares them with the checksums in the index."""
 
 import os
 import zlib
@@ -10,32 +10,32 @@ from d2s.shards.read.index import DamagedSample, Location, ShardIndex
 
 __all__ = ["DamagedSample", "Record", "ShardReader"]
 
-# In our shards only a tar header and padding lie between an image and its JSON, so one read gets both. With a gap
-# above this many bytes they are read separately.
+# In shards from a build, only a tar header and padding lie between an image and its JSON, so one read gets
+# both. If more bytes than this lie between them, as is possible in other tars, they are read separately.
 _GAP = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One sample as it is stored."""
+    """A sample as it is stored."""
 
     row: int
-    """row in the index; -1 in a stream"""
+    """row in the index; -1 for a sample of a stream"""
     key: str
     image: bytes
-    """the encoded file"""
+    """the encoded image file"""
     sparse: tuple[str, ...]
     dense: tuple[str, ...]
     image_id: int
 
 
 class ShardReader:
-    """Reads samples by their row. Files are opened when first needed. Safe to fork and to pickle.
+    """Reads samples by their row. Opens files when they are first needed. Safe to fork and to pickle.
 
     Args:
         index: the opened index.
-        verify: compare each sample with its CRC-32 (costs about 1 % of decoding its image).
-        max_open: number of files kept open; beyond it the least recently used one is closed.
+        verify: whether to check each sample's CRC-32 (takes about 1 % of the time to decode an image).
+        max_open: maximum number of open files; the least recently used one is closed first.
     """
 
     def __init__(self, index: ShardIndex, verify: bool = True, max_open: int = 64) -> None:
@@ -54,10 +54,10 @@ class ShardReader:
             os.close(self._files.popitem()[1])
 
     def record(self, row: int) -> Record:
-        """Reads, checks and parses one sample.
+        """Reads, checks and parses the sample of a row.
 
         Raises:
-            DamagedSample: it cannot be read or parsed, is shorter than in the index, or has another checksum.
+            DamagedSample: it cannot be read or parsed, or its length or checksum is not that in the index.
         """
         place = self.index.location(row)
         try:
@@ -73,10 +73,10 @@ class ShardReader:
         return Record(row=row, key=key, image=image, sparse=sparse, dense=dense, image_id=image_id)
 
     def captions(self, row: int) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-        """Key, sparse and dense captions of a row. The image is not read, so the checksum is not compared.
+        """Returns key, sparse and dense captions of a row. It does not read the image or check the checksum.
 
         Raises:
-            DamagedSample: as for `record`.
+            DamagedSample: the captions cannot be read or parsed, or their number differs from the index.
         """
         place = self.index.location(row)
         try:
@@ -86,7 +86,7 @@ class ShardReader:
         return self._captions(row, text)
 
     def damaged(self, row: int, reason: str) -> DamagedSample:
-        """The error to raise for a row, with its shard and, if the manifest can be read, its key."""
+        """Returns the error to raise for a row, with its shard and, if the manifest is readable, its key."""
         try:
             key = f"key {self.index.keys([row])[0]} (row {row})"
         except ValueError:

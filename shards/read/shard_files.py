@@ -1,4 +1,4 @@
-"""Checks the files of a data set against its index when it is opened: training would notice only after hours."""
+"""Compares files with the index when a data set is opened; training would find faults only after hours."""
 
 import os
 from pathlib import Path
@@ -11,16 +11,16 @@ _CHUNK = 1 << 18
 
 
 def check_files(root: Path, names: list[str], sized: bool) -> list[int]:
-    """The sizes of the files in bytes; zeros if not `sized`. Raises ValueError if one is missing."""
+    """Returns the files' sizes in bytes, or zeros if not `sized`. Raises ValueError if one is missing."""
     found: dict[str, int] = {}
-    # Each folder is listed at once: asking a shared disk for thousands of files one by one takes long.
+    # Folders are listed as a whole, because a shared disk is slow if asked for thousands of files one by one.
     for folder in {os.path.dirname(name) for name in names}:
         try:
             with os.scandir(root / folder) as entries:
                 files = [entry for entry in entries if entry.is_file()]
             found |= {os.path.join(folder, e.name): e.stat().st_size if sized else 0 for e in files}
         except (OSError, ValueError):
-            # No such folder, or a damaged name; the files in it are reported as missing below.
+            # The folder is missing or its name is damaged; its files are reported as missing below.
             continue
     missing = next((name for name in names if name not in found), None)
     if missing is not None:
@@ -34,9 +34,9 @@ def check_lengths(
     """Raises ValueError if a file ends before its last sample does.
 
     Args:
-        places: the columns of the index that say where samples lie, each (rows,).
-        names: the shards, and behind them the file of captions if there is a `sidecar`.
-        sizes: their lengths in bytes.
+        places: the index columns that say where samples are stored, each of shape (rows,).
+        names: the names of the shards; if `sidecar`, followed by the name of the file with all captions.
+        sizes: the length of each of these files in bytes.
     """
     shards = len(names) - sidecar
     ends = np.zeros(len(names), np.int64)

@@ -1,13 +1,12 @@
-"""Streams samples from tars behind a URL pattern, through webdataset's pipeline, without an index.
+"""Streams samples from the tars of a URL pattern, with webdataset and without an index.
 
-For shards that are too large or too far away to index. Compared with an index, a stream gives up that
+It is for shards too large or too far away to index. Compared with an index it has three drawbacks:
 
-- an epoch is every sample once: it is a number of samples that the user sets, and a sample may come a second time
-  before another one has come at all;
-- the order is independent of the number of workers and loader processes;
-- a resumed epoch continues where it stopped: it starts on other shards.
+- An epoch is not every sample once. The user sets its number of samples, some of which may come twice.
+- The order depends on the number of workers and loader processes.
+- A resumed epoch does not continue where it stopped, but starts on other shards.
 
-Still, every worker makes the same number of steps, and shards, shuffling and draws follow from the seed.
+Still, every worker makes the same number of training steps, and all random choices follow from the seed.
 """
 
 import random
@@ -29,15 +28,15 @@ _EMPTY_PASSES = 8
 
 
 def is_pattern(data: str) -> bool:
-    """Whether --data names tars to stream (a URL, braces, a .tar) and not the folder of a data set."""
+    """Returns whether --data names tars to stream (a URL, braces, a .tar), not a data set's folder."""
     return "://" in data or "{" in data or data.startswith("pipe:") or data.endswith(".tar")
 
 
 def expand(pattern: str) -> list[str]:
-    """The tars of a pattern such as `https://host/{00000..00099}.tar`. `::` separates several patterns.
+    """Returns the tars of a pattern such as `https://host/{00000..00099}.tar`; `::` joins patterns.
 
     Raises:
-        ValueError: braces that do not close.
+        ValueError: a brace is not closed.
     """
     try:
         return list(wds.shardlists.expand_urls(pattern))
@@ -50,15 +49,15 @@ class Stream:
 
     Args:
         urls: the tars, at least one.
-        seed: of the order of tars and of the shuffle buffer.
-        reader, readers: this reader among all of them (workers times loader processes). With fewer tars than
-            readers each reads every tar and keeps its part of the samples.
-        buffer: samples in the shuffle buffer.
-        budget: the largest number of lines in `notes`.
-        sparse_columns, dense_columns: where captions are found: fields of the JSON member (a string or a list of
-            strings), or text members by their suffix ("txt"). All captions found are used, duplicates once.
+        seed: seed for the order of the tars and for the shuffle buffer.
+        reader, readers: number of this reader, and number of all readers (workers times loader processes). If
+            there are fewer tars than readers, each reads all tars and uses every `readers`-th sample.
+        buffer: number of samples in the shuffle buffer.
+        budget: maximum number of lines in `notes`.
+        sparse_columns, dense_columns: names of fields in a sample's JSON (a string or a list of strings) or
+            suffixes of its text files ("txt") that contain captions. Duplicate captions are used once.
     Attributes:
-        notes: a line for each sample or tar that could not be used. The caller removes lines that it has reported.
+        notes: a line for each sample or tar that could not be used. The caller removes reported lines.
     """
 
     def __init__(
@@ -80,10 +79,10 @@ class Stream:
         self.notes: list[str] = []
 
     def samples(self, epoch: int, usable: Callable[[Record], str | None]) -> Iterator[tuple[int, Record]]:
-        """Yields (number, sample). The number identifies the sample in random draws; its row is -1.
+        """Yields (number, sample). Random draws identify the sample by its number. Its row is -1.
 
         Args:
-            usable: returns why a sample cannot be used, or None.
+            usable: returns the reason why a sample cannot be used, or None if it can.
         Raises:
             ValueError: eight passes over the tars gave no usable sample, or `notes` is full.
         """
@@ -99,17 +98,17 @@ class Stream:
                 elif record:
                     found += 1
                     yield draws.hash_name(f"{number}/{where}") >> 1, record
-            # A pass reads some of many tars, perhaps only bad ones; the next pass reads others.
+            # In one pass this reader may get only bad tars; in the next pass it gets others.
             empty = 0 if found else empty + 1
             if empty == _EMPTY_PASSES:
                 last = f", the last: {self.notes[-1]}" if self.notes else ""
                 raise ValueError(f"data has no usable sample in {len(self.urls)} tars{last}")
 
     def note(self, line: str) -> None:
-        """Adds a line to `notes` about something that could not be used.
+        """Adds a line to `notes` about a sample or tar that could not be used.
 
         Raises:
-            ValueError: there are more lines than the budget, and no batch was made that could report them.
+            ValueError: `notes` has more than `budget` lines, and no batch was made that could report them.
         """
         if line not in self.notes:
             self.notes.append(line)
@@ -117,7 +116,7 @@ class Stream:
             raise ValueError(f"damage_budget is {self.budget} but more is damaged, the last: {line}")
 
     def one_pass(self, epoch: int, number: int) -> Iterator[dict]:
-        """Samples of webdataset (dictionaries) from pass `number` over this reader's tars."""
+        """Yields the samples (dictionaries of webdataset) of pass `number` over this reader's tars."""
         order = Permutation(len(self.urls), self.seed, epoch, part=number)(np.arange(len(self.urls)))
         enough = len(order) >= self.readers
         mine = [self.urls[i] for i in (order[self.reader :: self.readers] if enough else order)]
@@ -129,8 +128,8 @@ class Stream:
         return iter(shuffle(samples))
 
     def _note(self, error: Exception) -> bool:
-        """Handler of webdataset: notes the error and continues with what can still be read."""
-        # webdataset appends the stream and its address to the arguments of the error.
+        """Notes an error of webdataset, and lets webdataset continue with data that can still be read."""
+        # webdataset appends the stream and its URL to the arguments of the error.
         url = next((part for part in reversed(error.args[1:]) if isinstance(part, str)), "a tar")
         first = error.args[0] if error.args and not isinstance(error, OSError) else error
         self.note(f"{url}: {type(error).__name__}: {first}".replace("\n", " "))
