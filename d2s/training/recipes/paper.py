@@ -35,8 +35,9 @@ def paper(data: DataSet, tower: Tower, size: int, stage: Stage) -> TrainConfig:
     )
 
 
-def compat(config: TrainConfig) -> TrainConfig:
-    """`config` with every difference of the authors' release switched on that has a switch."""
+def compat(data: DataSet, tower: Tower, size: int, stage: Stage) -> TrainConfig:
+    """`paper` with every difference of the authors' release switched on that has a switch."""
+    config = paper(data, tower, size, stage)
     decoder, loss = config.model.decoder, config.loss
     if decoder:
         decoder = dataclasses.replace(decoder, layout="postfix")
