@@ -34,7 +34,7 @@ from d2s.preprocess.text import TextPipeline
 from d2s.shards.cli import main as shard
 from d2s.shards.order import draws
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import ShardReader
+from d2s.shards.read.records import ShardReader
 
 SIZE = 224
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)

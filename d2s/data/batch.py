@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from d2s.data.config import DataConfig
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.order import draws
-from d2s.shards.read.reader import Record
+from d2s.shards.read.records import Record
 
 I64 = NDArray[np.int64]
 Captions = Literal["sparse", "dense", "both"]

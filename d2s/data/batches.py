@@ -18,7 +18,7 @@ from d2s.preprocess.images import CROP_DRAWS, train_image
 from d2s.shards.order import draws
 from d2s.shards.order.permutation import BlockPermutation, Permutation, batch_positions, steps_per_epoch
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import DamagedSample, Record, ShardReader
+from d2s.shards.read.records import DamagedSample, Record, ShardReader
 
 _REPLACEMENTS = 16
 

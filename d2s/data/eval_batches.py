@@ -15,7 +15,7 @@ from d2s.preprocess.images import eval_image
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.order.permutation import batch_positions
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import DamagedSample, ShardReader
+from d2s.shards.read.records import DamagedSample, ShardReader
 
 
 class _ImageSteps(Dataset):

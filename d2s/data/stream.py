@@ -12,7 +12,7 @@ from d2s.data.loader import new_loader, results_of
 from d2s.preprocess.images import CROP_DRAWS, train_image
 from d2s.shards.order import draws
 from d2s.shards.order.permutation import batch_positions, steps_per_epoch
-from d2s.shards.read.reader import Record
+from d2s.shards.read.records import Record
 from d2s.shards.read.stream import DENSE_COLUMNS, SPARSE_COLUMNS, Stream, expand
 
 

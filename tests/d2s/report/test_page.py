@@ -19,7 +19,7 @@ from d2s.report import command as report
 from d2s.report.gallery import make_gallery
 from d2s.report.runs import read_run
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import ShardReader
+from d2s.shards.read.records import ShardReader
 
 EVIL = "<script>alert('x')</script>"
 

@@ -21,7 +21,7 @@ from d2s.shards.cli import main
 from d2s.shards.format.manifest import read_manifest
 from d2s.shards.inspect.verify import verify
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import DamagedSample, ShardReader
+from d2s.shards.read.records import DamagedSample, ShardReader
 from d2s.training.run_log import read_rows
 
 FLIPS = 1_000
