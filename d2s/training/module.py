@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from d2s.data.batches import Batch
+from d2s.data.batch import Batch
 from d2s.losses.objective import Objective, at_least_fp32
 from d2s.model import D2SModel
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_set import make_model, make_set
 
-from d2s.data.batches import DataConfig
+from d2s.data.config import DataConfig
 from d2s.evaluate.embed import Embeddings, TextSet, embed_split
 from d2s.evaluate.metrics import recall_report
 from d2s.report import charts
