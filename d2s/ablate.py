@@ -195,10 +195,8 @@ def read_ablation(options: argparse.Namespace, overrides: list[str]) -> Ablation
     for split in ("train", "val", "test"):
         index.rows(split)
     steps_per_epoch(len(index.rows("train")), pretrain.batch_size)  # raises for too large a batch
-    return Ablation(
-        family=options.family, data=options.data, out=options.out, seeds=options.seeds, steps=steps,
-        pretrain_steps=pretrain_steps, jobs=options.jobs, overrides=tuple(overrides),
-    )  # fmt: skip
+    fields = vars(options) | {"steps": steps, "pretrain_steps": pretrain_steps, "overrides": tuple(overrides)}
+    return Ablation(**fields)
 
 
 def parser() -> command.Parser:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from d2s.common import command
 from d2s.drill.compare import TOLERANCE, compare
-from d2s.drill.kills import DrillError, draw_kills
+from d2s.drill.kills import DrillError
 
 _SCENES = "build --source scenes --count train={train},val=8,test=8 --size 32 --out {out}"
 
@@ -31,21 +31,10 @@ def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> b
     logs, against, seconds = out / "logs", options.against, 10.0
     if against is None:
         against = out / "reference"
-        seconds = train_reference(
-            arguments, against, logs, options.workers[0], options.launcher, options.patience
-        )
+        seconds = train_reference(arguments, against, logs, options)
         print(f"uninterrupted       {options.steps} steps with {options.workers[0]} workers", flush=True)
     loop = KillLoop(
-        arguments=arguments,
-        run=out / "drilled",
-        logs=logs,
-        workers=options.workers,
-        kills=draw_kills(options.kills, options.seed),
-        last=options.steps - options.save_steps - 2,
-        launcher=options.launcher,
-        grace=options.grace,
-        patience=options.patience,
-        start_seconds=seconds,
+        arguments=arguments, run=out / "drilled", logs=logs, options=options, start_seconds=seconds
     )
     loop.go()
     comparison = compare(loop.run, against)

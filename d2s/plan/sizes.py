@@ -21,7 +21,7 @@ from d2s.model.tokenizer import WORDS
 from d2s.plan.activations import SavedActivations
 from d2s.training.config import TrainConfig
 from d2s.training.engine import checkpoint_activations
-from d2s.training.gradient_cache import check_norms
+from d2s.training.gradient_cache import check_norms, trained_batch_norms
 from d2s.training.module import TrainingModule
 
 
@@ -66,7 +66,7 @@ def measure_sizes(config: TrainConfig, words: int, local_batch: int) -> Sizes:
     parameters, learned, teacher = count(module, config)
     return Sizes(
         parameters=parameters, learned=learned, teacher=teacher,
-        saved=max(0, two - 2 * per_pair), saved_per_pair=per_pair, batch_norm=_has_batch_norm(module.model),
+        saved=max(0, two - 2 * per_pair), saved_per_pair=per_pair, batch_norm=bool(trained_batch_norms(module.model)),
     )  # fmt: skip
 
 
@@ -80,14 +80,6 @@ def build(config: TrainConfig, words: int, local_batch: int) -> TrainingModule:
         if config.engine.activation_checkpointing:
             checkpoint_activations(model)
     return TrainingModule(model, Objective(config.loss), bf16=config.engine.precision == "bf16")
-
-
-def _has_batch_norm(model: D2SModel) -> bool:
-    try:
-        check_norms(model, 1, 2)
-    except ValueError:
-        return True
-    return False
 
 
 def vocabulary(words: int) -> PreTrainedTokenizerFast:
