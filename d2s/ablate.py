@@ -22,7 +22,7 @@ from d2s.common.files import read_json, write_json
 from d2s.evaluate.evaluation import evaluate_model
 from d2s.model import D2SModel
 from d2s.report.ablation import ablation_table
-from d2s.shards.cli import main as shard
+from d2s.shards.cli import build_scenes
 from d2s.shards.order.permutation import steps_per_epoch
 from d2s.shards.read.index import ShardIndex
 from d2s.training.config import TrainConfig, override
@@ -31,7 +31,6 @@ from d2s.training.run_log import read_rows
 
 TRAIN = Path(__file__).with_name("train.py")
 SCENES = Path("data/scenes")
-_BUILD_SCENES = f"build --source scenes --count train=4000,val=500,test=500 --size 64 --out {SCENES}".split()
 _OWN_FIELDS = ("seed", "max_steps", "stage", "recipe", "epochs")
 
 
@@ -189,8 +188,8 @@ def read_ablation(options: argparse.Namespace, overrides: list[str]) -> Ablation
     pretrain_steps = options.pretrain_steps or pretrain.max_steps
     if not (steps and pretrain_steps):
         raise ValueError(f"the recipes of {options.family} count epochs: give --steps and --pretrain-steps")
-    if options.data == SCENES and not SCENES.exists() and shard(_BUILD_SCENES):
-        raise ValueError(f"{SCENES}: the scenes could not be built")
+    if options.data == SCENES and not SCENES.exists():
+        build_scenes(SCENES, "train=4000,val=500,test=500", size=64)
     index = ShardIndex.open(options.data)
     for split in ("train", "val", "test"):
         index.rows(split)

@@ -17,16 +17,16 @@ from d2s.common import command
 from d2s.drill.compare import TOLERANCE, compare
 from d2s.drill.kills import DrillError
 
-_SCENES = "build --source scenes --count train={train},val=8,test=8 --size 32 --out {out}"
-
 
 def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> bool:
     """Does the drill in the folder `out`, prints the report and returns whether the drill passed."""
     from d2s.drill.kill_loop import KillLoop, train_reference
     from d2s.drill.options import small_batch, training_arguments
+    from d2s.shards.cli import build_scenes
 
     started = time.monotonic()
-    data = options.data or _build_scenes(out / "data", 30 * small_batch(options))
+    count = f"train={30 * small_batch(options)},val=8,test=8"
+    data = options.data or build_scenes(out / "data", count, size=32)
     arguments = training_arguments(options, overrides, data)
     logs, against, seconds = out / "logs", options.against, 10.0
     if against is None:
@@ -47,14 +47,6 @@ def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> b
     line, passed = comparison.verdict(fixed=len(set(options.workers)) == 1, tolerance=options.tolerance)
     print(line, flush=True)
     return passed and survived and not loop.tally.hung
-
-
-def _build_scenes(folder: Path, train: int) -> Path:
-    from d2s.shards.cli import main as shard
-
-    if shard(_SCENES.format(train=train, out=folder).split()):
-        raise DrillError(f"the scenes could not be built in {folder}")
-    return folder
 
 
 def worker_counts(text: str) -> tuple[int, ...]:

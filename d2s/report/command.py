@@ -14,7 +14,7 @@ from rich.console import Console
 
 from d2s.common import command
 from d2s.common.command import positive
-from d2s.common.files import atomic_file
+from d2s.common.files import write_text
 from d2s.evaluate.embed import embed_split
 from d2s.evaluate.evaluation import evaluate_embeddings
 from d2s.evaluate.inputs import choose_device, data_config_of, load_model
@@ -68,11 +68,9 @@ def write_report(
     text = render_page(
         runs, rows, gallery=gallery, gallery_source=gallery_source, capacity=capacity, no_gallery=no_gallery
     )
-    with atomic_file(target) as file:
-        file.write(text.encode())
+    write_text(target, text)
     if picture:
-        with atomic_file(picture) as file:
-            file.write(render_picture(runs, gallery).encode())
+        write_text(picture, render_picture(runs, gallery))
     return target
 
 

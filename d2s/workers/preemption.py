@@ -18,9 +18,6 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 class Preempted(Exception):
     """Raised on all workers together once they have agreed to stop."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"preempted by {name}")
-
 
 class Preemption:
     """Notes this worker's stop signals, and agrees with the other workers to stop."""
@@ -64,7 +61,7 @@ class Preemption:
             return
         number = self.agreed()
         if number:
-            raise Preempted(signal.Signals(number).name)
+            raise Preempted(f"preempted by {signal.Signals(number).name}")
 
 
 def _priority(number: int) -> int:
