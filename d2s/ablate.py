@@ -224,11 +224,7 @@ def parser() -> command.Parser:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 where a training failed, 2 for a user's mistake."""
     options, overrides = parser().parse_known_args(arguments)
-    try:
-        return command.run(lambda: _ablate(options, overrides))
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return command.run(lambda: _ablate(options, overrides), failure=TrainingError)
 
 
 def _ablate(options: argparse.Namespace, overrides: list[str]) -> None:

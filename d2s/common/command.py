@@ -21,17 +21,26 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+def run(
+    work: Callable[[], int | None],
+    interrupted: str = "interrupted",
+    failure: type[Exception] | tuple[()] = (),
+) -> int:
     """Runs the work of a command and reports its errors.
 
     Args:
         work: returns the exit code, None for 0.
         interrupted: the line to print after Ctrl-C.
+        failure: the error that is no mistake of the user.
     Returns:
-        The exit code: that of the work; 2 after ValueError or OSError, with one line; 130 after Ctrl-C.
+        The exit code: that of the work; 1 after a failure and 2 after ValueError or OSError, with one line; 130
+        after Ctrl-C.
     """
     try:
         return work() or 0
+    except failure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except OSError as error:

@@ -8,7 +8,6 @@ moments follow from the seed. `--workers 2,1,4` changes the number of workers wi
 
 import argparse
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -129,10 +128,4 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 for a yes, 1 for a no or a training that failed, 2 for a user's mistake."""
     options, overrides = parser().parse_known_args(argv)
-    results: list[bool] = []
-    try:
-        code = command.run(lambda: results.append(_run(options, overrides)))
-    except DrillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return code or int(not results[0])
+    return command.run(lambda: int(not _run(options, overrides)), failure=DrillError)

@@ -85,9 +85,7 @@ def _parameters(module: TrainingModule) -> list[str]:
 def memory_parts(spec: RunSpec, module: TrainingModule) -> dict[str, int]:
     """Bytes on one worker by part, as `d2s.plan` counts them, but with the activations of real pairs."""
     config = spec.config
-    parameters, learned, teacher = count(module, config)
-    per_pair = _saved_per_pair(spec, module)
-    sizes = Sizes(parameters=parameters, learned=learned, teacher=teacher, saved=0, saved_per_pair=per_pair)
+    sizes = Sizes(**count(module, config), saved=0, saved_per_pair=_saved_per_pair(spec, module))
     bucket = bucket_size(spec.engine_settings())
     return memory(config, sizes, spec.world, config.engine.zero_stage, config.batch_size, bucket)
 

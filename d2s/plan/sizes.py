@@ -63,11 +63,12 @@ def measure_sizes(config: TrainConfig, words: int, local_batch: int) -> Sizes:
     module = build(config, words, local_batch)
     two, four = (saved_bytes(module, made_up_batch(config, module, pairs)) for pairs in (2, 4))
     per_pair = (four - two) // 2
-    parameters, learned, teacher = count(module, config)
     return Sizes(
-        parameters=parameters, learned=learned, teacher=teacher,
-        saved=max(0, two - 2 * per_pair), saved_per_pair=per_pair, batch_norm=bool(trained_batch_norms(module.model)),
-    )  # fmt: skip
+        **count(module, config),
+        saved=max(0, two - 2 * per_pair),
+        saved_per_pair=per_pair,
+        batch_norm=bool(trained_batch_norms(module.model)),
+    )
 
 
 def build(config: TrainConfig, words: int, local_batch: int) -> TrainingModule:
@@ -89,13 +90,13 @@ def vocabulary(words: int) -> PreTrainedTokenizerFast:
     return build_word_tokenizer(captions, min_count=1, max_words=max(1, words - least))
 
 
-def count(module: TrainingModule, config: TrainConfig) -> tuple[int, int, int]:
-    """Parameters of the module, those of them that learn, and those of an online teacher beside it."""
+def count(module: TrainingModule, config: TrainConfig) -> dict[str, int]:
+    """The first three fields of `Sizes`."""
     parameters = sum(p.numel() for p in module.parameters())
     learned = sum(p.numel() for p in module.parameters() if p.requires_grad)
     online = config.loss.distill_weight and config.loss.teacher == "online"
     teacher = sum(p.numel() for p in module.model.text_encoder.parameters()) if online else 0
-    return parameters, learned, teacher
+    return {"parameters": parameters, "learned": learned, "teacher": teacher}
 
 
 def made_up_batch(config: TrainConfig, module: TrainingModule, pairs: int) -> Batch:

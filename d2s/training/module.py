@@ -25,12 +25,7 @@ class TrainingModule(nn.Module):
         self._sample_draws = sample_draws
 
     def forward(
-        self,
-        batch: Batch,
-        warmup: float = 1.0,
-        teacher: Tensor | None = None,
-        *,
-        embed_only: bool = False,
+        self, batch: Batch, warmup: float = 1.0, teacher: Tensor | None = None, *, embed_only: bool = False
     ) -> tuple[Tensor, ...]:
         """Returns total (with gradient), align and distill (0-dim); see :class:`d2s.losses.objective.Objective`.
 

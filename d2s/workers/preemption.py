@@ -7,6 +7,7 @@ have finished. This file needs no torch, so that the handlers are installed befo
 
 import os
 import signal
+import sys
 from types import FrameType
 
 PREEMPTED = 75
@@ -62,6 +63,14 @@ class Preemption:
         number = self.agreed()
         if number:
             raise Preempted(f"preempted by {signal.Signals(number).name}")
+
+
+def leave_group(code: int, *, ordered: bool) -> None:
+    """Ends this process as `d2s.workers.group.leave` does if torch was loaded; else just returns."""
+    if "torch" in sys.modules:
+        from d2s.workers.group import leave
+
+        leave(code, ordered=ordered)
 
 
 def _priority(number: int) -> int:
