@@ -263,11 +263,11 @@ def test_no_place_for_the_report_is_one_line(data, tmp_path, capsys, monkeypatch
     with monkeypatch.context() as patch:
 
         def full(*_):
-            raise OSError(28, "No space left on device", "report.html")
+            raise OSError(28, "No space left on device")
 
         patch.setattr("os.fsync", full)
         assert report.main([str(run)]) == 2
-    assert capsys.readouterr().err == "error: report.html: No space left on device\n"
+    assert capsys.readouterr().err == f"error: {run / 'report.html'}: No space left on device\n"
     (run / "report.html").mkdir()
     assert report.main([str(run)]) == 2
     error = capsys.readouterr().err
