@@ -21,7 +21,7 @@ from d2s.common.files import read_json, write_json
 from d2s.evaluate.evaluation import evaluate_model
 from d2s.model import D2SModel
 from d2s.report.ablation import ablation_table
-from d2s.shards.cli import main as shard
+from d2s.shards.cli import build_scenes
 from d2s.shards.order.permutation import steps_per_epoch
 from d2s.shards.read.index import ShardIndex
 from d2s.training.config import TrainConfig, override
@@ -30,7 +30,6 @@ from d2s.training.run_log import read_rows
 
 TRAIN = Path(__file__).with_name("train.py")
 SCENES = Path("data/scenes")
-_BUILD_SCENES = f"build --source scenes --count train=4000,val=500,test=500 --size 64 --out {SCENES}".split()
 _OWN_FIELDS = ("seed", "max_steps", "stage", "recipe", "epochs")
 
 
@@ -194,16 +193,14 @@ def read_ablation(options: argparse.Namespace, overrides: list[str]) -> Ablation
     pretrain_steps = options.pretrain_steps or pretrain.max_steps
     if not (steps and pretrain_steps):
         raise ValueError(f"the recipes of {options.family} count epochs: give --steps and --pretrain-steps")
-    if options.data == SCENES and not SCENES.exists() and shard(_BUILD_SCENES):
-        raise ValueError(f"{SCENES}: the scenes could not be built")
+    if options.data == SCENES and not SCENES.exists():
+        build_scenes(SCENES, "train=4000,val=500,test=500", size=64)
     index = ShardIndex.open(options.data)
     for split in ("train", "val", "test"):
         index.rows(split)
-    steps_per_epoch(len(index.rows("train")), pretrain.batch_size)  # raises if the batch is too large
-    return Ablation(
-        family=options.family, data=options.data, out=options.out, seeds=options.seeds, steps=steps,
-        pretrain_steps=pretrain_steps, jobs=options.jobs, overrides=tuple(overrides),
-    )  # fmt: skip
+    steps_per_epoch(len(index.rows("train")), pretrain.batch_size)  # raises for too large a batch
+    fields = vars(options) | {"steps": steps, "pretrain_steps": pretrain_steps, "overrides": tuple(overrides)}
+    return Ablation(**fields)
 
 
 def parser() -> command.Parser:
@@ -232,11 +229,7 @@ def parser() -> command.Parser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command. Returns its exit code: 0, 1 if a training failed, or 2 for a user's mistake."""
     options, overrides = parser().parse_known_args(arguments)
-    try:
-        return command.run(lambda: _ablate(options, overrides))
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return command.run(lambda: _ablate(options, overrides), failure=TrainingError)
 
 
 def _ablate(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -23,7 +23,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from d2s.data.batches import DataConfig, TrainBatches
+from d2s.data.batch import BatchBuilder
+from d2s.data.batches import TrainBatches
+from d2s.data.config import DataConfig
 from d2s.kernels.bench.cases import CASES
 from d2s.kernels.problems import Shape
 from d2s.model.gpo import GPO
@@ -32,7 +34,7 @@ from d2s.preprocess.text import TextPipeline
 from d2s.shards.cli import main as shard
 from d2s.shards.order import draws
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import ShardReader
+from d2s.shards.read.records import ShardReader
 
 SIZE = 224
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -178,15 +180,9 @@ def bench_batches(
     index: ShardIndex, tokenizer: PreTrainedTokenizerFast, epochs: int
 ) -> tuple[float, int, int]:
     """Measures training batches: pairs/s, and memory in MB after the first and after the last epoch."""
-    batches = TrainBatches(
-        index,
-        "train",
-        DataConfig(image_size=SIZE, loader_workers=0),
-        TextPipeline(tokenizer),
-        captions="both",
-        batch_size=64,
-        seed=0,
-    )
+    config = DataConfig(image_size=SIZE, loader_workers=0)
+    builder = BatchBuilder(config, TextPipeline(tokenizer), captions="both", seed=0)
+    batches = TrainBatches(index, "train", builder, batch_size=64)
     best, resident = 0.0, []
     for epoch in range(epochs):
         start = time.process_time()

@@ -18,7 +18,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from d2s.checkpoint.restarts import StalledError, forget_start
-from d2s.workers.preemption import PREEMPTED, Preempted, Preemption
+from d2s.workers.preemption import PREEMPTED, Preempted, Preemption, leave_group
 
 if TYPE_CHECKING:
     from d2s.training.trainer import Trainer
@@ -122,14 +122,6 @@ def _exit_if_another_failed() -> None:
         exit_if_another_failed()
 
 
-def _leave_group(code: int) -> None:
-    """Tells the other workers that this worker ended with exit code `code`, and ends the process."""
-    if "torch" in sys.modules:
-        from d2s.workers.group import leave
-
-        leave(code, ordered=code in (0, PREEMPTED))
-
-
 def _exit_on_uncaught(
     kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
@@ -146,7 +138,7 @@ def _exit_on_uncaught(
         os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
     sys.excepthook(kind, error, trace)  # torch's hook adds the worker's number to each line
     _record_for_torchrun(error)
-    _leave_group(1)
+    leave_group(1, ordered=False)
 
 
 def run() -> NoReturn:
@@ -156,7 +148,7 @@ def run() -> NoReturn:
     with ExitStack() as stack:
         stack.push(_exit_on_uncaught)
         code = main(preemption=preemption)
-        _leave_group(code)
+        leave_group(code, ordered=code in (0, PREEMPTED))
     sys.exit(code)
 
 

@@ -188,9 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.rank:
         report_rank(arguments.data, arguments.run, arguments.patience, cpu=arguments.cpu)
         return 0
-    faults: list[str] = []
-    code = run(lambda: faults.extend(_check(arguments, options)))
-    return code or int(bool(faults))
+    return run(lambda: int(bool(_check(arguments, options))))
 
 
 if __name__ == "__main__":

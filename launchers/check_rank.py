@@ -63,7 +63,7 @@ def _version(package: str) -> str:
 def check_data(data: Path) -> dict[str, dict[str, str]]:
     """Reads the first and last sample of each split, and compares the data set's fingerprint between ranks."""
     from d2s.shards.read.index import ShardIndex
-    from d2s.shards.read.reader import ShardReader
+    from d2s.shards.read.records import ShardReader
 
     try:
         index = ShardIndex.open(data)

@@ -16,6 +16,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from d2s.launchers import task
 from d2s.launchers.states import LOGS, requeue_file
 from d2s.launchers.stop import LEAD_SECONDS, SIGNAL
+from d2s.workers.preemption import leave_group
 
 # sbatch prefers these SBATCH_ variables to the options in a script, but every step asks for its own.
 SET_BY_STEPS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "TIMELIMIT", "SIGNAL")
@@ -76,9 +77,9 @@ class Command:
         if status.requeue:
             task.request_requeue()
             # Leaves no result: the job is not finished.
-            task.leave(LOCAL_REQUEUE_RETURN_CODE if local else status.code, ordered=True)
+            leave_group(LOCAL_REQUEUE_RETURN_CODE if local else status.code, ordered=True)
         # At exit, because submitit must write the result first.
-        atexit.register(task.leave, status.code, ordered=status.same_on_all_ranks)
+        atexit.register(leave_group, status.code, ordered=status.same_on_all_ranks)
         if status.code:
             raise RuntimeError(f"{self.arguments[0]} ended with code {status.code}: see the lines above")
         return 0

@@ -37,17 +37,8 @@ def find_data(
                 f"--build: {option} is set by the pipeline; leave it out (--data names the folder)"
             )
     data = data or out / "data"
-    command = [
-        "shard",
-        "build",
-        *(build or SCENES),
-        "--out",
-        str(data),
-        "--workers",
-        str(workers),
-        "--resume",
-    ]
-    return data, [Step("shards", [command])]
+    command = ["shard", "build", *(build or SCENES), "--out", str(data), "--workers", str(workers)]
+    return data, [Step("shards", [[*command, "--resume"]])]
 
 
 def as_options(settings: list[str]) -> list[str]:

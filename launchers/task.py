@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from d2s.workers.preemption import PREEMPTED, Preemption
+from d2s.workers.preemption import PREEMPTED, Preemption, leave_group
 
 COMMANDS = {
     "train": "d2s.train",
@@ -138,20 +138,12 @@ def request_requeue(environment: Mapping[str, str] = os.environ) -> None:
         print(f"error: no requeue: {what}; submit the job again, with --resume", file=sys.stderr, flush=True)
 
 
-def leave(code: int, *, ordered: bool) -> None:
-    """Ends this process as `d2s.workers.group.leave` does if torch was loaded; else just returns."""
-    if "torch" in sys.modules:
-        from d2s.workers.group import leave
-
-        leave(code, ordered=ordered)
-
-
 def main(argv: list[str] | None = None) -> NoReturn:
     """The command of one task: runs it and requests a requeue if it was preempted."""
     status = run_command(sys.argv[1:] if argv is None else argv)
     if status.requeue:
         request_requeue()
-    leave(status.code, ordered=status.same_on_all_ranks)
+    leave_group(status.code, ordered=status.same_on_all_ranks)
     sys.exit(status.code)
 
 

@@ -151,3 +151,13 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parser().parse_args(argv)
     remedy = "; the same command with --resume goes on" if args.command == "build" else ""
     return run(lambda: _COMMANDS[args.command](args), interrupted=f"interrupted{remedy}")
+
+
+def build_scenes(folder: Path, count: str, size: int) -> Path:
+    """Builds a data set of procedural scenes for another command and returns its folder.
+
+    count: as in train=4000,val=500. size: pixels. Raises ValueError if it could not be built.
+    """
+    if main([*f"build --source scenes --count {count} --size {size} --out".split(), str(folder)]):
+        raise ValueError(f"the scenes could not be built in {folder}: give --data")
+    return folder

@@ -21,17 +21,25 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Runs the work of a command and prints its errors.
+def run(
+    work: Callable[[], int | None],
+    interrupted: str = "interrupted",
+    failure: type[Exception] | tuple[()] = (),
+) -> int:
+    """Runs the work of a command and prints its errors, each in one line.
 
     Args:
         work: does the work and returns the exit code, or None for 0.
         interrupted: text to print after Ctrl-C.
+        failure: type of the errors that are not the user's mistake.
     Returns:
-        The exit code: the result of `work`; 2 after ValueError or OSError; 130 after Ctrl-C.
+        The exit code: the result of `work`; 1 after `failure`; 2 after ValueError or OSError; 130 after Ctrl-C.
     """
     try:
         return work() or 0
+    except failure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except OSError as error:

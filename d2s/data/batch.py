@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from d2s.data.config import DataConfig
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.order import draws
-from d2s.shards.read.reader import Record
+from d2s.shards.read.records import Record
 
 I64 = NDArray[np.int64]
 Captions = Literal["sparse", "dense", "both"]
@@ -70,13 +70,23 @@ class BatchBuilder:
     """Builds batches from records and images. Each random draw depends on (seed, epoch, item) alone.
 
     Args:
-        captions: the text to align: "sparse"; "dense"; or "both", sparse with a dense one of the same image for the
-            teacher.
-        dense_text: with "both", tokenise the dense caption too.
+        config: image, text, order and loading settings.
+        pipeline: the text pipeline.
+        captions: the text to align with images: "sparse"; "dense"; or "both", sparse with a dense one of the same
+            image for the teacher.
+        seed: of the order and of all draws.
+        dense_text: with "both", include the dense caption's tokens too; otherwise only its number in the data set
+            (for a teacher whose embeddings are stored).
     """
 
     def __init__(
-        self, config: DataConfig, pipeline: TextPipeline, *, captions: Captions, seed: int, dense_text: bool
+        self,
+        config: DataConfig,
+        pipeline: TextPipeline,
+        *,
+        captions: Captions,
+        seed: int,
+        dense_text: bool = True,
     ) -> None:
         self.config, self.pipeline, self.captions = config, pipeline, captions
         self.seed, self.dense_text = seed, dense_text

@@ -11,16 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from d2s.data.batch import I64, Batch, BatchBuilder, Captions, draw_one
-from d2s.data.config import DataConfig
+from d2s.data.batch import I64, Batch, BatchBuilder, draw_one
 from d2s.data.damage import count_damage
 from d2s.data.loader import StepLoader
 from d2s.preprocess.images import CROP_DRAWS, train_image
-from d2s.preprocess.text import TextPipeline
 from d2s.shards.order import draws
 from d2s.shards.order.permutation import BlockPermutation, Permutation, batch_positions, steps_per_epoch
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import DamagedSample, Record, ShardReader
+from d2s.shards.read.records import DamagedSample, Record, ShardReader
 
 _REPLACEMENTS = 16
 
@@ -30,15 +28,9 @@ class TrainBatches:
 
     Args:
         index: the data set. split: the split to train on.
-        config: image, text, order and loading settings.
-        pipeline: the text pipeline.
-        captions: the text to align with images: "sparse"; "dense"; or "both", sparse with a dense one of the same
-            image for the teacher.
+        builder: has all settings of the batches.
         batch_size: the global batch N; each worker gets N / world rows.
-        seed: of the order and of all draws.
         rank, world: this worker and the number of workers.
-        dense_text: with "both", include the dense caption's tokens too; otherwise only its number in the data set
-            (for a teacher whose embeddings are stored).
     Attributes:
         damaged: a line for each damaged sample that this worker read, or that the others shared with it.
     Raises:
@@ -49,24 +41,19 @@ class TrainBatches:
         self,
         index: ShardIndex,
         split: str,
-        config: DataConfig,
-        pipeline: TextPipeline,
+        builder: BatchBuilder,
         *,
-        captions: Captions,
         batch_size: int,
-        seed: int,
         rank: int = 0,
         world: int = 1,
-        dense_text: bool = True,
     ) -> None:
-        builder = BatchBuilder(config, pipeline, captions=captions, seed=seed, dense_text=dense_text)
-        self.items = _Items(index, split, config, captions)
+        self.items = _Items(index, split, builder)
         batch_positions(0, batch_size, rank, world)  # raises ValueError if it does not divide
         self.steps_per_epoch = steps_per_epoch(self.items.n, batch_size)
-        self.batch_size, self.config = batch_size, config
+        self.batch_size, self.config = batch_size, builder.config
         self.damaged: list[str] = []
         dataset = _TrainSteps(self.items, builder, (batch_size, rank, world))
-        self._loader = StepLoader(dataset, config.loader_workers)
+        self._loader = StepLoader(dataset, builder.config.loader_workers)
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -84,10 +71,11 @@ class TrainBatches:
 class _Items:
     """The items of an epoch: (image, sparse caption) pairs of a split, or its images."""
 
-    def __init__(self, index: ShardIndex, split: str, config: DataConfig, captions: Captions) -> None:
-        self.index, self.split, self.config, self.captions = index, split, config, captions
+    def __init__(self, index: ShardIndex, split: str, builder: BatchBuilder) -> None:
+        self.index, self.split, self.config, self.seed = index, split, builder.config, builder.seed
+        captions = self.captions = builder.captions
         self.rows = index.rows(split)
-        self.pairs = captions != "dense" and config.sparse == "all"
+        self.pairs = captions != "dense" and self.config.sparse == "all"
         needed = ["sparse", "dense"] if captions == "both" else [captions]
         if self.pairs and index.n_sparse_total(split):
             needed.remove("sparse")  # an image without a sparse caption is in no pair
@@ -100,21 +88,21 @@ class _Items:
                 )
         self.n = index.n_sparse_total(split) if self.pairs else len(self.rows)
 
-    def order(self, seed: int, epoch: int) -> Permutation | BlockPermutation:
+    def order(self, epoch: int) -> Permutation | BlockPermutation:
         """From positions in the epoch to items."""
         if self.config.order == "rows":
-            return Permutation(self.n, seed, epoch)
+            return Permutation(self.n, self.seed, epoch)
         sizes = self.index.shard_sizes(self.split, "sparse" if self.pairs else "rows")
-        return BlockPermutation(sizes, seed, epoch, self.config.block_shards)
+        return BlockPermutation(sizes, self.seed, epoch, self.config.block_shards)
 
-    def rows_and_captions(self, items: I64, seed: int, epoch: int) -> tuple[I64, I64]:
+    def rows_and_captions(self, items: I64, epoch: int) -> tuple[I64, I64]:
         """Global rows of items (B,), and which of each row's sparse captions (B,), -1 for none."""
         if self.pairs:
             return self.index.pair(self.split, items)
         rows = items + self.rows.start
         if self.captions == "dense":
             return rows, np.full(len(rows), -1)
-        return rows, draw_one(self.index.take("n_sparse", rows), seed, epoch, items, "caption")
+        return rows, draw_one(self.index.take("n_sparse", rows), self.seed, epoch, items, "caption")
 
 
 class _TrainSteps(Dataset):
@@ -127,14 +115,14 @@ class _TrainSteps(Dataset):
 
     def __getitem__(self, where: tuple[int, int]) -> Batch:
         epoch, step = where
-        items, config, seed = self.items, self.items.config, self.builder.seed
+        items, config = self.items, self.builder.config
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, items.order(seed, epoch))
+            self._order = (epoch, items.order(epoch))
         positions = batch_positions(step, *self.batch)
         numbers = self._order[1](np.arange(positions.start, positions.stop))
-        rows, sparse = items.rows_and_captions(numbers, seed, epoch)
+        rows, sparse = items.rows_and_captions(numbers, epoch)
         images = np.empty((len(numbers), 3, config.image_size, config.image_size), np.uint8)
-        crops = draws.uniform(seed, epoch, numbers, "crop", CROP_DRAWS)
+        crops = draws.uniform(items.seed, epoch, numbers, "crop", CROP_DRAWS)
         damaged: list[str] = []
         records: list[Record] = []
         for i, item in enumerate(numbers):
@@ -166,17 +154,15 @@ class _TrainSteps(Dataset):
             except DamagedSample as error:
                 damaged.append(str(error))
             if replacements is None:
-                bits = draws.bits(self.builder.seed, epoch, [item], "replacement", _REPLACEMENTS)[0]
+                bits = draws.bits(self.items.seed, epoch, [item], "replacement", _REPLACEMENTS)[0]
                 replacements = (bits % np.uint64(self.items.n)).astype(np.int64)
-            rows, numbers = self.items.rows_and_captions(
-                replacements[attempt : attempt + 1], self.builder.seed, epoch
-            )
+            rows, numbers = self.items.rows_and_captions(replacements[attempt : attempt + 1], epoch)
             row, number = rows[0], numbers[0]
         raise ValueError(f"{_REPLACEMENTS} samples one after the other are damaged, the last: {damaged[-1]}")
 
     def _decode(self, row: int, crop: NDArray, out: NDArray) -> Record:
         """Reads a row and writes its augmented image to `out`. Raises DamagedSample."""
-        config = self.items.config
+        config = self.builder.config
         record = self.reader.record(row)
         try:
             out[:] = train_image(

@@ -15,7 +15,7 @@ from d2s.preprocess.images import eval_image
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.order.permutation import batch_positions
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import DamagedSample, ShardReader
+from d2s.shards.read.records import DamagedSample, ShardReader
 
 
 class _ImageSteps(Dataset):
@@ -28,10 +28,9 @@ class _ImageSteps(Dataset):
         images = np.zeros((len(numbers), 3, self.size, self.size), np.uint8)
         for i, number in enumerate(numbers[valid]):
             row = self.rows[int(number)]
+            encoded = self.reader.record(row).image
             try:
-                images[i] = eval_image(self.reader.record(row).image, self.size)
-            except DamagedSample:
-                raise
+                images[i] = eval_image(encoded, self.size)
             except ValueError as error:
                 raise self.reader.damaged(row, str(error)) from None
         rows = np.where(valid, numbers + self.rows.start, -1)

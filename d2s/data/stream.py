@@ -1,20 +1,18 @@
 """Training batches from tars at a URL pattern, with the interface of `TrainBatches`."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from d2s.data.batch import Batch, BatchBuilder, Captions, draw_one
-from d2s.data.config import DataConfig
+from d2s.data.batch import Batch, BatchBuilder, draw_one
 from d2s.data.damage import count_damage
 from d2s.data.loader import new_loader, results_of
 from d2s.preprocess.images import CROP_DRAWS, train_image
-from d2s.preprocess.text import TextPipeline
 from d2s.shards.order import draws
 from d2s.shards.order.permutation import batch_positions, steps_per_epoch
-from d2s.shards.read.reader import Record
+from d2s.shards.read.records import Record
 from d2s.shards.read.stream import DENSE_COLUMNS, SPARSE_COLUMNS, Stream, expand
 
 
@@ -27,47 +25,35 @@ class StreamBatches:
     Args:
         urls: a pattern of tars, `https://host/{00000..00099}.tar`, or several joined by `::`.
         samples_per_epoch: visits in an epoch, over all workers.
-        sparse_columns, dense_columns: fields that hold captions, see `Stream`.
-        buffer: samples in each reader's shuffle buffer, still encoded.
-        config, pipeline, captions, batch_size, seed, rank, world, dense_text: as for `TrainBatches`.
+        builder, batch_size, rank, world: as for `TrainBatches`.
     Attributes:
         damaged: a line for each sample or tar that this worker could not use.
     Raises:
         ValueError: no tars, too large a batch, or (while iterating) too much damage.
     Warns:
-        UserWarning: a setting of config that has no effect on a stream.
+        UserWarning: a setting of the builder that has no effect on a stream.
     """
 
     def __init__(
         self,
         urls: str,
-        config: DataConfig,
-        pipeline: TextPipeline,
+        builder: BatchBuilder,
         *,
-        captions: Captions,
         batch_size: int,
         samples_per_epoch: int,
-        seed: int,
         rank: int = 0,
         world: int = 1,
-        dense_text: bool = True,
-        sparse_columns: Sequence[str] = SPARSE_COLUMNS,
-        dense_columns: Sequence[str] = DENSE_COLUMNS,
-        buffer: int = 1000,
     ) -> None:
-        tars = expand(urls)
+        tars, config = expand(urls), builder.config
         batch_positions(0, batch_size, rank, world)
         self.steps_per_epoch = steps_per_epoch(samples_per_epoch, batch_size)
         self.batch_size, self.config = batch_size, config
         self.damaged: list[str] = []
-        if config.sparse == "all" and captions != "dense":
+        if config.sparse == "all" and builder.captions != "dense":
             warnings.warn("sparse is 'all', but a stream draws one caption a visit: use 'one'", stacklevel=2)
         if config.order == "blocks":
             warnings.warn("order is 'blocks', which has no effect on a stream", stacklevel=2)
-        builder = BatchBuilder(config, pipeline, captions=captions, seed=seed, dense_text=dense_text)
-        self._dataset = _StreamSteps(
-            tars, builder, (batch_size, rank, world), buffer, (tuple(sparse_columns), tuple(dense_columns))
-        )
+        self._dataset = _StreamSteps(tars, builder, (batch_size, rank, world))
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -86,16 +72,8 @@ class StreamBatches:
 class _StreamSteps(IterableDataset):
     """The batches of `steps`: epoch, first step, end. Process w of k makes steps w, w + k, ..., taken in turn."""
 
-    def __init__(
-        self,
-        tars: list[str],
-        builder: BatchBuilder,
-        batch: tuple[int, int, int],
-        buffer: int,
-        columns: tuple[tuple[str, ...], tuple[str, ...]],
-    ) -> None:
+    def __init__(self, tars: list[str], builder: BatchBuilder, batch: tuple[int, int, int]) -> None:
         self.tars, self.builder, self.batch = tars, builder, batch
-        self.buffer, self.columns = buffer, columns
         self.steps = (0, 0, 0)
 
     def __iter__(self) -> Iterator[Batch | ValueError]:
@@ -109,10 +87,7 @@ class _StreamSteps(IterableDataset):
             seed=int(draws.bits(self.builder.seed, epoch, [start], "stream")[0, 0]),
             reader=rank * processes + process,
             readers=world * processes,
-            buffer=self.buffer,
             budget=self.builder.config.damage_budget,
-            sparse_columns=self.columns[0],
-            dense_columns=self.columns[1],
         )
         samples = stream.samples(epoch, self._missing)
         for _ in range(start + process, stop, processes):
@@ -126,9 +101,9 @@ class _StreamSteps(IterableDataset):
         """What makes a record unusable, or None."""
         captions = self.builder.captions
         if captions != "dense" and not record.sparse:
-            return f"has no sparse caption (looked in {', '.join(self.columns[0])})"
+            return f"has no sparse caption (looked in {', '.join(SPARSE_COLUMNS)})"
         if captions != "sparse" and not record.dense:
-            return f"has no dense caption (looked in {', '.join(self.columns[1])})"
+            return f"has no dense caption (looked in {', '.join(DENSE_COLUMNS)})"
         return None
 
     def _batch(self, samples: Iterator[tuple[int, Record]], stream: Stream, count: int, epoch: int) -> Batch:

@@ -8,44 +8,32 @@ moments follow from the seed. `--workers 2,1,4` changes the number of workers wi
 
 import argparse
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from d2s.common import command
 from d2s.drill.compare import TOLERANCE, compare
-from d2s.drill.kills import DrillError, draw_kills
-
-_SCENES = "build --source scenes --count train={train},val=8,test=8 --size 32 --out {out}"
+from d2s.drill.kills import DrillError
 
 
 def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> bool:
     """Does the drill in the folder `out`, prints the report and returns whether the drill passed."""
     from d2s.drill.kill_loop import KillLoop, train_reference
     from d2s.drill.options import small_batch, training_arguments
+    from d2s.shards.cli import build_scenes
 
     started = time.monotonic()
-    data = options.data or _build_scenes(out / "data", 30 * small_batch(options))
+    count = f"train={30 * small_batch(options)},val=8,test=8"
+    data = options.data or build_scenes(out / "data", count, size=32)
     arguments = training_arguments(options, overrides, data)
     logs, against, seconds = out / "logs", options.against, 10.0
     if against is None:
         against = out / "reference"
-        seconds = train_reference(
-            arguments, against, logs, options.workers[0], options.launcher, options.patience
-        )
+        seconds = train_reference(arguments, against, logs, options)
         print(f"uninterrupted       {options.steps} steps with {options.workers[0]} workers", flush=True)
     loop = KillLoop(
-        arguments=arguments,
-        run=out / "drilled",
-        logs=logs,
-        workers=options.workers,
-        kills=draw_kills(options.kills, options.seed),
-        last=options.steps - options.save_steps - 2,
-        launcher=options.launcher,
-        grace=options.grace,
-        patience=options.patience,
-        start_seconds=seconds,
+        arguments=arguments, run=out / "drilled", logs=logs, options=options, start_seconds=seconds
     )
     loop.go()
     comparison = compare(loop.run, against)
@@ -58,14 +46,6 @@ def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> b
     line, passed = comparison.verdict(fixed=len(set(options.workers)) == 1, tolerance=options.tolerance)
     print(line, flush=True)
     return passed and survived and not loop.tally.hung
-
-
-def _build_scenes(folder: Path, train: int) -> Path:
-    from d2s.shards.cli import main as shard
-
-    if shard(_SCENES.format(train=train, out=folder).split()):
-        raise DrillError(f"the scenes could not be built in {folder}")
-    return folder
 
 
 def worker_counts(text: str) -> tuple[int, ...]:
@@ -148,10 +128,4 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 for a yes, 1 for a no or a training that failed, 2 for a user's mistake."""
     options, overrides = parser().parse_known_args(argv)
-    results: list[bool] = []
-    try:
-        code = command.run(lambda: results.append(_run(options, overrides)))
-    except DrillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return code or int(not results[0])
+    return command.run(lambda: int(not _run(options, overrides)), failure=DrillError)

@@ -77,8 +77,8 @@ def compare(run: Path, other: Path) -> Comparison:
     unlike, largest, where = [], 0.0, 0
     for step in steps:
         for name in COMPARED:
-            a, b = ours[step].get(name), theirs[step].get(name)
-            if a != b and not (_nan(a) and _nan(b)):
+            # As text, in which NaN equals NaN.
+            if repr(ours[step].get(name)) != repr(theirs[step].get(name)):
                 unlike.append(f"step {step} {name}")
         difference = _relative(ours[step]["loss"], theirs[step]["loss"])
         if difference > largest:
@@ -108,12 +108,8 @@ def _rows(run: Path) -> dict[int, dict[str, Any]]:
     return rows
 
 
-def _nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
 def _relative(a: float, b: float) -> float:
-    if a == b or (_nan(a) and _nan(b)):
+    if repr(a) == repr(b):
         return 0.0
     difference = abs(a - b) / max(abs(b), 1e-12)
     return difference if math.isfinite(difference) else math.inf

@@ -1,11 +1,13 @@
 """Starts a training, kills it and starts it again, until it is done."""
 
+import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from d2s.drill.kills import MOMENTS, DrillError, Kill, Tally, target_step
+from d2s.drill.kills import MOMENTS, DrillError, Kill, Tally, draw_kills, target_step
 from d2s.drill.progress import incomplete_checkpoints, last_step, metrics_version, saved_step
 from d2s.drill.victims import kill as kill_processes
 from d2s.drill.victims import workers_of
@@ -23,16 +25,17 @@ def start_training(arguments: Sequence[str], run: Path, workers: int, log: Path,
     return start_job([str(TRAIN), *arguments, "--run", str(run), "--resume"], workers, log, launcher)
 
 
-def train_reference(
-    arguments: Sequence[str], run: Path, logs: Path, workers: int, launcher: str, patience: float
-) -> float:
-    """Trains without a kill; returns the seconds from the start to the first step. Raises DrillError."""
-    job = start_training(arguments, run, workers, logs / run.name, launcher)
+def train_reference(arguments: Sequence[str], run: Path, logs: Path, options: argparse.Namespace) -> float:
+    """Trains without a kill; returns the seconds from the start to the first step. Raises DrillError.
+
+    options: the drill's.
+    """
+    job = start_training(arguments, run, options.workers[0], logs / run.name, options.launcher)
     try:
-        wait_until(lambda: job.ended() or last_step(run) > 0, patience)
+        wait_until(lambda: job.ended() or last_step(run) > 0, options.patience)
         seconds = time.monotonic() - job.started
-        if not job.wait(patience):
-            raise DrillError(f"no end within {patience:.0f} s: {job.error()}")
+        if not job.wait(options.patience):
+            raise DrillError(f"no end within {options.patience:.0f} s: {job.error()}")
         if any(job.codes()):
             raise DrillError(f"the training failed without a kill: {job.error()}")
     finally:
@@ -48,19 +51,15 @@ class KillLoop:
     """Of train.py, without --run."""
     run: Path
     logs: Path
-    workers: Sequence[int]
-    """Number of workers of each start in turn."""
-    kills: Sequence[Kill]
-    last: int
-    """No kill is aimed at a later step."""
-    launcher: str
-    grace: float
-    """Seconds that survivors of a killed worker have to end."""
-    patience: float
-    """Seconds without progress after which the drill gives up."""
+    options: argparse.Namespace
+    """The drill's: workers, kills, seed, steps, save_steps, launcher, grace, patience."""
     start_seconds: float
     """From a start to the first step."""
     tally: Tally = field(default_factory=Tally)
+
+    def __post_init__(self) -> None:
+        self.workers, self.patience = self.options.workers, self.options.patience
+        self.kills = draw_kills(self.options.kills, self.options.seed)
 
     def go(self) -> None:
         """Starts, kills and starts again, until the training is done. Raises DrillError."""
@@ -75,7 +74,7 @@ class KillLoop:
         workers = self.workers[number % len(self.workers)]
         log = self.logs / f"{self.run.name}-{number:03d}"
         from_step, before = saved_step(self.run), metrics_version(self.run)
-        job = start_training(self.arguments, self.run, workers, log, self.launcher)
+        job = start_training(self.arguments, self.run, workers, log, self.options.launcher)
         try:
             done = len(self.tally.kills)
             kill = self.kills[done] if done < len(self.kills) else None
@@ -107,7 +106,8 @@ class KillLoop:
             self._await(job, lambda: time.monotonic() >= until or metrics_version(self.run) != before)
         else:
             left = len(self.kills) - len(self.tally.kills)
-            target = target_step(kill, last_step(self.run), self.last, left)
+            last = self.options.steps - self.options.save_steps - 2
+            target = target_step(kill, last_step(self.run), last, left)
             self._await(job, lambda: last_step(self.run) >= target)
             if kill.moment == "save":
                 old = incomplete_checkpoints(self.run).items()
@@ -131,7 +131,7 @@ class KillLoop:
         Before the group is formed they cannot notice a death, so the drill ends them then, as a launcher does.
         """
         start = time.monotonic()
-        ended = job.wait(self.grace if trained else min(self.grace, _SECONDS_TO_MEET))
+        ended = job.wait(min(self.options.grace, math.inf if trained else _SECONDS_TO_MEET))
         if kill.everyone or (len(job.logs) == 1 and not job.launched):
             return
         if ended:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Group
 from rich.text import Text
 
-from d2s.data.batches import DataConfig
+from d2s.data.config import DataConfig
 from d2s.evaluate.capacity import measure_capacity
 from d2s.evaluate.embed import Embeddings, embed_split
 from d2s.evaluate.metrics import Retrieval, fold_report, recall_report

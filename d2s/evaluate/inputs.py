@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from d2s.common.files import read_json
-from d2s.data.batches import DataConfig
+from d2s.data.config import DataConfig
 from d2s.model import D2SModel
 from d2s.workers.devices import in_full_precision
 

@@ -124,14 +124,12 @@ class _Ring(torch.autograd.Function):
         rows, columns, ids, *factors = ctx.saved_tensors
         width, own_rows = ctx.width, rows[:, : ctx.width]
         d_rows = torch.zeros_like(own_rows)
-        d_factors = [
-            rows.new_zeros(()) for _ in factors
-        ]  # sum(slope * S) for the scale, sum(slope) for the bias
+        # sum(slope * S) for the scale, sum(slope) for the bias.
+        d_factors = [rows.new_zeros(()) for _ in factors]
         scale = factors[0].to(rows.dtype) if factors else 1.0
         with torch.autocast(rows.device.type, enabled=False):
-            for owner, (block, block_ids, d_block) in around_the_ring(
-                columns, ids, torch.zeros_like(own_rows)
-            ):
+            blocks = around_the_ring(columns, ids, torch.zeros_like(own_rows))
+            for owner, (block, block_ids, d_block) in blocks:
                 for chunk in chunks(rows, ids, block, block_ids, own=owner == rank(), width=width):
                     slope = ctx.rule.slope(chunk)
                     if factors:  # the rules that have a scale leave chunk.s as it is

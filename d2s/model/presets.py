@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from d2s.model.config import TowerConfig
 from d2s.model.tokenizer import WORDS
@@ -63,19 +62,10 @@ def small_resnet(widths: tuple[int, ...] = (32, 64, 128, 256)) -> TowerConfig:
     return TowerConfig(config=fields, pretrained=False)
 
 
-def small_vit(width: int = 128, depth: int = 4, patch: int = 16) -> TowerConfig:
-    """Returns a small ViT with random weights."""
-    return TowerConfig(config={**_transformer("vit", width, depth), "patch_size": patch}, pretrained=False)
-
-
 def small_bert(width: int = 128, depth: int = 2) -> TowerConfig:
     """Returns a small BERT with random weights. Its vocabulary is built from the training captions."""
-    return TowerConfig(config=_transformer("bert", width, depth), pretrained=False, tokenizer=WORDS)
-
-
-def _transformer(kind: str, width: int, depth: int) -> dict[str, Any]:
-    return {
-        "model_type": kind,
+    fields = {
+        "model_type": "bert",
         "hidden_size": width,
         "num_hidden_layers": depth,
         "num_attention_heads": 4,
@@ -83,15 +73,4 @@ def _transformer(kind: str, width: int, depth: int) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-
-
-def small_convnext(widths: tuple[int, ...] = (32, 64, 128, 192)) -> TowerConfig:
-    """Returns a ConvNeXt with random weights and without BatchNorm; S x S pixels give (S / 32)^2 tokens."""
-    fields = {
-        "model_type": "convnext",
-        "hidden_sizes": list(widths),
-        "depths": [1] * len(widths),
-        "num_stages": len(widths),
-        "drop_path_rate": 0.0,
-    }
-    return TowerConfig(config=fields, pretrained=False)
+    return TowerConfig(config=fields, pretrained=False, tokenizer=WORDS)

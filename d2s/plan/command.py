@@ -11,7 +11,6 @@ from pathlib import Path
 
 from d2s.common import command
 from d2s.common.command import positive
-from d2s.training.config import TrainConfig
 
 
 def parser() -> command.Parser:
@@ -28,11 +27,7 @@ def parser() -> command.Parser:
     add("--memory", type=float, default=80.0, metavar="GB", help="of each, in GiB (default: 80)")
     add("--throughput", type=float, metavar="PAIRS_PER_S", help="measured or hoped for, over all GPUs")
     add("--data", metavar="DIR", help="data set (default: the usual size of the recipe's)")
-    add(
-        "--check",
-        action="store_true",
-        help="train a few steps here and compare; made-up scenes without --data",
-    )
+    add("--check", action="store_true", help="train a few steps here and compare; scenes without --data")
     return parser
 
 
@@ -49,20 +44,12 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     request, throughput = read_request(options, overrides), options.throughput
     if options.check:
         from d2s.plan.measure import STEPS, measure
+        from d2s.shards.cli import build_scenes
 
         with tempfile.TemporaryDirectory(prefix="d2s-plan-") as folder:
-            data = options.data or _build_scenes(Path(folder) / "data", request.config)
+            count, size = 8 * request.config.batch_size, request.config.data.image_size
+            data = options.data or build_scenes(Path(folder) / "data", f"train={count},val=8", size)
             measured = measure([options.recipe, "--data", str(data), *overrides], request.workers)
         print(compare(request, measured, STEPS))
         throughput = throughput or measured["samples_per_s"]
     print(describe(request, throughput))
-
-
-def _build_scenes(folder: Path, config: TrainConfig) -> Path:
-    from d2s.shards.cli import main as shard
-
-    count, size = 8 * config.batch_size, config.data.image_size
-    arguments = f"build --source scenes --count train={count},val=8 --size {size} --out {folder}"
-    if shard(arguments.split()):
-        raise ValueError(f"the scenes for --check could not be built in {folder}: give --data")
-    return folder

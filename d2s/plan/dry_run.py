@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from d2s.data.batch import BatchBuilder
 from d2s.data.batches import TrainBatches
 from d2s.model.config import IdleSetting, idle_settings
 from d2s.plan.memory import memory
@@ -84,9 +85,7 @@ def _parameters(module: TrainingModule) -> list[str]:
 def memory_parts(spec: RunSpec, module: TrainingModule) -> dict[str, int]:
     """Bytes on one worker by part, as `d2s.plan` counts them, but with the activations of real pairs."""
     config = spec.config
-    parameters, learned, teacher = count(module, config)
-    per_pair = _saved_per_pair(spec, module)
-    sizes = Sizes(parameters=parameters, learned=learned, teacher=teacher, saved=0, saved_per_pair=per_pair)
+    sizes = Sizes(**count(module, config), saved=0, saved_per_pair=_saved_per_pair(spec, module))
     bucket = bucket_size(spec.engine_settings())
     return memory(config, sizes, spec.world, config.engine.zero_stage, config.batch_size, bucket)
 
@@ -95,14 +94,12 @@ def _saved_per_pair(spec: RunSpec, module: TrainingModule) -> int:
     split = "val" if spec.streams else "train"
     pairs = min(_PAIRS, len(spec.index.rows(split)))
     data = spec.config.data
-    batches = TrainBatches(
-        spec.index,
-        split,
+    builder = BatchBuilder(
         dataclasses.replace(data, loader_workers=0),
         TextPipeline(module.model.tokenizer, data.max_words_dense),
         captions="dense" if spec.captions == "dense" else "sparse",
-        batch_size=pairs,
         seed=spec.config.seed,
     )
+    batches = TrainBatches(spec.index, split, builder, batch_size=pairs)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
     return saved_bytes(module, next(batches.epoch(0))) // pairs

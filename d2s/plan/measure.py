@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2s.common import command
 from d2s.plan.activations import SavedActivations
 from d2s.plan.sizes import by_shape
 from d2s.training.arguments import parse
@@ -41,8 +42,8 @@ def measure(arguments: list[str], workers: int) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory(prefix="d2s-plan-") as folder:
         run = Path(folder) / "run"
-        command = ["-m", "d2s.plan.measure", *arguments, "--max_steps", str(STEPS), "--run", str(run)]
-        job = start_job(command, workers, Path(folder) / "log")
+        words = ["-m", "d2s.plan.measure", *arguments, "--max_steps", str(STEPS), "--run", str(run)]
+        job = start_job(words, workers, Path(folder) / "log")
         try:
             if not job.wait(_TIMEOUT) or any(job.codes()):
                 raise ValueError(f"--check: the training failed: {job.error()}")
@@ -124,9 +125,5 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        leave(2, ordered=False)
-    leave(0, ordered=True)
+    code = command.run(lambda: main(sys.argv[1:]))
+    leave(code, ordered=not code)

@@ -21,7 +21,7 @@ from d2s.model.tokenizer import WORDS
 from d2s.plan.activations import SavedActivations
 from d2s.training.config import TrainConfig
 from d2s.training.engine import checkpoint_activations
-from d2s.training.gradient_cache import check_norms
+from d2s.training.gradient_cache import check_norms, trained_batch_norms
 from d2s.training.module import TrainingModule
 
 
@@ -63,11 +63,12 @@ def measure_sizes(config: TrainConfig, words: int, local_batch: int) -> Sizes:
     module = build(config, words, local_batch)
     two, four = (saved_bytes(module, made_up_batch(config, module, pairs)) for pairs in (2, 4))
     per_pair = (four - two) // 2
-    parameters, learned, teacher = count(module, config)
     return Sizes(
-        parameters=parameters, learned=learned, teacher=teacher,
-        saved=max(0, two - 2 * per_pair), saved_per_pair=per_pair, batch_norm=_has_batch_norm(module.model),
-    )  # fmt: skip
+        **count(module, config),
+        saved=max(0, two - 2 * per_pair),
+        saved_per_pair=per_pair,
+        batch_norm=bool(trained_batch_norms(module.model)),
+    )
 
 
 def build(config: TrainConfig, words: int, local_batch: int) -> TrainingModule:
@@ -82,14 +83,6 @@ def build(config: TrainConfig, words: int, local_batch: int) -> TrainingModule:
     return TrainingModule(model, Objective(config.loss), bf16=config.engine.precision == "bf16")
 
 
-def _has_batch_norm(model: D2SModel) -> bool:
-    try:
-        check_norms(model, 1, 2)
-    except ValueError:
-        return True
-    return False
-
-
 def vocabulary(words: int) -> PreTrainedTokenizerFast:
     """A made-up tokenizer of `words` pieces, or of the few more that every tokenizer has."""
     captions = [" ".join(f"w{number}" for number in range(words))]
@@ -97,13 +90,13 @@ def vocabulary(words: int) -> PreTrainedTokenizerFast:
     return build_word_tokenizer(captions, min_count=1, max_words=max(1, words - least))
 
 
-def count(module: TrainingModule, config: TrainConfig) -> tuple[int, int, int]:
-    """Parameters of the module, those of them that learn, and those of an online teacher beside it."""
+def count(module: TrainingModule, config: TrainConfig) -> dict[str, int]:
+    """The first three fields of `Sizes`."""
     parameters = sum(p.numel() for p in module.parameters())
     learned = sum(p.numel() for p in module.parameters() if p.requires_grad)
     online = config.loss.distill_weight and config.loss.teacher == "online"
     teacher = sum(p.numel() for p in module.model.text_encoder.parameters()) if online else 0
-    return parameters, learned, teacher
+    return {"parameters": parameters, "learned": learned, "teacher": teacher}
 
 
 def made_up_batch(config: TrainConfig, module: TrainingModule, pairs: int) -> Batch:

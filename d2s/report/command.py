@@ -4,17 +4,17 @@ The page goes to RUN/report.html of the first run; further runs are drawn beside
 the run's own files; the pictures are made by running its best model on a split.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from d2s.common import command
 from d2s.common.command import positive
-from d2s.common.files import atomic_file
+from d2s.common.files import write_text
 from d2s.evaluate.embed import embed_split
 from d2s.evaluate.evaluation import evaluate_embeddings
 from d2s.evaluate.inputs import choose_device, data_config_of, load_model
@@ -68,11 +68,9 @@ def write_report(
     text = render_page(
         runs, rows, gallery=gallery, gallery_source=gallery_source, capacity=capacity, no_gallery=no_gallery
     )
-    with atomic_file(target) as file:
-        file.write(text.encode())
+    write_text(target, text)
     if picture:
-        with atomic_file(picture) as file:
-            file.write(render_picture(runs, gallery).encode())
+        write_text(picture, render_picture(runs, gallery))
     return target
 
 
@@ -107,32 +105,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser(
         prog="python -m d2s.report", description="Write RUN/report.html: curves, recall, pictures, settings."
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; more to compare with")
-    parser.add_argument("--data", type=Path, help="data set for the pictures (default: the run's own)")
-    parser.add_argument("--split", default="val", help="split of the pictures (default: val)")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
-    parser.add_argument("--batch-size", type=positive, default=128, help="images or captions at a time (128)")
-    parser.add_argument(
-        "--picture",
-        type=Path,
-        metavar="FILE.svg",
-        help="also draw curves and a few queries into one file",
-    )
-    arguments = parser.parse_args(argv)
-    return command.run(lambda: _report(arguments))
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="run folder; more to compare with")
+    add("--data", type=Path, help="data set for the pictures (default: the run's own)")
+    add("--split", default="val", help="split of the pictures (default: val)")
+    add("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
+    add("--batch-size", type=positive, default=128, help="images or captions at a time (128)")
+    add("--picture", type=Path, metavar="FILE.svg", help="also draw curves and a few queries into one file")
+    options = vars(parser.parse_args(argv))
+    return command.run(lambda: _report(options.pop("runs"), **options))
 
 
-def _report(options: argparse.Namespace) -> None:
+def _report(folders: Sequence[Path], *, picture: Path | None, **options: Any) -> None:
     """Writes what was asked for and prints the recall table. Raises ValueError and OSError."""
-    runs = [read_run(path) for path in options.runs]
-    target = write_report(
-        runs,
-        data=options.data,
-        split=options.split,
-        device=options.device,
-        batch_size=options.batch_size,
-        picture=options.picture,
-    )
+    runs = [read_run(folder) for folder in folders]
+    target = write_report(runs, picture=picture, **options)
     rows = [
         (f"{row.run}: {row.split}, {row.captions}", row.retrieval)
         for run in runs
@@ -142,5 +129,5 @@ def _report(options: argparse.Namespace) -> None:
     if rows:
         console.print(recall_table(rows, chance=False))
     print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
-    if options.picture:
-        print(options.picture)
+    if picture:
+        print(picture)

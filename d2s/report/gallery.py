@@ -14,7 +14,7 @@ from d2s.evaluate.metrics import normalize
 from d2s.kernels import retrieval_ranks
 from d2s.preprocess.images import decode
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import ShardReader
+from d2s.shards.read.records import ShardReader
 
 TOP = 5
 THUMBNAIL = 160

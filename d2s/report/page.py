@@ -94,10 +94,7 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("d2s.report"),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=StrictUndefined,
+        loader=PackageLoader("d2s.report"), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
     environment.filters |= {"number": _number, "short": short, "breaking": _breaking}
     environment.globals |= {"TOP": TOP, "CHART": Chart, "KS": KS, "CAPACITY": CAPACITY}

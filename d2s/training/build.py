@@ -9,6 +9,7 @@ import torch
 
 from d2s.checkpoint.full_model import FullModel
 from d2s.checkpoint.restarts import StalledError, count_start, forget_start
+from d2s.data.batch import BatchBuilder
 from d2s.data.batches import TrainBatches
 from d2s.data.damage import Damage
 from d2s.data.stream import StreamBatches
@@ -151,19 +152,14 @@ def _build(spec: RunSpec, workers: Workers, preemption: Preemption, lock: int | 
 
 def _build_batches(spec: RunSpec, pipeline: TextPipeline, workers: Workers) -> TrainBatches | StreamBatches:
     """This worker's training batches."""
-    config = spec.config
-    common = {
-        "captions": spec.captions,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "rank": workers.rank,
-        "world": workers.world,
-        "dense_text": config.loss.teacher == "online",
-    }
+    config, with_dense = spec.config, spec.config.loss.teacher == "online"
+    builder = BatchBuilder(
+        config.data, pipeline, captions=spec.captions, seed=config.seed, dense_text=with_dense
+    )
+    place = {"batch_size": config.batch_size, "rank": workers.rank, "world": workers.world}
     if not spec.streams:
-        return TrainBatches(spec.index, "train", config.data, pipeline, **common)
-    samples = config.samples_per_epoch
-    return StreamBatches(spec.data, config.data, pipeline, samples_per_epoch=samples, **common)
+        return TrainBatches(spec.index, "train", builder, **place)
+    return StreamBatches(spec.data, builder, samples_per_epoch=config.samples_per_epoch, **place)
 
 
 def _build_teacher(

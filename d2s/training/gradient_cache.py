@@ -38,16 +38,20 @@ from d2s.workers.group import Workers
 from d2s.workers.preemption import Preemption
 
 
-def check_norms(model: nn.Module, micro_batch: int, local_batch: int) -> None:
-    """Raises ValueError, in one line, where micro-batches meet a BatchNorm that is trained."""
+def trained_batch_norms(model: nn.Module) -> list[str]:
+    """Names of the BatchNorms that are trained."""
     training = model.training
     model.train()  # frozen towers stay in eval mode, where statistics are fixed
-    trained = [
-        name for name, child in model.named_modules() if isinstance(child, _BatchNorm) and child.training
-    ]
+    norms = {name: child for name, child in model.named_modules() if isinstance(child, _BatchNorm)}
+    trained = [name for name, norm in norms.items() if norm.training]
     model.train(training)
-    if trained:
-        refuse_batch_norm(trained[0], micro_batch, local_batch)
+    return trained
+
+
+def check_norms(model: nn.Module, micro_batch: int, local_batch: int) -> None:
+    """Raises ValueError, in one line, where micro-batches meet a BatchNorm that is trained."""
+    for name in trained_batch_norms(model):
+        refuse_batch_norm(name, micro_batch, local_batch)
 
 
 def refuse_batch_norm(name: str, micro_batch: int, local_batch: int) -> None:

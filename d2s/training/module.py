@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from d2s.data.batches import Batch
+from d2s.data.batch import Batch
 from d2s.losses.objective import Objective, at_least_fp32
 from d2s.model import D2SModel
 
@@ -25,12 +25,7 @@ class TrainingModule(nn.Module):
         self._sample_draws = sample_draws
 
     def forward(
-        self,
-        batch: Batch,
-        warmup: float = 1.0,
-        teacher: Tensor | None = None,
-        *,
-        embed_only: bool = False,
+        self, batch: Batch, warmup: float = 1.0, teacher: Tensor | None = None, *, embed_only: bool = False
     ) -> tuple[Tensor, ...]:
         """Returns total (with gradient), align and distill (0-dim); see :class:`d2s.losses.objective.Objective`.
 

@@ -120,7 +120,9 @@ class Run:
         self.engine.eval()
         with self.full_model.gathered() as model:
             result = self.evaluate(model)
-        score = run_on_all(lambda: self.score(result))[0]  # the first worker's, so that all decide alike
+        captions = "dense" if self.config.stage == "pretrain" else "sparse"  # those that the stage aligns
+        aligned = result.dense if captions == "dense" else result
+        score = run_on_all(lambda: aligned.rsum)[0]  # the first worker's, so that all decide alike
         improved = score > state.best.get("rsum", -1.0)
         if improved:
             state.best = {"rsum": score, "step": state.step}
@@ -129,7 +131,6 @@ class Run:
             epoch = state.step / self.batches.steps_per_epoch
             seconds = time.monotonic() - start
             self.log.row("val", state.step, {"epoch": epoch, "seconds": seconds, **result.to_dict()})
-            captions = "dense" if self.config.stage == "pretrain" else "sparse"
             mark = "  (best)" if improved else f"  (best {state.best['rsum']:.1f})"
             self.log.say(f"step {state.step}  val rSum, {captions} captions: {score:.1f}{mark}")
         state.validation_pending = False
@@ -148,10 +149,6 @@ class Run:
             full=False,
             poll=self.preemption.check,
         )
-
-    def score(self, result: Evaluation) -> float:
-        """What the best model is chosen by: rSum of the captions that the stage aligns."""
-        return result.dense.rsum if self.config.stage == "pretrain" else result.rsum
 
     def export(self, name: str) -> None:
         """Writes the model to the run's folder `name`. Raises ValueError, on all workers, where that fails."""

@@ -69,10 +69,7 @@ def read(run: Path) -> dict[str, Any]:
 
 def data_of(run: Path) -> str | None:
     """The --data argument of an earlier run; None if the folder holds no run."""
-    if not (run / CONFIG).is_file():
-        return None
-    data = read(run).get("data")
-    return data if isinstance(data, str) else None
+    return read(run).get("data") if (run / CONFIG).is_file() else None
 
 
 def write(run: Path, config: TrainConfig, origin: dict[str, Any], world: int) -> None:

@@ -42,10 +42,9 @@ def all_gather_objects(value: T) -> list[T]:
 
 def sum_over_workers(value: Tensor) -> Tensor:
     """The sum of `value` over all workers, as a new tensor."""
-    if not several_workers():
-        return value.detach()
     total = value.detach().clone()
-    dist.all_reduce(total)
+    if several_workers():
+        dist.all_reduce(total)
     return total
 
 

@@ -21,11 +21,10 @@ _watchdog: Watchdog | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """This process: its `rank` among `world` workers, its `local_rank` on its machine, and its device."""
+    """This process: its `rank` among `world` workers, and its device."""
 
     rank: int
     world: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -66,8 +65,7 @@ def start_workers() -> Workers:
     global _watchdog
     timeout = waiting_time()
     _complete_environment()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = choose_device(local_rank)
+    device = choose_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu" or "D2S_THREADS" in os.environ:
         share_cores()
     if not in_group():
@@ -75,7 +73,7 @@ def start_workers() -> Workers:
         check_devices(device)
         if several_workers():
             _watchdog = start_watchdog(rank(), world_size())
-    return Workers(rank=rank(), world=world_size(), local_rank=local_rank, device=device)
+    return Workers(rank=rank(), world=world_size(), device=device)
 
 
 def _complete_environment() -> None:

@@ -7,6 +7,7 @@ have finished. This file needs no torch, so that the handlers are installed befo
 
 import os
 import signal
+import sys
 from types import FrameType
 
 PREEMPTED = 75
@@ -17,9 +18,6 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 class Preempted(Exception):
     """Raised on all workers together once they have agreed to stop."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"preempted by {name}")
 
 
 class Preemption:
@@ -64,7 +62,15 @@ class Preemption:
             return
         number = self.agreed()
         if number:
-            raise Preempted(signal.Signals(number).name)
+            raise Preempted(f"preempted by {signal.Signals(number).name}")
+
+
+def leave_group(code: int, *, ordered: bool) -> None:
+    """Ends this process as `d2s.workers.group.leave` does if torch was loaded; else just returns."""
+    if "torch" in sys.modules:
+        from d2s.workers.group import leave
+
+        leave(code, ordered=ordered)
 
 
 def _priority(number: int) -> int:

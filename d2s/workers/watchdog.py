@@ -10,6 +10,7 @@ Before it leaves, a worker sends its exit code as one byte: 0 with all others at
 printed its error. A connection that closes without one means a crash. Worker 0 passes both on.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -82,10 +83,8 @@ class Watchdog:
 
     def _send(self, message: bytes) -> None:
         for connection in self._connections.values():
-            try:
+            with contextlib.suppress(OSError):  # this worker has ended too
                 connection.sendall(message)
-            except OSError:
-                continue  # this worker has ended too
 
     def exit_if_another_failed(self) -> None:
         """Returns if this worker's error is its own; ends the process if another worker failed before."""

@@ -20,7 +20,7 @@ from d2s.common.files import parse_json
 from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.order import draws
 from d2s.shards.order.permutation import Permutation
-from d2s.shards.read.reader import Record
+from d2s.shards.read.records import Record
 
 SPARSE_COLUMNS = ("sparse", "caption", "txt")
 DENSE_COLUMNS = ("dense",)

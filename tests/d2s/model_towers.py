@@ -2,7 +2,7 @@
 
 import torch
 
-from d2s.model import D2SModel, DecoderConfig, ModelConfig, TowerConfig, build_word_tokenizer
+from d2s.model import D2SModel, DecoderConfig, ModelConfig, TowerConfig, build_word_tokenizer, presets
 
 CAPTIONS = [
     "A dog runs on the grass.",
@@ -53,6 +53,12 @@ BERT = {
     "intermediate_size": 64,
 }
 SIZE = 32
+
+
+def small_vit(width: int = 128, depth: int = 4) -> TowerConfig:
+    """A small ViT with random weights and without dropout."""
+    fields = presets.small_bert(width, depth).config
+    return TowerConfig(config={**fields, "model_type": "vit", "patch_size": 16}, pretrained=False)
 
 
 def tiny_config(vision: str = "vit", **changes) -> ModelConfig:

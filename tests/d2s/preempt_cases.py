@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
+sys.path.append(str(Path(__file__).parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 RANK = int(os.environ["RANK"])
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from model_towers import small_vit  # noqa: E402
 
 import d2s.train  # noqa: E402
 import d2s.training.build  # noqa: E402
 from d2s.checkpoint import store as checkpoint  # noqa: E402
-from d2s.model import presets  # noqa: E402
 from d2s.training.gradient_cache import MicroBatches  # noqa: E402
 from d2s.training.recipes import RECIPES  # noqa: E402
 from d2s.training.trainer import Trainer  # noqa: E402
@@ -45,7 +46,7 @@ Hit = Callable[[], object]
 def _without_batch_norm() -> Any:
     """A recipe that can be cut into micro-batches."""
     config = RECIPES["scenes_small_pretrain"]()
-    model = replace(config.model, image_encoder=presets.small_vit(16, 1), text_mlp_norm="layer")
+    model = replace(config.model, image_encoder=small_vit(16, 1), text_mlp_norm="layer")
     return replace(config, model=model)
 
 

@@ -53,7 +53,7 @@ def trainer(module: nn.Module, damage_budget: int = 9) -> Trainer:
             loss=SimpleNamespace(warmup_epochs=0),
             to_dict=dict,
         ),
-        run=Path(), workers=Workers(rank=0, world=1, local_rank=0, device=torch.device("cpu")),
+        run=Path(), workers=Workers(rank=0, world=1, device=torch.device("cpu")),
         index=None, engine=Engine(module), full_model=None,
         batches=SimpleNamespace(damaged=damaged, steps_per_epoch=9), computation=Computation(module), total_steps=9,
         state=RunState(damage=Damage(damaged)), preemption=SimpleNamespace(received=0),

@@ -117,7 +117,7 @@ def micro_batches(
     return MicroBatches(
         engine,
         None if teacher is None else TeacherRows(teacher),
-        Workers(rank=0, world=world, local_rank=0, device=torch.device("cpu")),
+        Workers(rank=0, world=world, device=torch.device("cpu")),
         0,
         size=size,
         detector=SimpleNamespace(inspect=lambda *embeddings: None),

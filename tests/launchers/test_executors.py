@@ -8,7 +8,7 @@ import pytest
 import torch
 from programs import ROOT, Programs, clone
 
-from d2s.launchers import task
+from d2s.launchers import executors, task
 from d2s.launchers.executors import Command, Resources, Step, executor
 from d2s.launchers.pipeline import find_data, sweep
 from d2s.launchers.show import is_error_message
@@ -146,7 +146,7 @@ def test_local_job_asks_for_a_restart(rank: str, tmp_path: Path, monkeypatch: py
         raise SystemExit
 
     monkeypatch.setattr(task, "run_command", run_command)
-    monkeypatch.setattr(task, "leave", leave)
+    monkeypatch.setattr(executors, "leave_group", leave)
     for name, text in {
         "SUBMITIT_EXECUTOR": "local", "SUBMITIT_FOLDER": str(tmp_path), "SUBMITIT_LOCAL_JOB_ID": "7",
         "SUBMITIT_LOCAL_GLOBALID": rank, "RANK": rank, "D2S_REQUEUE": "",

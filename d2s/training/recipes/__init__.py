@@ -1,4 +1,4 @@
-"""Recipes: named functions, each returning a whole configuration. A data set has a file, a recipe a function in it.
+"""Recipes: names for functions that return a whole configuration. A data set has a file, a recipe a line in it.
 
 A name says data set, image tower, input size in pixels and stage: `f30k_vitb16_384_pretrain`. The paper's own files
 are called 224 and 384, but were trained at 384 and 480 pixels; the names here give the true size. Stages: `pretrain`
@@ -7,20 +7,20 @@ what the authors' release does differently, so that its numbers can be reproduce
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable
+from functools import partial
 
 from d2s.common.settings import did_you_mean
 from d2s.training.config import TrainConfig
 from d2s.training.recipes import coco, flickr8k, flickr30k, scenes
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    name: function
+    name: recipe
     for data_set in (flickr30k, coco, flickr8k, scenes)
-    for name, function in vars(data_set).items()
-    if inspect.isfunction(function) and function.__module__ == data_set.__name__ and not name.startswith("_")
+    for name, recipe in vars(data_set).items()
+    if isinstance(recipe, partial)
 }
-"""Every recipe by name: each public function in a data set's file is one."""
+"""Every recipe by name: each `partial` in a data set's file is one."""
 
 
 def find_recipe(name: str) -> TrainConfig:

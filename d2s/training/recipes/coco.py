@@ -1,104 +1,35 @@
 """COCO recipes: the paper's settings, at true input sizes; see :mod:`d2s.training.recipes`."""
 
-from d2s.training.config import TrainConfig
+from functools import partial
+
 from d2s.training.recipes.paper import compat, paper
 
+coco_vitb16_224_pretrain = partial(paper, "vitb16", 224, "pretrain")
+coco_vitb16_224_pretrain_compat = partial(compat, "vitb16", 224, "pretrain")
+coco_vitb16_224_finetune = partial(paper, "vitb16", 224, "finetune")
+coco_vitb16_224_finetune_compat = partial(compat, "vitb16", 224, "finetune")
+coco_vitb16_224_align = partial(paper, "vitb16", 224, "align")
 
-def coco_vitb16_224_pretrain() -> TrainConfig:
-    return paper("coco", "vitb16", 224, "pretrain")
+coco_vitb16_384_pretrain = partial(paper, "vitb16", 384, "pretrain")
+coco_vitb16_384_pretrain_compat = partial(compat, "vitb16", 384, "pretrain")
+coco_vitb16_384_finetune = partial(paper, "vitb16", 384, "finetune")
+coco_vitb16_384_finetune_compat = partial(compat, "vitb16", 384, "finetune")
+coco_vitb16_384_align = partial(paper, "vitb16", 384, "align")
 
+coco_vitb16_480_pretrain = partial(paper, "vitb16", 480, "pretrain")
+coco_vitb16_480_pretrain_compat = partial(compat, "vitb16", 480, "pretrain")
+coco_vitb16_480_finetune = partial(paper, "vitb16", 480, "finetune")
+coco_vitb16_480_finetune_compat = partial(compat, "vitb16", 480, "finetune")
+coco_vitb16_480_align = partial(paper, "vitb16", 480, "align")
 
-def coco_vitb16_224_pretrain_compat() -> TrainConfig:
-    return compat(paper("coco", "vitb16", 224, "pretrain"))
+coco_swinb_224_pretrain = partial(paper, "swinb", 224, "pretrain")
+coco_swinb_224_pretrain_compat = partial(compat, "swinb", 224, "pretrain")
+coco_swinb_224_finetune = partial(paper, "swinb", 224, "finetune")
+coco_swinb_224_finetune_compat = partial(compat, "swinb", 224, "finetune")
+coco_swinb_224_align = partial(paper, "swinb", 224, "align")
 
-
-def coco_vitb16_224_finetune() -> TrainConfig:
-    return paper("coco", "vitb16", 224, "finetune")
-
-
-def coco_vitb16_224_finetune_compat() -> TrainConfig:
-    return compat(paper("coco", "vitb16", 224, "finetune"))
-
-
-def coco_vitb16_224_align() -> TrainConfig:
-    return paper("coco", "vitb16", 224, "align")
-
-
-def coco_vitb16_384_pretrain() -> TrainConfig:
-    return paper("coco", "vitb16", 384, "pretrain")
-
-
-def coco_vitb16_384_pretrain_compat() -> TrainConfig:
-    return compat(paper("coco", "vitb16", 384, "pretrain"))
-
-
-def coco_vitb16_384_finetune() -> TrainConfig:
-    return paper("coco", "vitb16", 384, "finetune")
-
-
-def coco_vitb16_384_finetune_compat() -> TrainConfig:
-    return compat(paper("coco", "vitb16", 384, "finetune"))
-
-
-def coco_vitb16_384_align() -> TrainConfig:
-    return paper("coco", "vitb16", 384, "align")
-
-
-def coco_vitb16_480_pretrain() -> TrainConfig:
-    return paper("coco", "vitb16", 480, "pretrain")
-
-
-def coco_vitb16_480_pretrain_compat() -> TrainConfig:
-    return compat(paper("coco", "vitb16", 480, "pretrain"))
-
-
-def coco_vitb16_480_finetune() -> TrainConfig:
-    return paper("coco", "vitb16", 480, "finetune")
-
-
-def coco_vitb16_480_finetune_compat() -> TrainConfig:
-    return compat(paper("coco", "vitb16", 480, "finetune"))
-
-
-def coco_vitb16_480_align() -> TrainConfig:
-    return paper("coco", "vitb16", 480, "align")
-
-
-def coco_swinb_224_pretrain() -> TrainConfig:
-    return paper("coco", "swinb", 224, "pretrain")
-
-
-def coco_swinb_224_pretrain_compat() -> TrainConfig:
-    return compat(paper("coco", "swinb", 224, "pretrain"))
-
-
-def coco_swinb_224_finetune() -> TrainConfig:
-    return paper("coco", "swinb", 224, "finetune")
-
-
-def coco_swinb_224_finetune_compat() -> TrainConfig:
-    return compat(paper("coco", "swinb", 224, "finetune"))
-
-
-def coco_swinb_224_align() -> TrainConfig:
-    return paper("coco", "swinb", 224, "align")
-
-
-def coco_swinb_384_pretrain() -> TrainConfig:
-    return paper("coco", "swinb", 384, "pretrain")
-
-
-def coco_swinb_384_pretrain_compat() -> TrainConfig:
-    return compat(paper("coco", "swinb", 384, "pretrain"))
-
-
-def coco_swinb_384_finetune() -> TrainConfig:
-    return paper("coco", "swinb", 384, "finetune")
-
-
-def coco_swinb_384_finetune_compat() -> TrainConfig:
-    return compat(paper("coco", "swinb", 384, "finetune"))
-
-
-def coco_swinb_384_align() -> TrainConfig:
-    return paper("coco", "swinb", 384, "align")
+coco_swinb_384_pretrain = partial(paper, "swinb", 384, "pretrain")
+coco_swinb_384_pretrain_compat = partial(compat, "swinb", 384, "pretrain")
+coco_swinb_384_finetune = partial(paper, "swinb", 384, "finetune")
+coco_swinb_384_finetune_compat = partial(compat, "swinb", 384, "finetune")
+coco_swinb_384_align = partial(paper, "swinb", 384, "align")

@@ -1,21 +1,11 @@
 """Flickr8k recipes."""
 
+from functools import partial
+
 from d2s.model import presets
 from d2s.training.config import TrainConfig
 from d2s.training.recipes.paper import Stage
 from d2s.training.recipes.small import small
-
-
-def flickr8k_small_pretrain() -> TrainConfig:
-    return _small("pretrain", steps=200)
-
-
-def flickr8k_small_finetune() -> TrainConfig:
-    return _small("finetune", steps=900)
-
-
-def flickr8k_small_align() -> TrainConfig:
-    return _small("align", steps=1100)
 
 
 def _small(stage: Stage, *, steps: int) -> TrainConfig:
@@ -32,3 +22,8 @@ def _small(stage: Stage, *, steps: int) -> TrainConfig:
         model={"width": 256, "text_dropout": 0.0, "token_dropout": 0.0},
         data={"max_words_dense": 112, "word_augment": 0.0},
     )
+
+
+flickr8k_small_pretrain = partial(_small, "pretrain", steps=200)
+flickr8k_small_finetune = partial(_small, "finetune", steps=900)
+flickr8k_small_align = partial(_small, "align", steps=1100)

@@ -8,16 +8,12 @@ from d2s.losses.config import LossConfig
 from d2s.model import DecoderConfig, ModelConfig, presets
 from d2s.training.config import TrainConfig
 
-DataSet = Literal["f30k", "coco"]
 Tower = Literal["vitb16", "swinb"]
 Stage = Literal["pretrain", "finetune", "align"]
 
-MARGIN: dict[DataSet, float] = {"f30k": 0.2, "coco": 0.2}
-"""Margin of the hinge for each data set, in cosine similarity."""
 
-
-def paper(data: DataSet, tower: Tower, size: int, stage: Stage) -> TrainConfig:
-    """30 epochs, global batch 128, hinge loss, BERT-base.
+def paper(tower: Tower, size: int, stage: Stage) -> TrainConfig:
+    """30 epochs, global batch 128, hinge loss with a margin of 0.2, BERT-base; the same for both data sets.
 
     size: side of the input image in pixels. stage: "align" is the baseline without decoder and teacher.
     """
@@ -31,12 +27,13 @@ def paper(data: DataSet, tower: Tower, size: int, stage: Stage) -> TrainConfig:
             decoder=DecoderConfig() if finetune else None,
         ),
         data=DataConfig(image_size=size, loader_workers=8),
-        loss=LossConfig(margin=MARGIN[data], distill_weight=1.0 if finetune else 0.0),
+        loss=LossConfig(margin=0.2, distill_weight=1.0 if finetune else 0.0),
     )
 
 
-def compat(config: TrainConfig) -> TrainConfig:
-    """`config` with every difference of the authors' release switched on that has a switch."""
+def compat(tower: Tower, size: int, stage: Stage) -> TrainConfig:
+    """`paper` with every difference of the authors' release switched on that has a switch."""
+    config = paper(tower, size, stage)
     decoder, loss = config.model.decoder, config.loss
     if decoder:
         decoder = dataclasses.replace(decoder, layout="postfix")

@@ -1,21 +1,11 @@
 """Recipes for procedural scenes, whose captions are generated with them."""
 
+from functools import partial
+
 from d2s.model import presets
 from d2s.training.config import TrainConfig
 from d2s.training.recipes.paper import Stage
 from d2s.training.recipes.small import small
-
-
-def scenes_small_pretrain() -> TrainConfig:
-    return _small("pretrain", steps=200)
-
-
-def scenes_small_finetune() -> TrainConfig:
-    return _small("finetune", steps=100)
-
-
-def scenes_small_align() -> TrainConfig:
-    return _small("align", steps=300)
 
 
 def _small(stage: Stage, *, steps: int) -> TrainConfig:
@@ -32,3 +22,8 @@ def _small(stage: Stage, *, steps: int) -> TrainConfig:
         model={"width": 128},
         data={"max_words_dense": 128, "crop_min": 0.9, "flip": 0.0},
     )
+
+
+scenes_small_pretrain = partial(_small, "pretrain", steps=200)
+scenes_small_finetune = partial(_small, "finetune", steps=100)
+scenes_small_align = partial(_small, "align", steps=300)

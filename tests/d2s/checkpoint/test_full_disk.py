@@ -89,7 +89,7 @@ def test_the_teachers_table_has_its_room_before_it_is_mapped(tmp_path: Path) -> 
     index = SimpleNamespace(
         column=lambda name: [0], rows=lambda split: range(9), total=lambda split, kind: 1000
     )
-    workers = Workers(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+    workers = Workers(rank=0, world=1, device=torch.device("cpu"))
     with (
         small_files(1000),
         pytest.raises(ValueError, match=r"table .*dense.f32 could not be written .*make room"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_towers import small_vit
 from small_set import make_model
 
 from d2s.model import D2SModel, ModelConfig, TowerConfig, build_word_tokenizer, presets
@@ -190,9 +191,7 @@ def test_computing_again_draws_the_same_dropout() -> None:
         config={**presets.small_bert(16, 2).config, "hidden_dropout_prob": 0.3},
         pretrained=False, tokenizer="words",
     )  # fmt: skip
-    image = TowerConfig(
-        config={**presets.small_vit(16, 2).config, "hidden_dropout_prob": 0.3}, pretrained=False
-    )
+    image = TowerConfig(config={**small_vit(16, 2).config, "hidden_dropout_prob": 0.3}, pretrained=False)
     gradients = []
     for again in (False, True):
         torch.manual_seed(0)

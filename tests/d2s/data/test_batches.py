@@ -9,8 +9,9 @@ import torch
 from made_shards import captions, make_shards, picture
 from tokenizer_made import wordpiece
 
-from d2s.data.batch import random_sentences
-from d2s.data.batches import DataConfig, TrainBatches
+from d2s.data.batch import BatchBuilder, random_sentences
+from d2s.data.batches import TrainBatches
+from d2s.data.config import DataConfig
 from d2s.data.eval_batches import eval_images, eval_texts
 from d2s.data.stream import StreamBatches
 from d2s.preprocess.images import CROP_DRAWS, eval_image, train_image
@@ -39,17 +40,13 @@ def config(**fields):
     return DataConfig(**({"image_size": 16, "loader_workers": 0} | fields))
 
 
-def batches(index, captions="both", batch_size=8, fields=None, **options):
-    options = {"seed": 3} | options
-    return TrainBatches(
-        index,
-        "train",
-        config(**(fields or {})),
-        PIPELINE,
-        captions=captions,
-        batch_size=batch_size,
-        **options,
-    )
+def builder(captions="both", seed=0, dense_text=True, **fields):
+    return BatchBuilder(config(**fields), PIPELINE, captions=captions, seed=seed, dense_text=dense_text)
+
+
+def batches(index, captions="both", batch_size=8, fields=None, seed=3, dense_text=True, **options):
+    settings = builder(captions, seed, dense_text, **(fields or {}))
+    return TrainBatches(index, "train", settings, batch_size=batch_size, **options)
 
 
 def same(a, b):
@@ -333,8 +330,8 @@ def test_batch_moves_and_pickles(index):
 def test_streamed_batches_have_fixed_steps(folder, processes, world):
     for rank in range(world):
         made = StreamBatches(
-            str(folder / "train/{00000..00005}.tar"), config(loader_workers=processes, sparse="one"), PIPELINE,
-            captions="both", batch_size=8, samples_per_epoch=50, seed=0, rank=rank, world=world,
+            str(folder / "train/{00000..00005}.tar"), builder(loader_workers=processes, sparse="one"),
+            batch_size=8, samples_per_epoch=50, rank=rank, world=world,
         )  # fmt: skip
         found = list(made.epoch(0))
         assert len(found) == made.steps_per_epoch == 6
@@ -349,13 +346,14 @@ def test_streamed_batches_have_fixed_steps(folder, processes, world):
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_streaming_without_the_captions_asked_for_ends_in_one_line(folder, processes):
+def test_streaming_without_the_captions_asked_for_ends_in_one_line(tmp_path, processes):
+    folder = make_shards(tmp_path, {"val": 7}, n_sparse=N_SPARSE, n_dense=[0])
     made = StreamBatches(
-        str(folder / "val/{00000..00001}.tar"), config(loader_workers=processes, sparse="one"), PIPELINE,
-        captions="both", batch_size=4, samples_per_epoch=8, seed=0, dense_columns=("re_caption",),
+        str(folder / "val/{00000..00001}.tar"), builder(loader_workers=processes, sparse="one"),
+        batch_size=4, samples_per_epoch=8,
     )  # fmt: skip
     with pytest.raises(
-        ValueError, match=r"no usable sample .* no dense caption \(looked in re_caption\)"
+        ValueError, match=r"no usable sample .* no dense caption \(looked in dense\)"
     ) as error:
         list(made.epoch(0))
     assert "\n" not in str(error.value)
@@ -363,7 +361,4 @@ def test_streaming_without_the_captions_asked_for_ends_in_one_line(folder, proce
 
 def test_a_stream_warns_of_what_it_cannot_do(folder):
     with pytest.warns(UserWarning, match="sparse is 'all'"):
-        StreamBatches(
-            str(folder / "train/00000.tar"), config(), PIPELINE,
-            captions="sparse", batch_size=4, samples_per_epoch=8, seed=0,
-        )  # fmt: skip
+        StreamBatches(str(folder / "train/00000.tar"), builder("sparse"), batch_size=4, samples_per_epoch=8)

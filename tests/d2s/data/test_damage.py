@@ -12,7 +12,7 @@ from worker_cases import run
 
 from d2s.checkpoint import store as checkpoint
 from d2s.data.damage import Damage, add_new
-from d2s.shards.read.reader import DamagedSample
+from d2s.shards.read.records import DamagedSample
 from d2s.training.trainer import Trainer
 from d2s.workers.preemption import Preempted
 

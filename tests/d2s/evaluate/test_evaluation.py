@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from small_set import make_model, make_set
 
-from d2s.data.batches import DataConfig
+from d2s.data.config import DataConfig
 from d2s.evaluate import command
 from d2s.evaluate.embed import embed_split
 from d2s.evaluate.evaluation import choose_folds, evaluate_model

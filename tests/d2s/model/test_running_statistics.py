@@ -76,7 +76,7 @@ def _apart(folder: str) -> dict:
     module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).train()
     module(torch.randn(8, 3))
     engine = SimpleNamespace(module=module, optimizer=torch.optim.AdamW(module.parameters()), global_steps=0)
-    workers = Workers(rank=rank, world=world, local_rank=rank, device=torch.device("cpu"))
+    workers = Workers(rank=rank, world=world, device=torch.device("cpu"))
     found = {"own": buffers(module)}
     save(Path(folder), 1, STATE, engine, workers, keep=1)
     found["after a save"] = buffers(module)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_set import make_model, make_set
 
-from d2s.data.batches import DataConfig
+from d2s.data.config import DataConfig
 from d2s.evaluate.embed import Embeddings, TextSet, embed_split
 from d2s.evaluate.metrics import recall_report
 from d2s.report import charts
@@ -19,7 +19,7 @@ from d2s.report import command as report
 from d2s.report.gallery import make_gallery
 from d2s.report.runs import read_run
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import ShardReader
+from d2s.shards.read.records import ShardReader
 
 EVIL = "<script>alert('x')</script>"
 
@@ -263,11 +263,11 @@ def test_no_place_for_the_report_is_one_line(data, tmp_path, capsys, monkeypatch
     with monkeypatch.context() as patch:
 
         def full(*_):
-            raise OSError(28, "No space left on device", "report.html")
+            raise OSError(28, "No space left on device")
 
         patch.setattr("os.fsync", full)
         assert report.main([str(run)]) == 2
-    assert capsys.readouterr().err == "error: report.html: No space left on device\n"
+    assert capsys.readouterr().err == f"error: {run / 'report.html'}: No space left on device\n"
     (run / "report.html").mkdir()
     assert report.main([str(run)]) == 2
     error = capsys.readouterr().err

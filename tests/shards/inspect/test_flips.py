@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2s.data.batches import DataConfig, TrainBatches
+from d2s.data.batch import BatchBuilder
+from d2s.data.batches import TrainBatches
+from d2s.data.config import DataConfig
 from d2s.shards.cli import main
 from d2s.shards.format.manifest import read_manifest
 from d2s.shards.inspect.verify import verify
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import DamagedSample, ShardReader
+from d2s.shards.read.records import DamagedSample, ShardReader
 from d2s.training.run_log import read_rows
 
 FLIPS = 1_000
@@ -209,9 +211,8 @@ def test_the_number_of_steps_does_not_depend_on_damage(spoilt: tuple[Path, set[s
     pipeline = TextPipeline(build_word_tokenizer(["a red circle left of a blue square"]), 64)
     config = DataConfig(image_size=32, sparse="one", loader_workers=0)
     for rank in range(world):
-        batches = TrainBatches(
-            index, "train", config, pipeline, captions="dense", batch_size=8, seed=0, rank=rank, world=world
-        )
+        builder = BatchBuilder(config, pipeline, captions="dense", seed=0)
+        batches = TrainBatches(index, "train", builder, batch_size=8, rank=rank, world=world)
         assert [len(batch) for batch in batches.epoch(0)] == [8 // world] * 6
         told |= named("\n".join(batches.damaged))
     assert told == hit

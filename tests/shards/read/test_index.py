@@ -19,7 +19,7 @@ from d2s.shards.format.index_file import write_index
 from d2s.shards.format.manifest import read_manifest
 from d2s.shards.read import index as index_module
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import DamagedSample, ShardReader
+from d2s.shards.read.records import DamagedSample, ShardReader
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_pickled_and_let_go_of(folder):
 
 def test_opening_brings_no_torch(folder):
     code = f"import sys; from d2s.shards.read.index import ShardIndex as S; S.open({str(folder)!r})"
-    code += "; import d2s.shards.read.reader, d2s.shards.order.permutation; sys.exit('torch' in sys.modules)"
+    code += "; import d2s.shards.read.records, d2s.shards.order.permutation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 from made_shards import captions, make_shards, picture
 
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import DamagedSample, ShardReader
+from d2s.shards.read.records import DamagedSample, ShardReader
 
 
 @pytest.fixture
