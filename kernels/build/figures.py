@@ -10,7 +10,7 @@ from d2s.kernels.build.jobs import Built
 
 PATH = Path(__file__).resolve().parents[1] / "results" / "compile.json"
 # Shared memory that a block can have, in KiB, by architecture.
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+SHARED_KIB = {80: 163, 90: 227, 100: 227}
 
 Committed = dict[str, dict[str, int]]
 

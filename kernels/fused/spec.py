@@ -40,3 +40,8 @@ class KernelSpec:
         """The options that the kernel is launched with."""
         own = self.options(tile, width, half) if self.options else {}
         return {"num_warps": tile.warps, "num_stages": tile.stages, **own}
+
+    def build_key(self, tile: Tile, width: int, half: bool) -> tuple[object, ...]:
+        """Equal for tiles from which the compiler builds the same code."""
+        constants, options = self.constants(tile, width, half), self.launch_options(tile, width, half)
+        return self.name, *constants.items(), *options.items()

@@ -6,6 +6,7 @@ pytest.importorskip("triton")
 
 from d2s.kernels import compile
 from d2s.kernels.build import figures
+from d2s.kernels.build.jobs import ARCHITECTURES
 from d2s.kernels.fused import tiles
 
 
@@ -56,16 +57,8 @@ def refused(capsys, *options):
     [
         (["--jobs", "0"], "argument --jobs: '0' is not a whole number of at least 1"),
         (["--jobs", "-3"], "argument --jobs: '-3' is not a whole number of at least 1"),
-        (["--width", "7"], "argument --width: none of these kernels is built for D = 7; there are [50, 64, "),
-        (["--kernel", "gpo_forward", "--width", "512"], "there are [50, 577]"),
-        (["--width", "512", "--width", "7"], "D = 7;"),
-        (["--arch", "abc"], "argument --arch: 'abc' unknown; known are 80, 86, "),
-        (["--arch", "80,999"], "argument --arch: '999' unknown; known are 80, 86, "),
-        (["--arch", "80,"], "argument --arch: '' unknown"),
         (["--kernel", "nonsense"], "no kernel nonsense; there are hinge_max_sweep, "),
-        (["--write", "--kernel", "positives"], "--write needs all kernels, widths and architectures"),
-        (["--write", "--width", "512"], "--write needs all kernels, widths and architectures"),
-        (["--write", "--arch", "80"], "--write needs all kernels, widths and architectures"),
+        (["--write", "--kernel", "positives"], "--write needs all kernels"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named_and_build_nothing(no_builds, capsys, options, expected):
@@ -75,11 +68,8 @@ def test_mistakes_on_the_command_line_are_named_and_build_nothing(no_builds, cap
 
 
 def test_a_restricted_run_builds_what_is_asked_for(no_builds, capsys):
-    assert compile.main(["--kernel", "positives", "--width", "512", "--arch", "103,80"]) == 0
-    assert {(job.kernel, job.width, job.arch) for job in no_builds} == {
-        ("positives", 512, 80),
-        ("positives", 512, 103),
-    }
+    assert compile.main(["--kernel", "positives"]) == 0
+    assert {(job.kernel, job.arch) for job in no_builds} == {("positives", arch) for arch in ARCHITECTURES}
 
 
 @pytest.mark.parametrize("name", ["tiles.json", "compile.json"])
