@@ -60,10 +60,10 @@ def measure_all(arguments: argparse.Namespace) -> set[str]:
         raise ValueError("no CUDA device; use --device cpu")
     torch.backends.cuda.matmul.allow_tf32 = False
     folder = arguments.out or (record.RESULTS if arguments.size == "full" else None)
-    device, version, measured = record.device_name(arguments.device), record.versions(), set()
+    now, measured = record.circumstances(arguments.device), set()
     if folder:
-        record.check_writable(folder, device)
-    print(f"{device}; torch {version['torch']}, triton {version['triton'] or 'none'}, {record.today()}")
+        record.check_writable(folder, now["device"])
+    print(f"{now['device']}; torch {now['torch']}, triton {now['triton'] or 'none'}, {now['date']}")
     begun, todo, dtype = time.monotonic(), plan.items(arguments), None
     for number, item in enumerate(todo, 1):
         if item.dtype != dtype:

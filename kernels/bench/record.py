@@ -71,14 +71,15 @@ def device_name(device: str) -> str:
     return f"CPU {found[1].strip() if found else 'unknown'}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def versions() -> dict[str, str]:
-    """The installed torch and triton; triton is empty if there is none."""
-    return {"torch": torch.__version__, "triton": metadata.version("triton") if find_spec("triton") else ""}
-
-
-def today() -> str:
-    """The date in UTC."""
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
+def circumstances(device: str) -> dict[str, str | int]:
+    """The columns that say when (UTC), where and with what a row was measured; triton is empty if there is none."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton") if find_spec("triton") else "",
+        "threads": torch.get_num_threads(),
+    }
 
 
 def file_of(folder: Path, device: str) -> Path:
