@@ -96,8 +96,8 @@ def source(spec: "KernelSpec", job: Job) -> object:
     from triton.compiler import ASTSource
 
     constants = dict(spec.constants(job.tile, job.width, job.half))
-    types = {**spec.pointers, **spec.scalars}
-    names = spec.kernel.arg_names
+    names, sizes = spec.kernel.arg_names, dict.fromkeys(spec.kernel.do_not_specialize, "i32")
+    types = {**spec.pointers, **spec.scalars, **sizes}
     missing = [name for name in names if name not in types and name not in constants]
     surplus = sorted({*types, *constants}.difference(names))
     if missing or surplus:
@@ -106,7 +106,7 @@ def source(spec: "KernelSpec", job: Job) -> object:
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
-        if name not in spec.unaligned and (kind.startswith("*") or kind.startswith("i"))
+        if name not in spec.unaligned and name not in sizes and kind != "fp32"
     }
     return ASTSource(fn=spec.kernel, signature=signature, constexprs=constants, attrs=aligned)
 

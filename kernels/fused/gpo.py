@@ -189,7 +189,6 @@ def _sizes(tile: Tile, tokens: int, half: bool) -> tuple[dict[str, object], int]
     return sizes, max(tile.warps, block_k // WARP)
 
 
-_SIZES = dict.fromkeys(SIZES, "i32")
 _BACKWARD = {"RANKS": RANKS, "CHANNELS": CHANNELS, "FEATURES": True, "WEIGHTS": True}
 # For these kernels the width of a spec is the number of tokens.
 SPECS = [
@@ -200,10 +199,8 @@ SPECS = [
             **dict.fromkeys(("features", "weights", "pooled"), "*x"),
             "mask": "*i1", "order": "*i16", "value": "*fp32",
         },
-        scalars=_SIZES,
         constants=lambda tile, tokens, half: {**_sizes(tile, tokens, half)[0], "ORDER": True, "VALUE": True},
         options=lambda tile, tokens, half: {"num_warps": _sizes(tile, tokens, half)[1]},
-        unaligned=frozenset(SIZES),
         dots=False,
         widths=(50, 577),
     ),
@@ -214,10 +211,8 @@ SPECS = [
             **dict.fromkeys(("grad", "weights", "d_features", "d_weights"), "*x"),
             "mask": "*i1", "order": "*i16", "value": "*fp32",
         },
-        scalars=_SIZES,
         constants=lambda tile, tokens, half: {"BLOCK_K": power_of_two(tokens), **_BACKWARD},
         options=lambda tile, tokens, half: {"num_warps": 4},
-        unaligned=frozenset(SIZES),
         dots=False,
         widths=(577,),
     ),

@@ -10,10 +10,8 @@ from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import resident_rows, selected, similarities
 from d2s.kernels.fused.tiles import Tile, tile_for
 
-SIZES = ("n", "offset")
 
-
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("n", "offset"))
 def _positives(
     image,  # (B, D)
     text,  # (N, D)
@@ -52,8 +50,6 @@ SPECS = [
         name="positives",
         kernel=_positives,
         pointers={**dict.fromkeys(("image", "text"), "*x"), "positive": "*fp32"},
-        scalars=dict.fromkeys(SIZES, "i32"),
         constants=_constants,
-        unaligned=frozenset(SIZES),
     )
 ]

@@ -7,11 +7,6 @@ from d2s.kernels.fused.launch import tile_constants
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile
 
-SIZES = (
-    *("stride", "row_start", "rows", "column_start", "columns", "n", "m", "offset", "row_programs"),
-    *("list_length", "first_column", "last_column", "first_row", "last_row"),
-)
-
 
 @triton.jit
 def _sum(
@@ -81,7 +76,12 @@ def _finish(
         tl.store(out + begin + here, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES[1:])
+@triton.jit(
+    do_not_specialize=(
+        *("row_start", "rows", "column_start", "columns", "n", "m", "offset", "row_programs"),
+        *("list_length", "first_column", "last_column", "first_row", "last_row"),
+    )
+)
 def products_kernel(
     ds,  # (block rows, stride)
     image,  # (B, D)
@@ -160,9 +160,9 @@ def _spec(skip: bool) -> KernelSpec:
         row="products",
         kernel=products_kernel,
         pointers=pointers,
-        scalars=dict.fromkeys(SIZES, "i32"),
+        scalars={"stride": "i32"},
         constants=constants,
-        unaligned=frozenset({"factor", *SIZES[1:]}),
+        unaligned=frozenset({"factor"}),
     )
 
 

@@ -28,10 +28,9 @@ from d2s.kernels.fused.tiles import tile_for
 
 # Rows that a program of `_finish` merges.
 MERGED = 256
-SIZES = ("n", "m", "tiles")
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("n", "m", "tiles"))
 def _statistics(
     student,  # (B, D)
     teacher,  # (B, E)
@@ -171,17 +170,15 @@ SPECS = [
             **dict.fromkeys(("student", "teacher", "student_all", "teacher_all"), "*x"),
             "parts": "*fp32",
         },
-        scalars={"scale": "fp32", **dict.fromkeys(SIZES, "i32")},
+        scalars={"scale": "fp32"},
         constants=spec_constants,
-        unaligned=frozenset(SIZES),
     ),
     KernelSpec(
         name="relational_finish",
         kernel=_finish,
         pointers=dict.fromkeys(("parts", "rows", "loss"), "*fp32"),
-        scalars={"scale": "fp32", "n": "i32", "splits": "i32"},
+        scalars={"scale": "fp32"},
         constants=lambda tile, width, half: {"MERGED": MERGED},
-        unaligned=frozenset({"n", "splits"}),
         dots=False,
         widths=(64,),
         dtypes=("fp32",),

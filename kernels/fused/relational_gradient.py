@@ -26,10 +26,9 @@ BLOCK_BYTES = 64 << 20
 BLOCK_ROWS = 4096
 # In fp16, whose smallest number is large, the differences are multiplied by this.
 FLOAT16_GAIN = 2.0**15
-SIZES = ("n", "start", "stop", "first", "last")
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("n", "start", "stop", "first", "last"))
 def _difference(
     student,  # (B, D)
     teacher,  # (B, E)
@@ -127,9 +126,8 @@ SPECS = [
         pointers={
             **dict.fromkeys(("student", "teacher", "student_all", "teacher_all", "block"), "*x"), "rows": "*fp32"
         },
-        scalars={"scale": "fp32", "gain": "fp32", **dict.fromkeys(SIZES, "i32")},
+        scalars={"scale": "fp32", "gain": "fp32"},
         constants=spec_constants,
-        unaligned=frozenset(SIZES),
         row="relational_statistics",
     ),
 ]  # fmt: skip

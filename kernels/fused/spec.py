@@ -10,21 +10,21 @@ from d2s.kernels.fused.tiles import Tile
 class KernelSpec:
     """One kernel, as `d2s.kernels.compile` builds it without a device.
 
-    name: the kernel's name, also in the tile table. kernel: the `@triton.jit` function. pointers: argument name to
-    Triton type ("*fp32", "*i64", "*i1"; "*x" stands for the embeddings' type). scalars: argument name to type
-    ("i32", "fp32"). constants: the constexpr arguments, given a tile, a width D and whether the embeddings have 16
-    bits. unaligned: pointers and scalars that may not be divisible by 16. dots: whether 16-bit variants have to use
-    tensor cores. widths: the D to compile for. dtypes: the types that "*x" stands for. row: the name of another
-    kernel whose tile this one uses, because it has to repeat that kernel's sums. options: launch options, such as
-    "num_warps", that differ from the tile's.
+    name: the kernel's name, also in the tile table. kernel: the `@triton.jit` function; arguments that it does not
+    specialize are "i32". pointers: argument name to Triton type ("*fp32", "*i64", "*i1"; "*x" stands for the
+    embeddings' type). constants: the constexpr arguments, given a tile, a width D and whether the embeddings have
+    16 bits. scalars: the other arguments' types ("i32", divisible by 16, or "fp32"). unaligned: pointers that may
+    not be divisible by 16. dots: whether 16-bit variants have to use tensor cores. widths: the D to compile for.
+    dtypes: the types that "*x" stands for. row: the name of another kernel whose tile this one uses, because it has
+    to repeat that kernel's sums. options: launch options, such as "num_warps", that differ from the tile's.
     """
 
     name: str
     kernel: object
     pointers: Mapping[str, str]
-    scalars: Mapping[str, str]
     constants: Callable[[Tile, int, bool], dict[str, object]]
-    unaligned: frozenset[str] = field(default_factory=frozenset)
+    scalars: Mapping[str, str] = field(default_factory=dict)
+    unaligned: frozenset[str] = frozenset()
     dots: bool = True
     widths: tuple[int, ...] = (64, 512, 1152)
     dtypes: tuple[str, ...] = ("bf16", "fp32")

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,9 +97,10 @@ def test_a_kernel_that_does_not_compile_is_a_fault_and_not_the_end():
 
 
 def test_a_spec_that_forgets_an_argument_is_told_which():
-    spec = replace(SPECS["hinge_max_sweep"], scalars={"n": "i32", "wrong": "i32"})
+    spec = SPECS["hinge_max_sweep"]
+    kernel = SimpleNamespace(arg_names=[*spec.kernel.arg_names, "offset"], do_not_specialize=["wrong"])
     with pytest.raises(ValueError, match=r"'offset'.*'wrong'"):
-        jobs.source(spec, JOB)
+        jobs.source(replace(spec, kernel=kernel), JOB)
 
 
 def test_the_command_names_an_unknown_kernel(capsys):
