@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2s.kernels.fused.launch import cdiv, power_of_two, untiled
+from d2s.kernels.fused.launch import MERGE, cdiv, power_of_two, untiled
 from d2s.kernels.fused.products import Block, Lists, Products
 from d2s.kernels.fused.spec import KernelSpec
 
@@ -161,10 +161,7 @@ SPECS = [
             **dict.fromkeys(("row_counts", "column_counts", "row_total", "column_total"), "*fp32"),
         },
         constants=lambda tile, width, half: {"ROWS": 128, "COLUMNS": 128, "TILES": 64, "BOTH": True},
-        options=untiled,
-        dots=False,
-        dtypes=("fp32",),
-        widths=(64,),
+        **MERGE,
     ),
     KernelSpec(
         name="hinge_sum_pull",

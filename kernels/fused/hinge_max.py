@@ -16,13 +16,13 @@ from torch import Tensor
 
 from d2s.kernels.fused.launch import (
     INTERPRETED,
+    MERGE,
     MERGED,
     Strips,
     on_device_of,
     options,
     tile_constants,
     total,
-    untiled,
 )
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import negatives, positive_column, resident_rows
@@ -189,9 +189,6 @@ SPECS = [
         },
         scalars={"margin": "fp32"},
         constants=lambda tile, width, half: {"BOTH": True, "MERGED": MERGED},
-        dots=False,
-        options=untiled,
-        dtypes=("fp32",),
-        widths=(64,),
+        **MERGE,
     ),
 ]

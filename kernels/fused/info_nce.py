@@ -22,13 +22,13 @@ from torch import Tensor
 
 from d2s.kernels.fused.launch import (
     INTERPRETED,
+    MERGE,
     MERGED,
     Strips,
     on_device_of,
     options,
     tile_constants,
     total,
-    untiled,
 )
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import (
@@ -212,9 +212,6 @@ SPECS = [
         pointers=dict.fromkeys((*_MERGED, *_SWEPT), "*fp32"),
         constants=lambda tile, width, half: {"BOTH": True, "MERGED": MERGED, "LN2": LN2},
         unaligned=frozenset({"scale"}),
-        dots=False,
-        options=untiled,
-        dtypes=("fp32",),
-        widths=(64,),
+        **MERGE,
     ),
 ]
