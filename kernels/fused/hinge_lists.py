@@ -166,10 +166,7 @@ SPECS = [
     KernelSpec(
         name="hinge_sum_pull",
         kernel=_pull,
-        pointers={
-            **dict.fromkeys(("image", "text"), "*x"),
-            **dict.fromkeys(("row_total", "column_total", "d_image", "d_text"), "*fp32"),
-        },
+        pointers=dict.fromkeys(("row_total", "column_total", "d_image", "d_text"), "*fp32"),
         constants=lambda tile, width, half: {
             **_PULL, "WIDTH": width, "BOTH": True, "IMAGE": True, "TEXT": True
         },

@@ -171,8 +171,6 @@ SPECS = [
         name="hinge_max_sweep",
         kernel=_sweep,
         pointers={
-            **dict.fromkeys(("image", "text"), "*x"),
-            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
             **dict.fromkeys(("positive", "row_best", "column_best"), "*fp32"),
             **dict.fromkeys(("row_at", "column_at"), "*i32"),
         },

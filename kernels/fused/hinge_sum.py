@@ -133,8 +133,6 @@ SPECS = [
         name="hinge_sum_pairs",
         kernel=_pairs,
         pointers={
-            **dict.fromkeys(("image", "text", "ds"), "*x"),
-            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
             **dict.fromkeys(("positive", "row_counts", "column_counts", "loss"), "*fp32"),
             "active": "*i32",
         },

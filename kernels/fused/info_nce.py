@@ -198,11 +198,7 @@ SPECS = [
     KernelSpec(
         name="info_nce_sweep",
         kernel=_sweep,
-        pointers={
-            **dict.fromkeys(("image", "text"), "*x"),
-            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
-            **dict.fromkeys(_SWEPT, "*fp32"),
-        },
+        pointers=dict.fromkeys(_SWEPT, "*fp32"),
         constants=lambda tile, width, half: {**tile_constants(tile, width), "BOTH": True},
         unaligned=frozenset({"scale"}),
     ),

@@ -134,11 +134,7 @@ SPECS = [
     KernelSpec(
         name="info_nce_pairs",
         kernel=_pairs,
-        pointers={
-            **dict.fromkeys(("image", "text", "ds"), "*x"),
-            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
-            **dict.fromkeys(_FLOATS, "*fp32"),
-        },
+        pointers=dict.fromkeys(_FLOATS, "*fp32"),
         scalars={"stride": "i32"},
         constants=lambda tile, width, half: {**tile_constants(tile, width), **_FLAGS, "DS_SCALE": 1.0},
         unaligned=frozenset({"scale", "grad"}),

@@ -144,7 +144,6 @@ def products_kernel(
 
 def _spec(skip: bool) -> KernelSpec:
     pointers = {
-        **dict.fromkeys(("ds", "image", "text"), "*x"),
         **dict.fromkeys(("pull", "factor", "image_sum", "text_sum"), "*fp32"),
         # The hinge has its gradients in float32.
         **dict.fromkeys(("d_image", "d_text"), "*fp32" if skip else "*x"),

@@ -132,10 +132,8 @@ def relational_forward(
 
     See `d2s.kernels.functional.relational_distillation`.
     """
-    (student, student_all), (teacher, teacher_all) = (
-        _alike(student, student_all),
-        _alike(teacher, teacher_all),
-    )
+    student, student_all = _alike(student, student_all)
+    teacher, teacher_all = _alike(teacher, teacher_all)
     sides = student, teacher, student_all, teacher_all
     n, m = student.shape[0], student_all.shape[0]
     scale = math.log2(math.e) / temperature

@@ -112,11 +112,7 @@ SPECS = [
     KernelSpec(
         name="sigmoid_pairs",
         kernel=_pairs,
-        pointers={
-            **dict.fromkeys(("image", "text", "ds"), "*x"),
-            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
-            **dict.fromkeys(("scale", "bias", "pull", "sums"), "*fp32"),
-        },
+        pointers=dict.fromkeys(("scale", "bias", "pull", "sums"), "*fp32"),
         scalars={"stride": "i32"},
         constants=lambda tile, width, half: {
             **tile_constants(tile, width), "DS_SCALE": 1.0, "STORE": True, "SCALARS": True

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from d2s.kernels.fused.tiles import Tile
 
+# The pointers that have the same type in all kernels.
+COMMON = {"image": "*x", "text": "*x", "ds": "*x", "image_ids": "*i64", "text_ids": "*i64"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSpec:
@@ -12,7 +15,7 @@ class KernelSpec:
 
     name: the kernel's name, also in the tile table. kernel: the `@triton.jit` function; arguments that it does not
     specialize are "i32". pointers: argument name to Triton type ("*fp32", "*i64", "*i1"; "*x" stands for the
-    embeddings' type). constants: the constexpr arguments, given a tile, a width D and whether the embeddings have
+    embeddings' type), without those in COMMON. constants: the constexpr arguments, given a tile, a width D and whether the embeddings have
     16 bits. scalars: the other arguments' types ("i32", divisible by 16, or "fp32"). unaligned: pointers that may
     not be divisible by 16. dots: whether 16-bit variants have to use tensor cores. widths: the D to compile for.
     dtypes: the types that "*x" stands for. row: the name of another kernel whose tile this one uses, because it has
@@ -30,6 +33,12 @@ class KernelSpec:
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     row: str = ""
     options: Callable[[Tile, int, bool], dict[str, int]] | None = None
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The types of the pointers and scalars."""
+        common = {name: kind for name, kind in COMMON.items() if name in self.kernel.arg_names}
+        return {**common, **self.pointers, **self.scalars}
 
     @property
     def tile_name(self) -> str:
