@@ -181,10 +181,6 @@ def _constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
     return {"WIDTH": width, "COLUMNS": tile.columns, "LINES": tile.depth, "OWN": True, "BUCKET": True}
 
 
-def _few_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    return {**_constants(tile, width, half), "ROWS": tile.rows, "UPCAST": False}
-
-
 _POINTERS = {
     "grad": "*fp32",
     **dict.fromkeys(("other", "out"), "*x"),
@@ -204,8 +200,10 @@ SPECS = [
         name="hinge_few",
         kernel=_few,
         pointers={**_POINTERS, "bucket_at": "*i64"},
-        constants=_few_constants,
+        constants=lambda tile, width, half: {
+            **_constants(tile, width, half), "ROWS": tile.rows, "UPCAST": False
+        },
         unaligned=frozenset({"grad"}),
         dtypes=("bf16",),
     ),
-]
+]  # fmt: skip

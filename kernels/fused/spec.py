@@ -15,11 +15,12 @@ class KernelSpec:
 
     name: the kernel's name, also in the tile table. kernel: the `@triton.jit` function; arguments that it does not
     specialize are "i32". pointers: argument name to Triton type ("*fp32", "*i64", "*i1"; "*x" stands for the
-    embeddings' type), without those in COMMON. constants: the constexpr arguments, given a tile, a width D and whether the embeddings have
-    16 bits. scalars: the other arguments' types ("i32", divisible by 16, or "fp32"). unaligned: pointers that may
-    not be divisible by 16. dots: whether 16-bit variants have to use tensor cores. widths: the D to compile for.
-    dtypes: the types that "*x" stands for. row: the name of another kernel whose tile this one uses, because it has
-    to repeat that kernel's sums. options: launch options, such as "num_warps", that differ from the tile's.
+    embeddings' type), without those in COMMON. constants: the constexpr arguments, given a tile, a width D and
+    whether the embeddings have 16 bits. scalars: the other arguments' types ("i32", divisible by 16, or "fp32").
+    unaligned: pointers that may not be divisible by 16. dots: whether 16-bit variants have to use tensor cores.
+    widths: the D to compile for. dtypes: the types that "*x" stands for. row: the name of another kernel whose tile
+    this one uses, because it has to repeat that kernel's sums. options: launch options, such as "num_warps", that
+    differ from the tile's.
     """
 
     name: str

@@ -12,12 +12,12 @@ import subprocess, sys, tempfile
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from d2s.kernels.build import jobs
+from d2s.kernels import builds
 from d2s.kernels.fused import ALL_SPECS
 spec = next(spec for spec in ALL_SPECS if spec.name == sys.argv[1])
-job = next(job for job in jobs.all_jobs([spec], {}) if (job.arch, job.dtype, job.width) == (90, sys.argv[2], 64))
+job = next(job for job in builds.all_jobs([spec], {}) if (job.arch, job.dtype, job.width) == (90, sys.argv[2], 64))
 options = spec.launch_options(job.tile, job.width, job.half)
-built = triton.compile(jobs.source(spec, job), target=GPUTarget("cuda", 90, 32), options=options)
+built = triton.compile(builds.source(spec, job), target=GPUTarget("cuda", 90, 32), options=options)
 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
     file.write(built.asm["cubin"])
     file.flush()
