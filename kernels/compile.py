@@ -1,25 +1,80 @@
 """`python -m d2s.kernels.compile`: compiles every Triton kernel for GPUs that need not be here.
 
 Prints a row for every kernel, architecture, width, type and tile (the default, and a tuned one marked *): registers,
-spills, shared memory, tensor-core and all instructions. Fails, naming each fault, if a kernel does not compile,
+spills, shared memory and tensor-core instructions. Fails, naming each fault, if a kernel does not compile,
 needs more shared memory than the GPU has, spills more than its committed figures (`results/compile.json`, written
 by `--write`), or multiplies 16-bit matrices without tensor cores.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 
 from d2s.common.command import Parser, positive, run
-from d2s.kernels.build.figures import PATH, SHARED_KIB, Committed, faults, read_figures, write_figures
-from d2s.kernels.build.jobs import ARCHITECTURES, Built, Job, all_jobs, all_specs, build_all
+from d2s.common.files import read_json, write_text
+from d2s.kernels.builds import Built, all_jobs, build_all
 
-if TYPE_CHECKING:
-    from d2s.kernels.fused.spec import KernelSpec
+# The committed figures of all builds.
+PATH = Path(__file__).resolve().parent / "results" / "compile.json"
+# Shared memory that a block can have, in KiB, by architecture.
+SHARED_KIB = {80: 163, 90: 227, 100: 227}
 
-HEADER = f"{'build':61} {'regs':>4} {'spill st/ld':>11} {'shared':>9} {'tensor':>6} {'instr':>6} {'s':>5}"
+Committed = dict[str, dict[str, int]]
+HEADER = f"{'build':61} {'regs':>4} {'spill st/ld':>11} {'shared':>9} {'tensor':>6}"
+
+
+def read_figures() -> Committed | None:
+    """The committed figures by `Job.key`; None if another version of triton made them, as it allocates differently.
+
+    Raises ValueError naming the file if it is damaged.
+    """
+    import triton
+
+    if not PATH.exists():
+        return {}
+    try:
+        content = read_json(PATH)
+        return content["figures"] if content["triton"] == triton.__version__ else None
+    except (KeyError, TypeError, ValueError) as error:
+        remedy = "restore it with git, or make it anew with `python -m d2s.kernels.compile --write`"
+        raise ValueError(f"{PATH}: {str(error).removeprefix(f'{PATH}: ')}; {remedy}") from error
+
+
+def write_figures(results: Iterable[Built]) -> None:
+    """Replaces the committed figures by those of a complete run, one build a line."""
+    import triton
+
+    figures = {built.job.key: asdict(built.figures) for built in results if built.figures}
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(figures[key])}" for key in sorted(figures))
+    version = json.dumps(triton.__version__)
+    write_text(PATH, f'{{\n "triton": {version},\n "figures": {{\n{lines}\n }}\n}}\n')
+
+
+def faults(built: Built, committed: Committed | None, dots: bool) -> list[str]:
+    """What is wrong with a build, one message each. dots: the kernel multiplies matrices.
+
+    committed: a build may spill as much as its committed figures, and nothing without any; None allows all spills.
+    """
+    job, figures = built.job, built.figures
+    if figures is None:
+        return [f"{job.key}: does not compile: {built.error}"]
+    found = []
+    limit = 1024 * SHARED_KIB[job.arch]
+    if figures.shared > limit:
+        found.append(f"{job.key}: needs {figures.shared} bytes of shared memory; sm_{job.arch} has {limit}")
+    allowed = (committed or {}).get(job.key, {})
+    for name in ("spill_stores", "spill_loads") if committed is not None else ():
+        now, before = getattr(figures, name), allowed.get(name, 0)
+        if now > before:
+            found.append(f"{job.key}: {name} {now} bytes; the committed figure is {before}")
+    if dots and job.half and figures.tensor_core == 0:
+        found.append(f"{job.key}: multiplies 16-bit matrices without tensor cores")
+    return found
 
 
 def line(built: Built) -> str:
@@ -28,73 +83,31 @@ def line(built: Built) -> str:
     if f is None:
         return f"{start:61} does not compile"
     spills = f"{f.spill_stores}/{f.spill_loads}"
-    return (
-        f"{start:61} {f.registers:4} {spills:>11} {f.shared / 1024:5.1f} KiB {f.tensor_core:6}"
-        f" {f.instructions:6} {built.seconds:5.1f}"
-    )
-
-
-def _architectures(text: str) -> list[int]:
-    """80,90 as numbers."""
-    known = {str(arch): arch for arch in SHARED_KIB}
-    if unknown := [part for part in text.split(",") if part not in known]:
-        names = ", ".join(repr(part) for part in unknown)
-        raise argparse.ArgumentTypeError(f"{names} unknown; known are {', '.join(known)}, e.g. 80,90")
-    return [known[part] for part in text.split(",")]
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="python -m d2s.kernels.compile", description=__doc__.split("\n")[0])
-    default = ",".join(map(str, ARCHITECTURES))
-    parser.add_argument("--arch", type=_architectures, default=default, help=f"e.g. 80,90; default {default}")
-    parser.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
-    parser.add_argument("--width", type=int, action="append", help="only this D; may be repeated")
-    parser.add_argument("--jobs", type=positive, default=min(2, os.cpu_count() or 1), help="processes")
-    parser.add_argument("--write", action="store_true", help=f"replace the figures in {PATH.name}")
-    return parser
-
-
-def _jobs(arguments: argparse.Namespace, specs: dict[str, "KernelSpec"]) -> list[Job]:
-    """The builds that were asked for. Raises ValueError for a name or width that no kernel has."""
-    from d2s.kernels.fused.tiles import tuned_tiles
-
-    wanted = arguments.kernel or list(specs)
-    if unknown := [name for name in wanted if name not in specs]:
-        raise ValueError(f"no kernel {', '.join(unknown)}; there are {', '.join(specs)}")
-    widths = sorted({width for name in wanted for width in specs[name].widths})
-    if unknown := [width for width in arguments.width or () if width not in widths]:
-        names = ", ".join(map(str, unknown))
-        raise ValueError(
-            f"argument --width: none of these kernels is built for D = {names}; there are {widths}"
-        )
-    # A kernel without committed figures is not compared, so the file must hold all of them.
-    if arguments.write and (arguments.kernel or arguments.width or {*arguments.arch} != {*ARCHITECTURES}):
-        raise ValueError("--write needs all kernels, widths and architectures")
-    jobs = all_jobs([specs[name] for name in wanted], arguments.arch, tuned_tiles())
-    return [job for job in jobs if not arguments.width or job.width in arguments.width]
-
-
-def _committed(writing: bool) -> Committed | None:
-    """The figures to compare with; a note on stderr if there are none for this triton."""
-    # Figures that are about to be replaced may be damaged.
-    if writing:
-        return None
-    figures = read_figures()
-    if figures is None:
-        print(f"compile: {PATH.name} is of another triton: spills are no faults", file=sys.stderr)
-    return figures
+    return f"{start:61} {f.registers:4} {spills:>11} {f.shared / 1024:5.1f} KiB {f.tensor_core:6}"
 
 
 def _compile(arguments: argparse.Namespace) -> list[str]:
     """Builds, prints a row for each build and returns the faults."""
     try:
-        specs = all_specs()
+        from d2s.kernels.fused import ALL_SPECS
     except ImportError as error:
         raise ValueError(f"{error}; install triton") from error
-    jobs, committed = _jobs(arguments, specs), _committed(arguments.write)
-    started = time.perf_counter()
+    from d2s.kernels.fused.tiles import tuned_tiles
+
+    specs = {spec.name: spec for spec in ALL_SPECS}
+    wanted = arguments.kernel or list(specs)
+    if unknown := [name for name in wanted if name not in specs]:
+        raise ValueError(f"no kernel {', '.join(unknown)}; there are {', '.join(specs)}")
+    # A kernel without committed figures is not compared, so the file must hold all of them.
+    if arguments.write and arguments.kernel:
+        raise ValueError("--write needs all kernels")
+    jobs = all_jobs([specs[name] for name in wanted], tuned_tiles())
+    # Figures that are about to be replaced may be damaged.
+    committed = None if arguments.write else read_figures()
+    if committed is None and not arguments.write:
+        print(f"compile: {PATH.name} is of another triton: spills are no faults", file=sys.stderr)
+    started, results = time.perf_counter(), []
     print(HEADER)
-    results = []
     for built in build_all(jobs, arguments.jobs):
         print(line(built), flush=True)
         results.append(built)
@@ -113,7 +126,11 @@ def _compile(arguments: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 if a build has a fault, 2 if the command or a table is wrong, 130 if interrupted."""
-    arguments, found = _parser().parse_args(argv), []
+    parser = Parser(prog="python -m d2s.kernels.compile", description=__doc__.split("\n")[0])
+    parser.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
+    parser.add_argument("--jobs", type=positive, default=min(2, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--write", action="store_true", help=f"replace the figures in {PATH.name}")
+    arguments, found = parser.parse_args(argv), []
     return run(lambda: found.extend(_compile(arguments))) or int(bool(found))
 
 

@@ -4,9 +4,11 @@ Of repeated measurements the last one counts. `--check` writes nothing and fails
 Without matplotlib it leaves the plots alone.
 """
 
+import io
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -14,7 +16,6 @@ from pathlib import Path
 from d2s.common.command import Parser, run
 from d2s.common.files import write_text
 from d2s.kernels.bench.cases import CASES
-from d2s.kernels.bench.plot import Lines, figure
 from d2s.kernels.bench.providers import PROVIDERS
 from d2s.kernels.bench.record import RESULTS, Row, by_device, file_of
 from d2s.kernels.problems import Shape
@@ -23,6 +24,12 @@ README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results: generated, see above -->", "<!-- end of results -->"
 # The cases that are measured over N.
 SWEEPS = tuple(name for name, case in CASES.items() if case.flops[0])
+# Of the plots: panels in a row, and matplotlib's settings. Text stays text, and equal data give equal bytes.
+COLUMNS = 3
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "d2s", "font.size": 8, "lines.markersize": 3}
+
+# Points (x, y), all above 0, by the name of their line.
+Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def _number(value: float | None) -> str:
@@ -97,6 +104,33 @@ def panels(rows: Sequence[Row], what: str) -> dict[str, Lines]:
         if lines:
             found[f"{case}, {dtype}"] = lines
     return found
+
+
+def figure(title: str, panels: Mapping[str, Lines]) -> str:
+    """SVG text by matplotlib, over logarithmic axes: the panels by their titles, three a row, with one legend.
+
+    A line has the same colour in all panels. The line "floor" is dashed and black.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(panels) / COLUMNS)
+    names = dict.fromkeys(name for lines in panels.values() for name in lines if name != "floor")
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(9, 0.6 + 2.2 * rows), layout="constrained")
+        drawing.suptitle(title)
+        handles = {}
+        for number, (heading, lines) in enumerate(panels.items(), 1):
+            axes = drawing.add_subplot(rows, COLUMNS, number, xscale="log", yscale="log", title=heading)
+            axes.grid(color="#ddd")
+            for name, points in lines.items():
+                style = "--o" if name == "floor" else "-o"
+                (handles[name],) = axes.plot(*zip(*points, strict=True), style, color=colours.get(name, "k"))
+        drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+        file = io.StringIO()
+        drawing.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
 
 
 def plots(devices: dict[str, list[Row]]) -> dict[str, str]:

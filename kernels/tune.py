@@ -8,20 +8,21 @@ default tiles. The table is written after each kernel, so a run that is stopped 
 
 import argparse
 import math
-import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from d2s import kernels
 from d2s.common.command import Parser, positive, run
 from d2s.common.files import write_json
+from d2s.kernels import gpo_pool, implementation
 from d2s.kernels.fused.tiles import LARGE, TABLE, Tile, default_tile, entry, tuned_tiles
 from d2s.kernels.problems import PROBLEMS, Shape, one_line
 
@@ -84,37 +85,29 @@ class Task:
 
     def candidates(self) -> list[Tile]:
         """The default tile and the others to try; only one of several tiles that build the same code."""
-        name, first = self.spec.name, self.default
-        found = [first]
+        name, found = self.spec.name, [self.default]
         if name not in SAME_SUMS:
             found += [default_tile(name, self.width, self.half, other) for other in LARGE]
         for field, (least, most) in BOUNDS.items():
             if name in SAME_SUMS and field not in ("columns", "stages"):
                 continue
-            value = getattr(first, field)
+            value = getattr(self.default, field)
             steps = (value - 1, value + 1) if field == "stages" else (value // 2, value * 2)
-            found += [replace(first, **{field: step}) for step in steps if least <= step <= most]
+            found += [replace(self.default, **{field: step}) for step in steps if least <= step <= most]
         by_build: dict[tuple, Tile] = {}
         for tile in found:
-            constants = self.spec.constants(tile, self.width, self.half)
-            options = self.spec.launch_options(tile, self.width, self.half)
-            by_build.setdefault((*constants.items(), *options.items()), tile)
+            by_build.setdefault(self.spec.build_key(tile, self.width, self.half), tile)
         return list(by_build.values())
 
 
-def tasks(arguments: argparse.Namespace, capability: tuple[int, int]) -> list[Task]:
-    """Everything to tune, in order. Raises ValueError for a kernel without a tile of its own."""
+def tasks(kernels: Sequence[str], widths: Sequence[int], capability: tuple[int, int]) -> list[Task]:
+    """Everything to tune, in order."""
     from d2s.kernels.fused import ALL_SPECS
 
-    specs = {spec.name: spec for spec in ALL_SPECS if spec.name in OPS}
-    if unknown := [name for name in arguments.kernel or () if name not in specs]:
-        raise ValueError(f"no tile of {', '.join(unknown)}; there are {', '.join(specs)}")
-    found = []
-    for width in arguments.width or WIDTHS:
-        for half in (True, False):
-            for name in arguments.kernel or specs:
-                size = TOKENS.get(width, width) if name == "gpo_forward" else width
-                found.append(Task(spec=specs[name], width=size, half=half, capability=capability))
+    specs, found = {spec.name: spec for spec in ALL_SPECS}, []
+    for width, half, name in product(widths, (True, False), kernels):
+        size = TOKENS.get(width, width) if name == "gpo_forward" else width
+        found.append(Task(spec=specs[name], width=size, half=half, capability=capability))
     return found
 
 
@@ -123,31 +116,28 @@ def make_step(op: str, width: int, dtype: torch.dtype, device: str, rows: int) -
 
     GPO's weights are inputs here, because the GRU that makes them takes longer than the kernels.
     """
+    make, ours = PROBLEMS[op].make, PROBLEMS[op].ours
     if op != "gpo":
-        inputs = PROBLEMS[op].make(Shape(n=rows, width=width), dtype, device, 0)
-        return lambda: [value := PROBLEMS[op].ours(inputs), *inputs.gradients(value)]
-    inputs = PROBLEMS[op].make(Shape(n=max(rows // 512, 3), tokens=width, width=512), dtype, device, 0)
-    features, mask = inputs.tensors["features"], inputs.tensors["mask"]
+        inputs = make(Shape(n=rows, width=width), dtype, device, 0)
+        return lambda: [value := ours(inputs), *inputs.gradients(value)]
+    inputs = make(Shape(n=max(rows // 512, 3), tokens=width, width=512), dtype, device, 0)
+    features, mask = inputs["features"], inputs["mask"]
     weights = torch.full(mask.shape, 1 / width, dtype=dtype, device=device, requires_grad=True)
     inputs.leaves = [features, weights]
-    return lambda: [value := kernels.gpo_pool(features, weights, mask), *inputs.gradients(value)]
+    return lambda: [value := gpo_pool(features, weights, mask), *inputs.gradients(value)]
 
 
 class Trial:
     """Times and checks the ops that launch one kernel, with the tiles that the table holds at that moment."""
 
     def __init__(self, task: Task, device: str = "cuda") -> None:
-        ops, dtypes = OPS[task.spec.name], (torch.bfloat16, torch.float16) if task.half else (torch.float32,)
+        ops, dtypes = OPS[task.spec.name], [torch.bfloat16, torch.float16] if task.half else [torch.float32]
         self.timed = [make_step(op, task.width, dtypes[0], device, ROWS[task.half]) for op in ops]
         self.checked = [
-            make_step(op, task.width, dtype, device, CHECKED_ROWS) for op in ops for dtype in dtypes
+            make_step(op, task.width, kind, device, CHECKED_ROWS) for op in ops for kind in dtypes
         ]
-        table = dict(tuned_tiles())
-        tuned_tiles().clear()
-        try:
+        with patch.dict(tuned_tiles(), clear=True):
             self.expected = self.results()
-        finally:
-            tuned_tiles().update(table)
 
     def results(self) -> list[Tensor]:
         """Values and gradients of the small problems, in float64 on the CPU."""
@@ -215,33 +205,28 @@ def tune_all(todo: list[Task], minutes: float, out: Path) -> None:
 
 def _tune(arguments: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available()
+    if not (on_gpu or arguments.dry_run):
+        raise ValueError("no CUDA device here; --dry-run lists what would be measured")
+    capability = torch.cuda.get_device_capability() if on_gpu else (8, 0)
+    todo = tasks(arguments.kernel or tuple(OPS), arguments.width or WIDTHS, capability)
     if arguments.dry_run:
-        here = torch.cuda.get_device_capability() if on_gpu else (8, 0)
-        todo = tasks(arguments, divmod(arguments.arch, 10) if arguments.arch else here)
         for task in todo:
             print(f"{task}: {', '.join(map(str, task.candidates()))}")
         print(f"{sum(len(task.candidates()) for task in todo)} candidates")
         return
-    if not on_gpu:
-        raise ValueError("no CUDA device here; --dry-run lists what would be measured")
-    if (used := kernels.implementation("cuda")) != "triton":
+    if (used := implementation("cuda")) != "triton":
         raise ValueError(f"D2S_KERNELS={used} launches no kernel that has tiles")
-    # A process that is terminated keeps as much as one that is interrupted.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    tune_all(tasks(arguments, torch.cuda.get_device_capability()), arguments.minutes, arguments.out)
+    tune_all(todo, arguments.minutes, arguments.out)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 if the device broke down, 2 without a device or for a wrong command, 130 if interrupted."""
     parser = Parser(prog="python -m d2s.kernels.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
-    parser.add_argument(
-        "--width", type=int, choices=WIDTHS, action="append", help="only this D; may be repeated"
-    )
+    parser.add_argument("--kernel", choices=OPS, action="append", help="only this kernel; may be repeated")
+    parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="only this D; likewise")
     parser.add_argument("--minutes", type=positive, default=20, help="start no kernel after this time (20)")
     parser.add_argument("--out", type=Path, default=TABLE, help="the table to write")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates, measure nothing")
-    parser.add_argument("--arch", type=int, help="with --dry-run: for this architecture, e.g. 90")
     arguments = parser.parse_args(argv)
     try:
         return run(lambda: _tune(arguments))

@@ -21,52 +21,37 @@ from d2s.shards.order.permutation import BlockPermutation, Permutation, batch_po
 from d2s.shards.read.index import ShardIndex
 
 _SHARD_ROWS = 10_000
-_CHUNK = 1 << 20
-_CAPTIONS = 5
 _IMAGE, _JSON = 40_000, 1_000
 
 
 def write_invented_index(folder: Path, rows: int) -> None:
     """Writes an index of `rows` rows in shards of 10,000, with 5 sparse and 1 dense caption each."""
-    shards = [f"train/{number:05}.tar" for number in range(-(-rows // _SHARD_ROWS))]
-    form = index_file.index_schema(shards, {"train": [0, rows]})
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        columns = {}
-        for field in form:
-            column = np.memmap(Path(scratch) / field.name, field.type.to_pandas_dtype(), "w+", shape=(rows,))
-            for start in range(0, rows, _CHUNK):
-                row = np.arange(start, min(start + _CHUNK, rows))
-                column[start : start + len(row)] = _values(field.name, row)
-            columns[field.name] = column
-        batch = pa.record_batch([pa.array(column) for column in columns.values()], schema=form)
-        with pa.OSFile(str(folder / INDEX), "wb") as file, pa.ipc.new_file(file, form) as writer:
-            writer.write_batch(batch)
-    # Opening checks that every shard has its full length; a file extended by truncate takes no space on the disk.
     (folder / "train").mkdir()
-    for shard in shards:
-        with open(folder / shard, "wb") as file:
-            file.truncate(_SHARD_ROWS * (_IMAGE + _JSON + 1024))
+    sample = _IMAGE + _JSON + 1024
+    sparse, dense = (pa.array([[""] * count] * _SHARD_ROWS) for count in (5, 1))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        writer = index_file.IndexWriter(rows, Path(scratch))
+        for start in range(0, rows, _SHARD_ROWS):
+            row = np.arange(min(_SHARD_ROWS, rows - start))
+            shard = f"train/{start // _SHARD_ROWS:05}.tar"
+            columns = {
+                "split": pa.repeat("train", len(row)),
+                "shard": pa.repeat(shard, len(row)),
+                "image_id": start + row,
+                "image_offset": row * sample,
+                "image_size": pa.repeat(_IMAGE, len(row)),
+                "json_offset": row * sample + _IMAGE + 512,
+                "json_size": pa.repeat(_JSON, len(row)),
+                "sparse": sparse[: len(row)],
+                "dense": dense[: len(row)],
+            }
+            writer.add(pa.table(columns), row)
+            # Opening checks that shards have their full length; truncate gives it without using the disk.
+            with open(folder / shard, "wb") as file:
+                file.truncate(_SHARD_ROWS * sample)
+        writer.finish(folder)
     # Opening checks that there is a manifest; an empty one is enough, since no key is looked up.
     manifest.write_manifest(folder, manifest.schema().empty_table())
-
-
-def _values(name: str, row: np.ndarray) -> np.ndarray | int:
-    offset = (row % _SHARD_ROWS) * (_IMAGE + _JSON + 1024)
-    known = {
-        "shard": row // _SHARD_ROWS,
-        "image_offset": offset,
-        "image_size": _IMAGE,
-        "json_offset": offset + _IMAGE + 512,
-        "json_size": _JSON,
-        "crc32": row & 0xFFFFFFFF,
-        "image_id": row,
-        "n_sparse": _CAPTIONS,
-        "n_dense": 1,
-        "sparse_start": row * _CAPTIONS,
-        "dense_start": row,
-    }
-    assert set(known) == set(index_file.COLUMNS)
-    return known[name]
 
 
 def look_up(folder: Path, batches: int, batch_size: int) -> dict[str, float]:
@@ -76,13 +61,9 @@ def look_up(folder: Path, batches: int, batch_size: int) -> dict[str, float]:
     index = ShardIndex.open(folder)
     pairs = index.n_sparse_total("train")
     result = {"open_s": time.perf_counter() - start}
-    for name in ("rows", "blocks"):
+    blocks = BlockPermutation(index.shard_sizes("train", "sparse"), 0, 0, 8)
+    for name, order in (("rows", Permutation(pairs, 0, 0)), ("blocks", blocks)):
         start = time.perf_counter()
-        order = (
-            Permutation(pairs, 0, 0)
-            if name == "rows"
-            else BlockPermutation(index.shard_sizes("train", "sparse"), 0, 0, 8)
-        )
         for step in range(batches):
             positions = batch_positions(step, batch_size)
             rows, _ = index.pair("train", order(np.arange(positions.start, positions.stop)))

@@ -17,7 +17,6 @@ from d2s.kernels.bench import plan, record, timing
 from d2s.kernels.bench.cases import CASES
 from d2s.kernels.bench.measure import measure
 from d2s.kernels.bench.providers import PROVIDERS
-from d2s.kernels.bench.table import HEADER, show
 
 # Seconds after which a variant on a GPU is not repeated any more.
 LONGEST = 10.0
@@ -60,20 +59,22 @@ def measure_all(arguments: argparse.Namespace) -> set[str]:
         raise ValueError("no CUDA device; use --device cpu")
     torch.backends.cuda.matmul.allow_tf32 = False
     folder = arguments.out or (record.RESULTS if arguments.size == "full" else None)
-    device, version, measured = record.device_name(arguments.device), record.versions(), set()
+    now, measured = record.circumstances(arguments.device), set()
     if folder:
-        record.check_writable(folder, device)
-    print(f"{device}; torch {version['torch']}, triton {version['triton'] or 'none'}, {record.today()}")
+        record.check_writable(folder, now["device"])
+    print(f"{now['device']}; torch {now['torch']}, triton {now['triton'] or 'none'}, {now['date']}")
     begun, todo, dtype = time.monotonic(), plan.items(arguments), None
     for number, item in enumerate(todo, 1):
         if item.dtype != dtype:
             dtype = item.dtype
             rates = timing.device_rates(plan.DTYPES[dtype], arguments.device, arguments.size == "tiny")
-            print(f"{dtype}: matrix product {rates[0]:.3f} TFLOP/s, copy {rates[1]:.1f} GB/s\n{HEADER}")
+            print(
+                f"{dtype}: matrix product {rates[0]:.3f} TFLOP/s, copy {rates[1]:.1f} GB/s\n{record.HEADER}"
+            )
         passed = f"{(time.monotonic() - begun) / 60:.1f} min"
         print(f"bench: {number} of {len(todo)} after {passed}: {item}", file=sys.stderr, flush=True)
         rows = measure(item, rates, arguments)
-        show(rows)
+        record.show(rows)
         if folder:
             record.append(folder, rows)
         measured.update(row.provider for row in rows)

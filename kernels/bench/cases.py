@@ -6,6 +6,7 @@ GPO with its GRU run once per sample and torch.sort. They use nothing of the imp
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,7 @@ class Case(Problem):
     traffic: tuple[int, int] = (2, 4)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
+class Work(NamedTuple):
     """One step's floating-point operations in matrix products, and bytes read and written once."""
 
     flops: float
@@ -43,17 +43,12 @@ class Work:
 
 def work(name: str, shape: Shape, dtype: torch.dtype, mode: str) -> Work:
     """The least work of a case in a mode; backward alone has what both have, less the forward's part."""
-    case = CASES[name]
-    (flops, both_flops), (traffic, both_traffic) = case.flops, case.traffic
-    if mode == "full":
-        flops, traffic = both_flops, both_traffic
-    elif mode == "backward":
-        flops, traffic = both_flops - flops, both_traffic - traffic
-    entries = shape.n * shape.width * max(shape.tokens, 1)
-    return Work(
-        flops=float(flops * shape.n * shape.n * shape.width),
-        traffic=float(traffic * entries * dtype.itemsize),
+    flops, traffic = (
+        {"forward": forward, "full": both, "backward": both - forward}[mode]
+        for forward, both in (CASES[name].flops, CASES[name].traffic)
     )
+    entries = shape.n * shape.width * max(shape.tokens, 1)
+    return Work(float(flops * shape.n * shape.n * shape.width), float(traffic * entries * dtype.itemsize))
 
 
 def _similarities(x: Inputs) -> Tensor:

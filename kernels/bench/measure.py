@@ -57,6 +57,25 @@ def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Nam
     count = timing.sets_needed(first.nbytes(), device)
     inputs = [first, *(make(item.shape, dtype, device, seed) for seed in range(1, count))]
     runs, rows = variants(item, arguments), []
+
+    def add(mode: str, name: str, clock: str, spent: list[float], extra: float | None = None) -> None:
+        """Adds the row of one variant. spent: milliseconds of all repeats. extra: MiB."""
+        least = work(item.case, item.shape, dtype, mode)
+        p20, median, p80 = (timing.quantile(spent, q) for q in (0.2, 0.5, 0.8))
+        what = {"case": item.case, "mode": mode, "provider": name, "dtype": item.dtype, **asdict(item.shape)}
+        times = {"timing": clock, "repeats": len(spent), "median_ms": median, "p20_ms": p20, "p80_ms": p80}
+        row = record.Row(
+            **record.circumstances(device),
+            **what,
+            **times,
+            extra_mib=extra,
+            tflops=least.flops / median / 1e9,
+            matmul_tflops=rates[0],
+            copy_gbs=rates[1],
+            floor_ms=least.floor_ms(*rates),
+        )
+        rows.append(row)
+
     for mode in plan.modes(item.case, arguments):
         limits = arguments.repeat, arguments.warm, device, arguments.longest
         times, failed = timing.in_turn(runs, inputs, mode, *limits)
@@ -65,51 +84,12 @@ def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Nam
             del runs[name]
         for name, spent in times.items():
             extra = extra_mib(name, item, device, runs[name]) if mode == "full" else None
-            rows.append(
-                new_row(item, mode, name, "events" if on_gpu else "wall", spent, rates, device, extra)
-            )
+            add(mode, name, "events" if on_gpu else "wall", spent, extra)
         for name in times if on_gpu and item.shape.n <= LAUNCH_BOUND and mode != "backward" else ():
             try:
-                spent = timing.by_graph(runs[name], inputs, mode)
-                rows.append(new_row(item, mode, name, "graph", spent, rates, device))
+                add(mode, name, "graph", timing.by_graph(runs[name], inputs, mode))
             # Providers that wait for the host or allocate memory on their own cannot be captured.
             except Exception as error:  # noqa: BLE001
                 print(f"  {name}: no CUDA graph: {one_line(error)}")
                 torch.cuda.synchronize(device)
     return rows
-
-
-def new_row(
-    item: plan.Item,
-    mode: str,
-    name: str,
-    clock: str,
-    spent: list[float],
-    rates: tuple[float, float],
-    device: str,
-    extra: float | None = None,
-) -> record.Row:
-    """The row of one variant. spent: milliseconds of all repeats. extra: MiB."""
-    least = work(item.case, item.shape, plan.DTYPES[item.dtype], mode)
-    p20, median, p80 = (timing.quantile(spent, q) for q in (0.2, 0.5, 0.8))
-    return record.Row(
-        date=record.today(),
-        device=record.device_name(device),
-        **record.versions(),
-        threads=torch.get_num_threads(),
-        case=item.case,
-        mode=mode,
-        provider=name,
-        dtype=item.dtype,
-        **asdict(item.shape),
-        timing=clock,
-        repeats=len(spent),
-        median_ms=median,
-        p20_ms=p20,
-        p80_ms=p80,
-        extra_mib=extra,
-        tflops=least.flops / median / 1e9,
-        matmul_tflops=rates[0],
-        copy_gbs=rates[1],
-        floor_ms=least.floor_ms(*rates),
-    )

@@ -21,14 +21,11 @@ class Unavailable(Exception):
 
 def provider(name: str, case: str, device: str, width: int) -> Run:
     """How a provider runs a case. Raises Unavailable with the reason."""
-    if name == "ours":
-        return CASES[case].ours
-    if name == "eager":
-        return CASES[case].plain
-    if name == "released":
-        if CASES[case].released is None:
+    found = {"ours": CASES[case].ours, "eager": CASES[case].plain, "released": CASES[case].released}
+    if name in found:
+        if found[name] is None:
             raise Unavailable(f"{name}: public code does it the plain way")
-        return CASES[case].released
+        return found[name]
     if name == "compiled":
         # Dynamo counts recompilations by code object, over all sizes and types; past its limit it would silently
         # run the plain function. fullgraph makes it an error if it cannot compile all of it.

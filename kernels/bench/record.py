@@ -1,4 +1,4 @@
-"""The measurements: one row each, appended to one CSV file per device, never overwritten."""
+"""The measurements: one row each, printed and appended to one CSV file per device, never overwritten."""
 
 import csv
 import datetime
@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from d2s.kernels.problems import Shape
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -58,6 +60,11 @@ class Row:
 
 
 COLUMNS = [field.name for field in fields(Row)]
+# Of the printed table.
+HEADER = (
+    f"{'case':10} {'mode':8} {'size':>11} {'provider':9} {'timing':6} {'median ms':>10} {'20 %':>9} {'80 %':>9}"
+    f" {'extra MiB':>10} {'TFLOP/s':>8} {'of matmul':>9} {'of floor':>8} {'vs eager':>8} {'memory':>8}"
+)
 
 
 def device_name(device: str) -> str:
@@ -71,14 +78,15 @@ def device_name(device: str) -> str:
     return f"CPU {found[1].strip() if found else 'unknown'}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def versions() -> dict[str, str]:
-    """The installed torch and triton; triton is empty if there is none."""
-    return {"torch": torch.__version__, "triton": metadata.version("triton") if find_spec("triton") else ""}
-
-
-def today() -> str:
-    """The date in UTC."""
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
+def circumstances(device: str) -> dict[str, str | int]:
+    """The columns that say when (UTC), where and with what a row was measured; triton is empty if there is none."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton") if find_spec("triton") else "",
+        "threads": torch.get_num_threads(),
+    }
 
 
 def file_of(folder: Path, device: str) -> Path:
@@ -96,6 +104,31 @@ def check_writable(folder: Path, device: str) -> None:
                 raise ValueError(f"{path}: has other columns than {','.join(COLUMNS)}; move it away")
     elif not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, "no right to write here", str(folder))
+
+
+def show(rows: list[Row]) -> None:
+    """Prints the rows; `vs eager` and `memory` are eager's time and memory divided by the row's."""
+    eager = {(r.mode, r.timing): r for r in rows if r.provider == "eager"}
+    for r in rows:
+        base = eager.get((r.mode, r.timing))
+        faster = f"{base.median_ms / r.median_ms:7.1f}x" if base else ""
+        both = base and base.extra_mib is not None and r.extra_mib is not None
+        # Less than a mebibyte is noise of the process.
+        less = f"{base.extra_mib / max(r.extra_mib, 1):7.1f}x" if both else ""
+        memory = "" if r.extra_mib is None else f"{r.extra_mib:.1f}"
+        size = Shape(n=r.n, tokens=r.tokens, width=r.width)
+        rate = f"{r.tflops:8.3f} {100 * r.tflops / r.matmul_tflops:7.1f} %" if r.tflops else f"{'':18}"
+        print(
+            f"{r.case:10} {r.mode:8} {size!s:>11} {r.provider:9} {r.timing:6} {r.median_ms:10.3f}"
+            f" {r.p20_ms:9.3f} {r.p80_ms:9.3f} {memory:>10} {rate} {r.median_ms / r.floor_ms:7.1f}x"
+            f" {faster:>8} {less:>8}",
+            flush=True,
+        )
+    for ours in (r for r in rows if r.provider == "ours"):
+        others = [r for r in rows if (r.mode, r.timing) == (ours.mode, ours.timing) and r is not ours]
+        if others:
+            than = ", ".join(f"{r.median_ms / ours.median_ms:.1f}x as fast as {r.provider}" for r in others)
+            print(f"  {ours.case} {ours.mode}: ours is {than}", flush=True)
 
 
 def append(folder: Path, rows: Iterable[Row]) -> None:

@@ -225,5 +225,4 @@ def _each(sample: Callable[[int, Scratch], None], batch: int, tokens: int, width
         lane(0)
         return
     with ThreadPoolExecutor(lanes) as pool:
-        for _ in pool.map(lane, range(lanes)):
-            pass
+        list(pool.map(lane, range(lanes)))

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d2s.kernels import chunked
 from d2s.kernels.fused.channel_sort import by_channel, cube, key_of, sort_ascending, value_of
 from d2s.kernels.fused.launch import cdiv, not_needed, on_device_of, power_of_two, storage
 from d2s.kernels.fused.spec import KernelSpec
@@ -120,8 +121,6 @@ def gpo_forward(
     """
     batch, tokens, width = features.shape
     if tokens > TOKENS:
-        from d2s.kernels import chunked
-
         return chunked.gpo_forward(features, weights, mask, need)
     shape = (batch, width * tokens)
     order = features.new_empty(shape if need[0] else 0, dtype=torch.int16)
@@ -141,11 +140,7 @@ def gpo_forward(
 
 def gpo_saves_values(features: Tensor) -> bool:
     """Returns whether the forward saves the sorted values; if not, the backward reads the features again."""
-    if features.shape[1] > TOKENS:
-        from d2s.kernels import chunked
-
-        return chunked.gpo_saves_values(features)
-    return True
+    return features.shape[1] <= TOKENS or chunked.gpo_saves_values(features)
 
 
 def gpo_backward(
@@ -160,8 +155,6 @@ def gpo_backward(
     """Returns d_features (B, K, D) and d_weights (B, K), in the types of grad (B, D) and of the weights."""
     (batch, tokens), width, dtype = weights.shape, grad.shape[1], grad.dtype
     if tokens > TOKENS:
-        from d2s.kernels import chunked
-
         return chunked.gpo_backward(grad, features, weights, mask, order, value, need)
     d_features, d_weights = not_needed(grad, dtype), not_needed(weights)
     if need[0]:
@@ -187,7 +180,6 @@ def _sizes(tile: Tile, tokens: int, half: bool) -> tuple[dict[str, object], int]
     return sizes, max(tile.warps, block_k // WARP)
 
 
-_SIZES = dict.fromkeys(SIZES, "i32")
 _BACKWARD = {"RANKS": RANKS, "CHANNELS": CHANNELS, "FEATURES": True, "WEIGHTS": True}
 # In the specs of these kernels, the width is the number of tokens.
 SPECS = [
@@ -198,10 +190,8 @@ SPECS = [
             **dict.fromkeys(("features", "weights", "pooled"), "*x"),
             "mask": "*i1", "order": "*i16", "value": "*fp32",
         },
-        scalars=_SIZES,
         constants=lambda tile, tokens, half: {**_sizes(tile, tokens, half)[0], "ORDER": True, "VALUE": True},
         options=lambda tile, tokens, half: {"num_warps": _sizes(tile, tokens, half)[1]},
-        unaligned=frozenset(SIZES),
         dots=False,
         widths=(50, 577),
     ),
@@ -212,10 +202,8 @@ SPECS = [
             **dict.fromkeys(("grad", "weights", "d_features", "d_weights"), "*x"),
             "mask": "*i1", "order": "*i16", "value": "*fp32",
         },
-        scalars=_SIZES,
         constants=lambda tile, tokens, half: {"BLOCK_K": power_of_two(tokens), **_BACKWARD},
         options=lambda tile, tokens, half: {"num_warps": 4},
-        unaligned=frozenset(SIZES),
         dots=False,
         widths=(577,),
     ),

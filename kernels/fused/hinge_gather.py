@@ -182,10 +182,6 @@ def _constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
     return {"WIDTH": width, "COLUMNS": tile.columns, "LINES": tile.depth, "OWN": True, "BUCKET": True}
 
 
-def _few_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    return {**_constants(tile, width, half), "ROWS": tile.rows, "UPCAST": False}
-
-
 _POINTERS = {
     "grad": "*fp32",
     **dict.fromkeys(("other", "out"), "*x"),
@@ -197,18 +193,18 @@ SPECS = [
         name="hinge_gather",
         kernel=_gather,
         pointers={**_POINTERS, **dict.fromkeys(("starts", "order"), "*i64")},
-        scalars=dict.fromkeys(SIZES, "i32"),
         constants=_constants,
-        unaligned=frozenset({"grad", *SIZES}),
+        unaligned=frozenset({"grad"}),
         dots=False,
     ),
     KernelSpec(
         name="hinge_few",
         kernel=_few,
         pointers={**_POINTERS, "bucket_at": "*i64"},
-        scalars=dict.fromkeys(SIZES, "i32"),
-        constants=_few_constants,
-        unaligned=frozenset({"grad", *SIZES}),
+        constants=lambda tile, width, half: {
+            **_constants(tile, width, half), "ROWS": tile.rows, "UPCAST": False
+        },
+        unaligned=frozenset({"grad"}),
         dtypes=("bf16",),
     ),
-]
+]  # fmt: skip

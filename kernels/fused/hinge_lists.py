@@ -8,14 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from d2s.kernels.fused.launch import cdiv, power_of_two, untiled
+from d2s.kernels.fused.launch import MERGE, cdiv, power_of_two, untiled
 from d2s.kernels.fused.products import Block, Lists, Products
 from d2s.kernels.fused.spec import KernelSpec
 
 # Rows and channels that each program of `_pull` computes.
 _PULL = {"ROWS": 16, "COLUMNS": 128}
-LISTS_SIZES = ("row_start", "column_start", "n", "m", "row_tiles", "column_tiles", "height", "width")
-PULL_SIZES = ("n", "offset")
 
 
 @triton.jit
@@ -38,7 +36,9 @@ def _counted(counts, parts, at, size, out, first, inside):
     tl.store(out + at, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=LISTS_SIZES)
+@triton.jit(
+    do_not_specialize=("row_start", "column_start", "n", "m", "row_tiles", "column_tiles", "height", "width")
+)
 def _lists(
     active,  # (row tiles, column tiles)
     row_counts,  # (column tiles, block rows)
@@ -70,7 +70,7 @@ def _lists(
             _counted(column_counts, row_tiles, at, width, column_total + column_start, row_start == 0, inside)
 
 
-@triton.jit(do_not_specialize=PULL_SIZES)
+@triton.jit(do_not_specialize=("n", "offset"))
 def _pull(
     image,  # (B, D)
     text,  # (N, D)
@@ -161,27 +161,17 @@ SPECS = [
             **dict.fromkeys(("active", "row_list", "row_count", "column_list", "column_count"), "*i32"),
             **dict.fromkeys(("row_counts", "column_counts", "row_total", "column_total"), "*fp32"),
         },
-        scalars=dict.fromkeys(LISTS_SIZES, "i32"),
         constants=lambda tile, width, half: {"ROWS": 128, "COLUMNS": 128, "TILES": 64, "BOTH": True},
-        options=untiled,
-        unaligned=frozenset(LISTS_SIZES),
-        dots=False,
-        dtypes=("fp32",),
-        widths=(64,),
+        **MERGE,
     ),
     KernelSpec(
         name="hinge_sum_pull",
         kernel=_pull,
-        pointers={
-            **dict.fromkeys(("image", "text"), "*x"),
-            **dict.fromkeys(("row_total", "column_total", "d_image", "d_text"), "*fp32"),
-        },
-        scalars=dict.fromkeys(PULL_SIZES, "i32"),
+        pointers=dict.fromkeys(("row_total", "column_total", "d_image", "d_text"), "*fp32"),
         constants=lambda tile, width, half: {
             **_PULL, "WIDTH": width, "BOTH": True, "IMAGE": True, "TEXT": True
         },
         options=untiled,
-        unaligned=frozenset(PULL_SIZES),
         dots=False,
     ),
 ]  # fmt: skip

@@ -17,24 +17,21 @@ from torch import Tensor
 
 from d2s.kernels.fused.launch import (
     INTERPRETED,
+    MERGE,
     MERGED,
     Strips,
     on_device_of,
     options,
     tile_constants,
     total,
-    untiled,
 )
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import negatives, positive_column, resident_rows
 from d2s.kernels.fused.tiles import tile_for
 from d2s.kernels.sides import Sides
 
-SIZES = ("n", "m", "offset", "start", "tiles", "strip")
-MERGE_SIZES = ("n", "m", "start", "stop", "strip", "splits", "blocks", "first_loss")
 
-
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("n", "m", "offset", "start", "tiles", "strip"))
 def _sweep(
     image,  # (B, D)
     text,  # (N, D)
@@ -101,7 +98,7 @@ def _cost(margin, best, positive, inside):
     return tl.where(inside & shown & ~(cost <= 0), cost, 0.0)
 
 
-@triton.jit(do_not_specialize=MERGE_SIZES)
+@triton.jit(do_not_specialize=("n", "m", "start", "stop", "strip", "splits", "blocks", "first_loss"))
 def _merge(
     positive,  # (B,)
     row_best,  # (splits, strip)
@@ -175,14 +172,10 @@ SPECS = [
         name="hinge_max_sweep",
         kernel=_sweep,
         pointers={
-            **dict.fromkeys(("image", "text"), "*x"),
-            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
             **dict.fromkeys(("positive", "row_best", "column_best"), "*fp32"),
             **dict.fromkeys(("row_at", "column_at"), "*i32"),
         },
-        scalars=dict.fromkeys(SIZES, "i32"),
         constants=lambda tile, width, half: {**tile_constants(tile, width), "BOTH": True},
-        unaligned=frozenset(SIZES),
     ),
     KernelSpec(
         name="hinge_max_merge",
@@ -193,12 +186,8 @@ SPECS = [
             **dict.fromkeys(("row_at", "column_at"), "*i64"),
             **dict.fromkeys(("row_active", "column_active"), "*i1"),
         },
-        scalars={"margin": "fp32", **dict.fromkeys(MERGE_SIZES, "i32")},
+        scalars={"margin": "fp32"},
         constants=lambda tile, width, half: {"BOTH": True, "MERGED": MERGED},
-        unaligned=frozenset(MERGE_SIZES),
-        dots=False,
-        options=untiled,
-        dtypes=("fp32",),
-        widths=(64,),
+        **MERGE,
     ),
 ]

@@ -34,8 +34,6 @@ from d2s.kernels.fused.sweep import (
 from d2s.kernels.fused.tiles import tile_for
 from d2s.kernels.sides import Sides
 
-PAIRS_SIZES = ("n", "m", "offset", "row_start", "column_start", "first_loss")
-
 
 @triton.jit
 def _violation(s, threshold):
@@ -44,7 +42,7 @@ def _violation(s, threshold):
     return tl.where(v <= 0, 0.0, v)
 
 
-@triton.jit(do_not_specialize=PAIRS_SIZES)
+@triton.jit(do_not_specialize=("n", "m", "offset", "row_start", "column_start", "first_loss"))
 def _pairs(
     image,  # (B, D)
     text,  # (N, D)
@@ -136,15 +134,12 @@ SPECS = [
         name="hinge_sum_pairs",
         kernel=_pairs,
         pointers={
-            **dict.fromkeys(("image", "text", "ds"), "*x"),
-            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
             **dict.fromkeys(("positive", "row_counts", "column_counts", "loss"), "*fp32"),
             "active": "*i32",
         },
-        scalars={"margin": "fp32", "stride": "i32", **dict.fromkeys(PAIRS_SIZES, "i32")},
+        scalars={"margin": "fp32", "stride": "i32"},
         constants=lambda tile, width, half: {
             **tile_constants(tile, width), "BOTH": True, "GRADIENT": True, "SKIP": True, "SINGLE": False
         },
-        unaligned=frozenset(PAIRS_SIZES),
     ),
 ]  # fmt: skip

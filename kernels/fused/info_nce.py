@@ -23,13 +23,13 @@ from torch import Tensor
 
 from d2s.kernels.fused.launch import (
     INTERPRETED,
+    MERGE,
     MERGED,
     Strips,
     on_device_of,
     options,
     tile_constants,
     total,
-    untiled,
 )
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import (
@@ -44,11 +44,9 @@ from d2s.kernels.fused.tiles import tile_for
 from d2s.kernels.sides import Sides
 
 LN2 = 0.6931471805599453
-SWEEP_SIZES = ("n", "m", "offset", "start", "tiles", "strip")
-MERGE_SIZES = ("n", "m", "start", "stop", "strip", "splits", "blocks", "first_loss")
 
 
-@triton.jit(do_not_specialize=SWEEP_SIZES)
+@triton.jit(do_not_specialize=("n", "m", "offset", "start", "tiles", "strip"))
 def _sweep(
     image,  # (B, D)
     text,  # (N, D)
@@ -122,7 +120,7 @@ def _finished(best, sums, own, factor, inside, LN2: tl.constexpr):
     return odds, tl.where(inside, 0.5 * LN2 * cost, 0.0)
 
 
-@triton.jit(do_not_specialize=MERGE_SIZES)
+@triton.jit(do_not_specialize=("n", "m", "start", "stop", "strip", "splits", "blocks", "first_loss"))
 def _merge(
     scale,  # (1,)
     positive,  # (B,)
@@ -199,25 +197,16 @@ SPECS = [
     KernelSpec(
         name="info_nce_sweep",
         kernel=_sweep,
-        pointers={
-            **dict.fromkeys(("image", "text"), "*x"),
-            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
-            **dict.fromkeys(_SWEPT, "*fp32"),
-        },
-        scalars=dict.fromkeys(SWEEP_SIZES, "i32"),
+        pointers=dict.fromkeys(_SWEPT, "*fp32"),
         constants=lambda tile, width, half: {**tile_constants(tile, width), "BOTH": True},
-        unaligned=frozenset({"scale", *SWEEP_SIZES}),
+        unaligned=frozenset({"scale"}),
     ),
     KernelSpec(
         name="info_nce_merge",
         kernel=_merge,
         pointers=dict.fromkeys((*_MERGED, *_SWEPT), "*fp32"),
-        scalars=dict.fromkeys(MERGE_SIZES, "i32"),
         constants=lambda tile, width, half: {"BOTH": True, "MERGED": MERGED, "LN2": LN2},
-        unaligned=frozenset({"scale", *MERGE_SIZES}),
-        dots=False,
-        options=untiled,
-        dtypes=("fp32",),
-        widths=(64,),
+        unaligned=frozenset({"scale"}),
+        **MERGE,
     ),
 ]

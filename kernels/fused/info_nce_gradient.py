@@ -32,10 +32,8 @@ from d2s.kernels.fused.sweep import (
 from d2s.kernels.fused.tiles import tile_for
 from d2s.kernels.sides import Sides
 
-PAIRS_SIZES = ("n", "m", "offset", "row_start", "column_start", "first_sum")
 
-
-@triton.jit(do_not_specialize=PAIRS_SIZES)
+@triton.jit(do_not_specialize=("n", "m", "offset", "row_start", "column_start", "first_sum"))
 def _pairs(
     image,  # (B, D)
     text,  # (N, D)
@@ -136,13 +134,9 @@ SPECS = [
     KernelSpec(
         name="info_nce_pairs",
         kernel=_pairs,
-        pointers={
-            **dict.fromkeys(("image", "text", "ds"), "*x"),
-            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
-            **dict.fromkeys(_FLOATS, "*fp32"),
-        },
-        scalars={"stride": "i32", **dict.fromkeys(PAIRS_SIZES, "i32")},
+        pointers=dict.fromkeys(_FLOATS, "*fp32"),
+        scalars={"stride": "i32"},
         constants=lambda tile, width, half: {**tile_constants(tile, width), **_FLAGS, "DS_SCALE": 1.0},
-        unaligned=frozenset({"scale", "grad", *PAIRS_SIZES}),
+        unaligned=frozenset({"scale", "grad"}),
     )
 ]

@@ -36,6 +36,10 @@ def untiled(tile: Tile, width: int, half: bool) -> dict[str, int]:
     return {"num_warps": 4, "num_stages": 3}
 
 
+# Of the spec of a kernel that merges partial results: it sees no embeddings, so one build serves all of them.
+MERGE = {"dots": False, "options": untiled, "dtypes": ("fp32",), "widths": (64,)}
+
+
 def tile_constants(tile: Tile, width: int, upcast: bool = False) -> dict[str, object]:
     """Returns the constants of a kernel that computes tiles of similarities (see `sweep.py`)."""
     sizes = {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}

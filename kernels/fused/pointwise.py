@@ -20,7 +20,6 @@ from d2s.kernels.fused.tiles import Tile
 KINDS = {"cosine": 0, "l1": 1, "l2": 2}
 # Entries of each side that a program holds, approximately.
 ENTRIES = 2048
-SIZES = ("n", "student_row", "teacher_row")
 
 
 @triton.jit
@@ -108,9 +107,8 @@ def _spec(kind: str) -> KernelSpec:
         name=f"pointwise_{kind}",
         kernel=_pointwise,
         pointers={"student": "*x", "teacher": "*x", "loss": "*fp32", "d_student": "*fp32"},
-        scalars=dict.fromkeys(SIZES, "i32"),
+        scalars=dict.fromkeys(("student_row", "teacher_row"), "i32"),
         constants=constants,
-        unaligned=frozenset({"n"}),
         dots=False,
         options=lambda tile, width, half: {"num_warps": _warps(power_of_two(width))},
     )

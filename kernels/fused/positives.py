@@ -8,12 +8,10 @@ from torch import Tensor
 from d2s.kernels.fused.launch import INTERPRETED, cdiv, on_device_of, options
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import resident_rows, selected, similarities
-from d2s.kernels.fused.tiles import Tile, tile_for
-
-SIZES = ("n", "offset")
+from d2s.kernels.fused.tiles import tile_for
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("n", "offset"))
 def _positives(
     image,  # (B, D)
     text,  # (N, D)
@@ -43,17 +41,13 @@ def positives(image: Tensor, text: Tensor, offset: int) -> Tensor:
     return out
 
 
-def _constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    return {"WIDTH": width, "ROWS": tile.rows, "DEPTH": tile.depth, "UPCAST": False}
-
-
 SPECS = [
     KernelSpec(
         name="positives",
         kernel=_positives,
-        pointers={**dict.fromkeys(("image", "text"), "*x"), "positive": "*fp32"},
-        scalars=dict.fromkeys(SIZES, "i32"),
-        constants=_constants,
-        unaligned=frozenset(SIZES),
+        pointers={"positive": "*fp32"},
+        constants=lambda tile, width, half: {
+            "WIDTH": width, "ROWS": tile.rows, "DEPTH": tile.depth, "UPCAST": False
+        },
     )
-]
+]  # fmt: skip

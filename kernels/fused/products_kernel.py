@@ -7,11 +7,6 @@ from d2s.kernels.fused.launch import tile_constants
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile
 
-SIZES = (
-    *("stride", "row_start", "rows", "column_start", "columns", "n", "m", "offset", "row_programs"),
-    *("list_length", "first_column", "last_column", "first_row", "last_row"),
-)
-
 
 @triton.jit
 def _sum(
@@ -82,7 +77,12 @@ def _finish(
         tl.store(out + begin + here, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES[1:])
+@triton.jit(
+    do_not_specialize=(
+        *("row_start", "rows", "column_start", "columns", "n", "m", "offset", "row_programs"),
+        *("list_length", "first_column", "last_column", "first_row", "last_row"),
+    )
+)
 def products_kernel(
     ds,  # (block rows, stride)
     image,  # (B, D)
@@ -145,7 +145,6 @@ def products_kernel(
 
 def _spec(skip: bool) -> KernelSpec:
     pointers = {
-        **dict.fromkeys(("ds", "image", "text"), "*x"),
         **dict.fromkeys(("pull", "factor", "image_sum", "text_sum"), "*fp32"),
         # The hinge's gradients are float32.
         **dict.fromkeys(("d_image", "d_text"), "*fp32" if skip else "*x"),
@@ -161,9 +160,9 @@ def _spec(skip: bool) -> KernelSpec:
         row="products",
         kernel=products_kernel,
         pointers=pointers,
-        scalars=dict.fromkeys(SIZES, "i32"),
+        scalars={"stride": "i32"},
         constants=constants,
-        unaligned=frozenset({"factor", *SIZES[1:]}),
+        unaligned=frozenset({"factor"}),
     )
 
 

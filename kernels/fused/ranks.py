@@ -174,15 +174,13 @@ def retrieval_ranks(
     return counts.sum(0)
 
 
-def _spec(name: str, kernel: object, pointers: dict[str, str], sizes: tuple, **fixed: bool) -> KernelSpec:
+def _spec(name: str, kernel: object, pointers: dict[str, str], **fixed: bool) -> KernelSpec:
     return KernelSpec(
         name=name,
         row="ranks_count",
         kernel=kernel,
         pointers={"queries": "*x", "candidates": "*x", "best": "*fp32", **pointers},
-        scalars=dict.fromkeys(sizes, "i32"),
         constants=lambda tile, width, half: {**tile_constants(tile, width), **fixed},
-        unaligned=frozenset(sizes),
     )
 
 
@@ -190,8 +188,8 @@ _IDS = dict.fromkeys(("query_ids", "candidate_ids"), "*i64")
 _LISTS = dict.fromkeys(("starts", "indices"), "*i64")
 _BOTH = {**_IDS, **_LISTS, "counts": "*i32"}
 SPECS = [
-    _spec("ranks_best_listed", _best_listed, _LISTS, ("n",)),
-    _spec("ranks_best_by_id", _best_by_id, _IDS, SIZES),
-    _spec("ranks_count", _count, _BOTH, SIZES, LISTED=False),
-    _spec("ranks_count_listed", _count, _BOTH, SIZES, LISTED=True),
+    _spec("ranks_best_listed", _best_listed, _LISTS),
+    _spec("ranks_best_by_id", _best_by_id, _IDS),
+    _spec("ranks_count", _count, _BOTH, LISTED=False),
+    _spec("ranks_count_listed", _count, _BOTH, LISTED=True),
 ]

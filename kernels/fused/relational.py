@@ -28,10 +28,9 @@ from d2s.kernels.fused.tiles import tile_for
 
 # Rows that each program of `_finish` merges.
 MERGED = 256
-SIZES = ("n", "m", "tiles")
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("n", "m", "tiles"))
 def _statistics(
     student,  # (B, D)
     teacher,  # (B, E)
@@ -130,10 +129,8 @@ def relational_forward(
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (loss (), d_student (B, D), d_all (N, D)) in float32; `need` selects the gradients."""
-    (student, student_all), (teacher, teacher_all) = (
-        _alike(student, student_all),
-        _alike(teacher, teacher_all),
-    )
+    student, student_all = _alike(student, student_all)
+    teacher, teacher_all = _alike(teacher, teacher_all)
     sides = student, teacher, student_all, teacher_all
     n, m = student.shape[0], student_all.shape[0]
     scale = math.log2(math.e) / temperature
@@ -168,17 +165,15 @@ SPECS = [
             **dict.fromkeys(("student", "teacher", "student_all", "teacher_all"), "*x"),
             "parts": "*fp32",
         },
-        scalars={"scale": "fp32", **dict.fromkeys(SIZES, "i32")},
+        scalars={"scale": "fp32"},
         constants=spec_constants,
-        unaligned=frozenset(SIZES),
     ),
     KernelSpec(
         name="relational_finish",
         kernel=_finish,
         pointers=dict.fromkeys(("parts", "rows", "loss"), "*fp32"),
-        scalars={"scale": "fp32", "n": "i32", "splits": "i32"},
+        scalars={"scale": "fp32"},
         constants=lambda tile, width, half: {"MERGED": MERGED},
-        unaligned=frozenset({"n", "splits"}),
         dots=False,
         widths=(64,),
         dtypes=("fp32",),

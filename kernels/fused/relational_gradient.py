@@ -26,10 +26,9 @@ BLOCK_BYTES = 64 << 20
 BLOCK_ROWS = 4096
 # The differences are multiplied by this in fp16, where small numbers would become 0.
 FLOAT16_GAIN = 2.0**15
-SIZES = ("n", "start", "stop", "first", "last")
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("n", "start", "stop", "first", "last"))
 def _difference(
     student,  # (B, D)
     teacher,  # (B, E)
@@ -128,9 +127,8 @@ SPECS = [
         pointers={
             **dict.fromkeys(("student", "teacher", "student_all", "teacher_all", "block"), "*x"), "rows": "*fp32"
         },
-        scalars={"scale": "fp32", "gain": "fp32", **dict.fromkeys(SIZES, "i32")},
+        scalars={"scale": "fp32", "gain": "fp32"},
         constants=spec_constants,
-        unaligned=frozenset(SIZES),
         row="relational_statistics",
     ),
 ]  # fmt: skip

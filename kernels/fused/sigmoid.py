@@ -30,10 +30,8 @@ from d2s.kernels.fused.sweep import (
 from d2s.kernels.fused.tiles import tile_for
 from d2s.kernels.sides import Sides
 
-PAIRS_SIZES = ("n", "m", "offset", "row_start", "column_start", "first_sum", "all_tiles")
 
-
-@triton.jit(do_not_specialize=PAIRS_SIZES)
+@triton.jit(do_not_specialize=("n", "m", "offset", "row_start", "column_start", "first_sum", "all_tiles"))
 def _pairs(
     image,  # (B, D)
     text,  # (N, D)
@@ -115,15 +113,11 @@ SPECS = [
     KernelSpec(
         name="sigmoid_pairs",
         kernel=_pairs,
-        pointers={
-            **dict.fromkeys(("image", "text", "ds"), "*x"),
-            **dict.fromkeys(("image_ids", "text_ids"), "*i64"),
-            **dict.fromkeys(("scale", "bias", "pull", "sums"), "*fp32"),
-        },
-        scalars={"stride": "i32", **dict.fromkeys(PAIRS_SIZES, "i32")},
+        pointers=dict.fromkeys(("scale", "bias", "pull", "sums"), "*fp32"),
+        scalars={"stride": "i32"},
         constants=lambda tile, width, half: {
             **tile_constants(tile, width), "DS_SCALE": 1.0, "STORE": True, "SCALARS": True
         },
-        unaligned=frozenset({"scale", "bias", *PAIRS_SIZES}),
+        unaligned=frozenset({"scale", "bias"}),
     )
 ]  # fmt: skip

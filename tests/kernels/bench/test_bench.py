@@ -14,7 +14,8 @@ import pytest
 import torch
 from rows import ROW
 
-from d2s.kernels.bench import measure, plan, plot, record, table, timing
+from d2s.kernels import results
+from d2s.kernels.bench import measure, plan, record, timing
 from d2s.kernels.bench.__main__ import main
 from d2s.kernels.bench.cases import CASES, work
 from d2s.kernels.bench.providers import Unavailable, provider
@@ -295,7 +296,7 @@ def test_rows_are_read_as_they_were_written_and_never_mixed_with_others(tmp_path
 
 
 def test_table_compares_with_eager(capsys):
-    table.show([ROW, replace(ROW, provider="eager", median_ms=3000.0, extra_mib=800.0)])
+    record.show([ROW, replace(ROW, provider="eager", median_ms=3000.0, extra_mib=800.0)])
     ours = capsys.readouterr().out.splitlines()[0].split()
     assert ours[-2:] == ["3.0x", "40.0x"]
 
@@ -303,9 +304,9 @@ def test_table_compares_with_eager(capsys):
 def test_plots_hold_every_point_and_equal_data_give_equal_bytes():
     pytest.importorskip("matplotlib")
     panels = {str(i): {"a < b": [(128, 0.5), (8192, 700.0)]} for i in range(4)}
-    text = plot.figure("t & u", panels)
+    text = results.figure("t & u", panels)
     uses = [e for e in ElementTree.fromstring(text).iter() if e.tag.endswith("use")]
     # A marker has one colour and two places in each panel, and one place in the legend.
     colour = [e for e in uses if "1f77b4" in e.get("style", "")]
     assert len(colour) == 9
-    assert plot.figure("t & u", panels) == text
+    assert results.figure("t & u", panels) == text

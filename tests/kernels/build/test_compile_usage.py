@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 from d2s.kernels import compile
-from d2s.kernels.build import figures
+from d2s.kernels.builds import ARCHITECTURES
 from d2s.kernels.fused import tiles
 
 
@@ -19,11 +19,11 @@ from d2s.kernels.fused import tiles
     ],
 )
 def test_damaged_figures_are_named_with_the_remedy(tmp_path, monkeypatch, text, expected):
-    monkeypatch.setattr(figures, "PATH", tmp_path / "compile.json")
-    figures.PATH.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(compile, "PATH", tmp_path / "compile.json")
+    compile.PATH.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="restore it with git, or make it anew with") as caught:
-        figures.read_figures()
-    assert str(caught.value).startswith(f"{figures.PATH}: ")
+        compile.read_figures()
+    assert str(caught.value).startswith(f"{compile.PATH}: ")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -33,7 +33,7 @@ def no_builds(monkeypatch, tmp_path):
     """What would be built; nothing is."""
     asked = []
     monkeypatch.setattr(compile, "build_all", lambda todo, processes: asked.extend(todo) or [])
-    monkeypatch.setattr(figures, "PATH", tmp_path / "compile.json")
+    monkeypatch.setattr(compile, "PATH", tmp_path / "compile.json")
     monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
     tiles.tuned_tiles.cache_clear()
     yield asked
@@ -56,30 +56,19 @@ def refused(capsys, *options):
     [
         (["--jobs", "0"], "argument --jobs: '0' is not a whole number of at least 1"),
         (["--jobs", "-3"], "argument --jobs: '-3' is not a whole number of at least 1"),
-        (["--width", "7"], "argument --width: none of these kernels is built for D = 7; there are [50, 64, "),
-        (["--kernel", "gpo_forward", "--width", "512"], "there are [50, 577]"),
-        (["--width", "512", "--width", "7"], "D = 7;"),
-        (["--arch", "abc"], "argument --arch: 'abc' unknown; known are 80, 86, "),
-        (["--arch", "80,999"], "argument --arch: '999' unknown; known are 80, 86, "),
-        (["--arch", "80,"], "argument --arch: '' unknown"),
         (["--kernel", "nonsense"], "no kernel nonsense; there are hinge_max_sweep, "),
-        (["--write", "--kernel", "positives"], "--write needs all kernels, widths and architectures"),
-        (["--write", "--width", "512"], "--write needs all kernels, widths and architectures"),
-        (["--write", "--arch", "80"], "--write needs all kernels, widths and architectures"),
+        (["--write", "--kernel", "positives"], "--write needs all kernels"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named_and_build_nothing(no_builds, capsys, options, expected):
     assert expected in refused(capsys, *options)
     assert not no_builds
-    assert not figures.PATH.exists()
+    assert not compile.PATH.exists()
 
 
 def test_a_restricted_run_builds_what_is_asked_for(no_builds, capsys):
-    assert compile.main(["--kernel", "positives", "--width", "512", "--arch", "103,80"]) == 0
-    assert {(job.kernel, job.width, job.arch) for job in no_builds} == {
-        ("positives", 512, 80),
-        ("positives", 512, 103),
-    }
+    assert compile.main(["--kernel", "positives"]) == 0
+    assert {(job.kernel, job.arch) for job in no_builds} == {("positives", arch) for arch in ARCHITECTURES}
 
 
 @pytest.mark.parametrize("name", ["tiles.json", "compile.json"])
@@ -92,18 +81,18 @@ def test_a_damaged_table_is_named_before_anything_is_built(no_builds, capsys, tm
 
 
 def test_damaged_figures_can_be_replaced(no_builds, capsys):
-    figures.PATH.write_text("{", encoding="utf-8")
+    compile.PATH.write_text("{", encoding="utf-8")
     assert compile.main(["--write"]) == 0
-    assert figures.read_figures() == {}
+    assert compile.read_figures() == {}
 
 
 def test_figures_that_cannot_be_written_are_one_line(no_builds, capsys):
-    figures.PATH.mkdir()
+    compile.PATH.mkdir()
     assert compile.main(["--write"]) == 2
-    assert capsys.readouterr().err.splitlines() == [f"error: {figures.PATH}: Is a directory"]
+    assert capsys.readouterr().err.splitlines() == [f"error: {compile.PATH}: Is a directory"]
 
 
 def test_figures_of_another_triton_are_not_compared_and_the_command_says_so(no_builds, capsys):
-    figures.PATH.write_text('{"triton": "0.1", "figures": {}}', encoding="utf-8")
+    compile.PATH.write_text('{"triton": "0.1", "figures": {}}', encoding="utf-8")
     assert compile.main([]) == 0
     assert "is of another triton" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from argparse import Namespace
 from dataclasses import asdict, replace
 
 import pytest
@@ -21,10 +20,6 @@ SPECS = {spec.name: spec for spec in ALL_SPECS}
 
 def task(kernel="ranks_count", width=512, half=True, capability=H100):
     return tune.Task(spec=SPECS[kernel], width=width, half=half, capability=capability)
-
-
-def arguments_of(**changed):
-    return Namespace(**{"kernel": None, "width": None, **changed})
 
 
 @pytest.fixture(autouse=True)
@@ -76,13 +71,11 @@ def test_every_kernel_whose_build_follows_from_its_own_tile_is_tuned():
 
 
 def test_important_widths_come_first_and_gpo_is_tuned_at_the_lengths_in_use():
-    todo = tune.tasks(arguments_of(), H100)
+    todo = tune.tasks([*tune.OPS], tune.WIDTHS, H100)
     assert {some.width for some in todo[: 2 * len(tune.OPS)]} == {512}
     lengths = {some.width for some in todo if some.spec.name == "gpo_forward"}
     assert {50, 577} <= lengths
-    assert len(tune.tasks(arguments_of(kernel=["positives"], width=[64]), H100)) == 2
-    with pytest.raises(ValueError, match="no tile of nonsense; there are hinge_max_sweep"):
-        tune.tasks(arguments_of(kernel=["nonsense"]), H100)
+    assert len(tune.tasks(["positives"], [64], H100)) == 2
 
 
 @pytest.mark.parametrize("op", ["hinge_max", "info_nce", "relational", "gpo", "ranks"])
@@ -183,7 +176,7 @@ def faster_with_128_rows(tile):
 
 def test_a_run_writes_the_table_with_what_it_found(device, tmp_path, capsys):
     device(times=faster_with_128_rows)
-    todo = tune.tasks(arguments_of(kernel=["ranks_count"], width=[512, 64]), H100)
+    todo = tune.tasks(["ranks_count"], [512, 64], H100)
     tune.tune_all(todo, 5.0, tmp_path / "tiles.json")
     table = json.loads((tmp_path / "tiles.json").read_text(encoding="utf-8"))
     assert {*table} == {entry("ranks_count", H100, d, half) for d in (512, 64) for half in (True, False)}
@@ -205,7 +198,7 @@ def test_an_interrupted_run_keeps_what_it_had_found(device, tmp_path, capsys, mo
 
     device(times=times)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    todo = tune.tasks(arguments_of(kernel=["ranks_count"], width=[512, 64]), H100)
+    todo = tune.tasks(["ranks_count"], [512, 64], H100)
     with pytest.raises(type(error)):
         tune.tune_all(todo, 5.0, tmp_path / "tiles.json")
     table = json.loads((tmp_path / "tiles.json").read_text(encoding="utf-8"))
@@ -234,10 +227,8 @@ def test_without_a_device_it_says_so_in_one_line():
     assert "no CUDA device" in done.stderr
 
 
-def test_dry_run_lists_the_candidates_for_a_device(capsys):
-    assert tune.main(["--dry-run", "--width", "512", "--kernel", "hinge_max_sweep", "--arch", "90"]) == 0
+def test_dry_run_lists_the_candidates(capsys):
+    assert tune.main(["--dry-run", "--width", "512", "--kernel", "hinge_max_sweep"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("hinge_max_sweep D=512 half: 128x32x512/w8s3, ")
+    assert lines[0].startswith("hinge_max_sweep D=512 half: 128x")
     assert lines[-1] == f"{sum(len(line.split(', ')) for line in lines[:-1])} candidates"
-    assert tune.main(["--dry-run", "--kernel", "nonsense"]) == 2
-    assert capsys.readouterr().err.startswith("error: no tile of nonsense")

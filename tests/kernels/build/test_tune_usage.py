@@ -11,6 +11,7 @@ from d2s.kernels.tune import main
     "arguments, said",
     [
         (["--width", "7"], "--width: invalid choice: 7"),
+        (["--kernel", "nonsense"], "--kernel: invalid choice: 'nonsense' (choose from "),
         (["--minutes", "nan"], "--minutes: 'nan' is not a whole number of at least 1"),
         (["--minutes", "-1"], "--minutes: '-1' is not a whole number of at least 1"),
     ],

@@ -8,16 +8,20 @@ import sys
 import pytest
 
 BUILD = """
-import sys
+import subprocess, sys, tempfile
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from d2s.kernels.build import assembly, builds
-specs = builds.all_specs()
-spec = specs[sys.argv[1]]
-job = next(job for job in builds.jobs([spec], [90], {}) if (job.dtype, job.width) == (sys.argv[2], 64))
-target, options = GPUTarget("cuda", 90, 32), builds.options(spec, job)
-built = triton.compile(builds.source(spec, job), target=target, options=options)
-print(assembly.disassemble(built.asm["cubin"]))
+from d2s.kernels import builds
+from d2s.kernels.fused import ALL_SPECS
+spec = next(spec for spec in ALL_SPECS if spec.name == sys.argv[1])
+job = next(job for job in builds.all_jobs([spec], {}) if (job.arch, job.dtype, job.width) == (90, sys.argv[2], 64))
+options = spec.launch_options(job.tile, job.width, job.half)
+built = triton.compile(builds.source(spec, job), target=GPUTarget("cuda", 90, 32), options=options)
+with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    file.write(built.asm["cubin"])
+    file.flush()
+    subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", file.name], check=True)
 """
 
 

@@ -1,11 +1,13 @@
-"""What to build: each kernel with each of its tiles, widths, types and architectures.
+"""Builds each kernel with each of its tiles, widths, types and architectures.
 
 Building happens in worker processes without TRITON_INTERPRET, which triton reads when it is first imported. So this
 module imports triton and the kernels inside its functions.
 """
 
+import contextlib
+import io
 import os
-import time
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,12 +17,15 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from d2s.kernels.build.assembly import Figures
     from d2s.kernels.fused.spec import KernelSpec
     from d2s.kernels.fused.tiles import Tile
 
 ARCHITECTURES = (80, 90, 100)
 HALF = ("bf16", "fp16")
+# Tensor-core instructions of the three generations, as PTX names them.
+TENSOR_CORE = re.compile(r"^\s*(?:@%?!?\w+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
+REGISTERS = re.compile(r"Used (\d+) registers")
+SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,30 +51,31 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Registers per thread, bytes of spill stores, of spill loads and of shared memory; tensor-core instructions."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    tensor_core: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Built:
     """A finished job: its figures, or an error."""
 
     job: Job
-    figures: "Figures | None"
+    figures: Figures | None = None
     error: str = ""
-    seconds: float = 0.0
 
 
-def all_specs() -> dict[str, "KernelSpec"]:
-    """The specs of all kernels by name."""
-    from d2s.kernels.fused import ALL_SPECS
-
-    return {spec.name: spec for spec in ALL_SPECS}
-
-
-def all_jobs(
-    specs: Sequence["KernelSpec"], architectures: Iterable[int], tuned: dict[str, "Tile"]
-) -> list[Job]:
+def all_jobs(specs: Iterable["KernelSpec"], tuned: dict[str, "Tile"]) -> list[Job]:
     """Every kernel with its default tiles and those in the table `tuned`; once, if several build the same code."""
     from d2s.kernels.fused.tiles import default_tile, entry
 
     by_build: dict[tuple, Job] = {}
-    for spec, arch in product(specs, architectures):
+    for spec, arch in product(specs, ARCHITECTURES):
         for dtype, width in product(spec.dtypes, spec.widths):
             half, capability = dtype in HALF, divmod(arch, 10)
             default = default_tile(spec.tile_name, width, half, capability)
@@ -77,11 +83,8 @@ def all_jobs(
                 job = Job(
                     kernel=spec.name, tile=tile, width=width, dtype=dtype, arch=arch, tuned=tile != default
                 )
-                constants = spec.constants(tile, width, half)
-                options = spec.launch_options(tile, width, half)
-                typed = dtype if "*x" in spec.pointers.values() else None
-                build = spec.name, arch, typed, *options.items(), *constants.items()
-                by_build.setdefault(build, job)
+                typed = dtype if "*x" in spec.types.values() else None
+                by_build.setdefault((arch, typed, *spec.build_key(tile, width, half)), job)
     return list(by_build.values())
 
 
@@ -93,8 +96,8 @@ def source(spec: "KernelSpec", job: Job) -> object:
     from triton.compiler import ASTSource
 
     constants = dict(spec.constants(job.tile, job.width, job.half))
-    types = {**spec.pointers, **spec.scalars}
-    names = spec.kernel.arg_names
+    names, sizes = spec.kernel.arg_names, dict.fromkeys(spec.kernel.do_not_specialize, "i32")
+    types = spec.types | sizes
     missing = [name for name in names if name not in types and name not in constants]
     surplus = sorted({*types, *constants}.difference(names))
     if missing or surplus:
@@ -103,25 +106,51 @@ def source(spec: "KernelSpec", job: Job) -> object:
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
-        if name not in spec.unaligned and (kind.startswith("*") or kind.startswith("i"))
+        if name not in spec.unaligned and name not in sizes and kind != "fp32"
     }
     return ASTSource(fn=spec.kernel, signature=signature, constexprs=constants, attrs=aligned)
 
 
+def compile_kernel(source: object, arch: int, options: dict[str, int]) -> Figures:
+    """Compiles triton's ASTSource for an architecture, e.g. 90. Does not work with TRITON_INTERPRET set.
+
+    Bypasses triton's cache, which does not keep the assembler's report. Raises what the compiler raises, and
+    ValueError if the report lacks registers or spills.
+    """
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    report = log.getvalue()
+    registers, spills = REGISTERS.search(report), SPILLS.search(report)
+    if registers is None or spills is None:
+        raise ValueError(f"the assembler reported neither registers nor spills: {report[:200]!r}")
+    return Figures(
+        registers=int(registers[1]),
+        spill_stores=int(spills[1]),
+        spill_loads=int(spills[2]),
+        shared=int(compiled.metadata.shared),
+        tensor_core=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
+    )
+
+
 def build(job: Job) -> Built:
     """Compiles one job; call it in a worker process."""
-    from d2s.kernels.build.assembly import compile_kernel
+    from d2s.kernels.fused import ALL_SPECS
 
-    started, figures, message = time.perf_counter(), None, ""
     try:
-        spec = all_specs()[job.kernel]
+        spec = next(spec for spec in ALL_SPECS if spec.name == job.kernel)
         options = spec.launch_options(job.tile, job.width, job.half)
-        figures = compile_kernel(source(spec, job), job.arch, options)
+        return Built(job=job, figures=compile_kernel(source(spec, job), job.arch, options))
     # The compiler can raise anything; one failing kernel must not hide the results of the others.
     except Exception as error:  # noqa: BLE001
-        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [""]
-        message = f"{type(error).__name__}: {lines[-1].strip()}"
-    return Built(job=job, figures=figures, error=message, seconds=time.perf_counter() - started)
+        lines = str(error).strip().splitlines() or [""]
+        return Built(job=job, error=f"{type(error).__name__}: {lines[-1].strip()}")
 
 
 def build_all(jobs: Sequence[Job], processes: int) -> Iterator[Built]:

@@ -1,1 +1,0 @@
-"""Compiles the Triton kernels without a device and reports registers, spills, shared memory and instructions."""
