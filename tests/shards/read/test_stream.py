@@ -46,7 +46,7 @@ def test_one_pass_of_all_readers_is_the_data_once(folder, readers):
     keys, per_reader = [], []
     for reader in range(readers):
         stream = Stream(urls, seed=1, reader=reader, readers=readers, buffer=4)
-        found = [sample["__key__"] for sample in stream.one_pass(0, 0)]
+        found = [sample.key for _, sample in stream.one_pass(0, 0)]
         per_reader.append(len(found))
         keys += found
     assert sorted(keys) == [f"k{n:04}" for n in range(18)]
@@ -101,7 +101,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
         "key b4: has no sparse",
     ):
         assert part in notes
-    assert "1.tar: ReadError" in notes
+    assert "1.tar: not a readable tar: ReadError" in notes
     assert "2.tar: FileNotFoundError" in notes
     assert "\n" not in notes
 
