@@ -110,6 +110,8 @@ def _facts(source: str, options: SourceOptions, join: JoinOptions | None) -> dic
             "file": join.path.name
         }
         del facts["dense"]["path"]
+    if source == "img2dataset":
+        facts |= {name: given for name in ("columns", "suffixes") if (given := getattr(options, name))}
     if source == "scenes":
         facts.update(count=options.counts, size=options.size)
     return facts

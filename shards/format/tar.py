@@ -141,7 +141,7 @@ def read_headers(file: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarFile, t
             while rest := tar.fileobj.read(_CHUNK):
                 if rest.strip(b"\0"):
                     remedy = "unpack it with tar --ignore-zeros and pack it anew"
-                    raise CutShort(f"more data follows its end, as in tars joined by cat; {remedy}")
+                    raise CutShort(f"of several joined by cat: more data follows its end; {remedy}")
     except _UNREADABLE as error:
         what = f"cut short or damaged {last}" if last else "not a readable tar"
         raise CutShort(f"{what}: {type(error).__name__}: {shorten(str(error), 100)}") from None

@@ -117,7 +117,7 @@ def group(members: Iterable[tuple[str, T, str]]) -> Iterator[Group[T]]:
     except CutShort as error:
         if current is not None and not current.is_document:
             if split_name(error.member)[0] == current.key or usual - set(current.members):
-                current.faults.append("its last members are missing: the tar ends here")
+                current.faults.append(f"its last members are missing: the tar is {error}")
             yield current
         raise
     if current is not None and not current.is_document:

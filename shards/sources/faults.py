@@ -22,7 +22,9 @@ class Faults:
 
     def summary(self) -> str:
         """How many faults there are, and the first of them."""
-        first = "; ".join(shorten(f"{row['where']}: {row['reason']}", 150) for row in self.rows[:2])
+        first = "; ".join(
+            f"{shorten(row['where'], 80)}: {shorten(row['reason'], 200)}" for row in self.rows[:2]
+        )
         count = f"{len(self.rows):,} faults, the first" if len(self.rows) > 2 else "left out"
         return f"{count}: {first}"
 

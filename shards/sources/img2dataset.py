@@ -82,7 +82,8 @@ def _read_tar(
                     name = f"{home}/{entry.filename}"
                     found[sample.key] = replace(entry, split=split, path=str(plain), source_id=name)
     except CutShort as error:
-        faults.add(str(path), str(error))
+        remedy = "" if quarantine else "; copy it again, or --on-error quarantine takes what is whole in it"
+        faults.add(str(path), f"{error}{remedy}")
     return list(found.values()), faults.rows
 
 

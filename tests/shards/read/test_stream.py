@@ -28,7 +28,7 @@ def folder(tmp_path):
     return make_shards(tmp_path / "made", {"train": 18}, per_shard=3)
 
 
-def test_patterns():
+def test_patterns(tmp_path):
     assert expand("http://x/{00..02}.tar::/y/a.tar") == [
         "http://x/00.tar", "http://x/01.tar", "http://x/02.tar", "/y/a.tar"
     ]  # fmt: skip
@@ -36,6 +36,9 @@ def test_patterns():
     assert is_pattern("pipe:cat a.tar")
     assert is_pattern("a/{0..3}.tar")
     assert not is_pattern("data/f8k")
+    for name in ("set{1}", "old.tar"):
+        (tmp_path / name).mkdir()
+        assert not is_pattern(str(tmp_path / name))
     with pytest.raises(ValueError, match="data is"):
         expand("/x/{0..2.tar")
 
