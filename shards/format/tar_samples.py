@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from d2s.common.files import parse_json
 from d2s.common.text import shorten
 from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.format.tar import CutShort
@@ -77,6 +78,17 @@ def member_text(data: bytes, suffix: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} of its .{suffix} is not UTF-8 text") from None
+
+
+def member_json(data: bytes) -> dict:
+    """The JSON object of a member. Raises ValueError if it holds anything else."""
+    try:
+        found = parse_json(data)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} of the JSON is not UTF-8 text") from None
+    if not isinstance(found, dict):
+        raise ValueError("the JSON is not an object")
+    return found
 
 
 def is_ignored(name: str) -> bool:

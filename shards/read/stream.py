@@ -18,10 +18,9 @@ from itertools import count
 import numpy as np
 import webdataset as wds
 
-from d2s.common.files import parse_json
 from d2s.common.text import one_line, shorten
 from d2s.shards.format.tar import CutShort, read_members
-from d2s.shards.format.tar_samples import Group, Suffixes, group, member_text
+from d2s.shards.format.tar_samples import Group, Suffixes, group, member_json, member_text
 from d2s.shards.order import draws
 from d2s.shards.order.permutation import Permutation
 from d2s.shards.read.reader import Record
@@ -154,9 +153,7 @@ class Stream:
                 raise ValueError(sample.faults[0])
             image = sample.image(Suffixes())
             doing = "its captions cannot be used: "
-            fields = parse_json(sample.members.get("json", b"{}"))
-            if not isinstance(fields, dict):
-                raise ValueError("the JSON is not an object")
+            fields = member_json(sample.members.get("json", b"{}"))
             sparse, dense = (_captions(sample.members, fields, columns) for columns in self.columns)
             if fields and not sparse and not dense:
                 there = shorten(", ".join(fields), 150)

@@ -6,13 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from d2s.common.files import parse_json
 from d2s.common.process_map import map_ordered
 from d2s.common.text import shorten
 from d2s.shards.format.compressed import compression, decompress
 from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.format.tar import CutShort, Member, scan
-from d2s.shards.format.tar_samples import Group, Suffixes, group, member_text
+from d2s.shards.format.tar_samples import Group, Suffixes, group, member_json, member_text
 from d2s.shards.sources.entry import Entry, SourceOptions
 from d2s.shards.sources.faults import Faults
 
@@ -147,10 +146,9 @@ def _captions(
     Captions come from the fields in `columns`, else from `sparse` and `dense` in the JSON (our own shards have them),
     else from the text members, else from `caption` in the JSON. An empty text means that there is no caption.
     """
-    facts = parse_json(texts.get(suffixes.json, b"{}"))
-    if not isinstance(facts, dict):
-        raise ValueError("the JSON is not an object")
-    missing = next((name for name in columns.values() if name not in facts), None)
+    facts = member_json(texts.get(suffixes.json, b"{}"))
+    fields = {kind: names.split(",") for kind, names in columns.items()}
+    missing = next((name for names in fields.values() for name in names if name not in facts), None)
     if missing is not None:
         raise ValueError(f"no field {shorten(repr(missing))} in the JSON; there are {_names(facts)}")
     own = not columns and ("sparse" in facts or "dense" in facts)
@@ -160,22 +158,27 @@ def _captions(
         else {kind: member_text(data, kind) for kind, data in texts.items() if kind != suffixes.json}
     )
     found = facts | {"caption": members.get(suffixes.caption, facts.get("caption"))}
-    sparse = _texts(found, columns.get("sparse", "sparse" if own else "caption"))
-    dense = _texts(found, columns.get("dense", "dense" if own else ""))
+    sparse = _texts(found, fields.get("sparse", ["sparse" if own else "caption"]))
+    dense = _texts(found, fields.get("dense", ["dense"] if own else []))
     if "dense" not in columns and suffixes.dense in members:
-        dense = _texts(members, suffixes.dense)
+        dense = _texts(members, [suffixes.dense])
     # In our own shards, sha256 is that of the stored image, so captions of the original cannot be joined by it.
     return sparse, dense, "" if own else str(facts.get("sha256") or ""), facts
 
 
-def _texts(facts: dict, name: str) -> tuple[str, ...]:
-    """The captions in a field: null, one text, or a list of texts. Raises ValueError if it holds anything else."""
-    value = facts.get(name)
-    if value is None or isinstance(value, str):
-        return (value,) if value and value.strip() else ()
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{name!r} is neither a text nor a list of texts: {str(value)[:60]!r}")
-    return tuple(value)
+def _texts(facts: dict, names: list[str]) -> tuple[str, ...]:
+    """The captions in some fields: null, a text, or a list of texts. Raises ValueError if one holds anything else."""
+    found: list[str] = []
+    for name in names:
+        value = facts.get(name)
+        if value is None or isinstance(value, str):
+            found += [value] if value and value.strip() else []
+        elif isinstance(value, list) and all(isinstance(text, str) for text in value):
+            found += value
+        else:
+            what = f"{shorten(repr(name))} is neither a text nor a list of texts"
+            raise ValueError(f"{what}: {str(value)[:60]!r}")
+    return tuple(found)
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:

@@ -116,6 +116,7 @@ FAULTY = {
     "apart": (apart(), "its members do not stand together"),
     "twice": ([*sample(0), *sample(0)], "member '0.jpg' stands there twice"),
     "not UTF-8": ([sample(0)[0], ("0.txt", b"\xff")], "byte 0 of its .txt is not UTF-8 text"),
+    "JSON not UTF-8": ([sample(0)[0], ("0.json", b'{"caption": "\xff"}')], "is not UTF-8 text"),
     "JSON alone": (
         [sample(0)[0], ("0.json", b'{"url": "u", "text": "a dog"}')],
         "the JSON has url, text",
@@ -143,6 +144,12 @@ def test_the_remedies_that_are_named_are_right(case: Case, refused: Callable[...
     case.put(tar_of(FAULTY["JSON alone"][0]))
     assert "--columns sparse=text " in refused(case.arguments())
     assert case.build("--columns", "sparse=text")["0/0.jpg"]["sparse"] == ["a dog"]
+    case = case.beside("two fields")
+    facts = {"caption": "none of it", "alt": "a dog", "short": ["a", "b"], "long": "All about a dog."}
+    case.put(tar_of([*sample(0), ("0.json", json.dumps(facts).encode())]))
+    assert "no field 'none' in the JSON" in refused(case.arguments("--columns", "sparse=none"))
+    row = case.build("--columns", "sparse=alt,dense=long")["0/0.jpg"]
+    assert (row["sparse"], row["dense"]) == (["a dog"], ["All about a dog."])
     case = case.beside("3")
     case.put(tar_of([sample(0)[0], ("0.cap", b"a cat")]))
     assert "--suffixes caption=cap " in refused(case.arguments())
