@@ -19,6 +19,7 @@ from d2s.checkpoint.store import MARKER, newest
 from d2s.common import command
 from d2s.common.command import positive
 from d2s.common.files import read_json, write_json
+from d2s.common.text import one_line
 from d2s.evaluate.evaluation import evaluate_model
 from d2s.model import D2SModel
 from d2s.report.ablation import ablation_table
@@ -230,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return command.run(lambda: _ablate(options, overrides))
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from d2s.common import command
+from d2s.common.text import one_line
 from d2s.drill.compare import TOLERANCE, compare
 from d2s.drill.kills import DrillError, draw_kills
 
@@ -152,6 +153,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = command.run(lambda: results.append(_run(options, overrides)))
     except DrillError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 1
     return code or int(not results[0])

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2s.common.text import one_line
 from d2s.plan.activations import SavedActivations
 from d2s.plan.sizes import by_shape
 from d2s.training.arguments import parse
@@ -127,6 +128,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         leave(2, ordered=False)
     leave(0, ordered=True)

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import webdataset
 from PIL import Image
 from shard_sources import picture
 
 from d2s.shards.cli import main
 from d2s.shards.format.image_file import check_image
 from d2s.shards.format.manifest import read_manifest
+from d2s.shards.format.tar import read_members
+from d2s.shards.format.tar_samples import group
 from d2s.shards.read.stream import Stream
 
 Members = list[tuple[str, bytes]]
@@ -101,6 +104,27 @@ def test_what_is_no_sample_is_skipped_by_indexer_and_stream(case: Case) -> None:
         "0/0.jpg": ["about 0"],
         "0/1.jpg": ["about 1"],
     }
+
+
+def test_samples_are_those_that_webdataset_finds(case: Case) -> None:
+    names = [
+        "0.jpg",
+        "0.TXT",
+        "a/0.jpg",
+        "a/0.txt",
+        "./b.c/1.x.jpg",
+        "./b.c/1.json",
+        "LICENSE",
+        "2.a.b",
+        "./.h.jpg",
+    ]
+    path = case.put(tar_of([(name, name.encode()) for name in names]))
+    theirs = webdataset.tariterators.tarfile_samples([{"url": str(path)}])
+    expected = [{name: data for name, data in found.items() if name != "__url__"} for found in theirs]
+    with open(path, "rb") as file:
+        ours = [{"__key__": found.key, **found.members} for found in group(read_members(file))]
+    assert ours == expected
+    assert len(ours) == 4
 
 
 def apart() -> Members:
