@@ -95,14 +95,26 @@ def printable_name(name: str) -> str:
 
 def member_fault(info: tarfile.TarInfo) -> str:
     """Why a member cannot be used; "" if it is a regular file within the tar."""
-    name = info.name.replace("\\", "/")
-    parts = name.split("/")
-    quoted = shorten(repr(printable_name(info.name)))
-    if name.startswith("/") or ".." in parts or (len(parts[0]) == 2 and parts[0][1] == ":"):
-        return f"member {quoted} leads outside of the tar; refused"
-    if not info.isreg():
-        return f"member {quoted} is a link or device; refused (tar --hard-dereference stores the file itself)"
-    return f"member {quoted} is stored sparse; pack the tar without --sparse" if info.issparse() else ""
+    if _leads_outside(info.name):
+        reason = "leads outside of the tar; refused"
+    elif not info.isreg():
+        reason = "is a link or device; refused (tar --hard-dereference stores the file itself)"
+    elif info.issparse():
+        reason = "is stored sparse; pack the tar without --sparse"
+    else:
+        return ""
+    return f"member {_quoted(info.name)} {reason}"
+
+
+def _leads_outside(name: str) -> bool:
+    """True where unpacking the name could write outside of the folder it is unpacked to."""
+    if name.startswith(("/", "\\")) or name[1:3] in (":", ":/", ":\\"):
+        return True
+    return ".." in name and ".." in name.replace("\\", "/").split("/")
+
+
+def _quoted(name: str) -> str:
+    return shorten(repr(printable_name(name)), 100)
 
 
 class _Header(tarfile.TarInfo):
@@ -125,25 +137,25 @@ def read_headers(file: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarFile, t
     Raises:
         CutShort: the tar is none, cannot be read on, has no end, or has further data behind its end.
     """
-    last = ""
+    last = None
     try:
         with tarfile.open(fileobj=file, mode=mode, tarinfo=_Header, encoding="utf-8") as tar:
             for info in iter(tar.next, None):
-                last = f"behind member {shorten(repr(printable_name(info.name)), 100)}"
+                last = info
                 if not info.isdir():
                     yield tar, info
                 # tarfile keeps every header that it reads; clearing them bounds the memory of a long scan.
                 tar.members.clear()
-            if isinstance(tar.last_error, tarfile.InvalidHeaderError):
-                raise CutShort(f"damaged: no header of a member {last}")
             if not isinstance(tar.last_error, tarfile.EOFHeaderError):
-                raise CutShort(f"cut short: no end of the archive {last}")
+                invalid = isinstance(tar.last_error, tarfile.InvalidHeaderError)
+                what = "damaged: no header of a member" if invalid else "cut short: no end of the archive"
+                raise CutShort(f"{what} behind member {_quoted(last.name)}")
             while rest := tar.fileobj.read(_CHUNK):
                 if rest.strip(b"\0"):
                     remedy = "unpack it with tar --ignore-zeros and pack it anew"
                     raise CutShort(f"of several joined by cat: more data follows its end; {remedy}")
     except _UNREADABLE as error:
-        what = f"cut short or damaged {last}" if last else "not a readable tar"
+        what = f"cut short or damaged behind member {_quoted(last.name)}" if last else "not a readable tar"
         raise CutShort(f"{what}: {type(error).__name__}: {shorten(str(error), 100)}") from None
 
 
@@ -163,7 +175,7 @@ def scan(path: Path) -> Iterator[Member]:
             name = printable_name(info.name)
             fault = member_fault(info)
             if not fault and info.offset_data + info.size > length:
-                raise CutShort(f"cut short within member {shorten(repr(name))}", name)
+                raise CutShort(f"cut short within member {_quoted(info.name)}", name)
             yield Member(name, info.offset_data, info.size, fault)
 
 
@@ -178,6 +190,6 @@ def read_members(stream: BinaryIO) -> Iterator[tuple[str, bytes, str]]:
         try:
             data = b"" if fault else tar.extractfile(info).read()
         except _UNREADABLE as error:
-            what = f"cut short or damaged within member {shorten(repr(name), 100)}"
+            what = f"cut short or damaged within member {_quoted(info.name)}"
             raise CutShort(f"{what}: {shorten(str(error), 100)}", name) from None
         yield name, data, fault

@@ -12,7 +12,7 @@ from d2s.shards.format.tar import CutShort
 
 T = TypeVar("T")
 # Hidden files (macOS writes a `._` companion beside each file) and what webdataset keeps for itself.
-_IGNORED = re.compile(r"(^|/)(\.[^/]*$|__MACOSX/|__[^/]*__($|/|\.[^/]*$))")
+_HIDDEN = re.compile(r"(^|/)(\.[^/]*$|__MACOSX/|__[^/]*__($|/|\.[^/]*$))")
 _DOCUMENTS = ("readme", "license", "licence", "copying", "notice", "authors", "changelog", "citation")
 _ROLES = ("image", "caption", "dense", "json")
 
@@ -91,9 +91,10 @@ def member_json(data: bytes) -> dict:
     return found
 
 
-def is_ignored(name: str) -> bool:
-    """Whether a member belongs to no sample: hidden, without a suffix, or named `__meta__` or the like."""
-    return not split_name(name)[1] or _IGNORED.search(name) is not None
+def is_hidden(name: str) -> bool:
+    """Whether a member is a hidden file, or is named `__meta__` or the like."""
+    may_be = name.startswith(".") or "/." in name or "__" in name
+    return may_be and _HIDDEN.search(name) is not None
 
 
 def group(members: Iterable[tuple[str, T, str]]) -> Iterator[Group[T]]:
@@ -108,9 +109,10 @@ def group(members: Iterable[tuple[str, T, str]]) -> Iterator[Group[T]]:
     usual: set[str] = set()
     try:
         for name, member, fault in members:
-            if is_ignored(name) and not fault:
-                continue
             key, suffix = split_name(name)
+            # Like webdataset, without a word: these belong to no sample.
+            if not fault and (not suffix or is_hidden(name)):
+                continue
             if current is None or key != current.key:
                 if current is not None and not current.is_document:
                     usual = usual or set(current.members)

@@ -30,7 +30,7 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
     for name in options.columns:
         if name not in _COLUMNS:
             raise ValueError(f"--columns: {shorten(repr(name))} is none of {', '.join(_COLUMNS)}")
-    Suffixes.of(options.suffixes)
+    Suffixes.of(options.suffixes)  # raises for an unknown role
     tars = find_tars(options.images, options.split)
     for _, (found, rows) in map_ordered(
         partial(_read_tar, options, faults.quarantine), tars, options.workers
@@ -67,6 +67,7 @@ def _read_tar(
     # Tars repeat each other's keys, so the name of the tar is part of the id of a sample.
     home = path.relative_to(options.images).with_name(_stem(path)).as_posix()
     plain = _plain_tar(options, path, home, faults)
+    suffixes = Suffixes.of(options.suffixes)
     found: dict[str, Entry] = {}
     if plain is None:
         return [], faults.rows
@@ -76,7 +77,7 @@ def _read_tar(
             for sample in group(members):
                 if sample.apart:
                     found.pop(sample.key, None)
-                entry = _entry(file, sample, options, f"{path}: {sample.key}", faults)
+                entry = _entry(file, sample, suffixes, options.columns, f"{path}: {sample.key}", faults)
                 if entry is not None:
                     name = f"{home}/{entry.filename}"
                     found[sample.key] = replace(entry, split=split, path=str(plain), source_id=name)
@@ -105,10 +106,14 @@ def _plain_tar(options: SourceOptions, path: Path, home: str, faults: Faults) ->
 
 
 def _entry(
-    file: BinaryIO, sample: Group[Member], options: SourceOptions, where: str, faults: Faults
+    file: BinaryIO,
+    sample: Group[Member],
+    suffixes: Suffixes,
+    columns: dict[str, str],
+    where: str,
+    faults: Faults,
 ) -> Entry | None:
     """The entry of a sample, still without its tar; None for a fault."""
-    suffixes = Suffixes.of(options.suffixes)
     try:
         if sample.faults:
             raise ValueError(sample.faults[0])
@@ -119,7 +124,7 @@ def _entry(
     kinds = (suffixes.caption, suffixes.dense, suffixes.json)
     texts = {kind: _read(file, sample.members[kind]) for kind in kinds if kind in sample.members}
     try:
-        sparse, dense, sha256, facts = _captions(texts, suffixes, options.columns)
+        sparse, dense, sha256, facts = _captions(texts, suffixes, columns)
     except ValueError as error:
         faults.add(where, f"its captions cannot be used: {error}", sample.key)
         return None
