@@ -18,6 +18,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from d2s.checkpoint.restarts import StalledError, forget_start
+from d2s.common.text import one_line
 from d2s.workers.preemption import PREEMPTED, Preempted, Preemption, leave_group
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _report_error(error: object, code: int, preemption: Preemption) -> int:
     if _rank():
         time.sleep(SECONDS_AFTER_WORKER_0)
     worker = f" (worker {_rank()})" if _rank() else ""
-    print(f"train.py: error{worker}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"train.py: error{worker}: {one_line(str(error))}", file=sys.stderr, flush=True)
     if isinstance(error, Exception):
         _record_for_torchrun(error)
     return code

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
+from d2s.common.text import one_line
 from d2s.workers.preemption import PREEMPTED, Preemption, leave_group
 
 COMMANDS = {
@@ -113,7 +114,7 @@ def run_command(arguments: list[str], environment: MutableMapping[str, str] = os
         environment.update(rank_variables(environment))
         arguments = resume_after_requeue(fill_in_seed(arguments, environment), environment)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return ExitStatus(2)
     command = import_module(COMMANDS[arguments[0]]).main
     if arguments[0] != "train":

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from d2s.common.command import Parser, positive
+from d2s.common.text import shorten
 from d2s.shards.build.caption_join import KEYS, JoinOptions
 from d2s.shards.build.layout import ShardSize
 from d2s.shards.sources import NAMES, unused_options
@@ -18,7 +19,7 @@ def _shard_size(text: str) -> ShardSize:
     """`1000` samples, or `500MB` of images."""
     match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", text.strip(), re.IGNORECASE)
     if not match or not int(match[1]):
-        raise _Fault(f"{text!r} is neither a number of samples (1000) nor of bytes (500MB)")
+        raise _Fault(f"{shorten(repr(text))} is neither a number of samples (1000) nor of bytes (500MB)")
     if match[2]:
         return ShardSize(samples=None, bytes=int(match[1]) * _UNITS[match[2].upper()])
     return ShardSize(samples=int(match[1]))
@@ -41,9 +42,9 @@ def _pairs(text: str) -> dict[str, str]:
     for part in text.split(","):
         name, _, value = (side.strip() for side in part.partition("="))
         if not name or not value:
-            raise _Fault(f"{part!r} is not NAME=VALUE; separate several by commas")
+            raise _Fault(f"{shorten(repr(part))} is not NAME=VALUE; separate several by commas")
         if name in found:
-            raise _Fault(f"{name!r} is given twice")
+            raise _Fault(f"{shorten(repr(name))} is given twice")
         found[name] = value
     return found
 
@@ -68,7 +69,7 @@ def _part(text: str) -> tuple[int, int]:
     """`3/8` as (3, 8)."""
     number, slash, parts = text.partition("/")
     if not (slash and number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
-        raise _Fault(f"{text!r} is not I/N with I from 1 to N, such as 3/8")
+        raise _Fault(f"{shorten(repr(text))} is not I/N with I from 1 to N, such as 3/8")
     return int(number), int(parts)
 
 
@@ -96,6 +97,11 @@ def parser() -> argparse.ArgumentParser:
     )
     index.add_argument("folder", type=Path, metavar="DIR", help="folder with *.tar or <split>/*.tar")
     index.add_argument("--split", default="train", help="split of tars in no subfolder (default: train)")
+    text = "folder for the description and for links to the tars (default: beside the tars)"
+    index.add_argument("--out", type=Path, metavar="DIR", help=text)
+    text = "fields of the JSON in the tars that hold captions"
+    index.add_argument("--columns", type=_pairs, default={}, metavar="sparse=caption,...", help=text)
+    _add_suffixes(index)
     index.add_argument("--no-decode", action="store_true", help="read only the headers of the images")
     index.add_argument("--force", action="store_true", help="index again what is indexed already")
     _add_input_options(index)
@@ -125,8 +131,11 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
     add("--split-lists", type=_path_pairs, default={}, metavar="train=FILE,...", help=text)
     text = "images to take from train for a split"
     add("--holdout", type=_counts, default={}, metavar="val=500,...", help=text)
-    text = "jsonl, parquet: names of its columns"
+    text = (
+        "jsonl, parquet: names of its columns; img2dataset: sparse=FIELD,dense=FIELD of the JSON in the tars"
+    )
     add("--columns", type=_pairs, default={}, metavar="path=image,...", help=text)
+    _add_suffixes(command)
     add("--resize", type=positive, metavar="PIXELS", help="shrink the shorter side (default: keep the file)")
     add("--quality", type=int, default=95, help="JPEG quality of images that are re-encoded (default: 95)")
     add("--shard-size", type=_shard_size, default=ShardSize(), metavar="SIZE", help="1000 samples, or 500MB")
@@ -139,6 +148,11 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
     add("--part", type=_part, metavar="I/N", help=text)
     text = "continue a build that was interrupted; of a complete one, compare settings and caption files"
     add("--resume", action="store_true", help=text)
+
+
+def _add_suffixes(command: argparse.ArgumentParser) -> None:
+    text = "tars: suffixes of image, caption, dense, json in a sample (default: any image, txt, none, json)"
+    command.add_argument("--suffixes", type=_pairs, default={}, metavar="image=jpg,...", help=text)
 
 
 def _add_input_options(command: argparse.ArgumentParser) -> None:

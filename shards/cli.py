@@ -1,6 +1,7 @@
 """The commands of `python -m d2s.shard`: build, index, verify, stats, show."""
 
 import argparse
+import os
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,19 +12,21 @@ from d2s.shards import arguments, sources
 from d2s.shards.build.caption_join import JoinOptions
 from d2s.shards.build.data_set import BuildReport, build
 from d2s.shards.build.layout import Layout
-from d2s.shards.build.output_folder import check_output, remove_description
+from d2s.shards.build.output_folder import check_output, link_tars, remove_description
 from d2s.shards.build.settings import INPUT, BuildConfig, is_complete, settings_of
-from d2s.shards.format.file_names import QUARANTINE
+from d2s.shards.format.file_names import QUARANTINE, SCRATCH
 from d2s.shards.inspect.show import describe, find, save_image
 from d2s.shards.inspect.stats import stats, table
 from d2s.shards.inspect.verify import verify
 from d2s.shards.sources.caption_files import list_files
 from d2s.shards.sources.entry import SourceOptions
 from d2s.shards.sources.faults import Faults
+from d2s.shards.sources.img2dataset import find_tars
 
 
 def _build(args: argparse.Namespace) -> None:
-    options = SourceOptions(**{field.name: getattr(args, field.name) for field in fields(SourceOptions)})
+    given = {field.name: getattr(args, field.name) for field in fields(SourceOptions) if field.name in args}
+    options = SourceOptions(**given, scratch=args.out / SCRATCH / "unpacked")
     _warn(args, options)
     sources.check_options(args.source, options)
     join = arguments.join_options(args)
@@ -48,17 +51,24 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    options = SourceOptions(images=args.folder, split=args.split, workers=args.workers)
+    folder = args.out or args.folder
+    if args.out is not None:
+        link_tars(args.folder, folder, [path for _, path in find_tars(args.folder, args.split)])
+    elif args.folder.is_dir() and not os.access(args.folder, os.W_OK):
+        raise ValueError(f"{args.folder}: cannot be written to; --out FOLDER puts the description elsewhere")
+    options = SourceOptions(
+        images=folder, split=args.split, workers=args.workers, columns=args.columns, suffixes=args.suffixes
+    )
     _warn(args, options)
     join = arguments.join_options(args)
     config = BuildConfig(
-        layout=Layout(in_place=args.folder),
+        layout=Layout(in_place=folder),
         quarantine=args.on_error == "quarantine",
         decode=not args.no_decode,
     )
-    remove_description(args.folder, args.force)
+    remove_description(folder, args.force)
     facts = _facts("img2dataset", options, join)
-    _run("img2dataset", options, args.folder, config, join, facts, None)
+    _run("img2dataset", options, folder, config, join, facts, None)
 
 
 def _warn(args: argparse.Namespace, options: SourceOptions) -> None:
@@ -100,6 +110,8 @@ def _facts(source: str, options: SourceOptions, join: JoinOptions | None) -> dic
             "file": join.path.name
         }
         del facts["dense"]["path"]
+    if source == "img2dataset":
+        facts |= {name: given for name in ("columns", "suffixes") if (given := getattr(options, name))}
     if source == "scenes":
         facts.update(count=options.counts, size=options.size)
     return facts

@@ -5,19 +5,21 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from d2s.common.text import one_line, shorten
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a usage error in one line, without argparse's list of all options."""
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with code 2."""
-        self.exit(2, f"error: {message}; {self.prog} --help explains\n")
+        self.exit(2, f"error: {one_line(message)}; {self.prog} --help explains\n")
 
 
 def positive(text: str) -> int:
     """Parses a whole number of at least 1; an argparse `type`."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{shorten(repr(text))} is not a whole number of at least 1")
     return int(text)
 
 
@@ -38,15 +40,15 @@ def run(
     try:
         return work() or 0
     except failure as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
     except OSError as error:
         # A failed rename has two file names; the user knows the second, because the first is temporary.
         name = error.filename2 or error.filename
-        what = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {f'{name}: ' if name is not None else ''}{what}", file=sys.stderr)
+        what = error.strerror or str(error) or type(error).__name__
+        print(f"error: {one_line(f'{name}: {what}' if name is not None else what)}", file=sys.stderr)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

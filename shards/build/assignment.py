@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from d2s.common.files import file_sha256
+from d2s.common.text import shorten
 from d2s.shards.build.caption_join import JoinOptions, join_captions
 from d2s.shards.build.image_list import exclude_ambiguous, exclude_duplicates, list_images, unique_keys
 from d2s.shards.build.layout import Layout, Shard, arrange
@@ -83,7 +84,8 @@ def assign(
         )
     for number in np.flatnonzero(images.usable & (images.numbers["captions"] == 0) & (matched < 0)):
         row = images.rows.row(number)
-        faults.add(row["where"], f"image {row['source_id']!r} has no caption", row["source_id"])
+        reason = f"image {shorten(repr(row['source_id']), 100)} has no caption{row['hint']}"
+        faults.add(row["where"], reason, row["source_id"])
         images.usable[number] = False
     shards, counts, order = arrange(
         images.groups(),

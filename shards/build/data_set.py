@@ -2,7 +2,8 @@
 
 import fcntl
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -12,11 +13,11 @@ from d2s.common.process_map import map_ordered
 from d2s.common.progress import track
 from d2s.shards.build.assignment import Assignment, assign, digest
 from d2s.shards.build.caption_join import JoinOptions
-from d2s.shards.build.description import write_description
+from d2s.shards.build.description import write_description, write_quarantine
 from d2s.shards.build.output_folder import lock, remove_empty_build
 from d2s.shards.build.settings import BuildConfig, check_same_build, settings_of
 from d2s.shards.build.shard_writer import is_done, part_path, start_worker, write_shard
-from d2s.shards.format.file_names import CHECKSUMS, SCRATCH
+from d2s.shards.format.file_names import CHECKSUMS, QUARANTINE, SCRATCH
 from d2s.shards.sources.entry import Entry
 from d2s.shards.sources.faults import Faults
 
@@ -72,18 +73,31 @@ def build(
         # Parts of one build share the output folder; a build without parts locks it for itself.
         lock(common_lock, out, shared=part is not None)
         settings = settings_of(config, facts)
-        try:
-            assignment = assign(own, entries, join=join, layout=config.layout, faults=faults)
-            check_same_build(scratch, own, settings, digest(own))
-        except ValueError:
-            remove_empty_build(out, own)
-            raise
-        _write_shards(assignment, own, out, config, workers, part or (1, 1))
-        if part and not _is_last(common_lock, assignment, out):
-            return None
-        report = _finish(assignment, out, settings, faults)
+        with _kept_faults(out, faults):
+            try:
+                assignment = assign(own, entries, join=join, layout=config.layout, faults=faults)
+                check_same_build(scratch, own, settings, digest(own))
+            except ValueError:
+                remove_empty_build(out, own)
+                raise
+            _write_shards(assignment, own, out, config, workers, part or (1, 1))
+            if part and not _is_last(common_lock, assignment, out):
+                return None
+            report = _finish(assignment, out, settings, faults)
         shutil.rmtree(scratch)
     return report
+
+
+@contextmanager
+def _kept_faults(out: Path, faults: Faults) -> Iterator[None]:
+    """Keeps the faults found so far if the build ends with an error: they are listed, and the first ones named."""
+    try:
+        yield
+    except ValueError as error:
+        if not faults.rows:
+            raise
+        write_quarantine(out, faults.rows)
+        raise ValueError(f"{error}; {faults.summary()}; all: {out / QUARANTINE}") from None
 
 
 def _is_last(common_lock: IO[str], assignment: Assignment, out: Path) -> bool:

@@ -45,15 +45,22 @@ def write_description(
                     shutil.copyfileobj(part, file, 1 << 20)
     write_json(out / SIZES, {shard.name: markers[shard.name]["samples"] for shard in shards})
     write_json(out / SETTINGS, settings)
-    if faults:
-        with atomic_file(out / QUARANTINE) as file:
-            for row in faults:
-                file.write(json.dumps(row, sort_keys=True).encode() + b"\n")
+    write_quarantine(out, faults)
     files = {shard.name: {key: markers[shard.name][key] for key in ("bytes", "sha256")} for shard in shards}
     for name in DESCRIPTION:
         if (out / name).exists():
             files[name] = {"bytes": os.path.getsize(out / name), "sha256": file_sha256(out / name)}
     write_json(out / CHECKSUMS, {"version": 1, "files": files})
+
+
+def write_quarantine(out: Path, faults: list[dict]) -> None:
+    """Writes quarantine.jsonl, or removes that of an earlier try if there are no faults now."""
+    if not faults:
+        (out / QUARANTINE).unlink(missing_ok=True)
+        return
+    with atomic_file(out / QUARANTINE) as file:
+        for row in faults:
+            file.write(json.dumps(row, sort_keys=True).encode() + b"\n")
 
 
 def _write_manifest_and_index(out: Path, shards: list[Shard], rows: int, in_place: bool) -> None:

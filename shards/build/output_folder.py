@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import IO
 
-from d2s.shards.format.file_names import CHECKSUMS, DESCRIPTION, SCRATCH
+from d2s.shards.format.file_names import CHECKSUMS, DESCRIPTION, QUARANTINE, SCRATCH
 
 
 def check_output(out: Path, resume: bool) -> None:
@@ -14,7 +14,8 @@ def check_output(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, not a folder")
     found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if not found:
+    # A build that left out everything ends with an error and leaves the list of reasons; that is no data set.
+    if not found or found == [QUARANTINE]:
         return
     interrupted = SCRATCH in found
     if resume and not interrupted:
@@ -24,6 +25,20 @@ def check_output(out: Path, resume: bool) -> None:
         if interrupted:
             remedy = "--resume continues the build that was interrupted there"
         raise ValueError(f"--out {out}: not empty (holds {found[0]}); {remedy}")
+
+
+def link_tars(folder: Path, out: Path, tars: list[Path]) -> None:
+    """Fills `out` with links to tars in `folder`, under the same names. Raises ValueError if it holds other tars."""
+    if out.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--out {out}: lies in {folder} or around it; choose another folder")
+    links = {out / path.relative_to(folder): path.resolve() for path in tars}
+    there = {*out.glob("*.tar"), *out.glob("*/*.tar")} if out.is_dir() else set()
+    for path in sorted(there):
+        if path not in links or path.resolve() != links[path]:
+            raise ValueError(f"--out {out}: holds {path.name}, which is no link to a tar of {folder}")
+    for link in links.keys() - there:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(links[link])
 
 
 def remove_description(folder: Path, force: bool) -> None:

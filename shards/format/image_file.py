@@ -11,8 +11,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Formats that are stored without conversion. Every other format that Pillow reads is stored as JPEG.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# Errors that Pillow's decoders raise on broken input. Others are not listed, so our bugs stay visible.
+IMAGE_SUFFIXES = (
+    "jpg",
+    "jpeg",
+    "jfif",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+    "jp2",
+    "ppm",
+    "pgm",
+)
+"""What the members of a tar that hold images are called; which format they have, their bytes say."""
+# What Pillow's decoders raise on broken input. The list is no wider, so our own bugs still surface.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, Image.DecompressionBombError)
 
 
@@ -41,7 +56,7 @@ def check_image(
             image.load()
             return EncodedImage(data, suffix, width, height)
         if not convert:
-            raise ValueError(f"format {image.format} is none of JPEG, PNG, WebP")
+            raise ValueError(_stored_as_it_is(image))
         return _encode(image, resize, quality)
 
 
@@ -49,8 +64,12 @@ def check_header(data: bytes) -> EncodedImage:
     """Reads only an image's header. Raises ValueError, with the reason, unless it is JPEG, PNG or WebP."""
     with _opened(data) as image:
         if image.format not in SUFFIXES:
-            raise ValueError(f"format {image.format} is none of JPEG, PNG, WebP")
+            raise ValueError(_stored_as_it_is(image))
         return EncodedImage(data, SUFFIXES[image.format], *image.size)
+
+
+def _stored_as_it_is(image: Image.Image) -> str:
+    return f"format {image.format} is none of JPEG, PNG, WebP; `build` copies it as a JPEG"
 
 
 @contextmanager

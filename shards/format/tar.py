@@ -1,22 +1,42 @@
-"""Writes tar files whose bytes depend only on their members, and finds the members of any tar."""
+"""Writes tar files whose bytes depend only on their content, and reads the members of any tar to its end."""
 
 import hashlib
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
+from urllib.parse import quote
+
+from d2s.common.text import shorten
 
 BLOCK = tarfile.BLOCKSIZE
+_UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar: `size` bytes that begin at byte `offset` of the tar."""
+    """A file in a tar: its bytes are `size` bytes from `offset`; `fault` says why they cannot be used, if so."""
 
     name: str
     offset: int
     size: int
+    fault: str = ""
+
+
+class CutShort(ValueError):
+    """A tar that ends too early or cannot be read on. What came before is whole, but perhaps the last sample.
+
+    Attributes:
+        member: the name of the member that is incomplete; "" if the tar ends between two members.
+    """
+
+    def __init__(self, reason: str, member: str = "") -> None:
+        super().__init__(reason)
+        self.member = member
 
 
 def header(name: str, size: int) -> bytes:
@@ -66,39 +86,110 @@ class TarFile:
         return self._digest.hexdigest()
 
 
-def leads_outside(name: str) -> bool:
-    """Returns whether unpacking a member of this name could write outside the folder it is unpacked to."""
-    parts = name.replace("\\", "/").split("/")
-    return name.startswith(("/", "\\")) or ".." in parts or (len(parts[0]) == 2 and parts[0][1] == ":")
+def printable_name(name: str) -> str:
+    """The name of a member as text. Names are bytes; those that are not UTF-8 are percent-encoded."""
+    if name.isascii() or name == name.encode("utf-8", "replace").decode():
+        return name
+    return quote(name.encode("utf-8", "surrogateescape"), safe="/ !#$&'()+,;=@[]~:{}")
+
+
+def member_fault(info: tarfile.TarInfo) -> str:
+    """Why a member cannot be used; "" if it is a regular file within the tar."""
+    if _leads_outside(info.name):
+        reason = "leads outside of the tar; refused"
+    elif not info.isreg():
+        reason = "is a link or device; refused (tar --hard-dereference stores the file itself)"
+    elif info.issparse():
+        reason = "is stored sparse; pack the tar without --sparse"
+    else:
+        return ""
+    return f"member {_quoted(info.name)} {reason}"
+
+
+def _leads_outside(name: str) -> bool:
+    """True where unpacking the name could write outside of the folder it is unpacked to."""
+    if name.startswith(("/", "\\")) or name[1:3] in (":", ":/", ":\\"):
+        return True
+    return ".." in name and ".." in name.replace("\\", "/").split("/")
+
+
+def _quoted(name: str) -> str:
+    return shorten(repr(printable_name(name)), 100)
+
+
+class _Header(tarfile.TarInfo):
+    """Keeps the reason why no further header could be read: `tarfile` ends in silence, whatever it is."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            tar.last_error = error
+            raise
+
+
+def read_headers(file: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yields the headers of all members but folders, in order, with the tar that reads their data.
+
+    Args:
+        mode: "r:" for a file with random access, "r|*" for a stream, compressed or not.
+    Raises:
+        CutShort: the tar is none, cannot be read on, has no end, or has further data behind its end.
+    """
+    last = None
+    try:
+        with tarfile.open(fileobj=file, mode=mode, tarinfo=_Header, encoding="utf-8") as tar:
+            for info in iter(tar.next, None):
+                last = info
+                if not info.isdir():
+                    yield tar, info
+                # tarfile keeps every header that it reads; clearing them bounds the memory of a long scan.
+                tar.members.clear()
+            if not isinstance(tar.last_error, tarfile.EOFHeaderError):
+                invalid = isinstance(tar.last_error, tarfile.InvalidHeaderError)
+                what = "damaged: no header of a member" if invalid else "cut short: no end of the archive"
+                raise CutShort(f"{what} behind member {_quoted(last.name)}")
+            while rest := tar.fileobj.read(_CHUNK):
+                if rest.strip(b"\0"):
+                    remedy = "unpack it with tar --ignore-zeros and pack it anew"
+                    raise CutShort(f"of several joined by cat: more data follows its end; {remedy}")
+    except _UNREADABLE as error:
+        what = f"cut short or damaged behind member {_quoted(last.name)}" if last else "not a readable tar"
+        raise CutShort(f"{what}: {type(error).__name__}: {shorten(str(error), 100)}") from None
 
 
 def scan(path: Path) -> Iterator[Member]:
-    """Yields the regular files of an uncompressed tar, in the order of the tar.
+    """Yields the files of an uncompressed tar, in their order.
 
     Raises:
-        ValueError: the file is no tar or is cut short, or a member is a link, a device or leads outside.
+        CutShort: not a tar, or its end is missing.
+        OSError: it cannot be opened.
     """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            length = path.stat().st_size
-            for info in tar:
-                if leads_outside(info.name):
-                    raise ValueError(f"{path}: member {info.name!r} leads outside of the tar; refused")
-                if info.isdir():
-                    continue
-                if not info.isreg():
-                    raise ValueError(f"{path}: member {info.name!r} is a link or device; refused")
-                if info.offset_data + info.size > length:
-                    raise ValueError(f"{path}: cut short within member {info.name!r}")
-                yield Member(info.name, info.offset_data, info.size)
-                # tarfile keeps every header that it reads. Clearing them limits the memory of a long scan.
-                tar.members.clear()
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a readable, uncompressed tar: {error}") from None
+    with open(path, "rb") as file:
+        length = path.stat().st_size
+        if file.read(20).startswith(b"version https://git-"):
+            raise CutShort("is a git-lfs pointer, not the tar itself: run git lfs pull")
+        file.seek(0)
+        for _, info in read_headers(file, "r:"):
+            name = printable_name(info.name)
+            fault = member_fault(info)
+            if not fault and info.offset_data + info.size > length:
+                raise CutShort(f"cut short within member {_quoted(info.name)}", name)
+            yield Member(name, info.offset_data, info.size, fault)
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Splits a name into key and suffix by the WebDataset rule: at the first dot of the file name."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix.lower()
+def read_members(stream: BinaryIO) -> Iterator[tuple[str, bytes, str]]:
+    """Yields (name, data, fault) of the files of a tar, compressed or not, that can only be read forward.
+
+    Raises:
+        CutShort: not a tar, or its end is missing.
+    """
+    for tar, info in read_headers(stream, "r|*"):
+        name, fault = printable_name(info.name), member_fault(info)
+        try:
+            data = b"" if fault else tar.extractfile(info).read()
+        except _UNREADABLE as error:
+            what = f"cut short or damaged within member {_quoted(info.name)}"
+            raise CutShort(f"{what}: {shorten(str(error), 100)}", name) from None
+        yield name, data, fault

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from d2s.shards.format import manifest, tar
 from d2s.shards.format.file_names import CHECKSUMS, INDEX, MANIFEST, SIDECAR
-from d2s.shards.format.image_file import IMAGE_SUFFIXES, check_image
+from d2s.shards.format.image_file import SUFFIXES, check_image
 from d2s.shards.format.index_file import FROM_MANIFEST
 from d2s.shards.format.keys import hash64
 
@@ -178,7 +178,7 @@ def _check_between(data: _Bytes, rows: list[dict]) -> Iterator[tuple[str, str]]:
         start = row["image_offset"]
         name = data[start - tar.BLOCK : start][:100].rstrip(b"\0").decode("ascii", "replace")
         suffix = name.removeprefix(f"{row['key']}.")
-        image = f"{row['key']}.{suffix if suffix in IMAGE_SUFFIXES else 'jpg'}"
+        image = f"{row['key']}.{suffix if suffix in SUFFIXES.values() else 'jpg'}"
         for member, kind in ((image, "image"), (f"{row['key']}.json", "json")):
             offset, size = row[f"{kind}_offset"], row[f"{kind}_size"]
             if data[position:offset] != tar.header(member, size):

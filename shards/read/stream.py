@@ -9,6 +9,7 @@ It is for shards too large or too far away to index. Compared with an index it h
 Still, every worker makes the same number of training steps, and all random choices follow from the seed.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
@@ -16,8 +17,9 @@ from itertools import count
 import numpy as np
 import webdataset as wds
 
-from d2s.common.files import parse_json
-from d2s.shards.format.image_file import IMAGE_SUFFIXES
+from d2s.common.text import one_line, shorten
+from d2s.shards.format.tar import CutShort, read_members
+from d2s.shards.format.tar_samples import Group, Suffixes, group, member_json, member_text
 from d2s.shards.order import draws
 from d2s.shards.order.permutation import Permutation
 from d2s.shards.read.records import Record
@@ -28,7 +30,9 @@ _EMPTY_PASSES = 8
 
 
 def is_pattern(data: str) -> bool:
-    """Returns whether --data names tars to stream (a URL, braces, a .tar), not a data set's folder."""
+    """Returns whether --data names tars to stream (a URL, braces, a .tar). An existing folder never does."""
+    if os.path.isdir(data):
+        return False
     return "://" in data or "{" in data or data.startswith("pipe:") or data.endswith(".tar")
 
 
@@ -89,8 +93,8 @@ class Stream:
         empty = 0
         for number in count():
             found = 0
-            for sample in self.one_pass(epoch, number):
-                where = f"{sample['__url__']}: key {sample['__key__']}"
+            for url, sample in self.one_pass(epoch, number):
+                where = f"{url}: key {sample.key}"
                 record = self._record(sample, where)
                 reason = usable(record) if record else None
                 if reason:
@@ -110,54 +114,64 @@ class Stream:
         Raises:
             ValueError: `notes` has more than `budget` lines, and no batch was made that could report them.
         """
+        line = one_line(line)
         if line not in self.notes:
             self.notes.append(line)
         if len(self.notes) > self.budget:
             raise ValueError(f"damage_budget is {self.budget} but more is damaged, the last: {line}")
 
-    def one_pass(self, epoch: int, number: int) -> Iterator[dict]:
-        """Yields the samples (dictionaries of webdataset) of pass `number` over this reader's tars."""
+    def one_pass(self, epoch: int, number: int) -> Iterator[tuple[str, Group[bytes]]]:
+        """Yields (tar, sample) from pass `number` over this reader's tars."""
         order = Permutation(len(self.urls), self.seed, epoch, part=number)(np.arange(len(self.urls)))
         enough = len(order) >= self.readers
         mine = [self.urls[i] for i in (order[self.reader :: self.readers] if enough else order)]
         bits = draws.bits(self.seed, epoch, [number * self.readers + self.reader], "buffer")
-        samples = wds.tariterators.tarfile_samples(({"url": url} for url in mine), handler=self._note)
+        samples = (sample for url in mine for sample in self._samples_of(url))
         if not enough:
             samples = (s for i, s in enumerate(samples) if i % self.readers == self.reader)
         shuffle = wds.shuffle(self.buffer, initial=self.buffer, rng=random.Random(int(bits[0, 0])))
         return iter(shuffle(samples))
 
-    def _note(self, error: Exception) -> bool:
-        """Notes an error of webdataset, and lets webdataset continue with data that can still be read."""
-        # webdataset appends the stream and its URL to the arguments of the error.
-        url = next((part for part in reversed(error.args[1:]) if isinstance(part, str)), "a tar")
-        first = error.args[0] if error.args and not isinstance(error, OSError) else error
-        self.note(f"{url}: {type(error).__name__}: {first}".replace("\n", " "))
-        return True
+    def _samples_of(self, url: str) -> Iterator[tuple[str, Group[bytes]]]:
+        """The samples of one tar, as far as it can be read; what is wrong with it is noted."""
 
-    def _record(self, sample: dict, where: str) -> Record | None:
-        image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+        def note(error: Exception) -> bool:
+            self.note(f"{url}: {type(error).__name__}: {error}")
+            return True
+
+        for opened in wds.tariterators.url_opener([{"url": url}], handler=note):
+            try:
+                yield from ((url, sample) for sample in group(read_members(opened["stream"])))
+            except CutShort as error:
+                self.note(f"{url}: {error}")
+
+    def _record(self, sample: Group[bytes], where: str) -> Record | None:
+        doing = ""
         try:
-            fields = parse_json(sample.get("json", b"{}"))
-            sparse, dense = (_captions(sample, fields, columns) for columns in self.columns)
-        except (ValueError, TypeError, AttributeError) as error:
-            self.note(f"{where}: its captions cannot be used: {error}")
-            return None
-        if image is None:
-            self.note(f"{where}: has no image ({', '.join(IMAGE_SUFFIXES)})")
+            if sample.faults:
+                raise ValueError(sample.faults[0])
+            image = sample.image(Suffixes())
+            doing = "its captions cannot be used: "
+            fields = member_json(sample.members.get("json", b"{}"))
+            sparse, dense = (_captions(sample.members, fields, columns) for columns in self.columns)
+            if fields and not sparse and not dense:
+                there = shorten(", ".join(fields), 150)
+                raise ValueError(f"none in {', '.join(sum(self.columns, ()))}; the JSON has {there}")
+        except ValueError as error:
+            self.note(f"{where}: {doing}{error}")
             return None
         number = fields.get("image_id")
         if type(number) is not int or abs(number) >= 1 << 63:
             number = draws.hash_name(where) >> 1
-        return Record(row=-1, key=sample["__key__"], image=image, sparse=sparse, dense=dense, image_id=number)
+        return Record(row=-1, key=sample.key, image=image, sparse=sparse, dense=dense, image_id=number)
 
 
-def _captions(sample: dict, fields: dict, columns: tuple[str, ...]) -> tuple[str, ...]:
+def _captions(members: dict[str, bytes], fields: dict, columns: tuple[str, ...]) -> tuple[str, ...]:
     found: list[str] = []
     for column in columns:
         value = fields.get(column)
-        if value is None and column in sample and column != "json":
-            value = sample[column].decode()
+        if value is None and column in members and column != "json":
+            value = member_text(members[column], column)
         texts = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"column {column!r} is no text")

@@ -38,6 +38,6 @@ def check_options(name: str, options: SourceOptions) -> None:
 def unused_options(name: str, options: SourceOptions) -> list[str]:
     """The options that were given but have no effect with this source."""
     module, default = source(name), SourceOptions()
-    choices = ("captions", "images", "split", "split_lists", "columns", "counts", "size")
+    choices = ("captions", "images", "split", "split_lists", "columns", "suffixes", "counts", "size")
     given = [option for option in choices if getattr(options, option) != getattr(default, option)]
     return [option for option in given if option not in (*module.NEEDS, *module.USES)]

@@ -33,6 +33,8 @@ class Entry:
     """name by which separate captions are joined; "" takes `source_id`"""
     number: int = -1
     seed: int = 0
+    hint: str = ""
+    """what to say if it has no caption at all, not even a joined one"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,11 @@ class SourceOptions:
     split_lists: dict[str, Path] = field(default_factory=dict)
     """flickr: the file that lists the images of each split"""
     columns: dict[str, str] = field(default_factory=dict)
-    """jsonl, parquet: the names there of our columns path, sparse, dense, split, id"""
+    """jsonl, parquet: the names there of our columns path, sparse, dense, split, id; img2dataset: sparse, dense"""
+    suffixes: dict[str, str] = field(default_factory=dict)
+    """img2dataset: the suffixes of image, caption, dense, json in a sample"""
+    scratch: Path | None = None
+    """img2dataset: folder for unpacked copies of compressed tars; None refuses them"""
     dense_columns: tuple[str, ...] = ("text",)
     """release: the fields of the aligned JSON lines"""
     counts: dict[str, int] = field(default_factory=dict)

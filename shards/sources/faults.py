@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from d2s.common.text import shorten
+
 
 @dataclass
 class Faults:
@@ -11,16 +13,25 @@ class Faults:
     rows: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, where: str, reason: str, key: str = "") -> None:
-        """Records one fault, or raises ValueError with it."""
+        """Records one fault, or raises ValueError with it; each part is shortened to 300 characters."""
         # Names in a source may hold line breaks and unpaired surrogates, which a terminal cannot print.
         where, reason, key = (_one_line(text) for text in (where, reason, key))
         if not self.quarantine:
             raise ValueError(f"{where}: {reason}")
         self.rows.append({"where": where, "key": key, "reason": reason})
 
+    def summary(self) -> str:
+        """How many faults there are, and the first of them."""
+        first = "; ".join(
+            f"{shorten(row['where'], 80)}: {shorten(row['reason'], 200)}" for row in self.rows[:2]
+        )
+        count = f"{len(self.rows):,} faults, the first" if len(self.rows) > 2 else "left out"
+        return f"{count}: {first}"
+
 
 def _one_line(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode().replace("\r", "\\r").replace("\n", "\\n")
+    text = shorten(text).encode("utf-8", "backslashreplace").decode()
+    return shorten(text.replace("\r", "\\r").replace("\n", "\\n"))
 
 
 def caption_fault(captions: tuple) -> str | None:
@@ -46,9 +57,9 @@ def text_field(row: dict, name: str) -> str:
     """A field that must hold text. Raises KeyError if it is missing, TypeError if it holds anything else."""
     value = row[name]
     if not isinstance(value, str) or not value:
-        raise TypeError(f"field {name!r} is {value!r}, not text")
+        raise TypeError(f"field {name!r} is {shorten(repr(value))}, not text")
     if caption_fault((value,)):
-        raise TypeError(f"field {name!r} is {value!r}, not valid text")
+        raise TypeError(f"field {name!r} is {shorten(repr(value))}, not valid text")
     return value
 
 
@@ -56,7 +67,7 @@ def integer_field(row: dict, name: str) -> int:
     """A field that must hold an integer. Raises KeyError or TypeError as `text_field` does."""
     value = row[name]
     if not is_integer(value):
-        raise TypeError(f"field {name!r} is {value!r}, not a whole number")
+        raise TypeError(f"field {name!r} is {shorten(repr(value))}, not a whole number")
     return value
 
 

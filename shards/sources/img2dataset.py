@@ -1,116 +1,227 @@
-"""Tars by img2dataset: each sample is an image, its caption (`.txt`) and its metadata (`.json`)."""
+"""Tars of webdataset or img2dataset: each sample is an image, its caption (`.txt`) and its metadata (`.json`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from d2s.common.files import parse_json
 from d2s.common.process_map import map_ordered
+from d2s.common.text import shorten
+from d2s.shards.format.compressed import compression, decompress
 from d2s.shards.format.image_file import IMAGE_SUFFIXES
-from d2s.shards.format.tar import Member, scan, split_name
+from d2s.shards.format.tar import CutShort, Member, scan
+from d2s.shards.format.tar_samples import Group, Suffixes, group, member_json, member_text
 from d2s.shards.sources.entry import Entry, SourceOptions
 from d2s.shards.sources.faults import Faults
 
 NEEDS = ("images",)
-USES = ("split",)
+USES = ("split", "columns", "suffixes")
+_ENDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_COLUMNS = ("sparse", "dense")
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    """Reads the headers and captions of DIR/*.tar, or of DIR/<split>/*.tar, tar after tar by name."""
+    """Reads the headers and captions of DIR/*.tar, or of DIR/<split>/*.tar, tar after tar by name.
+
+    Captions come from the text members that `options.suffixes` names, or from the fields of the JSON that
+    `options.columns` names (sparse, dense). Compressed tars are unpacked into `options.scratch`.
+    """
+    for name in options.columns:
+        if name not in _COLUMNS:
+            raise ValueError(f"--columns: {shorten(repr(name))} is none of {', '.join(_COLUMNS)}")
+    Suffixes.of(options.suffixes)  # raises for an unknown role
     tars = find_tars(options.images, options.split)
-    scan_one = partial(_scan_tar, options.images, faults.quarantine)
-    for _, (found, rows) in map_ordered(scan_one, tars, options.workers):
+    for _, (found, rows) in map_ordered(
+        partial(_read_tar, options, faults.quarantine), tars, options.workers
+    ):
         faults.rows.extend(rows)
         yield from found
 
 
 def find_tars(folder: Path, split: str) -> list[tuple[str, Path]]:
     """(split, path) of every tar. The split of a tar in a subfolder is the name of the subfolder."""
-    direct = [(split, path) for path in sorted(folder.glob("*.tar"))]
-    nested = [(path.parent.name, path) for path in sorted(folder.glob("*/*.tar"))]
-    if not direct and not nested:
+
+    def tars(pattern: str) -> list[Path]:
+        # macOS writes a `._` companion beside each file.
+        found = {p for p in folder.glob(pattern) if p.name.endswith(_ENDS) and p.name[0] != "."}
+        # A compressed tar beside the same one unpacked is a copy.
+        return sorted(p for p in found if p.suffix == ".tar" or p.with_name(f"{_stem(p)}.tar") not in found)
+
+    found = [(split, path) for path in tars("*")] + [(path.parent.name, path) for path in tars("*/*")]
+    if not found:
         raise ValueError(f"{folder}: no .tar in it")
-    return direct + nested
+    return found
 
 
-def group_members(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Groups the members of a tar into samples: (key, {suffix: member}) for each run of equal keys."""
-    key, group = None, {}
-    for member in scan(path):
-        name, suffix = split_name(member.name)
-        if key is not None and (name != key or suffix in group):
-            yield key, group
-            group = {}
-        key = name
-        group[suffix] = member
-    if key is not None:
-        yield key, group
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(next(end for end in _ENDS if path.name.endswith(end)))
 
 
-def _scan_tar(root: Path, quarantine: bool, tar: tuple[str, Path]) -> tuple[list[Entry], list[dict]]:
+def _read_tar(
+    options: SourceOptions, quarantine: bool, tar: tuple[str, Path]
+) -> tuple[list[Entry], list[dict]]:
     """The entries of one tar (split, path), and its faults."""
     split, path = tar
     faults = Faults(quarantine)
-    found = []
     # Tars repeat each other's keys, so the name of the tar is part of the id of a sample.
-    home = path.relative_to(root).with_suffix("").as_posix()
-    with open(path, "rb") as file:
-        for key, group in group_members(path):
-            where = f"{path}: {key}"
-            image = next((member for suffix, member in group.items() if suffix in IMAGE_SUFFIXES), None)
-            if image is None:
-                faults.add(where, "caption without an image", key)
-                continue
-            try:
-                sparse, dense, sha256 = _captions(file, group)
-            except ValueError as error:
-                faults.add(where, f"its .json or .txt cannot be used: {error}", key)
-                continue
-            entry = Entry(
-                split=split,
-                source_id=f"{home}/{image.name}",
-                where=where,
-                sparse=sparse,
-                dense=dense,
-                key=key,
-                path=str(path),
-                offset=image.offset,
-                size=image.size,
-                sha256=sha256,
-                filename=image.name,
-            )
-            found.append(entry)
-    return found, faults.rows
+    home = path.relative_to(options.images).with_name(_stem(path)).as_posix()
+    plain = _plain_tar(options, path, home, faults)
+    suffixes = Suffixes.of(options.suffixes)
+    found: dict[str, Entry] = {}
+    if plain is None:
+        return [], faults.rows
+    try:
+        members = ((member.name, member, member.fault) for member in scan(plain))
+        with open(plain, "rb") as file:
+            for sample in group(members):
+                if sample.apart:
+                    found.pop(sample.key, None)
+                entry = _entry(file, sample, suffixes, options.columns, f"{path}: {sample.key}", faults)
+                if entry is not None:
+                    name = f"{home}/{entry.filename}"
+                    found[sample.key] = replace(entry, split=split, path=str(plain), source_id=name)
+    except CutShort as error:
+        remedy = "" if quarantine else "; copy it again, or --on-error quarantine takes what is whole in it"
+        faults.add(str(path), f"{error}{remedy}")
+    return list(found.values()), faults.rows
 
 
-def _captions(file: BinaryIO, group: dict[str, Member]) -> tuple[tuple, tuple, str]:
-    """Sparse and dense captions and the sha256 of the image as it was downloaded.
+def _plain_tar(options: SourceOptions, path: Path, home: str, faults: Faults) -> Path | None:
+    """The tar itself, or, if it is compressed, a plain copy in the scratch folder. None for a fault."""
+    try:
+        kind = compression(path)
+    except OSError as error:
+        faults.add(str(path), error.strerror or str(error))
+        return None
+    if not kind:
+        return path
+    if options.scratch is None:
+        faults.add(str(path), f"is compressed ({kind}): unpack it to a plain .tar, or copy it with `build`")
+        return None
+    target = options.scratch / f"{home}.tar"
+    if fault := decompress(path, kind, target):
+        faults.add(str(path), fault)
+    return target
 
-    Captions come from `sparse` and `dense` in the JSON (our own shards have them), else from the `.txt`, else from
-    `caption` in the JSON. An empty text means that there is no caption.
+
+def _entry(
+    file: BinaryIO,
+    sample: Group[Member],
+    suffixes: Suffixes,
+    columns: dict[str, str],
+    where: str,
+    faults: Faults,
+) -> Entry | None:
+    """The entry of a sample, still without its tar; None for a fault."""
+    try:
+        if sample.faults:
+            raise ValueError(sample.faults[0])
+        image = sample.image(suffixes)
+    except ValueError as error:
+        faults.add(where, f"{error}{_remedy(sample)}", sample.key)
+        return None
+    kinds = (suffixes.caption, suffixes.dense, suffixes.json)
+    texts = {kind: _read(file, sample.members[kind]) for kind in kinds if kind in sample.members}
+    try:
+        sparse, dense, sha256, facts = _captions(texts, suffixes, columns)
+    except ValueError as error:
+        faults.add(where, f"its captions cannot be used: {error}", sample.key)
+        return None
+    return Entry(
+        split="",
+        source_id="",
+        where=where,
+        sparse=sparse,
+        dense=dense,
+        key=sample.key,
+        offset=image.offset,
+        size=image.size,
+        sha256=sha256,
+        filename=image.name,
+        hint="" if sparse or dense else _hint(sample, facts),
+    )
+
+
+def _captions(
+    texts: dict[str, bytes], suffixes: Suffixes, columns: dict[str, str]
+) -> tuple[tuple, tuple, str, dict]:
+    """Sparse and dense captions, the sha256 of the image as it was downloaded, and the JSON.
+
+    Captions come from the fields in `columns`, else from `sparse` and `dense` in the JSON (our own shards have them),
+    else from the text members, else from `caption` in the JSON. An empty text means that there is no caption.
     """
-    facts = parse_json(_read(file, group["json"])) if "json" in group else {}
-    if not isinstance(facts, dict):
-        raise ValueError("the JSON is not an object")
-    if "sparse" in facts or "dense" in facts:
-        # In our own shards, sha256 is that of the stored image, so captions of the original cannot be joined by it.
-        return _texts(facts, "sparse"), _texts(facts, "dense"), ""
-    if "txt" in group:
-        facts["caption"] = _read(file, group["txt"]).decode()
-    return _texts(facts, "caption"), (), str(facts.get("sha256") or "")
+    facts = member_json(texts.get(suffixes.json, b"{}"))
+    fields = {kind: names.split(",") for kind, names in columns.items()}
+    missing = next((name for names in fields.values() for name in names if name not in facts), None)
+    if missing is not None:
+        raise ValueError(f"no field {shorten(repr(missing))} in the JSON; there are {_names(facts)}")
+    own = not columns and ("sparse" in facts or "dense" in facts)
+    members = (
+        {}
+        if own
+        else {kind: member_text(data, kind) for kind, data in texts.items() if kind != suffixes.json}
+    )
+    found = facts | {"caption": members.get(suffixes.caption, facts.get("caption"))}
+    sparse = _texts(found, fields.get("sparse", ["sparse" if own else "caption"]))
+    dense = _texts(found, fields.get("dense", ["dense"] if own else []))
+    if "dense" not in columns and suffixes.dense in members:
+        dense = _texts(members, [suffixes.dense])
+    # In our own shards, sha256 is that of the stored image, so captions of the original cannot be joined by it.
+    return sparse, dense, "" if own else str(facts.get("sha256") or ""), facts
 
 
-def _texts(facts: dict, name: str) -> tuple[str, ...]:
-    """The captions in a field: null, one text, or a list of texts. Raises ValueError if it holds anything else."""
-    value = facts.get(name)
-    if value is None or isinstance(value, str):
-        return (value,) if value and value.strip() else ()
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{name!r} is neither a text nor a list of texts: {str(value)[:60]!r}")
-    return tuple(value)
+def _texts(facts: dict, names: list[str]) -> tuple[str, ...]:
+    """The captions in some fields: null, a text, or a list of texts. Raises ValueError if one holds anything else."""
+    found: list[str] = []
+    for name in names:
+        value = facts.get(name)
+        if value is None or isinstance(value, str):
+            found += [value] if value and value.strip() else []
+        elif isinstance(value, list) and all(isinstance(text, str) for text in value):
+            found += value
+        else:
+            what = f"{shorten(repr(name))} is neither a text nor a list of texts"
+            raise ValueError(f"{what}: {str(value)[:60]!r}")
+    return tuple(found)
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:
     file.seek(member.offset)
     return file.read(member.size)
+
+
+def _names(names: Iterable[str]) -> str:
+    return shorten(", ".join(names), 100)
+
+
+def _remedy(sample: Group[Member]) -> str:
+    """What to give for a sample that has no image, or several."""
+    images = [suffix for suffix in sample.members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+    if sample.faults or not images:
+        return ""
+    roles = {"image": images[0]}
+    if len(images) == 1:
+        for suffix in sample.members:
+            role = {"txt": "caption", "json": "json"}.get(suffix.rpartition(".")[2])
+            if role:
+                roles.setdefault(role, suffix)
+    given = ",".join(f"{role}={suffix}" for role, suffix in roles.items())
+    return f"; --suffixes {shorten(given, 100)} says which to take"
+
+
+def _hint(sample: Group[Member], facts: dict) -> str:
+    """Where a caption may be, for a sample in which none was found."""
+    if facts:
+        words = {
+            name: value[0] if isinstance(value, list) and value else value for name, value in facts.items()
+        }
+        # A caption has several words, other than a name or a checksum.
+        texts = [name for name, value in words.items() if isinstance(value, str) and " " in value.strip()]
+        column = max(texts, key=lambda name: len(words[name]), default="FIELD")
+        return f"; its JSON has {_names(facts)}: --columns sparse={shorten(column, 50)} takes one"
+    others = [suffix for suffix in sample.members if suffix.rpartition(".")[2] not in IMAGE_SUFFIXES]
+    if not others:
+        return ""
+    there = _names(f".{suffix}" for suffix in others)
+    return f"; beside the image there is {there}: --suffixes caption={shorten(others[0], 50)} takes one"

@@ -240,6 +240,48 @@ def test_split_that_loses_all_its_images_is_empty(
     assert "split 'test' is empty" in refused(arguments)
 
 
+@pytest.mark.parametrize("decoded", [False, True])
+def test_reasons_are_kept_when_nothing_is_left(
+    decoded: bool, karpathy: Karpathy, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = bytearray(picture(3, form="PNG"))
+    data[len(data) // 2] ^= 1
+    for row in karpathy.rows[13:]:
+        path = karpathy.images / row["filename"]
+        path.write_bytes(data) if decoded else path.unlink()
+    karpathy.write()
+    arguments = karpathy.arguments(tmp_path / "out", "--on-error", "quarantine")
+    assert main(arguments) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    reason = "the image does not decode" if decoded else "does not exist"
+    assert "split 'test' is empty" in line
+    assert "left out: " in line
+    assert reason in line
+    assert "quarantine.jsonl" in line
+    listed = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert [reason in json.loads(row)["reason"] for row in listed] == [True, True]
+    if not decoded:
+        for row in karpathy.rows[13:]:
+            (karpathy.images / row["filename"]).write_bytes(picture(1))
+        assert main(arguments) == 0
+        assert not (tmp_path / "out" / "quarantine.jsonl").exists()
+
+
+def test_no_row_and_no_line_repeats_a_long_value(
+    karpathy: Karpathy, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    karpathy.rows[3]["imgid"] = "7" * 100_000
+    karpathy.rows[4]["filename"] = {"bytes": "x" * 100_000}
+    del karpathy.long[4]
+    karpathy.write()
+    assert len(refused(karpathy.arguments(tmp_path / "out"))) < 800
+    assert karpathy.build(tmp_path / "out", "--on-error", "quarantine") == 0
+    rows = [json.loads(row) for row in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert all(len(value) <= 300 for row in rows for value in row.values())
+    assert all("not" in row["reason"] for row in rows)
+
+
 def test_missing_options_and_files(karpathy: Karpathy, tmp_path: Path, refused: Callable[..., str]) -> None:
     karpathy.write()
     out = ["--out", str(tmp_path / "out")]

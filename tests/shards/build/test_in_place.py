@@ -11,6 +11,8 @@ from shard_sources import contents, picture
 
 from d2s.shards.cli import main
 from d2s.shards.format.manifest import read_manifest
+from d2s.shards.read.index import ShardIndex
+from d2s.shards.read.reader import ShardReader
 
 
 @pytest.fixture
@@ -112,3 +114,24 @@ def test_our_own_tars_can_be_described_anew(dataset: Path, tmp_path: Path) -> No
     assert main(["index", str(tmp_path)]) == 0
     columns = ["key", "split", "shard", "image_offset", "sha256", "sparse", "dense"]
     assert read_manifest(tmp_path, columns).equals(read_manifest(dataset, columns))
+
+
+def test_read_only_tars_are_described_in_a_folder_of_its_own(
+    tars: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, out = contents(tars), tmp_path / "index"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        assert "cannot be written to; --out" in refused(["index", str(tars)])
+        assert main(["index", str(tars), "--out", str(out)]) == 0
+    assert contents(tars) == before
+    assert main(["verify", str(out)]) == 0
+    assert ShardReader(ShardIndex.open(out)).record(0).image == picture(0)
+    described = contents(out)
+    assert main(["index", str(tars), "--out", str(out), "--force"]) == 0
+    assert contents(out) == described
+    assert main(["index", str(tars)]) == 0
+    assert {name: described[name] for name in described} == contents(tars)
+    assert "lies in" in refused(["index", str(tars), "--out", str(tars / "index")])
+    (out / "train/00009.tar").write_bytes(b"")
+    assert "no link to a tar of" in refused(["index", str(tars), "--out", str(out), "--force"])

@@ -28,7 +28,7 @@ def folder(tmp_path):
     return make_shards(tmp_path / "made", {"train": 18}, per_shard=3)
 
 
-def test_patterns():
+def test_patterns(tmp_path):
     assert expand("http://x/{00..02}.tar::/y/a.tar") == [
         "http://x/00.tar", "http://x/01.tar", "http://x/02.tar", "/y/a.tar"
     ]  # fmt: skip
@@ -36,6 +36,9 @@ def test_patterns():
     assert is_pattern("pipe:cat a.tar")
     assert is_pattern("a/{0..3}.tar")
     assert not is_pattern("data/f8k")
+    for name in ("set{1}", "old.tar"):
+        (tmp_path / name).mkdir()
+        assert not is_pattern(str(tmp_path / name))
     with pytest.raises(ValueError, match="data is"):
         expand("/x/{0..2.tar")
 
@@ -46,7 +49,7 @@ def test_one_pass_of_all_readers_is_the_data_once(folder, readers):
     keys, per_reader = [], []
     for reader in range(readers):
         stream = Stream(urls, seed=1, reader=reader, readers=readers, buffer=4)
-        found = [sample["__key__"] for sample in stream.one_pass(0, 0)]
+        found = [sample.key for _, sample in stream.one_pass(0, 0)]
         per_reader.append(len(found))
         keys += found
     assert sorted(keys) == [f"k{n:04}" for n in range(18)]
@@ -101,7 +104,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
         "key b4: has no sparse",
     ):
         assert part in notes
-    assert "1.tar: ReadError" in notes
+    assert "1.tar: not a readable tar: ReadError" in notes
     assert "2.tar: FileNotFoundError" in notes
     assert "\n" not in notes
 

@@ -1,0 +1,70 @@
+"""Compressed files: known by their first bytes, read as a stream."""
+
+import bz2
+import gzip
+import lzma
+import os
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from d2s.common.text import shorten
+
+_CHUNK = 1 << 16
+
+
+def _zstd(path: Path) -> BinaryIO:
+    return pa.input_stream(str(path), compression="zstd")
+
+
+_KINDS: dict[str, tuple[bytes, Callable[[Path], BinaryIO]]] = {
+    "gzip": (b"\x1f\x8b", gzip.open),
+    "bzip2": (b"BZh", bz2.open),
+    "xz": (b"\xfd7zXZ\x00", lzma.open),
+    "zstd": (b"\x28\xb5\x2f\xfd", _zstd),
+}
+
+
+def compression(path: Path) -> str:
+    """How a file is compressed: "gzip", "bzip2", "xz", "zstd", or "" if it is not. Raises OSError."""
+    with open(path, "rb") as file:
+        head = file.read(6)
+    return next((name for name, (magic, _) in _KINDS.items() if head.startswith(magic)), "")
+
+
+def open_compressed(path: Path, kind: str) -> BinaryIO:
+    """Opens a file of this compression; reading it gives the bytes that were compressed."""
+    return _KINDS[kind][1](path)
+
+
+def decompress(path: Path, kind: str, target: Path) -> str:
+    """Writes the bytes that were compressed to `target`, unless it exists. Returns why there are not all, or ""."""
+    if target.exists():
+        return ""
+    fault = ""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own, because another process may be writing the same file.
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as copy:
+        try:
+            with open_compressed(path, kind) as file:
+                while data := _next(file):
+                    if isinstance(data, Exception):
+                        fault = f"its {kind} data is cut short or damaged: {shorten(str(data), 100)}"
+                        break
+                    copy.write(data)
+            os.replace(copy.name, target)
+        finally:
+            Path(copy.name).unlink(missing_ok=True)
+    return fault
+
+
+def _next(file: BinaryIO) -> bytes | Exception:
+    """The next bytes, or why they cannot be read. (Errors of writing are raised where they happen.)"""
+    try:
+        return file.read(_CHUNK)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        return error
