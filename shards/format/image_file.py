@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from d2s.shards.format.rgb import to_rgb, upright
 
 # Formats that are stored as they are. Every other format that Pillow reads is stored as JPEG.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -76,12 +78,12 @@ def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImag
         target = max(1, round(width * scale)), max(1, round(height * scale))
         # The JPEG decoder can shrink by 2, 4 or 8. Twice the target size is left for the filter below.
         image.draft("RGB", (2 * target[0], 2 * target[1]))
-        image = image.convert("RGB").resize(target, Image.Resampling.BICUBIC)
+        image = to_rgb(image).resize(target, Image.Resampling.BICUBIC)
     # The new file has no orientation tag, so the pixels are rotated as the tag of the old one says.
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    image = upright(to_rgb(image))
     file = io.BytesIO()
-    upright.save(file, "JPEG", quality=quality)
-    return EncodedImage(file.getvalue(), "jpg", *upright.size)
+    image.save(file, "JPEG", quality=quality)
+    return EncodedImage(file.getvalue(), "jpg", *image.size)
 
 
 def has_valid_ends(head: bytes, tail: bytes, size: int) -> bool:
