@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -21,6 +22,7 @@ from d2s.model.text_encoder import TextEncoder
 from d2s.model.tokenizer import load_tokenizer
 from d2s.model.weight_names import TOWERS
 from d2s.preprocess.pixels import Picture, pixels
+from d2s.preprocess.text import TextPipeline
 
 
 class TextOutput(NamedTuple):
@@ -125,6 +127,10 @@ class D2SModel(nn.Module):
                 parts.append(self.forward_image(torch.stack(batch).to(self.device)).float())
         return torch.cat(parts).to(device) if parts else torch.zeros(0, self.config.width, device=device)
 
+    @cached_property
+    def _text_pipeline(self) -> TextPipeline:
+        return TextPipeline(self.tokenizer, self.max_words)
+
     @torch.no_grad()
     def encode_text(
         self, texts: str | Sequence[str], batch_size: int = 128, device: str | torch.device = "cpu"
@@ -144,16 +150,10 @@ class D2SModel(nn.Module):
         with evaluating(self):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                ids, mask = self._pieces([texts[row] for row in rows])
+                ids, mask = self._text_pipeline.encode([texts[row] for row in rows])
                 embedding = self.forward_text(ids.to(self.device), mask.to(self.device)).embedding
                 out[rows] = nn.functional.normalize(embedding.float(), dim=1).cpu()
         return out.to(device)
-
-    def _pieces(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        coded = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_words, return_tensors="pt"
-        )
-        return coded["input_ids"], coded["attention_mask"].bool()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors, config.json and the tokenizer to `folder`, which is created if missing."""
