@@ -43,8 +43,8 @@ def check_arguments(options: argparse.Namespace, overrides: list[str]) -> RunSpe
         config=config, data=data, index=index, run=options.run, init=init,
         resume=options.resume, resume_from=None, world=world,
     )  # fmt: skip
-    assert spec.steps_per_epoch >= 1  # raises ValueError where the batch is larger than the data
     _check_negatives(spec)
+    assert spec.steps_per_epoch >= 1  # raises ValueError where the batch is larger than the data
     spec.engine_settings()
     for line in idle_engine_settings(config.engine):
         warnings.warn(line, IdleSetting, stacklevel=2)
@@ -118,14 +118,13 @@ def _check_captions(config: TrainConfig, index: ShardIndex) -> None:
 
 
 def _check_negatives(spec: RunSpec) -> None:
-    images = 2 if spec.streams else len(spec.index.rows("train"))
     if not any(loss.compares_pairs for loss in losses_of(spec.config.loss)):
         return
     why = "the loss compares a pair with the other images of its batch, and there are none"
+    if not spec.streams and len(spec.index.rows("train")) == 1:
+        raise ValueError(f"the train split of {spec.data} has 1 image: {why}; build it with 2 or more")
     if spec.config.batch_size == 1:
         raise ValueError(f"batch_size is 1: {why}; raise it to 2 or more")
-    if images == 1:
-        raise ValueError(f"the train split of {spec.data} has 1 image: {why}; build it with 2 or more")
 
 
 def _check_validation(config: TrainConfig, index: ShardIndex) -> None:

@@ -62,6 +62,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise ValueError("the image file is empty")
     try:
         with warnings.catch_warnings():
+            # Pillow warns of metadata and of large images; it raises where it cannot read the pixels.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 yield image
