@@ -70,9 +70,9 @@ def _encoder(model: nn.Module, kind: str) -> nn.Module:
     return model
 
 
-def _is_unused(name: str) -> bool:
-    """Whether an encoder's weight has no effect on the tokens."""
-    return name.startswith("pooler.") or name.endswith(("mask_token", "num_batches_tracked"))
+def _has_effect(name: str, value: Tensor) -> bool:
+    """Whether a checkpoint must have an encoder's weight: counters and computed indices (integers) it need not."""
+    return value.is_floating_point() and not name.startswith("pooler.") and not name.endswith("mask_token")
 
 
 def _remove_unused(model: nn.Module) -> nn.Module:
@@ -126,8 +126,9 @@ def _load(tower: TowerConfig, kind: str, config: PreTrainedConfig) -> nn.Module:
     except _LOAD_ERRORS as error:
         raise ValueError(f"{what}: its weights cannot be read: {reason(error, path)}") from error
     encoder = _encoder(model, kind)
-    used = {id(value) for name, value in _weights(encoder).items() if not _is_unused(name)}
-    needed = {name for name, value in _weights(model).items() if id(value) in used}
+    stored = {name: value for name, value in _weights(model).items() if value.is_floating_point()}
+    used = {id(value) for name, value in _weights(encoder).items() if _has_effect(name, value)}
+    needed = {name for name, value in stored.items() if id(value) in used}
     shapes = {
         name: f"{name} {list(has)} instead of {list(own)}" for name, has, own in info["mismatched_keys"]
     }
@@ -146,7 +147,7 @@ def _load(tower: TowerConfig, kind: str, config: PreTrainedConfig) -> nn.Module:
             "or set pretrained to False to start from random weights"
         )
     if rank() == 0:
-        unneeded = info["unexpected_keys"] | (_weights(model).keys() - needed - info["missing_keys"])
+        unneeded = info["unexpected_keys"] | (stored.keys() - needed - info["missing_keys"])
         others = f", without {len(unneeded)} that it does not need ({_first(unneeded)})" if unneeded else ""
         print(f"{what}: {len(needed)} weights loaded, none missing{others}", file=sys.stderr, flush=True)
     return encoder

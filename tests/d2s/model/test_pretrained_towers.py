@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, ViTForImageClassification
 
 from d2s.model import D2SModel, TowerConfig, build_word_tokenizer
+from d2s.model.release_importer import read_checkpoint
 from d2s.model.towers import build_tower
 
 WEIGHTS = "model.safetensors"
@@ -97,10 +98,13 @@ def test_one_missing_weight_of_any_tower_is_refused(tmp_path, kind, model_type):
     refusal(folder, "1 of its ", "missing (", lost.rsplit(".", 1)[1], kind=kind)
 
 
-def test_weights_that_have_no_effect_may_be_missing(tmp_path):
-    folder = saved(tmp_path, VISION["dinov2"])
-    change(folder, lambda state: {n: v for n, v in state.items() if not n.endswith("mask_token")})
+@pytest.mark.parametrize("model_type, name", [("dinov2", "mask_token"), ("resnet", "num_batches_tracked")])
+def test_weights_that_have_no_effect_may_be_missing(tmp_path, capsys, model_type, name):
+    folder = saved(tmp_path, VISION[model_type])
     load(folder)
+    change(folder, lambda state: {n: v for n, v in state.items() if not n.endswith(name)})
+    load(folder)
+    assert capsys.readouterr().err.count("none missing") == 2
 
 
 def test_one_half_of_clip_needs_only_its_own_weights(tmp_path):
@@ -143,6 +147,9 @@ def test_cut_weights_and_none_are_one_line(copied):
 
 def test_pointers_in_place_of_any_file_are_named(copied, tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\n"
+    (copied / "model_best.pth").write_text(pointer)
+    with pytest.raises(ValueError, match=r"model_best.pth is a git-lfs pointer"):
+        read_checkpoint(copied / "model_best.pth")
     (copied / "config.json").write_text(pointer)
     refusal(copied, "config.json is a git-lfs pointer")
     model = D2SModel(tiny_config(), build_word_tokenizer(["a dog"]))
