@@ -5,7 +5,6 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -49,6 +48,7 @@ class D2SModel(nn.Module):
             warnings.warn(line, IdleSetting, stacklevel=2)
         self.config = config
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.text_encoder)
+        self._pipeline: tuple[PreTrainedTokenizerBase, TextPipeline] | None = None
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config, len(self.tokenizer))
         vocabulary = self.text_encoder.tower.get_input_embeddings().num_embeddings
@@ -127,9 +127,12 @@ class D2SModel(nn.Module):
                 parts.append(self.forward_image(torch.stack(batch).to(self.device)).float())
         return torch.cat(parts).to(device) if parts else torch.zeros(0, self.config.width, device=device)
 
-    @cached_property
+    @property
     def _text_pipeline(self) -> TextPipeline:
-        return TextPipeline(self.tokenizer, self.max_words)
+        """Made once for a tokenizer, because it copies the vocabulary."""
+        if self._pipeline is None or self._pipeline[0] is not self.tokenizer:
+            self._pipeline = self.tokenizer, TextPipeline(self.tokenizer, self.max_words)
+        return self._pipeline[1]
 
     @torch.no_grad()
     def encode_text(
@@ -147,10 +150,11 @@ class D2SModel(nn.Module):
         out = torch.zeros(len(texts), self.config.width)
         # Texts of similar length share a batch: less padding, the same embeddings.
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        pipeline = self._text_pipeline
         with evaluating(self):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                ids, mask = self._text_pipeline.encode([texts[row] for row in rows])
+                ids, mask = pipeline.encode([texts[row] for row in rows])
                 embedding = self.forward_text(ids.to(self.device), mask.to(self.device)).embedding
                 out[rows] = nn.functional.normalize(embedding.float(), dim=1).cpu()
         return out.to(device)

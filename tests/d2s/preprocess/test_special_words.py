@@ -107,3 +107,10 @@ def test_encode_text_embeds_the_pieces_of_the_tokenizer():
         coded = model.tokenizer(CAPTIONS, padding=True, return_tensors="pt")
         out = model.forward_text(coded["input_ids"], coded["attention_mask"].bool()).embedding
     torch.testing.assert_close(model.encode_text(CAPTIONS), torch.nn.functional.normalize(out, dim=1))
+
+
+def test_encode_text_follows_a_new_tokenizer():
+    model = tiny_model()
+    before = model.encode_text("the dog")
+    model.tokenizer = build_word_tokenizer(["dog the a b"], min_count=1)
+    assert not torch.equal(model.encode_text("the dog"), before)
