@@ -29,6 +29,8 @@ class Sides(NamedTuple):
 class Loss:
     """A term of the objective. Its value is a sum over rows, so the workers' values add up to the global batch's."""
 
+    compares_pairs = True
+    """Whether it learns from a pair's difference to the others of the batch: at a batch of 1 there are none."""
     gathered_sides = 0
     """Tensors of (N, D) that a worker holds when it gathers, gradients included."""
 

@@ -9,5 +9,7 @@ from d2s.losses.base import Distillation
 class Pointwise(Distillation):
     """Cosine, L1 or L2 distance between the embeddings of a pair, as loss.distill says. Nothing is exchanged."""
 
+    compares_pairs = False
+
     def value(self, text: Tensor, teacher: Tensor) -> Tensor:
         return F.pointwise_distillation(text, teacher, kind=self.config.distill)

@@ -21,6 +21,7 @@ from d2s.model.text_encoder import TextEncoder
 from d2s.model.tokenizer import load_tokenizer
 from d2s.model.weight_names import TOWERS
 from d2s.preprocess.pixels import Picture, pixels
+from d2s.preprocess.text import TextPipeline
 
 
 class TextOutput(NamedTuple):
@@ -47,6 +48,7 @@ class D2SModel(nn.Module):
             warnings.warn(line, IdleSetting, stacklevel=2)
         self.config = config
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.text_encoder)
+        self._pipeline: tuple[PreTrainedTokenizerBase, TextPipeline] | None = None
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config, len(self.tokenizer))
         vocabulary = self.text_encoder.tower.get_input_embeddings().num_embeddings
@@ -125,6 +127,13 @@ class D2SModel(nn.Module):
                 parts.append(self.forward_image(torch.stack(batch).to(self.device)).float())
         return torch.cat(parts).to(device) if parts else torch.zeros(0, self.config.width, device=device)
 
+    @property
+    def _text_pipeline(self) -> TextPipeline:
+        """Made once for a tokenizer, because it copies the vocabulary."""
+        if self._pipeline is None or self._pipeline[0] is not self.tokenizer:
+            self._pipeline = self.tokenizer, TextPipeline(self.tokenizer, self.max_words)
+        return self._pipeline[1]
+
     @torch.no_grad()
     def encode_text(
         self, texts: str | Sequence[str], batch_size: int = 128, device: str | torch.device = "cpu"
@@ -141,19 +150,14 @@ class D2SModel(nn.Module):
         out = torch.zeros(len(texts), self.config.width)
         # Batches of texts of similar length need less padding and give the same embeddings.
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        pipeline = self._text_pipeline
         with evaluating(self):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                ids, mask = self._pieces([texts[row] for row in rows])
+                ids, mask = pipeline.encode([texts[row] for row in rows])
                 embedding = self.forward_text(ids.to(self.device), mask.to(self.device)).embedding
                 out[rows] = nn.functional.normalize(embedding.float(), dim=1).cpu()
         return out.to(device)
-
-    def _pieces(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        coded = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_words, return_tensors="pt"
-        )
-        return coded["input_ids"], coded["attention_mask"].bool()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors, config.json and the tokenizer to `folder`; creates it if missing."""

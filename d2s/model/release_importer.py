@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from d2s.model import D2SModel, DecoderConfig, ModelConfig, TowerConfig
+from d2s.model.hub import one_line, reason
 from d2s.model.saving import load_hub_state
-from d2s.model.towers import one_line
 
 IGNORED = ("long_txt_enc.", "txt_enc.mlp.bns.1.", "prompt_learner.mask_token")
 IGNORED_PARTS = (".pooler.", ".position_ids", ".relative_position_index", ".num_batches_tracked")
@@ -67,7 +67,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{what}: refused, {_refused_part(error)}") from error
+        raise ValueError(f"{what}: refused, {reason(ValueError(_refused_part(error)), path)}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"{what}: damaged ({one_line(error)})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d2s.common.files import read_json
 from d2s.model.config import ModelConfig, TowerConfig
+from d2s.model.hub import one_line, reason
 from d2s.model.tokenizer import read_tokenizer
-from d2s.model.towers import one_line, resize_positions
+from d2s.model.towers import resize_positions
 from d2s.model.weight_names import from_hub, to_hub
 
 WEIGHTS = "model.safetensors"
@@ -78,7 +79,7 @@ def read(name: str | Path) -> SavedModel:
     try:
         state = load_file(source)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{source}: {one_line(error)}") from error
+        raise ValueError(f"{source}: {reason(error, source)}") from error
     return SavedModel(config, read_tokenizer(folder, f"model {str(folder)!r}"), state, source)
 
 

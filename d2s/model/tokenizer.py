@@ -9,7 +9,7 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from d2s.model.config import TowerConfig
-from d2s.model.towers import one_line, quiet, reachable
+from d2s.model.hub import quiet, reachable, reason
 
 WORDS = "words"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -36,7 +36,7 @@ def build_word_tokenizer(
     frequent = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
     pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters), *frequent[:max_words]]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    return BertTokenizer(vocab=vocabulary)
+    return BertTokenizer(vocab=vocabulary, split_special_tokens=True)
 
 
 def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:
@@ -55,8 +55,9 @@ def read_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
 
     Raises ValueError in one line that begins with `what`, if there is no tokenizer or its files are damaged.
     """
-    with quiet(), _damage_as_value_error(f"{what}: no tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    with quiet(), _damage_as_value_error(f"{what}: no tokenizer", path):
+        # A caption is data: "[MASK]" in it is a word.
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, split_special_tokens=True)
     if tokenizer.pad_token_id is None:
         # Batches of texts need a padding token; the mask excludes padding from every result.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -64,7 +65,7 @@ def read_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _damage_as_value_error(what: str) -> Iterator[None]:
+def _damage_as_value_error(what: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -72,4 +73,4 @@ def _damage_as_value_error(what: str) -> Iterator[None]:
         # The tokenizers library raises the class Exception itself.
         if type(error) is not Exception and not isinstance(error, known):
             raise
-        raise ValueError(f"{what}, {type(error).__name__}: {one_line(error)}") from error
+        raise ValueError(f"{what}, {type(error).__name__}: {reason(error, path)}") from error

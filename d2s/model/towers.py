@@ -1,86 +1,27 @@
 """Builds towers: Hugging Face encoders from the hub, a folder or a Python package, or with random weights."""
 
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+import pickle
+import sys
+from collections.abc import Iterable
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from d2s.model.batch_norm import share_statistics
 from d2s.model.config import TowerConfig
+from d2s.model.hub import locate, one_line, quiet, reachable, reason
+from d2s.workers.group import rank
 
-PACKAGE = "package:"
 # Errors that transformers and torch raise if the sizes in a configuration do not fit each other.
 _BUILD_ERRORS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
 )  # fmt: skip
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hides transformers' progress bars and its list of unused weights inside a `with` block."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def one_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or the name of its type if the message is empty."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def locate(name: str) -> str:
-    """Returns the path of a folder named `package:<module>/<folder>`; returns other names unchanged.
-
-    Raises ValueError if the package is not installed or has no such folder.
-    """
-    if not name.startswith(PACKAGE):
-        return name
-    module, _, folder = name.removeprefix(PACKAGE).partition("/")
-    spec = find_spec(module) if module.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"tower name {name!r}: package {module!r} is not installed, install it with pip")
-    path = Path(spec.submodule_search_locations[0], folder)
-    if not path.is_dir():
-        raise ValueError(f"tower name {name!r}: the package has no folder {folder!r}")
-    return str(path)
-
-
-def reachable(name: str) -> str:
-    """Returns `locate(name)` if it is a folder or in the cache, or if the hub can be reached.
-
-    Raises ValueError otherwise. Without a network, the hub's client would fail only after half a minute.
-    """
-    path, host = locate(name), urlsplit(ENDPOINT).hostname
-    if Path(path).is_dir() or HF_HUB_OFFLINE or "https" in getproxies():
-        return path
-    try:
-        if not try_to_load_from_cache(path, "config.json"):
-            socket.getaddrinfo(host, 443)
-    except HFValidationError as error:
-        reason = "there is no such folder, and no such name on the hub"
-        raise ValueError(f"tower name {name!r}: {reason}") from error
-    except OSError as error:
-        reason = f"not a folder, not in the cache, and {host} cannot be reached"
-        raise ValueError(f"tower name {name!r}: {reason}") from error
-    return path
+_LOAD_ERRORS = (*_BUILD_ERRORS, OSError, ImportError, EOFError, SafetensorError, pickle.UnpicklingError)
+_NAMED = 3
+"""How many weights a message names. It only counts the others."""
 
 
 def _named_config(tower: TowerConfig) -> PreTrainedConfig:
@@ -90,15 +31,14 @@ def _named_config(tower: TowerConfig) -> PreTrainedConfig:
         try:
             return AutoConfig.for_model(tower.config["model_type"], **fields)
         except (ValueError, TypeError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"tower.config of a {tower.config['model_type']}: {reason}") from error
+            why = " ".join(str(error).split())
+            raise ValueError(f"tower.config of a {tower.config['model_type']}: {why}") from error
     path = reachable(tower.name)
     try:
-        with quiet():
-            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = f"not a folder, and not available from the hub ({one_line(error)})"
-        raise ValueError(f"tower name {tower.name!r}: {reason}") from error
+        why = f"no configuration in the folder or on the hub ({reason(error, path)})"
+        raise ValueError(f"tower name {tower.name!r}: {why}") from error
 
 
 def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
@@ -130,6 +70,11 @@ def _encoder(model: nn.Module, kind: str) -> nn.Module:
     return model
 
 
+def _has_effect(name: str, value: Tensor) -> bool:
+    """Returns whether a checkpoint must hold this weight of an encoder. Integers (counters, indices) may be missing."""
+    return value.is_floating_point() and not name.startswith("pooler.") and not name.endswith("mask_token")
+
+
 def _remove_unused(model: nn.Module) -> nn.Module:
     """Removes or freezes parameters that do not affect the tokens: they would get no gradient."""
     pooler = getattr(model, "pooler", None)
@@ -148,28 +93,75 @@ def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedMode
     Raises ValueError on an unknown name, model type or field, or on sizes that do not fit each other.
     """
     config = tower_config(tower, **changes)
-    with quiet():
-        if tower.name is not None and tower.pretrained:
-            try:
-                # Some checkpoints are stored in half precision, but training needs float32 weights.
-                model = AutoModel.from_pretrained(
-                    locate(tower.name), config=config, dtype=torch.float32, trust_remote_code=False
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(f"tower name {tower.name!r}: {one_line(error)}") from error
-        else:
-            try:
-                model = AutoModel.from_config(config, dtype=torch.float32)
-            except _BUILD_ERRORS as error:
-                what = f"tower.config of a {config.model_type}"
-                raise ValueError(f"{what}: no such model ({one_line(error)})") from error
-    model = _encoder(model, kind)
+    if tower.name is not None and tower.pretrained:
+        model = _load(tower, kind, config)
+    else:
+        try:
+            model = AutoModel.from_config(config, dtype=torch.float32)
+        except _BUILD_ERRORS as error:
+            what = f"tower.config of a {config.model_type}"
+            raise ValueError(f"{what}: no such model ({one_line(error)})") from error
+        model = _encoder(model, kind)
     if kind == "vision":
         model = share_statistics(resize_input(model, changes["image_size"]))
     model = _remove_unused(model)
     if tower.freeze:
         model.requires_grad_(False)
     return model
+
+
+def _load(tower: TowerConfig, kind: str, config: PreTrainedConfig) -> nn.Module:
+    """Loads a tower with the weights of its folder, and prints on stderr how many they are.
+
+    Raises ValueError if a weight that the tower needs is missing or has another shape, or if a file is damaged.
+    """
+    what, path = f"tower name {tower.name!r}", locate(tower.name)
+    try:
+        with quiet():
+            # Checkpoints may be stored in half precision; training needs float32 weights.
+            model, info = AutoModel.from_pretrained(
+                path, config=config, dtype=torch.float32, trust_remote_code=False,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except _LOAD_ERRORS as error:
+        raise ValueError(f"{what}: its weights cannot be read: {reason(error, path)}") from error
+    encoder = _encoder(model, kind)
+    stored = {name: value for name, value in _weights(model).items() if value.is_floating_point()}
+    used = {id(value) for name, value in _weights(encoder).items() if _has_effect(name, value)}
+    needed = {name for name, value in stored.items() if id(value) in used}
+    shapes = {
+        name: f"{name} {list(has)} instead of {list(own)}" for name, has, own in info["mismatched_keys"]
+    }
+    missing, unfit = needed & info["missing_keys"], needed & shapes.keys()
+    if missing or unfit:
+        parts = {
+            f"of its {len(needed)} weights are missing": missing,
+            "have another shape": {shapes[name] for name in unfit},
+            f"of the folder are none of a {type(encoder).__name__}": info["unexpected_keys"],
+        }
+        faults = ", ".join(
+            f"{len(names)} {fault} ({_first(names)})" for fault, names in parts.items() if names
+        )
+        raise ValueError(
+            f"{what}: {faults}: give a folder with transformers' names of weights and the sizes of its config.json, "
+            "or set pretrained to False to start from random weights"
+        )
+    if rank() == 0:
+        unneeded = info["unexpected_keys"] | (stored.keys() - needed - info["missing_keys"])
+        others = f", without {len(unneeded)} that it does not need ({_first(unneeded)})" if unneeded else ""
+        print(f"{what}: {len(needed)} weights loaded, none missing{others}", file=sys.stderr, flush=True)
+    return encoder
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters and buffers by name, not copied. A shared tensor appears under each of its names."""
+    return model.state_dict(keep_vars=True)
+
+
+def _first(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def resize_input(model: PreTrainedModel, size: int) -> PreTrainedModel:

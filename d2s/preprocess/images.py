@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from d2s.shards.format.rgb import to_rgb, upright
 
 try:
     import simplejpeg
@@ -23,7 +25,6 @@ except ImportError:
 U8 = NDArray[np.uint8]
 CROP_DRAWS = 4
 """How many random numbers `train_image` uses: side ratio, left edge, top edge, flip."""
-_ORIENTATION = 0x0112
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 """Exceptions that Pillow raises if an image file is damaged."""
 
@@ -44,29 +45,15 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
         raise ValueError("image cannot be decoded: no image file of a kind that Pillow knows") from None
     except _DAMAGE as error:
         raise ValueError(f"image cannot be decoded: {error}") from None
-    return to_rgb(image)
+    return _loaded(image)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an opened image to RGB: rotated as EXIF says, on white if transparent, 16 bits cut to 8.
-
-    Raises:
-        ValueError: the image file is damaged.
-    """
+def _loaded(image: Image.Image) -> Image.Image:
+    """Converts an opened image to upright RGB. Raises ValueError if its file is damaged."""
     try:
-        image.load()
-        if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        return upright(to_rgb(image))
     except _DAMAGE as error:
         raise ValueError(f"image cannot be decoded: {error}") from None
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):  # convert() would clip at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
 
 
 def train_image(
@@ -98,7 +85,7 @@ def eval_image(data: bytes | Image.Image, size: int) -> U8:
     Raises:
         ValueError: the image cannot be decoded.
     """
-    pixels = np.array(to_rgb(data)) if isinstance(data, Image.Image) else _decode_pixels(data, size)
+    pixels = np.array(_loaded(data)) if isinstance(data, Image.Image) else _decode_pixels(data, size)
     return _stretch(pixels, size)
 
 
@@ -108,7 +95,9 @@ def _decode_pixels(data: bytes, at_least: int) -> U8:
     Raises:
         ValueError: the image cannot be decoded.
     """
-    if simplejpeg is not None and data[:2] == b"\xff\xd8" and b"Exif\0" not in data[:65536]:
+    head = data[:65536]
+    oriented = b"Exif\0" in head or b":Orientation" in head
+    if simplejpeg is not None and data[:2] == b"\xff\xd8" and not oriented:
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             ordinary = colours in ("YCbCr", "Gray")

@@ -1,7 +1,11 @@
-"""Turns captions into batches of token ids, with the tokenizer's Rust core and numpy."""
+"""From captions to token ids, a batch at a time: the tokenizer's Rust core, and numpy for the rest.
+
+A caption is data: words in it that look like special tokens ("[MASK]", "</s>") stay words.
+"""
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -9,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from d2s.shards.order import draws
 
@@ -55,6 +59,14 @@ class TextPipeline:
         # If the tokenizer has no mask token, as most byte-level ones, its unknown token is used.
         self._mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else fallback
         self._continuing = _continuing_pieces(self._core)
+        added = {
+            number: token.content
+            for number, token in self._core.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self._special = np.array(sorted({*special, *added}), np.int64)
+        contents = sorted({*added.values(), *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+        self._special_words = re.compile("|".join(map(re.escape, contents)) or "(?!)", re.IGNORECASE)
         self._pieces = np.setdiff1d(np.arange(self._core.get_vocab_size(with_added_tokens=False)), special)
 
     def encode(
@@ -65,9 +77,7 @@ class TextPipeline:
         Returns:
             ids, int64 (B, L), padded to the longest caption; mask, bool (B, L), True at real tokens.
         """
-        ids, lengths = _flat(
-            [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
-        )
+        _, ids, lengths = self._encodings(texts)
         return self._pack(ids, lengths, max_length)
 
     def augment(
@@ -118,16 +128,32 @@ class TextPipeline:
     def _tokens(self, texts: Sequence[str]) -> tuple[I64, I64, NDArray[np.bool_]]:
         """Returns ids of all captions (T,), tokens per caption (B,), and whether an id begins a word (T,)."""
         if self._continuing is not None:
-            encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
-            ids, lengths = _flat([encoding.ids for encoding in encodings])
+            _, ids, lengths = self._encodings(texts)
             return ids, lengths, ~self._continuing[ids]
-        # encode_batch_fast would be a quarter faster, but does not tell which word a token belongs to.
-        encodings = self._core.encode_batch(list(texts), add_special_tokens=False)
-        ids, lengths = _flat([encoding.ids for encoding in encodings])
+        encodings, ids, lengths = self._encodings(texts, word_numbers=True)
         numbers, _ = _flat([[-2 if w is None else w for w in e.word_ids] for e in encodings])
         begins = np.diff(numbers, prepend=-1) != 0
         begins[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
         return ids, lengths, begins
+
+    def _encodings(
+        self, texts: Sequence[str], *, word_numbers: bool = False
+    ) -> tuple[list[Encoding], I64, I64]:
+        """The captions' encodings without special tokens, their ids concatenated (T,), and the lengths (B,)."""
+        self._core.encode_special_tokens = True  # as text; pickling forgets it
+        # encode_batch_fast is a quarter faster, but does not number the words.
+        encode = self._core.encode_batch if word_numbers else self._core.encode_batch_fast
+        encodings = encode(list(texts), add_special_tokens=False)
+        ids, lengths = _flat([encoding.ids for encoding in encodings])
+        special = np.isin(ids, self._special)
+        if not special.any():
+            return encodings, ids, lengths
+        # Some vocabularies hold special tokens among their words: a space inside such a word makes it text again.
+        for row in np.unique(np.repeat(np.arange(len(texts)), lengths)[special]):
+            text = self._special_words.sub(lambda word: f"{word[0][0]} {word[0][1:]}", texts[row])
+            if text != texts[row]:
+                encodings[row] = encode([text], add_special_tokens=False)[0]
+        return encodings, *_flat([encoding.ids for encoding in encodings])
 
     def _pack(self, ids: I64, lengths: I64, max_length: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns padded ids and mask (B, L), cut and with special tokens, for ids (T,) and lengths (B,)."""

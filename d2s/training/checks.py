@@ -7,6 +7,7 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+from d2s.losses.table import losses_of
 from d2s.model.config import IdleSetting
 from d2s.shards.read.index import ShardIndex
 from d2s.shards.read.stream import is_pattern
@@ -42,6 +43,7 @@ def check_arguments(options: argparse.Namespace, overrides: list[str]) -> RunSpe
         config=config, data=data, index=index, run=options.run, init=init,
         resume=options.resume, resume_from=None, world=world,
     )  # fmt: skip
+    _check_negatives(spec)
     assert spec.steps_per_epoch >= 1  # raises ValueError where the batch is larger than the data
     spec.engine_settings()
     for line in idle_engine_settings(config.engine):
@@ -113,6 +115,16 @@ def _check_captions(config: TrainConfig, index: ShardIndex) -> None:
                 f"{missing} images of the train split have no {kind} caption, the first is "
                 f"{index.keys([first])[0]}: stage {config.stage} needs one for each"
             )
+
+
+def _check_negatives(spec: RunSpec) -> None:
+    if not any(loss.compares_pairs for loss in losses_of(spec.config.loss)):
+        return
+    why = "the loss compares a pair with the other images of its batch, and there are none"
+    if not spec.streams and len(spec.index.rows("train")) == 1:
+        raise ValueError(f"the train split of {spec.data} has 1 image: {why}; build it with 2 or more")
+    if spec.config.batch_size == 1:
+        raise ValueError(f"batch_size is 1: {why}; raise it to 2 or more")
 
 
 def _check_validation(config: TrainConfig, index: ShardIndex) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import sys
 from dataclasses import field
 from typing import Annotated, Any, Literal, Self
 
@@ -159,7 +160,7 @@ def override(config: TrainConfig, arguments: list[str]) -> TrainConfig:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            changed = tyro.cli(
                 TrainConfig,
                 default=config,
                 args=arguments,
@@ -171,6 +172,8 @@ def override(config: TrainConfig, arguments: list[str]) -> TrainConfig:
         if not stop.code:
             raise
         raise ValueError(_first_complaint(errors.getvalue())) from None
+    sys.stderr.write(errors.getvalue())  # warnings
+    return changed
 
 
 def _is_field(name: str, known: dict[str, Any]) -> bool:

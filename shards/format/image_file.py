@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from d2s.shards.format.rgb import to_rgb, upright
 
 # Formats that are stored without conversion. Every other format that Pillow reads is stored as JPEG.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -79,6 +81,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise ValueError("the image file is empty")
     try:
         with warnings.catch_warnings():
+            # Pillow warns of metadata and of large images; it raises where it cannot read the pixels.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 yield image
@@ -95,12 +98,12 @@ def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImag
         target = max(1, round(width * scale)), max(1, round(height * scale))
         # The JPEG decoder can shrink by 2, 4 or 8. At least twice the target size is left for the filter.
         image.draft("RGB", (2 * target[0], 2 * target[1]))
-        image = image.convert("RGB").resize(target, Image.Resampling.BICUBIC)
-    # The new file has no orientation tag, so the pixels are rotated by the old file's tag.
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+        image = to_rgb(image).resize(target, Image.Resampling.BICUBIC)
+    # The new file has no orientation tag, so the pixels are rotated as the tag of the old one says.
+    image = upright(to_rgb(image))
     file = io.BytesIO()
-    upright.save(file, "JPEG", quality=quality)
-    return EncodedImage(file.getvalue(), "jpg", *upright.size)
+    image.save(file, "JPEG", quality=quality)
+    return EncodedImage(file.getvalue(), "jpg", *image.size)
 
 
 def has_valid_ends(head: bytes, tail: bytes, size: int) -> bool:

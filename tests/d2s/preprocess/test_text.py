@@ -92,15 +92,15 @@ def test_augment_equals_the_plain_loop(texts, seed, p):
 @settings(max_examples=100, deadline=None)
 def test_words_told_by_pieces_are_the_tokenizer_s_words(texts):
     slow = pickle.loads(pickle.dumps(PIPELINE))
-    assert slow._continues is not None
-    slow._continues = None
+    assert slow._continuing is not None
+    slow._continuing = None
     for fast, general in zip(PIPELINE._tokens(texts), slow._tokens(texts), strict=True):
         assert (fast == general).all()
 
 
 def test_a_byte_level_tokenizer_s_words_are_touched_whole():
     pipeline = TextPipeline(byte_level(), 64)
-    assert pipeline._continues is None
+    assert pipeline._continuing is None
     pieces = pipeline._core.encode(CORPUS[1], add_special_tokens=False)
     assert len(set(pieces.word_ids)) < len(pieces.ids)  # some words have several pieces
     found = rows(pipeline.augment([CORPUS[1]] * 100, 5, 2, range(100), word_augment=0.7))

@@ -1,6 +1,7 @@
 """Recipes and overrides: every recipe is whole, and every mistake is one line."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +80,18 @@ def test_a_wrong_override_is_one_line(arguments: list[str], message: str) -> Non
     with pytest.raises(ValueError, match=message) as caught:
         override(find_recipe("scenes_small_finetune"), arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_parser_says_of_overrides_that_it_accepts_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def cli(*_, default: TrainConfig, **__) -> TrainConfig:
+        print("warning: something", file=sys.stderr)
+        return default
+
+    monkeypatch.setattr("d2s.training.config.tyro.cli", cli)
+    override(find_recipe("scenes_small_finetune"), [])
+    assert capsys.readouterr().err == "warning: something\n"
 
 
 def test_old_names_of_fields_are_still_read() -> None:
