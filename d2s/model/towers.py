@@ -71,7 +71,7 @@ def _encoder(model: nn.Module, kind: str) -> nn.Module:
 
 
 def _has_effect(name: str, value: Tensor) -> bool:
-    """Returns whether a checkpoint must hold this weight of an encoder. Integers (counters, indices) may be missing."""
+    """Returns whether a checkpoint must hold this weight of an encoder; integers (counters) may be missing."""
     return value.is_floating_point() and not name.startswith("pooler.") and not name.endswith("mask_token")
 
 

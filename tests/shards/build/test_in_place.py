@@ -12,7 +12,7 @@ from shard_sources import contents, picture
 from d2s.shards.cli import main
 from d2s.shards.format.manifest import read_manifest
 from d2s.shards.read.index import ShardIndex
-from d2s.shards.read.reader import ShardReader
+from d2s.shards.read.records import ShardReader
 
 
 @pytest.fixture
