@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -75,20 +76,20 @@ def test_every_training_command_names_a_recipe_and_fields() -> None:
         override(find_recipe(options.recipe), overrides)
 
 
-def test_every_module_command_knows_its_options() -> None:
+def test_every_module_command_knows_its_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     for block in bash_blocks().values():
         for line in block:
             words = shlex.split(line, comments=True)
             if words[:2] != ["python", "-m"]:
                 continue
             verb = [words[3]] if words[2] in ("d2s.shard", "d2s.launchers.submit") else []
-            shown = subprocess.run(
-                [sys.executable, "-m", words[2], *verb, "--help"],
-                capture_output=True,
-                text=True,
-                cwd=ROOT,
-                check=True,
-            ).stdout
+            monkeypatch.setattr(sys, "argv", [words[2], *verb, "--help"])
+            with pytest.raises(SystemExit) as left:
+                runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+            assert not left.value.code
+            shown = capsys.readouterr().out
             for option in (word for word in words if word.startswith("--")):
                 assert option in shown, f"{line}: {words[2]} has no {option}"
 

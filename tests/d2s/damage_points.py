@@ -1,7 +1,4 @@
-"""Damages checkpoints and fills disks, and checks what a restart reports and restores; test_store.py starts it.
-
-damage_points.py FOLDER
-"""
+"""Damages checkpoints and fills disks, and checks what a restart reports; test_store.py starts `main`."""
 
 import contextlib
 import io
@@ -10,7 +7,6 @@ import pickle
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,7 +136,3 @@ def main(folder: Path) -> None:
     (saves.run / "checkpoints").write_text("a file in the way")
     print(f"an unwritable folder: {refused(lambda: saves.save(3))}", flush=True)
     leave(0, ordered=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

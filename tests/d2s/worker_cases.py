@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -161,7 +162,10 @@ def start(module: TrainingModule, zero: int, lr: float = 0.0):
 
 def run(function, world: int, folder: Path, *arguments: object) -> dict:
     """What `function(*arguments)` returns on worker 0 of `world` processes."""
-    mp.spawn(_worker, args=(world, str(folder), function, arguments), nprocs=world)
+    forked.context()
+    mp.start_processes(
+        _worker, args=(world, str(folder), function, arguments), nprocs=world, start_method="forkserver"
+    )
     return torch.load(folder / f"of{world}.pt")
 
 

@@ -1,15 +1,13 @@
 """A thousand random single-byte flips: `verify` finds each, or it is proved harmless; training lives with them."""
 
 import io
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +21,6 @@ from d2s.shards.read.reader import DamagedSample, ShardReader
 from d2s.training.run_log import read_rows
 
 FLIPS = 1_000
-TRAIN = Path(__file__).resolve().parents[3] / "d2s" / "train.py"
 
 
 def flip(path: Path, place: int, change: int) -> None:
@@ -179,18 +176,18 @@ def test_training_over_a_damaged_set_names_every_sample(
     folder, hit = spoilt
     assert 4 <= len(hit) <= 40
     # Every sample is asked for once in an epoch of six steps.
-    command = [*"-m torch.distributed.run --nproc_per_node 2 --standalone --".split(), TRAIN]
-    command += ["scenes_small_pretrain", "--data", folder, "--run", tmp_path / "run", "--max_steps", 6]
-    command += "--batch_size 8 --model.width 16 --log.every 1 --optim.warmup_steps 0".split()
-    command += "--data.loader_workers 0 --data.image_size 32 --model.image_size 32".split()
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "D2S_THREADS": "1"},
-        check=False,
-    )
+    arguments = [
+        "scenes_small_pretrain",
+        "--data",
+        str(folder),
+        "--run",
+        str(tmp_path / "run"),
+        "--max_steps",
+        "6",
+    ]
+    arguments += "--batch_size 8 --model.width 16 --log.every 1 --optim.warmup_steps 0".split()
+    arguments += "--data.loader_workers 0 --data.image_size 32 --model.image_size 32".split()
+    done = forked.run("forked:train", arguments, workers=2)
     assert done.returncode == 0, done.stderr
     rows = [row for row in read_rows(tmp_path / "run") if row["kind"] == "train"]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
