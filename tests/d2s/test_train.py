@@ -65,6 +65,7 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_rows(run) if row["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_both_stages_leave_a_usable_model(scenes: Path, pretrained: Path, tmp_path: Path) -> None:
     run = tmp_path / "finetune"
     # --data is that of the stage-1 run where it is not given.
@@ -88,6 +89,7 @@ def test_both_stages_leave_a_usable_model(scenes: Path, pretrained: Path, tmp_pa
     assert shown.stdout.splitlines() == ["(1, 16) False"] * 2
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_every_step_is_logged(pretrained: Path) -> None:
     rows = read_rows(pretrained)
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 13))
@@ -98,6 +100,7 @@ def test_the_loss_falls_and_every_step_is_logged(pretrained: Path) -> None:
     assert list((pretrained / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_equal(scenes: Path, pretrained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["scenes_small_pretrain", "--data", scenes, "--run", run, "--max_steps", "12", *SMALL]
@@ -117,6 +120,7 @@ def test_killed_and_resumed_is_bit_equal(scenes: Path, pretrained: Path, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_an_incomplete_checkpoint_is_never_used_and_former_names_of_fields_are_read(
     scenes: Path, pretrained: Path, tmp_path: Path
 ) -> None:
@@ -133,6 +137,7 @@ def test_an_incomplete_checkpoint_is_never_used_and_former_names_of_fields_are_r
     assert losses(run) == losses(pretrained)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_workers_under_torchrun(scenes: Path, tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--")
@@ -145,6 +150,7 @@ def test_two_workers_under_torchrun(scenes: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_stream_of_tars_trains_too(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tars = scenes / "train" / "{00000..00000}.tar"
@@ -162,6 +168,7 @@ def copied(pretrained: Path, tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_stopped_before_its_validation_a_resumed_run_validates(scenes: Path, copied: Path) -> None:
     marker = copied / "checkpoints" / "step-00000012" / "complete.json"
     state = json.loads(marker.read_text())
@@ -174,6 +181,7 @@ def test_stopped_before_its_validation_a_resumed_run_validates(scenes: Path, cop
     assert (copied / "last" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     scenes: Path, pretrained: Path, copied: Path, tmp_path: Path
 ) -> None:
@@ -190,6 +198,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert losses(copied) == losses(pretrained)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_ends_the_run_in_one_line(scenes: Path, copied: Path) -> None:
     shutil.rmtree(copied / "checkpoints" / "step-00000012")
     arguments = ("scenes_small_pretrain", "--data", scenes, "--run", copied, "--max_steps", 12, "--resume")
@@ -201,6 +210,7 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(scenes: Path, copied: Path
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_what_failed_while_building_leaves_the_folder_free(
     scenes: Path, pretrained: Path, tmp_path: Path
 ) -> None:
@@ -306,6 +316,7 @@ def test_a_mistake_is_one_line(
     assert not places["new"].exists()
 
 
+@pytest.mark.slow
 def test_resuming_with_another_configuration_is_refused(
     scenes: Path, pretrained: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -314,6 +325,7 @@ def test_resuming_with_another_configuration_is_refused(
     assert "optim.lr was 0.001" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_resuming_on_other_data_is_refused(
     scenes: Path, pretrained: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

@@ -33,6 +33,9 @@ def small_parts(monkeypatch):
 )
 def test_agrees_with_oracle(name, dtype, n, width, distinct):
     for seed, (kind, scale, margin) in enumerate(CASES):
+        # Each type has every other case, and the next one the others.
+        if seed % 2 != DTYPES.index(dtype) % 2:
+            continue
         check(name, problem(n, width, distinct, dtype, kind, scale=scale, margin=margin, seed=seed))
 
 
