@@ -16,7 +16,7 @@ from d2s.training.engine import EngineConfig, checkpoint_activations, engine_set
 
 STAGES = (0, 1, 2, 3)
 # The first test waits for all groups.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 FP32 = ("--engine.precision", "fp32")
 
 
@@ -48,7 +48,7 @@ class Group:
         names = [self.folder / f"{what}.json" for what in ("cases", "out")]
         names[0].write_text(json.dumps({"data": str(self.data), "cases": cases}))
         names[1].unlink(missing_ok=True)
-        done = forked.run("zero_workers:main", *names, workers=workers, timeout=500)
+        done = forked.run("zero_workers:main", *names, workers=workers, timeout=800)
         assert done.returncode == 0, done.stderr[-4000:]
         self.results |= json.loads(names[1].read_text())
 

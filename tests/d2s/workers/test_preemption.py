@@ -16,7 +16,7 @@ from d2s.shards.cli import main as shard
 from d2s.training.run_log import read_rows
 from d2s.workers.preemption import Preemption
 
-pytestmark = pytest.mark.timeout(600)  # the first case waits for a group that goes through all of them
+pytestmark = pytest.mark.timeout(900)  # the first case waits for a group that goes through all of them
 SMALL = (
     "--batch_size 8 --log.every 1 --data.loader_workers 1 --data.image_size 32 --model.image_size 32 "
     "--model.width 16 --optim.warmup_steps 0 --validation.every_epochs 1"
@@ -35,7 +35,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def group(scenes: Path) -> tuple[Path, dict[str, Any]]:
     """Two workers went through all the cases of `preempt_cases`: their folder, and what they found."""
     folder = scenes.parent
-    done = forked.run("preempt_cases:main", str(scenes), folder, workers=2, timeout=560)
+    done = forked.run("preempt_cases:main", str(scenes), folder, workers=2, timeout=840)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, json.loads((folder / "results.json").read_text())
 
