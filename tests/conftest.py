@@ -25,6 +25,15 @@ if settings is not None:
     settings.load_profile("d2s")
 
 
+# The files that take longest, in the order in which two workers share them best: what waits beside what computes,
+# and nothing long is left for the end, when the other worker has nothing to do.
+LONGEST = (
+    *("test_sbatch.py", "test_zero_stages.py", "test_preemption.py", "test_submit.py", "test_watchdog.py"),
+    *("test_train.py", "test_drill_command.py", "test_compile.py", "test_large_batch.py", "test_readme.py"),
+    *("test_fused_contrastive.py", "test_bench.py", "test_workers_agree.py", "test_ablate.py"),
+)
+
+
 def pytest_collection_modifyitems(items: list) -> None:
-    """The cluster's tests first: they wait most, and what waits should not be what is left at the end."""
-    items.sort(key=lambda item: "launchers" not in item.path.parts)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))

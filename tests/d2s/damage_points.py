@@ -1,7 +1,4 @@
-"""Damages checkpoints and fills disks, and checks what a restart reports and restores; test_store.py starts it.
-
-damage_points.py FOLDER
-"""
+"""Damages checkpoints and fills disks, and checks what a restart reports; test_store.py starts `main`."""
 
 import contextlib
 import io
@@ -10,7 +7,6 @@ import pickle
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,13 +94,12 @@ def refused(action: Callable[[], object]) -> str:
     return message
 
 
-def try_full(saves: Saves, what: str, words: str) -> None:
-    """A save that cannot be finished: one line, and the older checkpoints stay as they are."""
+def try_full(saves: Saves, words: str) -> str:
+    """A save that cannot be finished: one line, which is returned, and the older checkpoints stay as they are."""
     message = refused(lambda: saves.save(3))
     assert words in message, message
     assert "--resume goes on from step-00000002" in message, message
     assert saves.restored() == 2
-    print(f"{what}: {message}")
     refused(
         lambda: checkpoint.update(
             saves.run, 2, {**STATE, "step": 2, "best": {"name": "x" * 5000}}, is_main=True
@@ -112,6 +107,7 @@ def try_full(saves: Saves, what: str, words: str) -> None:
     )
     assert saves.restored() == 2
     assert not [path for path in saves.run.rglob("*") if ".step" in path.name or ".tmp" in path.name]
+    return message
 
 
 def main(folder: Path) -> None:
@@ -120,8 +116,9 @@ def main(folder: Path) -> None:
     saves.put_back()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, limit[1]))
-    try_full(saves, "a limit on the size of files", "File too large")
+    message = try_full(saves, "File too large")
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    print(f"a limit on the size of files: {message}")
     saves.run = folder / "small"
     saves.run.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", saves.run], check=False).returncode:
@@ -132,7 +129,7 @@ def main(folder: Path) -> None:
             with contextlib.suppress(OSError), open(saves.run / "filler", "wb") as filler:
                 while filler.write(bytes(4096)):
                     filler.flush()
-            try_full(saves, "a full disk", "No space left on device")
+            print(f"a full disk: {try_full(saves, 'No space left on device')}")
         finally:
             subprocess.run(["umount", saves.run], check=True)
     saves.run = folder / "blocked"
@@ -140,7 +137,3 @@ def main(folder: Path) -> None:
     (saves.run / "checkpoints").write_text("a file in the way")
     print(f"an unwritable folder: {refused(lambda: saves.save(3))}", flush=True)
     leave(0, ordered=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

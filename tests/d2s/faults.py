@@ -14,10 +14,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+import forked
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 BOOM = "boom: a planted fault"
 
@@ -130,11 +132,8 @@ def _work(arguments: list[str], fault: dict[str, Any], screen: Path, rank: int, 
 if __name__ == "__main__":
     if sys.argv[1] == "--trials":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed  # noqa: F401
-        import torch.utils.tensorboard  # noqa: F401
-
-        import d2s.training.build  # noqa: F401
-
+        for name in forked.IMPORTS:
+            import_module(name)
         run_all(json.loads(Path(sys.argv[2]).read_text()), at_once=4)
     else:
         plant(json.loads(os.environ["FAULT"]))

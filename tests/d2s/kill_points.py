@@ -1,6 +1,4 @@
-"""Kills a process at every system call of a save and checks what a restart finds; test_store.py starts it.
-
-    kill_points.py FOLDER
+"""Kills a process at every system call of a save and checks what a restart finds; test_store.py starts `main`.
 
 Every point is a child of this process, which has everything imported: it traces the child's system calls with
 ptrace and ends it with SIGKILL just before the n-th, for every n that there is. Linux only; exits with 77 where
@@ -142,7 +140,3 @@ def main(folder: Path) -> None:
             flush=True,
         )
     leave(0, ordered=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

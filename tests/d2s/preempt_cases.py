@@ -1,6 +1,6 @@
-"""Two workers in one process group that go through many interrupted trainings; run under torchrun by the test.
+"""Two workers in one process group that go through many interrupted trainings; the test starts `main` in both.
 
-`preempt_cases.py DATA FOLDER` writes FOLDER/results.json. Signals are real ones, which a worker sends to itself at
+Signals are real ones, which a worker sends to itself at
 an exact point; so are the numbers that are not finite.
 """
 
@@ -10,36 +10,31 @@ import io
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
-sys.path.append(str(Path(__file__).parent))
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-RANK = int(os.environ["RANK"])
+import torch
+import torch.distributed as dist
+from model_towers import small_vit
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from model_towers import small_vit  # noqa: E402
-
-import d2s.train  # noqa: E402
-import d2s.training.build  # noqa: E402
-from d2s.checkpoint import store as checkpoint  # noqa: E402
-from d2s.training.gradient_cache import MicroBatches  # noqa: E402
-from d2s.training.recipes import RECIPES  # noqa: E402
-from d2s.training.trainer import Trainer  # noqa: E402
-from d2s.workers.group import leave, start_workers  # noqa: E402
-from d2s.workers.preemption import Preemption  # noqa: E402
+import d2s.train
+import d2s.training.build
+from d2s.checkpoint import store as checkpoint
+from d2s.training.gradient_cache import MicroBatches
+from d2s.training.recipes import RECIPES
+from d2s.training.trainer import Trainer
+from d2s.workers.group import leave, start_workers
+from d2s.workers.preemption import Preemption
 
 SMALL = (
     "--batch_size 8 --max_steps 8 --log.every 1 --validation.every_epochs 1 --data.loader_workers 0 --model.width 16 "
     "--data.image_size 32 --model.image_size 32 --optim.warmup_steps 0"
 ).split()
 PRETRAIN = "scenes_small_pretrain"
+RANK = int(os.environ["RANK"])
 Hit = Callable[[], object]
 
 
@@ -239,13 +234,14 @@ def _meet() -> Any:
     return start_workers()
 
 
-if __name__ == "__main__":
+def main(data: str, folder: Path) -> None:
+    """Writes FOLDER/results.json."""
     d2s.train.SECONDS_AFTER_WORKER_0 = 0.0
     start_workers()
     d2s.training.build.start_workers = _meet
-    cases = Group(sys.argv[1], Path(sys.argv[2]))
-    for part in sys.argv[3:]:
-        {"interruptions": interruptions, "preparation": preparation, "not_finite": not_finite}[part](cases)
+    cases = Group(data, folder)
+    for part in (interruptions, preparation, not_finite):
+        part(cases)
     if RANK == 0:
         (cases.folder / "results.json").write_text(json.dumps(cases.results))
     leave(0, ordered=True)

@@ -4,12 +4,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -38,18 +38,25 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def train(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
+def train_by_command(
+    *arguments: object, launcher: tuple[str, ...] = (sys.executable,)
+) -> subprocess.CompletedProcess:
     """Runs the training script as a user does."""
     command = [*launcher, str(ROOT / "d2s" / "train.py"), *map(str, arguments), *SMALL]
     env = {**os.environ, "D2S_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, check=False)
 
 
+def train(*arguments: object, workers: int = 1) -> subprocess.CompletedProcess:
+    """The same in processes that are not new, without a launcher."""
+    return forked.run("forked:train", [*map(str, arguments), *SMALL], workers=workers)
+
+
 @pytest.fixture(scope="module")
 def pretrained(scenes: Path) -> Path:
     """A stage-1 run of two epochs, never interrupted."""
     run = scenes.parent / "pretrain"
-    done = train("scenes_small_pretrain", "--data", scenes, "--run", run, "--max_steps", 12)
+    done = train_by_command("scenes_small_pretrain", "--data", scenes, "--run", run, "--max_steps", 12)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -58,6 +65,7 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_rows(run) if row["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_both_stages_leave_a_usable_model(scenes: Path, pretrained: Path, tmp_path: Path) -> None:
     run = tmp_path / "finetune"
     # --data is that of the stage-1 run where it is not given.
@@ -67,20 +75,21 @@ def test_both_stages_leave_a_usable_model(scenes: Path, pretrained: Path, tmp_pa
     distill = [row["distill"] for row in read_rows(run) if row["kind"] == "train"]
     assert all(0 < value < 2 for value in distill)
     probe = (
-        "import sys; from d2s import D2SModel; m = D2SModel.from_pretrained(sys.argv[1]);"
-        "print(tuple(m.encode_text(['a red circle']).shape), 'deepspeed' in sys.modules)"
+        "import sys; from d2s import D2SModel\n"
+        "for model in map(D2SModel.from_pretrained, sys.argv[1:]):\n"
+        "    print(tuple(model.encode_text(['a red circle']).shape), 'deepspeed' in sys.modules)"
     )
-    for folder in ("best", "last"):
-        shown = subprocess.run(
-            [sys.executable, "-c", probe, str(run / folder)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=True,
-        )
-        assert shown.stdout.strip() == "(1, 16) False"
+    shown = subprocess.run(
+        [sys.executable, "-c", probe, str(run / "best"), str(run / "last")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    assert shown.stdout.splitlines() == ["(1, 16) False"] * 2
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_every_step_is_logged(pretrained: Path) -> None:
     rows = read_rows(pretrained)
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 13))
@@ -91,20 +100,18 @@ def test_the_loss_falls_and_every_step_is_logged(pretrained: Path) -> None:
     assert list((pretrained / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_equal(scenes: Path, pretrained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["scenes_small_pretrain", "--data", scenes, "--run", run, "--max_steps", "12", *SMALL]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "d2s" / "train.py"), *map(str, arguments)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "D2S_THREADS": "1"},
-    )  # fmt: skip
+    (process,) = forked.start("forked:train", [*map(str, arguments)], folder=tmp_path)
     deadline = time.monotonic() + 200
     while len(losses(run)) < 8:
         assert time.monotonic() < deadline
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.is_alive(), "it ended before it could be killed"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert (run / "checkpoints" / "step-00000006" / "complete.json").is_file()
     done = train("scenes_small_pretrain", "--data", scenes, "--run", run, "--max_steps", 12, "--resume")
     assert done.returncode == 0, done.stderr
@@ -113,6 +120,7 @@ def test_killed_and_resumed_is_bit_equal(scenes: Path, pretrained: Path, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_an_incomplete_checkpoint_is_never_used_and_former_names_of_fields_are_read(
     scenes: Path, pretrained: Path, tmp_path: Path
 ) -> None:
@@ -129,18 +137,20 @@ def test_an_incomplete_checkpoint_is_never_used_and_former_names_of_fields_are_r
     assert losses(run) == losses(pretrained)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_workers_under_torchrun(scenes: Path, tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--")
-    done = train(
-        "scenes_small_pretrain", "--data", scenes, "--run", tmp_path / "run", "--max_steps", 6,
+    done = train_by_command(
+        "scenes_small_pretrain", "--data", scenes, "--run", tmp_path / "run", "--max_steps", 2,
         "--engine.zero_stage", 2, launcher=launcher,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(losses(tmp_path / "run")) == 6
+    assert len(losses(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_stream_of_tars_trains_too(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tars = scenes / "train" / "{00000..00000}.tar"
@@ -158,6 +168,7 @@ def copied(pretrained: Path, tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_stopped_before_its_validation_a_resumed_run_validates(scenes: Path, copied: Path) -> None:
     marker = copied / "checkpoints" / "step-00000012" / "complete.json"
     state = json.loads(marker.read_text())
@@ -170,6 +181,7 @@ def test_stopped_before_its_validation_a_resumed_run_validates(scenes: Path, cop
     assert (copied / "last" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     scenes: Path, pretrained: Path, copied: Path, tmp_path: Path
 ) -> None:
@@ -186,17 +198,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert losses(copied) == losses(pretrained)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_ends_the_run_in_one_line(scenes: Path, copied: Path) -> None:
     shutil.rmtree(copied / "checkpoints" / "step-00000012")
     arguments = ("scenes_small_pretrain", "--data", scenes, "--run", copied, "--max_steps", 12, "--resume")
-    # No file may grow beyond 3 or 6 MB (blocks differ from shell to shell); the checkpoint takes 10.
-    full = train(*arguments, launcher=("sh", "-c", 'ulimit -f 6000; exec "$@"', "sh", sys.executable))
+    # No file may grow beyond 6 MB; the checkpoint takes 10.
+    full = forked.run("forked:train", [*map(str, arguments), *SMALL], 6_000_000)
     assert full.returncode == 1, full.stderr
     assert re.search("could not be written .*File too large", full.stderr.strip().splitlines()[-1])
     done = train(*arguments)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_what_failed_while_building_leaves_the_folder_free(
     scenes: Path, pretrained: Path, tmp_path: Path
 ) -> None:
@@ -222,10 +236,9 @@ def test_damage_is_counted_over_all_workers(scenes: Path, tmp_path: Path) -> Non
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 1]))
     counts = []
-    two = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--")
-    for name, launcher in (("one", (sys.executable,)), ("two", two)):
+    for workers, name in ((1, "one"), (2, "two")):
         done = train("scenes_small_pretrain", "--data", data, "--run", tmp_path / name, "--max_steps", 6,
-                     launcher=launcher)  # fmt: skip
+                     workers=workers)  # fmt: skip
         assert done.returncode == 0, done.stderr
         counts.append([row for row in read_rows(tmp_path / name) if row["kind"] == "train"][-1]["damaged"])
         # A sample that replaces another may itself be damaged and met by both workers, each of which speaks of it.
@@ -303,6 +316,7 @@ def test_a_mistake_is_one_line(
     assert not places["new"].exists()
 
 
+@pytest.mark.slow
 def test_resuming_with_another_configuration_is_refused(
     scenes: Path, pretrained: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -311,6 +325,7 @@ def test_resuming_with_another_configuration_is_refused(
     assert "optim.lr was 0.001" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_resuming_on_other_data_is_refused(
     scenes: Path, pretrained: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -161,14 +162,24 @@ def start(module: TrainingModule, zero: int, lr: float = 0.0):
 
 def run(function, world: int, folder: Path, *arguments: object) -> dict:
     """What `function(*arguments)` returns on worker 0 of `world` processes."""
-    mp.spawn(_worker, args=(world, str(folder), function, arguments), nprocs=world)
+    # What a test has set; the workers inherit the environment of the process that they are forked from.
+    environment = {name: text for name, text in os.environ.items() if name.startswith("D2S_")}
+    forked.context()
+    mp.start_processes(
+        _worker,
+        args=(world, str(folder), environment, function, arguments),
+        nprocs=world,
+        start_method="forkserver",
+    )
     return torch.load(folder / f"of{world}.pt")
 
 
-def _worker(rank: int, world: int, folder: str, function, arguments: tuple) -> None:
+def _worker(
+    rank: int, world: int, folder: str, environment: dict[str, str], function, arguments: tuple
+) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, f"store{world}"), world)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     results = function(*arguments)
     if rank == 0:

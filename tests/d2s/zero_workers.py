@@ -1,6 +1,4 @@
-"""Runs many cases in one group of workers; test_zero_stages.py starts it, with a launcher or alone.
-
-    zero_workers.py CASES.json OUT.json
+"""Runs many cases in one group of workers; test_zero_stages.py starts `main` in each of them.
 
 A case: a new run, or one that goes on from a copy of another's checkpoint, some steps, and a checkpoint if asked.
 """
@@ -10,7 +8,6 @@ import hashlib
 import json
 import resource
 import shutil
-import sys
 from pathlib import Path
 
 from d2s.training.build import build_trainer
@@ -98,7 +95,3 @@ def main(cases: Path, out: Path) -> None:
     if workers.is_main:
         out.write_text(json.dumps(results))
     leave(0, ordered=True)
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

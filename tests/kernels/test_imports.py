@@ -50,6 +50,7 @@ def test_import_brings_torch_and_nothing_else():
     assert run("-c", code) == "False []"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 @pytest.mark.parametrize("how", ["from the root", "as a script", "as a script in the package"])
 def test_transformers_builds_its_models_beside_this_folder(how, tmp_path):

@@ -58,6 +58,7 @@ for name in {LOSSES!r}:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is read from /proc")
 def test_extra_memory_less_than_doubles_with_the_batch():
     done = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True)

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,11 @@ def test_ranks_are_named_as_torch_names_them() -> None:
     assert rank_variables(TASK) == {
         "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", task.COMMANDS)
+def test_every_command_is_there(name: str) -> None:
+    assert callable(import_module(task.COMMANDS[name]).main)
 
 
 def test_local_tasks_meet_at_a_port_of_their_job() -> None:

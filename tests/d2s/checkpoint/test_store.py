@@ -1,10 +1,9 @@
 """A checkpoint is complete or invisible: killed at every system call, damaged, or on a disk that is full."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,23 +13,13 @@ from d2s.checkpoint.worker_file import WorkerFiles, slices_to_write, write_slice
 from d2s.checkpoint.zero_state import TensorSlice
 from d2s.common import folders
 
-HERE = Path(__file__).parents[1]
-
-
-def run_script(name: str, folder: Path) -> subprocess.CompletedProcess:
-    env = {**os.environ, "D2S_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, HERE / name, folder]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=280, env=env, cwd=folder, check=False
-    )
-
 
 @pytest.mark.dist
 @pytest.mark.skipif(sys.platform != "linux", reason="system calls are traced with Linux's ptrace")
 def test_killed_at_every_system_call_it_leaves_the_old_or_the_new(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    done = run_script("kill_points.py", tmp_path)
+    done = forked.run("kill_points:main", tmp_path)
     if done.returncode == 77:
         pytest.skip("tracing a child process is not permitted here")
     assert done.returncode == 0, done.stderr
@@ -40,8 +29,11 @@ def test_killed_at_every_system_call_it_leaves_the_old_or_the_new(
 
 
 @pytest.mark.dist
-def test_damage_and_full_disks_are_one_line_and_the_last_good_one_stays(tmp_path: Path) -> None:
-    done = run_script("damage_points.py", tmp_path)
+def test_damage_and_full_disks_are_one_line_and_the_last_good_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = forked.run("damage_points:main", tmp_path)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     assert "a limit on the size of files" in done.stdout

@@ -1,12 +1,10 @@
 """ZeRO 0 to 3 are one training: equal losses, and checkpoints that any stage and number of workers goes on from."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from model_towers import small_vit
@@ -17,10 +15,9 @@ from d2s.model.config import IdleSetting
 from d2s.shards.cli import main as shard
 from d2s.training.engine import EngineConfig, checkpoint_activations, engine_settings, idle_engine_settings
 
-SCRIPT = Path(__file__).parents[1] / "zero_workers.py"
 STAGES = (0, 1, 2, 3)
 # The first test waits for all groups.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 FP32 = ("--engine.precision", "fp32")
 
 
@@ -52,10 +49,7 @@ class Group:
         names = [self.folder / f"{what}.json" for what in ("cases", "out")]
         names[0].write_text(json.dumps({"data": str(self.data), "cases": cases}))
         names[1].unlink(missing_ok=True)
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(workers), "--standalone", "--"]
-        command = [sys.executable, *(launcher if workers > 1 else []), str(SCRIPT), *map(str, names)]
-        env = {**os.environ, "D2S_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, check=False)
+        done = forked.run("zero_workers:main", *names, workers=workers, timeout=800)
         assert done.returncode == 0, done.stderr[-4000:]
         self.results |= json.loads(names[1].read_text())
 

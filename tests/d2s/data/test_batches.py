@@ -183,6 +183,7 @@ print(next(sys.held), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_an_iterator_that_is_held_to_the_end_does_not_hold_the_end():
     done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

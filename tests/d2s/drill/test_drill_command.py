@@ -208,7 +208,7 @@ def test_a_write_under_a_hidden_name_is_seen(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_small_drill_survives(tmp_path: Path) -> None:
     out = tmp_path / "drill"
-    command = "-m d2s.drill --workers 2 --kills 2 --seed 1 --steps 24".split()
+    command = "-m d2s.drill --workers 2 --kills 2 --seed 1 --steps 12".split()
     done = subprocess.run(
         [sys.executable, *command, "--out", str(out)],
         capture_output=True, text=True, timeout=500, cwd=ROOT, check=False,

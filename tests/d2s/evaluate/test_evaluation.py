@@ -4,6 +4,7 @@ import io
 import json
 import math
 
+import forked
 import pytest
 import torch
 from rich.console import Console
@@ -265,7 +266,9 @@ def _worker(rank: int, world: int, data: str, store: str, out: str) -> None:
 
 @pytest.mark.dist
 def test_two_workers_measure_what_one_does(data, model, tmp_path):
-    torch.multiprocessing.spawn(_worker, (2, str(data), str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    forked.context()
+    given = (2, str(data), str(tmp_path / "store"), str(tmp_path))
+    torch.multiprocessing.start_processes(_worker, given, nprocs=2, start_method="forkserver")
     alone = evaluate_model(model, ShardIndex.open(data), "test", data_config=CONFIG).to_dict()
     both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert both[0] == both[1]

@@ -204,6 +204,7 @@ ECCV_1K = ((26.18, 59.68, 73.72), (15.224, 36.276, 48.524))
 ECCV_INPUT = "11aa7775b0a7e3b9ceb5846fb204c2dfa2839f00a84f3e458814e201dd2c4c86"
 
 
+@pytest.mark.slow
 def test_agrees_with_eccv_caption_on_coco_5k_and_1k():
     draw = np.random.Generator(np.random.PCG64(20240731))
     # Whole numbers are the same on every machine, so the input can be pinned by its hash.

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -101,7 +102,8 @@ def _worker(rank: int, world: int, folder: str) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 4])
 def test_loss_and_gradients_do_not_depend_on_workers(world: int, tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(world, str(tmp_path)), nprocs=world)
+    forked.context()
+    mp.start_processes(_worker, args=(world, str(tmp_path)), nprocs=world, start_method="forkserver")
     results = torch.load(tmp_path / "results.pt")
     shared = results["shares"]
     alone = _shares(0, 1)

@@ -3,13 +3,11 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,8 +16,7 @@ from d2s.shards.cli import main as shard
 from d2s.training.run_log import read_rows
 from d2s.workers.preemption import Preemption
 
-pytestmark = pytest.mark.timeout(600)  # the first case waits for a group that goes through all of them
-ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.timeout(900)  # the first case waits for a group that goes through all of them
 SMALL = (
     "--batch_size 8 --log.every 1 --data.loader_workers 1 --data.image_size 32 --model.image_size 32 "
     "--model.width 16 --optim.warmup_steps 0 --validation.every_epochs 1"
@@ -36,13 +33,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def group(scenes: Path) -> tuple[Path, dict[str, Any]]:
-    """Two workers under torchrun went through all the cases of `preempt_cases`: their folder, and what they found."""
+    """Two workers went through all the cases of `preempt_cases`: their folder, and what they found."""
     folder = scenes.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
-    command += [str(ROOT / "tests/d2s/preempt_cases.py"), str(scenes), str(folder)]
-    command += ["interruptions", "preparation", "not_finite"]
-    env = {**os.environ, "D2S_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=560, env=env, check=False)
+    done = forked.run("preempt_cases:main", str(scenes), folder, workers=2, timeout=840)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, json.loads((folder / "results.json").read_text())
 
@@ -149,37 +142,19 @@ def test_too_many_skipped_steps_end_the_run_with_worker_and_samples(
 @pytest.mark.dist
 def test_a_signal_from_outside_reaches_loader_processes_too(scenes: Path, tmp_path: Path) -> None:
     """As a batch system does it: no launcher, and every process of the job is signalled, at any moment."""
-    command = (
-        f"{ROOT}/d2s/train.py scenes_small_pretrain --data {scenes} --run {tmp_path}/run --max_steps 5000"
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, *command.split(), *SMALL.split()]
-    jobs = []
-    for rank in ("0", "1"):
-        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        jobs.append(
-            subprocess.Popen(
-                command,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
+    arguments = f"scenes_small_pretrain --data {scenes} --run {tmp_path}/run --max_steps 5000 {SMALL}".split()
+    jobs = forked.start("forked:train", arguments, folder=tmp_path, workers=2, NEW_SESSION="1")
     deadline = time.monotonic() + 120
     while len(losses(tmp_path / "run")) < 3:
         assert time.monotonic() < deadline
-        assert all(job.poll() is None for job in jobs), jobs[0].communicate()[0]
+        assert all(job.is_alive() for job in jobs), (tmp_path / "0.err").read_text()
         time.sleep(0.1)
     for job in jobs:
         os.killpg(job.pid, signal.SIGTERM)
-    shown = [job.communicate(timeout=60)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [75, 75], shown
-    last = shown[0].strip().splitlines()[-1]
+    for job in jobs:
+        job.join(60)
+    assert [job.exitcode for job in jobs] == [75, 75], (tmp_path / "0.err").read_text()
+    last = (tmp_path / "0.out").read_text().strip().splitlines()[-1]
     step = max(losses(tmp_path / "run"))
     assert last == f"preempted by SIGTERM at step {step}: its checkpoint is complete; --resume goes on"
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "complete.json").is_file()

@@ -22,15 +22,15 @@ BOUND = 30.0
 KINDS = ("raise", "exit", "hard exit", "kill")
 ARGUMENTS = (
     "scenes_small_pretrain --batch_size 8 --log.every 1 --validation.every_epochs 1 --data.loader_workers 1 "
-    "--data.image_size 32 --model.image_size 32 --model.width 16 --optim.warmup_steps 0 --max_steps 9"
+    "--data.image_size 32 --model.image_size 32 --model.width 16 --optim.warmup_steps 0 --max_steps 5"
 ).split()
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 scenes to train on: six steps an epoch at a batch of 8, so step 6 comes after an evaluation."""
+    """24 scenes to train on: three steps an epoch at a batch of 8, so step 3 comes after an evaluation."""
     out = tmp_path_factory.mktemp("dead") / "scenes"
-    assert shard(f"build --source scenes --count train=48,val=8,test=8 --size 32 --out {out}".split()) == 0
+    assert shard(f"build --source scenes --count train=24,val=8,test=8 --size 32 --out {out}".split()) == 0
     return out
 
 
@@ -40,13 +40,13 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def trials(scenes: Path) -> list[dict[str, Any]]:
-    """Twenty trainings of two workers, of which one dies at a random step, and two in which none does."""
+    """Twelve trainings of two workers, of which one dies at a random step, and two in which none does."""
     draw = random.Random(0)
     faults = [
-        {"rank": draw.randrange(2), "step": draw.randrange(9), "kind": KINDS[number % 4]}
-        for number in range(20)
+        {"rank": draw.randrange(2), "step": draw.randrange(5), "kind": KINDS[number % 4]}
+        for number in range(12)
     ]
-    faults += [{"rank": 1, "step": 4, "kind": "pause"}, {"rank": None, "step": 0, "kind": "none"}]
+    faults += [{"rank": 1, "step": 2, "kind": "pause"}, {"rank": None, "step": 0, "kind": "none"}]
     jobs = []
     for number, fault in enumerate(faults):
         arguments = [*ARGUMENTS, "--data", str(scenes), "--run", str(scenes.parent / f"run{number}")]
@@ -66,9 +66,9 @@ def last_line(trial: dict[str, Any]) -> str:
     return trial["screen"].strip().splitlines()[-1]
 
 
-def test_twenty_of_twenty_jobs_end_in_time(trials: list[dict[str, Any]]) -> None:
+def test_twelve_of_twelve_jobs_end_in_time(trials: list[dict[str, Any]]) -> None:
     dead = [trial for trial in trials if trial["fault"]["kind"] in KINDS]
-    assert len(dead) == 20
+    assert len(dead) == 12
     for trial in dead:
         fault = trial["fault"]
         died, survived = trial["codes"][fault["rank"]], trial["codes"][1 - fault["rank"]]
@@ -81,7 +81,7 @@ def test_twenty_of_twenty_jobs_end_in_time(trials: list[dict[str, Any]]) -> None
         else:
             assert f"worker {rank} ended without an error message" in last_line(trial)
     print(
-        f"\n20 of 20 ended, the slowest {max(trial['seconds'] for trial in dead):.1f} s after the first worker"
+        f"\n12 of 12 ended, the slowest {max(trial['seconds'] for trial in dead):.1f} s after the first worker"
     )
 
 
@@ -94,7 +94,7 @@ def test_an_ordered_end_is_no_death(trials: list[dict[str, Any]]) -> None:
     (peaceful,) = [trial for trial in trials if trial["fault"]["kind"] == "none"]
     assert peaceful["codes"] == [0, 0]
     assert "error" not in peaceful["screen"]
-    assert last_line(peaceful).startswith("done: 9 steps")
+    assert last_line(peaceful).startswith("done: 5 steps")
 
 
 @pytest.mark.parametrize(

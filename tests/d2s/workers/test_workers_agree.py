@@ -24,10 +24,10 @@ def _alone() -> dict[tuple[str, str], tuple[Tensor, dict[str, Tensor]]]:
     return found
 
 
-def _through_engines() -> dict:
-    """The same through the engine, for every ZeRO stage, at once and by micro-batches; and weights after steps."""
+def _through_engines(stages: tuple[int, ...]) -> dict:
+    """The same through the engine, for some ZeRO stages, at once and by micro-batches; and weights after steps."""
     found = {}
-    for zero in (0, 1, 2, 3):
+    for zero in stages:
         for stage, cases in CASES.items():
             engine = start(build(stage), zero)
             for name in cases:
@@ -39,11 +39,11 @@ def _through_engines() -> dict:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_gradients_through_the_engine(world: int, tmp_path: Path) -> None:
-    found = run(_through_engines, world, tmp_path)
+@pytest.mark.parametrize("world, stages", [(1, (0, 3)), (2, (0, 1, 2, 3)), (4, (0, 3))])
+def test_gradients_through_the_engine(world: int, stages: tuple[int, ...], tmp_path: Path) -> None:
+    found = run(_through_engines, world, tmp_path, stages)
     alone = _alone()
-    assert len(found) == 4 * 2 * len(alone)
+    assert len(found) == len(stages) * 2 * len(alone)
     for (zero, stage, name, size), (total, grads) in found.items():
         where = f"ZeRO {zero}, {stage}, {name}, micro-batches of {size}"
         wanted, wanted_grads = alone[stage, name]

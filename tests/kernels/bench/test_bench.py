@@ -37,6 +37,7 @@ def test_ours_and_eager_compute_the_same(case):
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_command_prints_and_appends_a_row_a_variant(tmp_path):
     command = [sys.executable, "-m", "d2s.kernels.bench", "--device", "cpu", "--size", "tiny", "--quick"]
     command += ["--only", "hinge_max", "--only", "gpo", "--repeat", "2", "--out", str(tmp_path)]
@@ -161,6 +162,7 @@ def test_a_variant_that_fails_is_left_out_of_the_other_modes(monkeypatch, capsys
     assert capsys.readouterr().out == "  eager: full: RuntimeError: out of memory\n"
 
 
+@pytest.mark.slow
 def test_compiled_is_compiled_for_every_size(monkeypatch):
     """Past its limit of recompilations dynamo runs the plain function, which would then be timed in its name."""
     compiled = []

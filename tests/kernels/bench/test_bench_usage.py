@@ -70,6 +70,7 @@ def test_a_folder_that_is_a_file(tmp_path, capsys):
     assert "File exists" in line
 
 
+@pytest.mark.slow
 def test_nothing_measured_is_a_failure(tmp_path):
     environment = {**os.environ, "D2S_KERNELS": "bogus"}
     done = subprocess.run(

@@ -74,6 +74,7 @@ def test_a_readme_without_its_markers_is_named(place, capsys, text):
     assert results.END in said
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_a_readme_as_it_was(place):
     readme = place.parents[1] / "README.md"
     readme.write_text(BEFORE + "x" * 6000, encoding="utf-8")
@@ -104,6 +105,7 @@ def test_the_last_of_equal_measurements_counts(place):
     assert row.median_ms == 5
 
 
+@pytest.mark.slow
 def test_readme_and_plots_follow_from_the_files_and_check_notices(place, capsys):
     pytest.importorskip("matplotlib")
     readme = place.parents[1] / "README.md"

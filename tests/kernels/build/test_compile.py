@@ -31,6 +31,7 @@ def covering():
     return [job for _, job in found.values()]
 
 
+@pytest.mark.slow
 def test_every_kernel_builds_fits_and_does_not_spill_more_than_it_did():
     todo = covering()
     assert {job.kernel for job in todo} == set(SPECS)

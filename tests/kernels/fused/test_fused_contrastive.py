@@ -33,9 +33,13 @@ def small_parts(monkeypatch):
 )
 def test_agrees_with_oracle(name, dtype, n, width, distinct):
     for seed, (kind, scale, margin) in enumerate(CASES):
+        # Each type has every other case, and the next one the others.
+        if seed % 2 != DTYPES.index(dtype) % 2:
+            continue
         check(name, problem(n, width, distinct, dtype, kind, scale=scale, margin=margin, seed=seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTRASTIVE)
 @pytest.mark.parametrize("dtype, case", list(zip(DTYPES, CASES[:3], strict=True)))
 def test_agrees_with_oracle_over_several_tiles(name, dtype, case):
@@ -49,6 +53,7 @@ def test_rows_against_more_columns(name, start, stop):
     check(name, rows_of(problem(150, 31, 90, kind="clustered"), start, stop))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTRASTIVE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.usefixtures("small_parts")
@@ -61,6 +66,7 @@ def test_agrees_with_oracle_in_parts(name, dtype):
 LONG = Tile(rows=128, columns=64, depth=64, warps=8, stages=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTRASTIVE)
 @pytest.mark.usefixtures("small_parts")
 def test_parts_are_whole_tiles_however_long_a_tile_is(name, monkeypatch):
@@ -74,6 +80,7 @@ def test_parts_are_whole_tiles_however_long_a_tile_is(name, monkeypatch):
     check(name, rows_of(whole, 5, 140))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTRASTIVE)
 def test_products_read_no_deeper_than_a_tile_of_ds(name, monkeypatch):
     """The products' tile is tuned apart from the tile that dS is written in, and may be deeper."""

@@ -1,5 +1,6 @@
 """On a device, too, equal things differ by nothing: shown in the machine code, which an interpreter has not."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,36 +8,51 @@ import sys
 
 import pytest
 
+KERNELS, DTYPES = ("relational_difference", "pointwise_l1", "pointwise_l2"), ("bf16", "fp32")
 BUILD = """
-import subprocess, sys, tempfile
+import json, subprocess, sys, tempfile
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from d2s.kernels import builds
 from d2s.kernels.fused import ALL_SPECS
-spec = next(spec for spec in ALL_SPECS if spec.name == sys.argv[1])
-job = next(job for job in builds.all_jobs([spec], {}) if (job.arch, job.dtype, job.width) == (90, sys.argv[2], 64))
-options = spec.launch_options(job.tile, job.width, job.half)
-built = triton.compile(builds.source(spec, job), target=GPUTarget("cuda", 90, 32), options=options)
-with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-    file.write(built.asm["cubin"])
-    file.flush()
-    subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", file.name], check=True)
+found = {}
+for name, dtype in json.loads(sys.argv[1]):
+    spec = next(spec for spec in ALL_SPECS if spec.name == name)
+    job = next(job for job in builds.all_jobs([spec], {}) if (job.arch, job.dtype, job.width) == (90, dtype, 64))
+    options = spec.launch_options(job.tile, job.width, job.half)
+    built = triton.compile(builds.source(spec, job), target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        found[f"{name} {dtype}"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("kernel", ["relational_difference", "pointwise_l1", "pointwise_l2"])
-def test_products_are_rounded_before_they_are_subtracted(kernel, dtype):
+@pytest.fixture(scope="module")
+def machine_code():
+    """The machine code of every kernel and type, built in one process that does not interpret kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = subprocess.run(
-        [sys.executable, "-c", BUILD, kernel, dtype],
-        check=True,
+    asked = json.dumps([(kernel, dtype) for kernel in KERNELS for dtype in DTYPES])
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, asked],
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
-    ).stdout
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_products_are_rounded_before_they_are_subtracted(kernel, dtype, machine_code):
+    code = machine_code[f"{kernel} {dtype}"]
     # A product by itself is a multiply-add of zero here; were it contracted, there would be none left to subtract.
     rounded = len(re.findall(r"FFMA[^;]*, RZ\s*;", code))
     subtracted = len(

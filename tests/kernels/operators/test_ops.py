@@ -120,6 +120,7 @@ def test_compiled_equals_eager_to_the_last_bit(name):
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(eager, other, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_to_machine_code_equals_eager_to_the_last_bit():
     """All in one graph: starting the compiler takes most of the time."""
     cases = functionals()

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2s.shards.order import draws
@@ -24,6 +24,7 @@ def by_the_docstring(seed: int, epoch: int, sample: int, stream: str, j: int) ->
     return mix((state + (j + 1) * gamma) & WORD)
 
 
+@settings(max_examples=50)
 @given(st.integers(-(2**63), 2**64 - 1), st.integers(0, 10**6), st.integers(0, 2**62), st.text(max_size=9))
 def test_bits_are_the_documented_function(seed, epoch, sample, stream):
     found = draws.bits(seed, epoch, [sample], stream, 3)[0]
