@@ -13,7 +13,7 @@ from d2s.shards.build.data_set import BuildReport, build
 from d2s.shards.build.layout import Layout
 from d2s.shards.build.output_folder import check_output, remove_description
 from d2s.shards.build.settings import INPUT, BuildConfig, is_complete, settings_of
-from d2s.shards.format.file_names import QUARANTINE
+from d2s.shards.format.file_names import QUARANTINE, SCRATCH
 from d2s.shards.inspect.show import describe, find, save_image
 from d2s.shards.inspect.stats import stats, table
 from d2s.shards.inspect.verify import verify
@@ -23,7 +23,8 @@ from d2s.shards.sources.faults import Faults
 
 
 def _build(args: argparse.Namespace) -> None:
-    options = SourceOptions(**{field.name: getattr(args, field.name) for field in fields(SourceOptions)})
+    given = {field.name: getattr(args, field.name) for field in fields(SourceOptions) if field.name in args}
+    options = SourceOptions(**given, scratch=args.out / SCRATCH / "unpacked")
     _warn(args, options)
     sources.check_options(args.source, options)
     join = arguments.join_options(args)
@@ -100,6 +101,9 @@ def _facts(source: str, options: SourceOptions, join: JoinOptions | None) -> dic
             "file": join.path.name
         }
         del facts["dense"]["path"]
+        if join.repeated == "stop":
+            # Data sets of earlier versions do not have it; they stay comparable.
+            del facts["dense"]["repeated"]
     if source == "scenes":
         facts.update(count=options.counts, size=options.size)
     return facts

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+EXTRACTED = ".images"
+"""The suffix of files of images that were copied out of parquet files."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One image of a source, before its bytes are read: light, picklable, cheap to list by the million.
 
     The image is one of three things: the file at `path`; `size` bytes of it from `offset`, where `offset` >= 0 (a
-    member of a tar); or, where `number` >= 0, scene `number` of world `seed`, drawn by the worker at `size` pixels.
+    member of a tar, or an image of parquet in a file of extracted ones); or, where `number` >= 0, scene `number` of
+    world `seed`, drawn by the worker at `size` pixels.
     """
 
     split: str
@@ -34,6 +38,11 @@ class Entry:
     number: int = -1
     seed: int = 0
 
+    @property
+    def in_tar(self) -> bool:
+        """Whether the image is a member of a tar."""
+        return self.offset >= 0 and not self.path.endswith(EXTRACTED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
@@ -48,7 +57,9 @@ class SourceOptions:
     split_lists: dict[str, Path] = field(default_factory=dict)
     """flickr: the file that lists the images of each split"""
     columns: dict[str, str] = field(default_factory=dict)
-    """jsonl, parquet: the names there of our columns path, sparse, dense, split, id"""
+    """jsonl, csv, parquet: the names there of our columns path, sparse, dense, split, id; several between commas"""
+    scratch: Path | None = None
+    """folder for copies of images that lie inside of parquet files, and for temporary files"""
     dense_columns: tuple[str, ...] = ("text",)
     """release: the fields of the aligned JSON lines"""
     counts: dict[str, int] = field(default_factory=dict)
