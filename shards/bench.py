@@ -144,7 +144,7 @@ def write_sources(folder: Path, photos: int, pixels: int) -> dict[str, list[str]
 
 
 def build_source(form: str, arguments: list[str], folder: Path, only_list: bool) -> dict[str, float]:
-    """Builds from one form, or only assigns its images to shards; returns seconds and the peak of memory in MB."""
+    """Builds from one form, or only assigns its images to shards; returns seconds and MB of memory."""
     columns = {"path": "image", "sparse": "caption"}
     paths = dict(zip(arguments[::2], map(Path, arguments[1::2]), strict=True))
     options = SourceOptions(
@@ -159,8 +159,12 @@ def build_source(form: str, arguments: list[str], folder: Path, only_list: bool)
         assign(out, entries, join=None, layout=Layout(), faults=Faults())
     else:
         build(entries, out, BuildConfig())
-    seconds = time.perf_counter() - start
-    return {"s": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "s": time.perf_counter() - start,
+        "cpu_s": used.ru_utime + used.ru_stime,
+        "peak_mb": used.ru_maxrss / 1024,
+    }
 
 
 def measure_sources(folder: Path, photos: int, pixels: int, only_list: bool) -> None:
@@ -173,7 +177,8 @@ def measure_sources(folder: Path, photos: int, pixels: int, only_list: bool) -> 
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
             found = fresh.submit(build_source, form, arguments, folder, only_list).result()
         rate = f"{photos / found['s']:,.0f} photos a second"
-        print(f"{form}: {rate}, peak of memory {found['peak_mb']:,.0f} MB (goal 1024)", flush=True)
+        cpu = f"{found['cpu_s'] / photos * 1e3:.2f} ms of CPU each"
+        print(f"{form}: {rate}, {cpu}, peak of memory {found['peak_mb']:,.0f} MB (goal 1024)", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

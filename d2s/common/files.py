@@ -72,10 +72,11 @@ def read_json(path: Path, read: Callable[[Path], str] | None = None) -> object:
 
 
 def input_sha256(paths: list[Path]) -> str:
-    """One sha256 over the names and bytes of files, and of the text, JSON and parquet files in folders."""
+    """One sha256 over the names and bytes of files, and of the tables and texts in folders."""
     digest = hashlib.sha256()
     for path in paths:
-        files = sorted(part for part in path.iterdir() if part.suffix in _TEXT) if path.is_dir() else [path]
+        parts = (*path.iterdir(), *path.glob("*/metadata.*")) if path.is_dir() else ()
+        files = sorted(part for part in parts if part.suffix in _TEXT) if path.is_dir() else [path]
         for file in files:
             digest.update(f"{file.name} {file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

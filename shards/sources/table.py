@@ -80,7 +80,10 @@ def _rows_of_file(
             image = _image(row, column["path"][0], home, images)
             image_id, key = _id_field(row, column["id"][0], form == "csv")
         except KeyError as error:
-            faults.add(where, f"caption without an image: {field_fault(error)}; there are {_names(row)}")
+            faults.add(
+                where,
+                f"caption without an image: {field_fault(error)}; there are {_names(row)}: --columns path=NAME",
+            )
             continue
         except TypeError as error:
             faults.add(where, field_fault(error))

@@ -195,6 +195,9 @@ def test_repeated_ids_of_a_release_are_one_image(
     assert {row["image_id"]: row["dense"] for row in found.values()} == {n: [f"Long {n}."] for n in (7, 8, 9)}
     assert not (tmp_path / "out" / "quarantine.jsonl").exists()
     (tmp_path / "out").rename(tmp_path / "first")
+    names = folder / "train_ids.txt"
+    names.with_name("train_ids.txt.gz").write_bytes(gzip.compress(names.read_bytes()))
+    names.unlink()
     dense.write_text(dense.read_text() * 2)
     assert "6 lines do not align with 3 distinct ids" in refused(
         _arguments(tmp_path, "release", folder, *more)
