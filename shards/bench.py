@@ -153,7 +153,8 @@ def build_source(form: str, arguments: list[str], folder: Path, only_list: bool)
         columns=columns,
         scratch=folder / f"scratch-{form}",
     )
-    entries, out, start = table.entries(options, Faults()), folder / f"out-{form}", time.perf_counter()
+    entries, out = table.entries(options, Faults()), folder / f"out-{form}"
+    start, cpu = time.perf_counter(), time.process_time()
     if only_list:
         out.mkdir()
         assign(out, entries, join=None, layout=Layout(), faults=Faults())
@@ -162,7 +163,7 @@ def build_source(form: str, arguments: list[str], folder: Path, only_list: bool)
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "s": time.perf_counter() - start,
-        "cpu_s": used.ru_utime + used.ru_stime,
+        "cpu_s": time.process_time() - cpu,
         "peak_mb": used.ru_maxrss / 1024,
     }
 
