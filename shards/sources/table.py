@@ -69,7 +69,7 @@ def _rows_of_file(
         if missing := [name for name in named if name not in there]:
             raise ValueError(f"{file}: {_no_field(missing[0], there)}")
         if column["path"][0] not in there:
-            names = shorten(", ".join(there))
+            names = shorten(", ".join(there)) or "none, the file is empty"
             raise ValueError(f"{file}: no column 'path'; there are {names}: --columns path=NAME,sparse=NAME")
     home = options.images or file.parent
     taken = [name for names in column.values() for name in names]

@@ -214,6 +214,16 @@ def test_images_in_parquet_with_names_without_and_with_one_name_for_two(tmp_path
     assert not (tmp_path / "out" / ".build").exists()
 
 
+def test_parts_of_a_build_of_images_in_parquet(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": picture(n), "path": f"{n}.jpg"}, "caption": [f"{n}"]} for n in range(3)]
+    arguments = _arguments(tmp_path, "parquet", _parquet(tmp_path / "t.parquet", rows), "--shard-size", "1")
+    for part in ("1/2", "2/2"):
+        assert main([*arguments, "--part", part]) == 0
+    assert {record.key: record.image for record in _records(tmp_path / "out")} == {
+        f"{n}": picture(n) for n in range(3)
+    }
+
+
 def test_bytes_alone_a_picture_that_is_damaged_and_no_picture(
     tmp_path: Path, refused: Callable[..., str]
 ) -> None:
