@@ -49,6 +49,15 @@ def _pairs(text: str) -> dict[str, str]:
     return found
 
 
+def _column_pairs(text: str) -> dict[str, str]:
+    """`path=x,sparse=a,sparse=b` as {path: x, sparse: "a,b"}."""
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        for name, value in _pairs(part).items():
+            found[name] = f"{found[name]},{value}" if name in found else value
+    return found
+
+
 def _path_pairs(text: str) -> dict[str, Path]:
     """`train=FILE,val=FILE`."""
     return {name: Path(value) for name, value in _pairs(text).items()}
@@ -100,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     text = "folder for the description and for links to the tars (default: beside the tars)"
     index.add_argument("--out", type=Path, metavar="DIR", help=text)
     text = "fields of the JSON in the tars that hold captions"
-    index.add_argument("--columns", type=_pairs, default={}, metavar="sparse=caption,...", help=text)
+    index.add_argument("--columns", type=_column_pairs, default={}, metavar="sparse=caption,...", help=text)
     _add_suffixes(index)
     index.add_argument("--no-decode", action="store_true", help="read only the headers of the images")
     index.add_argument("--force", action="store_true", help="index again what is indexed already")
@@ -122,7 +131,7 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     default = SourceOptions()
     add("--source", required=True, choices=NAMES, help="layout of the input")
-    text = "caption file (release: the folder with *_ids.txt); coco, jsonl and parquet take several, val=FILE"
+    text = "caption file (release: the folder with *_ids.txt); coco, jsonl, csv and parquet take several, val=FILE"
     add("--captions", type=_caption_file, nargs="+", default=(), metavar="FILE", help=text)
     add("--images", type=Path, metavar="DIR", help="folder of images (img2dataset: of its tars)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make; it has to be empty")
@@ -132,9 +141,10 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
     text = "images to take from train for a split"
     add("--holdout", type=_counts, default={}, metavar="val=500,...", help=text)
     text = (
-        "jsonl, parquet: names of its columns; img2dataset: sparse=FIELD,dense=FIELD of the JSON in the tars"
+        "jsonl, csv, parquet: names of its columns, several as sparse=a,sparse=b, numbers without a header;"
+        " img2dataset: sparse=FIELD,dense=FIELD of the JSON in the tars"
     )
-    add("--columns", type=_pairs, default={}, metavar="path=image,...", help=text)
+    add("--columns", type=_column_pairs, default={}, metavar="path=image,...", help=text)
     _add_suffixes(command)
     add("--resize", type=positive, metavar="PIXELS", help="shrink the shorter side (default: keep the file)")
     add("--quality", type=int, default=95, help="JPEG quality of images that are re-encoded (default: 95)")
@@ -167,7 +177,7 @@ def _add_input_options(command: argparse.ArgumentParser) -> None:
         " Memory: about 100 bytes an image for the whole build, whatever the size of the file.",
     ).add_argument
     choices = ("stop", "allow")
-    add("--dense", type=Path, help="JSON lines or parquet, a file or a folder of them")
+    add("--dense", type=Path, help="JSON lines, a JSON array, CSV or parquet; a file or a folder")
     add("--dense-key", default="filename", choices=KEYS, help="what they are joined by (default: filename)")
     text = "column that holds it (default: named as the key)"
     add("--dense-key-column", default="", metavar="NAME", help=text)
@@ -177,6 +187,8 @@ def _add_input_options(command: argparse.ArgumentParser) -> None:
     add("--sparse-columns", type=_columns, default=(), metavar="A,B", help=text)
     add("--dense-missing", default="stop", choices=choices, help="images without a row (default: stop)")
     add("--dense-extra", default="stop", choices=choices, help="rows without an image (default: stop)")
+    text = "further rows of an image, each with further captions; equal ones count once (default: stop)"
+    add("--dense-repeated", default="stop", choices=choices, help=text)
 
 
 def join_options(args: argparse.Namespace) -> JoinOptions | None:
@@ -195,6 +207,7 @@ def join_options(args: argparse.Namespace) -> JoinOptions | None:
         sparse_columns=args.sparse_columns,
         missing=args.dense_missing,
         extra=args.dense_extra,
+        repeated=args.dense_repeated,
     )
 
 
@@ -206,7 +219,14 @@ def warnings(args: argparse.Namespace, options: SourceOptions) -> list[str]:
             found.append((name.replace("counts", "count"), f"with source {args.source}"))
     if args.dense is None:
         default = parser().parse_args(["index", "."])
-        for name in ("dense_key", "dense_key_column", "dense_missing", "dense_extra", "dense_columns"):
+        for name in (
+            "dense_key",
+            "dense_key_column",
+            "dense_missing",
+            "dense_extra",
+            "dense_repeated",
+            "dense_columns",
+        ):
             used = name == "dense_columns" and getattr(args, "source", "") == "release"
             if getattr(args, name) != getattr(default, name) and not used:
                 found.append((name, "without --dense"))

@@ -1,10 +1,17 @@
-"""Measures an index of 100 million invented rows (`python -m d2s.shards.bench`).
+"""Measures an index of 100 million invented rows, or builds (`python -m d2s.shards.bench [--sources N]`).
 
 Prints the seconds to open it in a fresh process, the time to look up the samples of thousands of batches in the
 random order of an epoch, and the resident memory. The file (64 bytes a row) lies in a temporary folder meanwhile.
+
+With `--sources N` it builds N made-up photos from JSON lines over files, from CSV over files and from parquet with
+images, each in a fresh process, and prints their rates and peak memory.
 """
 
 import argparse
+import csv
+import io
+import json
+import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -14,13 +21,25 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
+from d2s.shards.build.assignment import assign
+from d2s.shards.build.data_set import build
+from d2s.shards.build.layout import Layout
+from d2s.shards.build.settings import BuildConfig
 from d2s.shards.format import index_file, manifest
 from d2s.shards.format.file_names import INDEX
 from d2s.shards.order.permutation import BlockPermutation, Permutation, batch_positions
 from d2s.shards.read.index import ShardIndex
+from d2s.shards.sources import table
+from d2s.shards.sources.entry import SourceOptions
+from d2s.shards.sources.faults import Faults
 
 _SHARD_ROWS = 10_000
+_CHUNK = 1 << 20
+_CAPTIONS = 5
+_GROUP = 100
 _IMAGE, _JSON = 40_000, 1_000
 
 
@@ -74,6 +93,78 @@ def look_up(folder: Path, batches: int, batch_size: int) -> dict[str, float]:
     return result | {"base_mb": base / 2**20, "resident_mb": resident / 2**20}
 
 
+def write_sources(folder: Path, photos: int, pixels: int) -> dict[str, list[str]]:
+    """Writes made-up photos and five captions of each in three forms; returns the options that build each form."""
+    (folder / "photos").mkdir()
+    schema = pa.schema(
+        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("caption", pa.string())]
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    with (
+        open(folder / "rows.jsonl", "w") as lines,
+        open(folder / "rows.csv", "w", newline="") as csv_file,
+        pq.ParquetWriter(folder / "rows.parquet", schema) as parquet,
+    ):
+        writer = csv.writer(csv_file)
+        writer.writerow(("image", "caption"))
+        for start in range(0, photos, _GROUP):
+            rows = []
+            for number in range(start, min(start + _GROUP, photos)):
+                file, name = io.BytesIO(), f"{number:07}.jpg"
+                Image.fromarray(np.roll(noise, number) ^ (number & 255)).resize((pixels, pixels)).save(
+                    file, "JPEG"
+                )
+                (folder / "photos" / name).write_bytes(file.getvalue())
+                for caption in (f"caption {each} of photo {number}, made up" for each in range(_CAPTIONS)):
+                    lines.write(json.dumps({"image": name, "caption": caption}) + "\n")
+                    writer.writerow((name, caption))
+                    rows.append({"image": {"bytes": file.getvalue(), "path": name}, "caption": caption})
+            # One row of parquet for each photo, as hubs have them.
+            parquet.write_table(pa.Table.from_pylist(rows[::_CAPTIONS], schema=schema))
+    photos = ["--images", str(folder / "photos")]
+    forms = {"jsonl": photos, "csv": photos, "parquet": []}
+    return {form: ["--captions", str(folder / f"rows.{form}"), *more] for form, more in forms.items()}
+
+
+def build_source(form: str, arguments: list[str], folder: Path, only_list: bool) -> dict[str, float]:
+    """Builds from one form, or only assigns its images to shards; returns seconds and MB of memory."""
+    columns = {"path": "image", "sparse": "caption"}
+    paths = dict(zip(arguments[::2], map(Path, arguments[1::2]), strict=True))
+    options = SourceOptions(
+        captions=[(None, paths["--captions"])],
+        images=paths.get("--images"),
+        columns=columns,
+        scratch=folder / f"scratch-{form}",
+    )
+    entries, out = table.entries(options, Faults()), folder / f"out-{form}"
+    start, cpu = time.perf_counter(), time.process_time()
+    if only_list:
+        out.mkdir()
+        assign(out, entries, join=None, layout=Layout(), faults=Faults())
+    else:
+        build(entries, out, BuildConfig())
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "s": time.perf_counter() - start,
+        "cpu_s": time.process_time() - cpu,
+        "peak_mb": used.ru_maxrss / 1024,
+    }
+
+
+def measure_sources(folder: Path, photos: int, pixels: int, only_list: bool) -> None:
+    """Prints rate and memory of each form, JSON lines over files first."""
+    forms = write_sources(folder, photos, pixels)
+    print(
+        f"{photos:,} photos of {pixels} x {pixels} pixels; {_CAPTIONS} rows each in jsonl and csv", flush=True
+    )
+    for form, arguments in forms.items():
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            found = fresh.submit(build_source, form, arguments, folder, only_list).result()
+        rate = f"{photos / found['s']:,.0f} photos a second"
+        cpu = f"{found['cpu_s'] / photos * 1e3:.2f} ms of CPU each"
+        print(f"{form}: {rate}, {cpu}, peak of memory {found['peak_mb']:,.0f} MB (goal 1024)", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the measurements and returns 0."""
     parser = argparse.ArgumentParser(prog="python -m d2s.shards.bench", description=__doc__.split("\n")[0])
@@ -82,7 +173,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--dir", type=Path, help="where the temporary folder is made (default: the system's)")
     parser.add_argument("--quick", action="store_true", help="1 million rows, 200 batches")
+    parser.add_argument(
+        "--sources", type=int, metavar="N", help="build N made-up photos instead, from three forms"
+    )
+    parser.add_argument("--pixels", type=int, default=256, help="of the photos, a side")
+    parser.add_argument("--list-only", action="store_true", help="list the photos, but write no shards")
     args = parser.parse_args(argv)
+    if args.sources:
+        with tempfile.TemporaryDirectory(dir=args.dir) as name:
+            measure_sources(Path(name), args.sources, args.pixels, args.list_only)
+        return 0
     if args.quick:
         args.rows, args.batches = 1_000_000, 200
     with tempfile.TemporaryDirectory(dir=args.dir) as name:

@@ -110,6 +110,9 @@ def _facts(source: str, options: SourceOptions, join: JoinOptions | None) -> dic
             "file": join.path.name
         }
         del facts["dense"]["path"]
+        if join.repeated == "stop":
+            # Data sets of earlier versions do not have it; they stay comparable.
+            del facts["dense"]["repeated"]
     if source == "img2dataset":
         facts |= {name: given for name in ("columns", "suffixes") if (given := getattr(options, name))}
     if source == "scenes":

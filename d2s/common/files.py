@@ -3,12 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-_TEXT = (".txt", ".json", ".jsonl", ".parquet")
+_TEXT = (".txt", ".json", ".jsonl", ".parquet", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst")
 
 
 @contextmanager
@@ -51,10 +51,14 @@ def write_json(path: Path, value: object) -> None:
         file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
 
-def read_json(path: Path) -> object:
-    """Reads a JSON file. Raises ValueError, with the file and the line, if it is missing or not JSON."""
+def read_json(path: Path, read: Callable[[Path], str] | None = None) -> object:
+    """Reads a JSON file. Raises ValueError, with the file and the line, if it is missing or not JSON.
+
+    Args:
+        read: gives the text of the file; None reads it as UTF-8.
+    """
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(read(path) if read else path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -71,7 +75,8 @@ def input_sha256(paths: list[Path]) -> str:
     """Computes one sha256 over names and bytes of files, and of text, JSON and parquet files in folders."""
     digest = hashlib.sha256()
     for path in paths:
-        files = sorted(part for part in path.iterdir() if part.suffix in _TEXT) if path.is_dir() else [path]
+        parts = (*path.iterdir(), *path.glob("*/metadata.*")) if path.is_dir() else ()
+        files = sorted(part for part in parts if part.suffix in _TEXT) if path.is_dir() else [path]
         for file in files:
             digest.update(f"{file.name} {file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -17,7 +17,7 @@ from d2s.common.text import shorten
 from d2s.shards.build.caption_join import JoinOptions, join_captions
 from d2s.shards.build.image_list import exclude_ambiguous, exclude_duplicates, list_images, unique_keys
 from d2s.shards.build.layout import Layout, Shard, arrange
-from d2s.shards.build.row_file import RowFile
+from d2s.shards.format.row_file import RowFile
 from d2s.shards.sources.entry import Entry
 from d2s.shards.sources.faults import Faults
 
@@ -41,6 +41,22 @@ class Assignment:
         self.extra: int = facts["extra"]
         """number of rows of separate captions that have no image"""
 
+    def _joined(self, number: int | None, join: str) -> tuple[tuple, tuple]:
+        """Sparse and dense captions of a row and of those of the same image before it."""
+        rows = []
+        while number is not None:
+            rows.append(found := self._captions.row(number))
+            assert found["key"] == join, f"two join keys with one hash: {found['key']!r} and {join!r}"
+            number = found.get("previous")
+        if len(rows) == 1:
+            return tuple(found["sparse"]), tuple(found["dense"])
+        # A caption that stands in several rows counts once.
+        both = (
+            dict.fromkeys(text for row in reversed(rows) for text in row[kind])
+            for kind in ("sparse", "dense")
+        )
+        return tuple(map(tuple, both))
+
     def entries(self, shard: Shard) -> Iterator[Entry]:
         """Yields the entries of a shard in their final order, with their final keys, splits and captions."""
         for number in self._order[shard.start : shard.stop].tolist():
@@ -50,9 +66,7 @@ class Assignment:
             row |= {"split": shard.split, "key": self._renamed.get(number, row["key"])}
             entry = Entry(**row | {kind: tuple(row[kind]) for kind in ("sparse", "dense")})
             if self._captions is not None and self._matched[number] >= 0:
-                found = self._captions.row(int(self._matched[number]))
-                assert found["key"] == join, f"two join keys with one hash: {found['key']!r} and {join!r}"
-                sparse, dense = tuple(found["sparse"]), tuple(found["dense"])
+                sparse, dense = self._joined(int(self._matched[number]), join)
                 entry = replace(entry, sparse=sparse or entry.sparse, dense=entry.dense + dense)
             yield entry
 

@@ -1,9 +1,10 @@
-"""Joins captions from separate files (JSON lines or parquet) to images by an exact key.
+"""Joins captions from separate files (JSON, CSV or parquet) to images by an exact key.
 
 The files are read once, as a stream. However large they are, memory holds only 24 bytes for each image:
 matching captions are written to a memory-mapped file, from which the workers read them.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from d2s.shards.build.row_file import RowFileWriter
+from d2s.common.text import shorten
 from d2s.shards.format.keys import hash64
+from d2s.shards.format.row_file import RowFileWriter
 from d2s.shards.sources.caption_files import captions_of, list_files, read_rows
-from d2s.shards.sources.faults import Faults, caption_fault
+from d2s.shards.sources.faults import Faults, caption_fault, whole_number
 
 KEYS = ("filename", "image_id", "key", "sha256")
 _BATCH = 8192
@@ -38,6 +40,8 @@ class JoinOptions:
     """"stop" or "allow": what to do if an image has no row"""
     extra: str = "stop"
     """"stop" or "allow": what to do if a row has no image"""
+    repeated: str = "stop"
+    """"stop" or "allow": what to do with further rows of an image; "allow" adds their captions"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,8 @@ def _read(options: JoinOptions, faults: Faults) -> Iterator[_Row]:
     for path in list_files(options.path):
         for where, row in read_rows(path, columns, faults):
             key = row[key_column]
+            if isinstance(key, float) or options.key == "image_id":
+                key = whole_number(key)
             if key is None or isinstance(key, (list, dict)) or key == "":
                 faults.add(where, f"field {key_column!r} holds no key")
                 continue
@@ -70,6 +76,52 @@ def _fault(options: JoinOptions, row: _Row) -> str | None:
         if columns and not found:
             return f"no caption in {', '.join(columns)}"
     return caption_fault(row.sparse + row.dense)
+
+
+class _Names:
+    """Finds images by what they are joined by; by file names also where only one side writes the folders."""
+
+    def __init__(self, hashes: np.ndarray, name_of: Callable[[int], str]) -> None:
+        self._order = np.argsort(hashes, kind="stable")
+        self._ordered = hashes[self._order]
+        self._name_of = name_of
+        self._bases: _Names | None = None
+        self._found, self._first = 0, ""
+
+    def find(self, wanted: np.ndarray) -> list[np.ndarray]:
+        """The numbers of the images of each hash."""
+        starts, stops = (np.searchsorted(self._ordered, wanted, side) for side in ("left", "right"))
+        return [self._order[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+    def find_in_other_folder(self, row: _Row) -> np.ndarray:
+        """The images whose name ends that of the row behind a slash; or, for one without folder, the other way."""
+        folders = row.key.replace("\\", "/").split("/")
+        ends = ["/".join(folders[number:]) for number in range(1, len(folders))]
+        if ends:
+            found = self.find(np.array([hash64(end) for end in ends], np.uint64))
+        else:
+            if self._bases is None:
+                names = (self._name_of(number) for number in range(len(self._order)))
+                hashes = (hash64(name.rsplit("/", 1)[1] if "/" in name else "") for name in names)
+                self._bases = _Names(np.fromiter(hashes, np.uint64, len(self._order)), self._name_of)
+            found = self._bases.find(np.array([hash64(row.key)], np.uint64))
+        images = next((images for images in found if len(images)), self._order[:0])
+        if len(images):
+            self._found += 1
+            self._first = self._first or f"{row.key!r} with {self._name_of(images[0])!r}, {row.where}"
+        return images
+
+    def example(self) -> str:
+        """How the images here are named, as the end of a message."""
+        return f"; an image here is {shorten(repr(self._name_of(0)), 80)}" if len(self._order) else ""
+
+    def report(self, path: Path) -> None:
+        """Prints how many rows were found in another folder."""
+        if self._found:
+            print(
+                f"{path}: {self._found:,} names were joined without their folders ({self._first})",
+                file=sys.stderr,
+            )
 
 
 def join_captions(
@@ -91,30 +143,37 @@ def join_captions(
     Returns:
         int64 (images,), each image's row in `path`, or -1; and the number of input rows that have no image.
     """
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
+    names = _Names(hashes, name_of)
     matched = np.full(len(hashes), -1, np.int64)
     extra = 0
     rows = _read(options, faults)
     with RowFileWriter(path) as writer:
         while batch := list(islice(rows, _BATCH)):
             wanted = np.array([hash64(row.key) for row in batch], np.uint64)
-            starts, stops = (np.searchsorted(ordered, wanted, side) for side in ("left", "right"))
-            for row, start, stop in zip(batch, starts, stops, strict=True):
-                images = order[start:stop]
-                name = f"{options.key} {row.key!r}"
+            for row, images in zip(batch, names.find(wanted), strict=True):
+                name, key = f"{options.key} {shorten(repr(row.key))}", row.key
+                if not len(images) and options.key == "filename":
+                    images = names.find_in_other_folder(row)
+                    key = name_of(images[0]) if len(images) else key
                 if not len(images):
                     extra += 1
                     if options.extra == "stop":
-                        faults.add(row.where, f"{name} belongs to no image", row.key)
-                elif matched[images[0]] >= 0:
-                    faults.add(row.where, f"{name} stands here a second time", row.key)
+                        faults.add(row.where, f"{name} belongs to no image{names.example()}", row.key)
+                elif key != row.key and any(name_of(image) != key for image in images):
+                    faults.add(row.where, f"{name} fits several images; write it with its folder", row.key)
+                elif matched[images[0]] >= 0 and options.repeated == "stop":
+                    remedy = "--dense-repeated allow adds its captions"
+                    faults.add(row.where, f"{name} stands here a second time; {remedy}", row.key)
                 elif reason := _fault(options, row):
                     faults.add(row.where, f"{name}: {reason}", row.key)
                     usable[images] = False
                 else:
+                    captions = {"key": key, "sparse": row.sparse, "dense": row.dense}
+                    if matched[images[0]] >= 0:
+                        captions["previous"] = int(matched[images[0]])
                     matched[images] = len(writer)
-                    writer.append({"key": row.key, "sparse": row.sparse, "dense": row.dense})
+                    writer.append(captions)
+    names.report(options.path)
     if options.missing == "stop":
         for image in np.flatnonzero(usable & (matched < 0)):
             reason = f"{name_of(image)} has no row here; --dense-missing allow builds it without"

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from d2s.shards.build.caption_join import JoinOptions
-from d2s.shards.build.row_file import RowFile, RowFileWriter
 from d2s.shards.format.image_file import check_image, has_valid_ends
 from d2s.shards.format.keys import clean_key, hash64
+from d2s.shards.format.row_file import RowFile, RowFileWriter
 from d2s.shards.sources.entry import Entry
 from d2s.shards.sources.faults import Faults, caption_fault, is_integer
 
@@ -81,7 +81,7 @@ def list_images(
                     "bytes": size,
                     "captions": -1 if entry.number >= 0 else len(entry.sparse) + len(entry.dense),
                     "split": splits.setdefault(entry.split, len(splits)),
-                    "tar": tars.setdefault(entry.path, len(tars)) if entry.offset >= 0 else -1,
+                    "tar": tars.setdefault(entry.path, len(tars)) if entry.in_tar else -1,
                 }
                 for name, value in numbers.items():
                     columns[name].append(value)
@@ -102,7 +102,7 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
     if entry.image_id is None or _id_fault(entry.image_id):
         row["image_id"] = number
     # Keys of tars may repeat and are made unique later; a key that a table gives must be unique.
-    row["given"] = entry.key if entry.key and entry.offset < 0 else ""
+    row["given"] = entry.key if entry.key and not entry.in_tar else ""
     row["join"] = _join_value(entry, row, join, readable)
     if usable:
         row |= {kind: [caption.strip() for caption in row[kind]] for kind in ("sparse", "dense")}

@@ -12,8 +12,8 @@ from types import ModuleType
 
 from d2s.shards.sources.entry import SourceOptions
 
-NAMES = ("karpathy", "coco", "flickr", "release", "jsonl", "parquet", "img2dataset", "scenes")
-_MODULES = {"jsonl": "table", "parquet": "table"}
+NAMES = ("karpathy", "coco", "flickr", "release", "jsonl", "csv", "parquet", "img2dataset", "scenes")
+_MODULES = dict.fromkeys(("jsonl", "csv", "parquet"), "table")
 
 
 def source(name: str) -> ModuleType:

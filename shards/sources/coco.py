@@ -1,12 +1,15 @@
 """COCO's own captions_*.json files: one file a split; captions in the order of their annotation ids."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2s.common.files import read_json
 from d2s.shards.format.keys import SPLIT_ORDER
+from d2s.shards.sources.caption_files import remedy
+from d2s.shards.sources.coco_names import find_image
 from d2s.shards.sources.entry import Entry, SourceOptions
 from d2s.shards.sources.faults import Faults, field_fault, integer_field, is_integer, text_field
+from d2s.shards.sources.text_files import plain_name, read_json_file
 
 NEEDS = ("captions", "images")
 USES = ("split",)
@@ -23,14 +26,18 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
 
 
 def _entries_of_file(split: str, path: Path, images: Path, faults: Faults) -> Iterator[Entry]:
-    value = read_json(path)
+    value = read_json_file(path, remedy)
     lists = value if isinstance(value, dict) else {}
     if not isinstance(lists.get("images"), list) or not isinstance(lists.get("annotations"), list):
-        raise ValueError(f"{path}: no lists 'images' and 'annotations': this is not COCO's layout")
+        raise ValueError(
+            f"{path}: no lists 'images' and 'annotations': this is not COCO's layout{remedy(path, value)}"
+        )
     names = _file_names(path, lists["images"], faults)
     captions: dict[int, list[tuple[int, str]]] = {}
-    for number, annotation in enumerate(lists["annotations"]):
-        where = f"{path}: annotations[{number}]"
+    known: dict[int, tuple] = {}
+    repeated: list[str] = []
+    for place, annotation in enumerate(lists["annotations"]):
+        where = f"{path}: annotations[{place}]"
         try:
             image_id = annotation["image_id"]
             caption = (integer_field(annotation, "id"), annotation["caption"])
@@ -40,7 +47,21 @@ def _entries_of_file(split: str, path: Path, images: Path, faults: Faults) -> It
         if not is_integer(image_id) or image_id not in names:
             faults.add(where, f"caption without an image: image_id {image_id!r} is not among the images")
             continue
-        captions.setdefault(image_id, []).append(caption)
+        number, text = caption
+        if number not in known:
+            known[number] = (image_id, text)
+            captions.setdefault(image_id, []).append(caption)
+        elif known[number] == (image_id, text):
+            repeated.append(where)
+        else:
+            faults.add(
+                where, f"annotation id {number} stands here a second time, with another caption or image"
+            )
+    if repeated:
+        print(
+            f"{len(repeated):,} annotations stand there twice; each is taken once (first: {repeated[0]})",
+            file=sys.stderr,
+        )
     for image_id, name in names.items():
         ordered = sorted(captions.get(image_id, []), key=lambda pair: pair[0])
         yield Entry(
@@ -49,7 +70,7 @@ def _entries_of_file(split: str, path: Path, images: Path, faults: Faults) -> It
             where=f"{path}: image {image_id}",
             sparse=tuple(caption for _, caption in ordered),
             image_id=image_id,
-            path=str(_folder_of(path, images, name) / name),
+            path=str(find_image(_folder_of(path, images, name) / name, images)),
         )
 
 
@@ -72,7 +93,10 @@ def _file_names(path: Path, images: list, faults: Faults) -> dict[int, str]:
 
 def _folder_of(captions: Path, images: Path, name: str) -> Path:
     """images/, or the folder in it that COCO's archives unpack to: val2014/, train2017/."""
-    for part in (name.split("_")[1] if name.startswith("COCO_") else "", captions.stem.rsplit("_", 1)[-1]):
+    for part in (
+        name.split("_")[1] if name.startswith("COCO_") else "",
+        plain_name(captions).removesuffix(".json").rsplit("_", 1)[-1],
+    ):
         if part and (images / part).is_dir():
             return images / part
     return images

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+EXTRACTED = ".images"
+"""The suffix of files of images that were copied out of parquet files."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One image of a source, before its bytes are read: light, picklable, cheap to list by the million.
 
     The image is one of three things: the file at `path`; `size` bytes of it from `offset`, where `offset` >= 0 (a
-    member of a tar); or, where `number` >= 0, scene `number` of world `seed`, drawn by the worker at `size` pixels.
+    member of a tar, or an image of parquet in a file of extracted ones); or, where `number` >= 0, scene `number` of
+    world `seed`, drawn by the worker at `size` pixels.
     """
 
     split: str
@@ -36,6 +40,11 @@ class Entry:
     hint: str = ""
     """what to say if it has no caption at all, not even a joined one"""
 
+    @property
+    def in_tar(self) -> bool:
+        """Whether the image is a member of a tar."""
+        return self.offset >= 0 and not self.path.endswith(EXTRACTED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
@@ -50,11 +59,12 @@ class SourceOptions:
     split_lists: dict[str, Path] = field(default_factory=dict)
     """flickr: the file that lists the images of each split"""
     columns: dict[str, str] = field(default_factory=dict)
-    """jsonl, parquet: the names there of our columns path, sparse, dense, split, id; img2dataset: sparse, dense"""
+    """jsonl, csv, parquet: their names for our columns path, sparse, dense, split, id, several between commas;
+    img2dataset: the fields with sparse and dense captions"""
     suffixes: dict[str, str] = field(default_factory=dict)
     """img2dataset: the suffixes of image, caption, dense, json in a sample"""
     scratch: Path | None = None
-    """img2dataset: folder for unpacked copies of compressed tars; None refuses them"""
+    """folder for copies of images from parquet files, for unpacked tars and for temporary files"""
     dense_columns: tuple[str, ...] = ("text",)
     """release: the fields of the aligned JSON lines"""
     counts: dict[str, int] = field(default_factory=dict)

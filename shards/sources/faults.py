@@ -1,5 +1,6 @@
 """Faults in the input: collected by `Faults`, found by the checks of fields and captions below."""
 
+import re
 from dataclasses import dataclass, field
 
 from d2s.common.text import shorten
@@ -51,6 +52,18 @@ def caption_fault(captions: tuple) -> str | None:
 def is_integer(value: object) -> bool:
     """True for an int that is no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole_number(value: object) -> object:
+    """The whole number that a float (pandas makes them of ids), or a text of CSV, holds; None for nan.
+
+    Any other value comes back as it is, a text with a leading zero too: it is a name.
+    """
+    if isinstance(value, float):
+        return None if value != value else int(value) if value.is_integer() else value
+    if isinstance(value, str) and (match := re.fullmatch(r"(0|-?[1-9][0-9]{0,18})(\.0+)?", value)):
+        return int(match[1])
+    return value
 
 
 def text_field(row: dict, name: str) -> str:

@@ -1,15 +1,22 @@
-"""The token file of Flickr8k and Flickr30K (`name.jpg#0<TAB>caption`), with a list of image names for each split."""
+"""The token file of Flickr8k and Flickr30K (`name.jpg#0<TAB>caption`), with a list of image names for each split.
+
+Kaggle's forms of it are read as well: captions.txt (`image,caption`) and results.csv (`image_name| comment_number|
+comment`).
+"""
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2s.shards.sources.caption_files import read_lines
+from d2s.common.text import shorten
+from d2s.shards.sources.caption_files import column_names, form_of, read_rows, remedy
 from d2s.shards.sources.entry import Entry, SourceOptions
 from d2s.shards.sources.faults import Faults
+from d2s.shards.sources.text_files import read_lines
 
 NEEDS = ("captions", "images")
 USES = ("split", "split_lists")
+_KAGGLE = (["image", "caption"], ["image_name", "comment_number", "comment"])
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
@@ -43,17 +50,36 @@ def _captions(path: Path, faults: Faults) -> tuple[dict[str, list[str]], dict[st
     """The captions of each image, and the number of the line where its first one stands."""
     captions: dict[str, list[str]] = {}
     line_numbers: dict[str, int] = {}
+    for number, name, caption in _token_lines(path, faults):
+        captions.setdefault(name, []).append(caption)
+        line_numbers.setdefault(name, number)
+    return captions, line_numbers
+
+
+def _token_lines(path: Path, faults: Faults) -> Iterator[tuple[int, str, str]]:
+    """(line number, image name, caption) of each line."""
+    form = form_of(path)
+    # The lines of a token file look like CSV without a header.
+    columns = column_names(path) if form == "csv" else []
+    if columns in _KAGGLE:
+        for where, row in read_rows(path, None, faults):
+            yield int(where.rsplit(" ", 1)[1]), row[columns[0]], row[columns[-1]]
+        return
+    if form != "csv" and (other := remedy(path)):
+        raise ValueError(f"{path}: no token file{other}")
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         name, tab, caption = line.partition("\t")
-        if not tab:
-            faults.add(f"{path}: line {number}", "no tab between image and caption")
-            continue
-        name = name.rsplit("#", 1)[0].strip()
-        captions.setdefault(name, []).append(caption)
-        line_numbers.setdefault(name, number)
-    return captions, line_numbers
+        if tab:
+            yield number, name.rsplit("#", 1)[0].strip(), caption
+        else:
+            other = (
+                f"; it has the columns {shorten(', '.join(columns))}: --source csv reads it"
+                if number == 1
+                else ""
+            )
+            faults.add(f"{path}: line {number}", f"no tab between image and caption{other}")
 
 
 def _listed_names(split: str, path: Path) -> list[tuple[str, str]]:

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 
-from d2s.common.files import read_json
+from d2s.shards.sources.caption_files import remedy
+from d2s.shards.sources.coco_names import find_image
 from d2s.shards.sources.entry import Entry, SourceOptions
 from d2s.shards.sources.faults import Faults, field_fault, text_field
+from d2s.shards.sources.json_files import layout_of
+from d2s.shards.sources.text_files import read_json_file
 
 NEEDS = ("captions", "images")
 USES = ()
@@ -15,9 +18,11 @@ _SPLITS = {"restval": "train"}
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
     """Reads images[].{filename, filepath?, split, cocoid|imgid, sentences[].raw}."""
     path = options.caption_file
-    value = read_json(path)
+    value = read_json_file(path, remedy)
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):
-        raise ValueError(f"{path}: no list 'images': this is not Karpathy's layout")
+        raise ValueError(f"{path}: no list 'images': this is not Karpathy's layout{remedy(path, value)}")
+    if layout_of(value) == ("COCO", "coco"):
+        raise ValueError(f"{path}: its images have no sentences{remedy(path, value)}")
     for number, image in enumerate(value["images"]):
         where = f"{path}: images[{number}]"
         try:
@@ -35,5 +40,5 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
             where=where,
             sparse=sparse,
             image_id=image.get("cocoid", image.get("imgid")),
-            path=str(home / name),
+            path=str(find_image(home / name, options.images)),
         )

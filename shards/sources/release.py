@@ -1,9 +1,10 @@
 """The layout of the authors' release: a folder of files in which line n of one belongs to line n of another.
 
-- `<split>_ids.txt`: an image id in each line.
-- `<split>_caps.txt`: the captions, the same number for each image, in the order of the ids.
+- `<split>_ids.txt`: an image id in each line. An id may stand there several times, as in VSE++'s files, where each
+  caption has a line with the id of its image: all its captions belong to that image.
+- `<split>_caps.txt`: the captions, the same number for each line of ids, in their order.
 - `id_mapping.json`: the path of the image of each id.
-- `<data set>_<split>.jsonl`: one dense caption for each image (optional).
+- `<data set>_<split>.jsonl`: one dense caption for each image, in the order in which they first appear (optional).
 
 Only the position of a line says where it belongs, so a missing or surplus line is always an error.
 """
@@ -13,11 +14,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2s.common.files import parse_json, read_json
+from d2s.common.files import parse_json
 from d2s.shards.format.keys import split_rank
-from d2s.shards.sources.caption_files import captions_of, read_lines
+from d2s.shards.sources.caption_files import captions_of
+from d2s.shards.sources.coco_names import find_image
 from d2s.shards.sources.entry import Entry, SourceOptions
 from d2s.shards.sources.faults import Faults
+from d2s.shards.sources.text_files import plain_name, read_json_file, read_lines
 
 NEEDS = ("captions", "images")
 USES = ()
@@ -29,24 +32,27 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
     folder = options.caption_file
     if not folder.is_dir():
         raise ValueError(f"--captions {folder}: not a folder; the release keeps its *_ids.txt files in one")
-    names = {path.name.removesuffix("_ids.txt") for path in folder.glob("*_ids.txt")}
+    # A plain file goes before a compressed one of the same name.
+    files = {plain_name(path): path for path in sorted(folder.iterdir(), reverse=True)}
+    names = {name.removesuffix("_ids.txt") for name in files if name.endswith("_ids.txt")}
     if not names:
         raise ValueError(f"{folder}: no *_ids.txt in it")
     if {"test", "testall"} <= names:
         print(f"{folder}: test is part of testall; taking testall", file=sys.stderr)
         names.discard("test")
-    mapping = read_json(folder / "id_mapping.json")
+    mapping = read_json_file(files.get("id_mapping.json", folder / "id_mapping.json"))
     if not isinstance(mapping, dict):
         raise ValueError(f"{folder / 'id_mapping.json'}: not a JSON object of id: path")
     for name in sorted(names, key=lambda name: split_rank(_SPLITS.get(name, name))):
-        yield from _entries_of_split(folder, name, mapping, options, faults)
+        yield from _entries_of_split(folder, files, name, mapping, options, faults)
 
 
 def _entries_of_split(
-    folder: Path, name: str, mapping: dict, options: SourceOptions, faults: Faults
+    folder: Path, files: dict[str, Path], name: str, mapping: dict, options: SourceOptions, faults: Faults
 ) -> Iterator[Entry]:
     split = _SPLITS.get(name, name)
-    ids_path, captions_path = folder / f"{name}_ids.txt", folder / f"{name}_caps.txt"
+    ids_path = files[f"{name}_ids.txt"]
+    captions_path = files.get(f"{name}_caps.txt", folder / f"{name}_caps.txt")
     ids, captions = [line.strip() for line in read_lines(ids_path)], read_lines(captions_path)
     if not ids:
         raise ValueError(f"{ids_path}: split {split!r} is empty: the file has no line")
@@ -54,28 +60,32 @@ def _entries_of_split(
         counts = f"{len(captions):,} lines do not align with {len(ids):,} ids"
         raise ValueError(f"{captions_path}: {counts} in {ids_path.name}")
     per_image = len(captions) // len(ids)
-    dense_path, dense_lines = _dense_lines(folder, name, len(ids))
+    places: dict[str, list[int]] = {}
     for number, image_id in enumerate(ids):
+        places.setdefault(image_id, []).append(number)
+    dense_path, dense_lines = _dense_lines(files, name, len(places), len(ids))
+    for image, (image_id, lines) in enumerate(places.items()):
+        number = lines[0]
         if not re.fullmatch(r"-?[0-9]{1,19}", image_id) or image_id not in mapping:
             faults.add(
                 f"{ids_path}: line {number + 1}", f"id {image_id!r} is not in id_mapping.json", image_id
             )
             continue
         try:
-            dense = _dense_captions(dense_lines[number], options.dense_columns) if dense_path else ()
+            dense = _dense_captions(dense_lines[image], options.dense_columns) if dense_path else ()
         except ValueError as error:
             reason = f"not a JSON object with a text: {error}"
-            faults.add(f"{dense_path}: line {number + 1}", reason, image_id)
+            faults.add(f"{dense_path}: line {image + 1}", reason, image_id)
             continue
         path = str(mapping[image_id])
         yield Entry(
             split=split,
             source_id=path,
             where=f"{captions_path}: line {number * per_image + 1}",
-            sparse=tuple(captions[number * per_image : (number + 1) * per_image]),
+            sparse=tuple(captions[line * per_image + each] for line in lines for each in range(per_image)),
             dense=dense,
             image_id=int(image_id),
-            path=str(options.images / path),
+            path=str(find_image(options.images / path, options.images)),
         )
 
 
@@ -92,16 +102,19 @@ def _dense_captions(line: str, columns: tuple[str, ...]) -> tuple:
     return found
 
 
-def _dense_lines(folder: Path, name: str, images: int) -> tuple[Path | None, list[str]]:
+def _dense_lines(files: dict[str, Path], name: str, images: int, ids: int) -> tuple[Path | None, list[str]]:
     """The file of dense captions of a split and its lines; the release has one for train only."""
-    found = sorted({*folder.glob(f"*_{name}.jsonl"), *folder.glob(f"{name}.jsonl")})
+    ends = (f"_{name}.jsonl", f"/{name}.jsonl")
+    found = sorted(path for plain, path in files.items() if f"/{plain}".endswith(ends))
     if not found:
         return None, []
     if len(found) > 1:
         both = f"{found[0].name} and {found[1].name}"
-        raise ValueError(f"{folder}: {both} both fit split {name!r}; keep one of them")
+        raise ValueError(f"{found[0].parent}: {both} both fit split {name!r}; keep one of them")
     lines = read_lines(found[0])
     if len(lines) != images:
-        counts = f"{len(lines):,} lines do not align with {images:,} ids"
+        counts = (
+            f"{len(lines):,} lines do not align with {images:,} {'ids' if images == ids else 'distinct ids'}"
+        )
         raise ValueError(f"{found[0]}: {counts} in {name}_ids.txt")
     return found[0], lines

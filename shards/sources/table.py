@@ -1,63 +1,165 @@
-"""JSON lines or parquet with one image in each row: path, sparse captions, dense captions, split, id."""
+"""CSV, JSON lines, a JSON array or parquet: path or image, sparse captions, dense captions, split, id in each row."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from d2s.shards.sources.caption_files import captions_of, list_files, read_rows
+from d2s.common.text import shorten
+from d2s.shards.sources.caption_files import captions_of, column_names, form_of, list_files, read_rows
 from d2s.shards.sources.entry import Entry, SourceOptions
-from d2s.shards.sources.faults import Faults, caption_fault, field_fault, text_field
+from d2s.shards.sources.extracted import ExtractedImages
+from d2s.shards.sources.faults import Faults, caption_fault, field_fault, is_integer, text_field, whole_number
+from d2s.shards.sources.image_rows import entries_of_rows
 
 NEEDS = ("captions",)
 USES = ("images", "split", "columns")
 _FIELDS = ("path", "sparse", "dense", "split", "id")
+# What others call these columns. They are taken only where there is no column `path`.
+_OTHER_NAMES = {
+    "path": "image file_name filename filepath image_name image_path img img_path image_file file jpg".split(),
+    "sparse": "caption captions text comment title sentence sentences raw".split(),
+}
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    """Reads the rows of each file. Only `path` must be there; captions are a text or a list of texts.
+    """Reads the rows of each file; all rows of an image become one entry.
 
-    Paths are relative to `options.images`, or else to the folder of the file. An integer `id` is the image id;
-    any other `id` becomes the key. A column named by `options.columns` must be in every row, but may be null.
+    Only `path` must be there; captions are a text or a list of texts. Paths are relative to `options.images`, or
+    else to the folder of the file. In parquet the image itself may stand in the column: its bytes, or {bytes, path}.
+    A whole number as `id` is the image id; any other `id` becomes the key. A column named by `options.columns` must
+    be in every row, but may be null.
     """
     unknown = sorted(set(options.columns) - set(_FIELDS))
     if unknown:
         raise ValueError(f"--columns: {unknown[0]!r} is none of {', '.join(_FIELDS)}")
-    column = {name: options.columns.get(name, name) for name in _FIELDS}
+    for name in set(_FIELDS) - {"sparse", "dense"}:
+        if "," in options.columns.get(name, ""):
+            raise ValueError(f"--columns: {name!r} is given twice")
+    yield from entries_of_rows(_rows(options, faults), options.scratch, faults)
+
+
+def _rows(options: SourceOptions, faults: Faults) -> Iterator[dict]:
+    number = 0
     for given, captions in options.captions:
-        for file in list_files(captions):
-            home = options.images or file.parent
-            for where, row in read_rows(file, None, faults):
-                try:
-                    path = text_field(row, column["path"])
-                    number = _id_field(row, column["id"])
-                except KeyError as error:
-                    faults.add(where, f"caption without an image: {field_fault(error)}")
-                    continue
-                except TypeError as error:
-                    faults.add(where, field_fault(error))
-                    continue
-                missing = [name for name in options.columns.values() if name not in row]
-                if missing:
-                    there = f"there are {', '.join(sorted(row))}"
-                    faults.add(where, f"no field {missing[0]!r}, which --columns names; {there}", path)
-                    continue
-                is_number = isinstance(number, int)
-                yield Entry(
-                    split=str(row.get(column["split"]) or given or options.split),
-                    source_id=path,
-                    where=where,
-                    sparse=_captions(row, column["sparse"]),
-                    dense=_captions(row, column["dense"]),
-                    image_id=number if is_number else None,
-                    key=None if is_number or number is None else str(number),
-                    path=str(home / path),
-                )
+        for split, file in _files(captions):
+            with ExtractedImages(options.scratch, number) as images:
+                yield from _rows_of_file(file, split or given or options.split, options, images, faults)
+            number += 1
 
 
-def _id_field(row: dict, column: str) -> int | float | str | None:
+def _files(captions: Path) -> Iterator[tuple[str, Path]]:
+    """(split or "", file): the files of `list_files`, or those of each folder with metadata in a folder."""
+    folders = sorted(path.parent for path in captions.glob("*/metadata.*")) if captions.is_dir() else []
+    if folders and not any(captions.glob("metadata.*")):
+        for folder in dict.fromkeys(folders):
+            yield from ((folder.name, file) for file in list_files(folder))
+    else:
+        yield from (("", file) for file in list_files(captions))
+
+
+def _rows_of_file(
+    file: Path, split: str, options: SourceOptions, images: ExtractedImages, faults: Faults
+) -> Iterator[dict]:
+    """The fields of an entry for each row of a file."""
+    named = [name for names in options.columns.values() for name in names.split(",")]
+    there = column_names(file, named)
+    column = _columns(file, there, options.columns)
+    form = form_of(file)
+    if form in ("csv", "parquet"):
+        if missing := [name for name in named if name not in there]:
+            raise ValueError(f"{file}: {_no_field(missing[0], there)}")
+        if column["path"][0] not in there:
+            names = shorten(", ".join(there)) or "none, the file is empty"
+            raise ValueError(f"{file}: no column 'path'; there are {names}: --columns path=NAME,sparse=NAME")
+    home = options.images or file.parent
+    taken = [name for names in column.values() for name in names]
+    for where, row in read_rows(file, None, faults, only=taken, named=named):
+        if form == "csv":
+            row = {name: text or None for name, text in row.items()}
+        try:
+            image = _image(row, column["path"][0], home, images)
+            image_id, key = _id_field(row, column["id"][0], form == "csv")
+        except KeyError as error:
+            faults.add(
+                where,
+                f"caption without an image: {field_fault(error)}; there are {_names(row)}: --columns path=NAME",
+            )
+            continue
+        except TypeError as error:
+            faults.add(where, field_fault(error))
+            continue
+        missing = [name for name in named if name not in row]
+        if missing:
+            faults.add(where, _no_field(missing[0], row), image["source_id"])
+            continue
+        yield image | {
+            "split": str(row.get(column["split"][0]) or split),
+            "where": where,
+            "sparse": _captions(row, column["sparse"]),
+            "dense": _captions(row, column["dense"]),
+            "image_id": image_id,
+            "key": key,
+        }
+
+
+def _names(row: Sequence[str] | dict) -> str:
+    return shorten(", ".join(sorted(row)))
+
+
+def _no_field(name: str, row: Sequence[str] | dict) -> str:
+    return f"no field {name!r}, which --columns names; there are {_names(row)}"
+
+
+def _columns(file: Path, there: list[str], given: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """The names of the columns of each of our fields. Prints which ones it takes under other names."""
+    column = {name: tuple(given.get(name, name).split(",")) for name in _FIELDS}
+    if "path" in there or "path" in given or not there:
+        return column
+    for name, others in _OTHER_NAMES.items():
+        found = [other for other in others if other in there]
+        if name in given or name in there or not found:
+            continue
+        if len(found) > 1:
+            choice = f"{', '.join(found)} could all be {name!r}"
+            raise ValueError(f"{file}: {choice}: choose one, as in --columns {name}={found[0]}")
+        column[name] = (found[0],)
+    taken = [f"{name}={column[name][0]}" for name in _OTHER_NAMES if column[name] != (name,)]
+    if taken and "path" not in given:
+        print(f"{file}: takes --columns {','.join(taken)}", file=sys.stderr)
+    return column
+
+
+def _image(row: dict, column: str, home: Path, images: ExtractedImages) -> dict:
+    """Name and place of the image of a row. Raises KeyError or TypeError as `text_field` does."""
+    value = row[column]
+    data, name = value, ""
+    if isinstance(value, dict) and "bytes" in value:
+        data, name = value["bytes"], value.get("path")
+    if isinstance(data, bytes):
+        place = images.add(data)
+        # Rows of equal bytes are of one image, even without a name.
+        name = name if isinstance(name, str) and name else f"{place['sha256'][:16]}.jpg"
+        return place | {"source_id": name, "filename": name}
+    path = text_field({column: name} if isinstance(value, dict) and name else row, column)
+    if path.startswith(("http://", "https://")):
+        raise TypeError(
+            f"field {column!r} is an address; download the images with img2dataset, then --source img2dataset"
+        )
+    return {"source_id": path, "path": str(home / path)}
+
+
+def _id_field(row: dict, column: str, in_text: bool) -> tuple[int | None, str | None]:
+    """Image id and key of a row: a whole number is the id, a text the key."""
     value = row.get(column)
-    if isinstance(value, (bool, list, dict)) or (isinstance(value, str) and caption_fault((value,))):
-        raise TypeError(f"field {column!r} is {value!r}, neither a number nor a text")
-    return value
+    # Only CSV has no numbers but in text.
+    if isinstance(value, float) or in_text:
+        value = whole_number(value)
+    if value is None or is_integer(value):
+        return value, None
+    if not isinstance(value, str) or caption_fault((value,)):
+        raise TypeError(f"field {column!r} is {shorten(repr(value))}, neither a whole number nor a text")
+    return None, value
 
 
-def _captions(row: dict, column: str) -> tuple:
-    return () if row.get(column) is None else captions_of(row, (column,))
+def _captions(row: dict, columns: tuple[str, ...]) -> list:
+    return list(captions_of(row, tuple(name for name in columns if row.get(name) is not None)))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from shard_sources import Karpathy
 
 from d2s.shards.build.caption_join import JoinOptions, join_captions
-from d2s.shards.build.row_file import RowFile
 from d2s.shards.format.keys import hash64
 from d2s.shards.format.manifest import read_manifest
+from d2s.shards.format.row_file import RowFile
 from d2s.shards.sources.faults import Faults
 
 NAMES = [f"image {number}" for number in range(12)]

@@ -1,0 +1,92 @@
+"""Rows of CSV and TSV files: with a header or without, quoted or not, separated by comma, tab, bar or semicolon."""
+
+import csv
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+from d2s.common.text import shorten
+from d2s.shards.sources.faults import Faults
+from d2s.shards.sources.text_files import not_utf8, open_text, plain_name
+
+_SEPARATORS = ",\t|;"
+# Kaggle's results.csv of Flickr30K; in one of its rows the bar behind the number is missing.
+_KAGGLE = ["image_name", "comment_number", "comment"]
+_IMAGE = re.compile(
+    r"""(?:^|[,\t|;])"?[^"',\t|;]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)"?[,\t|;]""", re.IGNORECASE
+)
+# Longer than any caption; what a quote without its end swallows is named at the latest here.
+csv.field_size_limit(1 << 20)
+
+
+def separator(line: str) -> str:
+    """The first character of a line that separates fields, outside of a quoted first field; "" if there is none."""
+    line = re.sub(r'^"[^"]*"', "", line)
+    return next((character for character in line if character in _SEPARATORS), "")
+
+
+def column_names(path: Path, named: Sequence[str]) -> list[str]:
+    """The names in the header. Where the user named columns by numbers, counted from 1, there is no header."""
+    return _header(path, named)[0]
+
+
+def _header(path: Path, named: Sequence[str]) -> tuple[list[str], bool]:
+    """The names of the columns, and whether they stand in the file."""
+    first = next(_records(path), (0, [], []))[2]
+    if named and all(name.isdigit() for name in named) and not set(named) <= set(first):
+        return [str(number) for number in range(1, len(first) + 1)], False
+    return first, True
+
+
+def rows(
+    path: Path, columns: list[str] | None, faults: Faults, named: Sequence[str]
+) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: line 3", row): the text of each field by the name of its column."""
+    names, in_file = _header(path, named)
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path}: line 1: two columns are named {shorten(repeated[0])!r}; rename one")
+    for name in columns or ():
+        if name not in names:
+            raise ValueError(f"{path}: no column {name!r}; there are {shorten(', '.join(names))}")
+    records = _records(path)
+    if in_file:
+        next(records, None)
+    for number, lines, fields in records:
+        where = f"{path}: line {number}"
+        if names == _KAGGLE and len(fields) == 2 and (match := re.match(r"(\d+)\s+(.+)", fields[1])):
+            print(f"{where}: no bar behind the number {match[1]}; read as if it were there", file=sys.stderr)
+            fields = [fields[0], match[1], match[2]]
+        if swallowed := next((line for line in lines[1:] if _IMAGE.search(line)), None):
+            text = shorten(swallowed.strip(), 80)
+            faults.add(where, f"a quote begins here and ends behind a line that looks like a row: {text!r}")
+        elif len(fields) != len(names):
+            counts = f"{len(fields)} fields, but {len(names)} columns ({shorten(', '.join(names))})"
+            faults.add(where, f"{counts}; a separator inside of a field needs quotes around the field")
+        else:
+            yield where, dict(zip(names, fields, strict=True))
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
+    """(number of its first line, its lines, its fields) of every record that is not blank."""
+    lines: list[str] = []
+    number = 0
+    try:
+        with open_text(path) as file:
+            first = file.readline()
+            split = "\t" if plain_name(path).lower().endswith(".tsv") else separator(first) or ","
+            # Fields between bars are not quoted, and blanks stand around them.
+            quoting = csv.QUOTE_NONE if split == "|" else csv.QUOTE_MINIMAL
+
+            source = (lines.append(line) or line for line in chain((first,), file))
+            for record in csv.reader(source, delimiter=split, quoting=quoting):
+                fields = [field.strip() for field in record] if split == "|" or not number else record
+                if any(fields):
+                    yield number + 1, lines.copy(), fields
+                number += len(lines)
+                lines.clear()
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {number + 1}: not CSV: {error}") from None
+    except UnicodeDecodeError:
+        raise not_utf8(path, f"after line {number}") from None

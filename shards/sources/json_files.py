@@ -1,0 +1,106 @@
+"""Rows of JSON: an object in each line, or one array of objects, which is decoded piece by piece."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from d2s.common.files import parse_json
+from d2s.shards.sources.faults import Faults
+from d2s.shards.sources.text_files import not_utf8, open_text
+
+_CHUNK = 1 << 20
+_BETWEEN = re.compile(r"\s*(,?)\s*")
+
+
+def layout_of(row: dict) -> tuple[str, str] | None:
+    """(name, source) of the layout of a file whose only object this is; None if it is a row as any other."""
+    images = row.get("images")
+    if not isinstance(images, list) or not images or not isinstance(images[0], dict):
+        return None
+    if "sentences" in images[0]:
+        return "Karpathy", "karpathy"
+    return ("COCO", "coco") if "annotations" in row else None
+
+
+def line_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: line 3", row) of JSON lines. Lines that are no object go to `faults`."""
+    number = 0
+    try:
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row, reason = _parse_row(line)
+                    if number == 1 and line.strip() == "{":
+                        reason += "; a file of one object: --source coco and --source karpathy read theirs"
+                    if number == 1 and (layout := layout_of(row)):
+                        raise ValueError(
+                            f"{path}: {layout[0]}'s layout, no rows: --source {layout[1]} reads it"
+                        )
+                    if reason:
+                        faults.add(f"{path}: line {number}", reason)
+                    else:
+                        yield f"{path}: line {number}", row
+    except UnicodeDecodeError:
+        raise not_utf8(path, f"after line {number}") from None
+
+
+def _parse_row(line: str) -> tuple[dict, str]:
+    """The JSON object of a line, and "" or why it cannot be used."""
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        return {}, f"not JSON: {getattr(error, 'msg', error)}"
+    return (row, "") if isinstance(row, dict) else ({}, f"not a JSON object but {type(row).__name__}")
+
+
+def array_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: row 3", row), counted from 0, of a JSON array with one part of it in memory at a time.
+
+    Raises:
+        ValueError: the file is not JSON; what is behind the place cannot be read.
+    """
+    try:
+        for number, row in enumerate(_items(path)):
+            if isinstance(row, dict):
+                yield f"{path}: row {number}", row
+            else:
+                faults.add(f"{path}: row {number}", f"not a JSON object but {type(row).__name__}")
+    except UnicodeDecodeError:
+        raise not_utf8(path, "JSON array") from None
+
+
+def _items(path: Path) -> Iterator[object]:
+    """The items of a JSON array. Memory holds the piece of the file in which the next one lies."""
+    decode = json.JSONDecoder().raw_decode
+    with open_text(path) as file:
+        text, lines, first = file.read(_CHUNK), 1, True
+        at = text.index("[") + 1
+        while True:
+            between = _BETWEEN.match(text, at)
+            start, problem = between.end(), "Expecting value"
+            if text.startswith("]", start) and not between[1]:
+                if (text[start + 1 :] + file.read(_CHUNK)).strip():
+                    raise ValueError(f"{path}: more text stands behind the end of the JSON array")
+                return
+            if start < len(text) and bool(between[1]) == first:
+                raise _not_json(path, lines + text.count("\n", 0, start), "Expecting ',' or ']'")
+            try:
+                item, at = decode(text, start)
+            except RecursionError:
+                raise _not_json(path, lines + text.count("\n", 0, start), "nested too deeply") from None
+            except json.JSONDecodeError as error:
+                start, problem = error.pos, error.msg
+            else:
+                first = False
+                yield item
+                continue
+            # Either the item is not JSON, or it goes on in the next piece.
+            if not (more := file.read(max(_CHUNK, len(text) - at))):
+                raise _not_json(path, lines + text.count("\n", 0, start), problem)
+            lines += text.count("\n", 0, at)
+            text, at = text[at:] + more, 0
+
+
+def _not_json(path: Path, line: int, problem: str) -> ValueError:
+    return ValueError(f"{path}: line {line}: not JSON: {problem}")

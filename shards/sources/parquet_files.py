@@ -1,0 +1,51 @@
+"""Rows of parquet files, read a few at a time, so that images in them need little memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2s.common.text import shorten
+
+_ROWS, _ROWS_OF_IMAGES = 8192, 32
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not readable as parquet: {str(error).splitlines()[0]}") from None
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a file."""
+    with _opened(path) as file:
+        return file.schema_arrow.names
+
+
+def rows(path: Path, columns: list[str] | None, only: list[str] | None) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: row 3", row), counted from 0. Without `columns`, reads those of `only` that are there."""
+    with _opened(path) as file:
+        schema = file.schema_arrow
+        for name in columns or ():
+            if name not in schema.names:
+                raise ValueError(f"{path}: no column {name!r}; there are {shorten(', '.join(schema.names))}")
+        if columns is None and only is not None:
+            columns = [name for name in schema.names if name in only]
+        taken = schema.names if columns is None else columns
+        size = _ROWS_OF_IMAGES if any(_holds_bytes(schema.field(name).type) for name in taken) else _ROWS
+        number = 0
+        for batch in file.iter_batches(batch_size=size, columns=columns, use_threads=False):
+            for row in batch.to_pylist():
+                yield f"{path}: row {number}", row
+                number += 1
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_nested(kind):
+        return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)

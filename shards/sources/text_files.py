@@ -1,0 +1,89 @@
+"""Text files of a source: UTF-8 with or without a byte-order mark, plain or compressed (gzip, bzip2, xz, zstd)."""
+
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from d2s.common.files import read_json
+from d2s.common.text import shorten
+from d2s.shards.format.compressed import compression, open_compressed
+
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""The suffixes of compressed files."""
+
+
+def plain_name(path: Path) -> str:
+    """The name of a file without the suffix of its compression: rows.jsonl for rows.jsonl.gz."""
+    return path.stem if path.suffix.lower() in COMPRESSED else path.name
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file, decompressed. Raises ValueError that names it if it cannot be read, also while it is read."""
+    try:
+        kind = compression(path)
+        with open_compressed(path, kind) if kind else open(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: a compressed file that is damaged or cut short: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or shorten(str(error))}") from None
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Opens a text file, decompressed, without its byte-order mark; only "\\n" ends a line.
+
+    `str.splitlines` would also split at form feeds and U+2028, which captions contain; and a lone carriage return may
+    stand between the parts of a JSON value.
+    """
+    with (
+        open_bytes(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as text,
+    ):
+        yield text
+
+
+def not_utf8(path: Path, place: str) -> ValueError:
+    """The error for a file that is not UTF-8."""
+    with open_bytes(path) as file:
+        remedy = " but UTF-16; save it as UTF-8" if file.read(2) in _UTF16 else ""
+    return ValueError(f"{path}: {place}: not UTF-8 text{remedy}")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file without their ends. Raises ValueError naming the file if it is not UTF-8."""
+    try:
+        with open_bytes(path) as file:
+            lines = file.read().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, f"byte {error.start}") from None
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def read_json_file(path: Path, remedy: Callable[[Path], str] | None = None) -> object:
+    """Reads a JSON file that may be compressed. Raises ValueError, with file and line, if it is missing or not JSON.
+
+    Args:
+        remedy: gives the end of that message.
+    """
+    try:
+        return read_json(path, _text_of)
+    except ValueError as error:
+        if remedy is None or not path.is_file():
+            raise
+        raise ValueError(f"{error}{remedy(path)}") from None
+
+
+def _text_of(path: Path) -> str:
+    if not path.is_file():
+        return path.read_text()
+    with open_bytes(path) as file:
+        return file.read().decode("utf-8-sig")
