@@ -18,7 +18,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from d2s.checkpoint.restarts import StalledError, forget_start
-from d2s.common.text import one_line
+from d2s.common.messages import one_line
 from d2s.workers.preemption import PREEMPTED, Preempted, Preemption, leave_group
 
 if TYPE_CHECKING:

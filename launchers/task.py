@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from d2s.common.text import one_line
+from d2s.common.messages import one_line
 from d2s.workers.preemption import PREEMPTED, Preemption, leave_group
 
 COMMANDS = {

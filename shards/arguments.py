@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from d2s.common.command import Parser, positive
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 from d2s.shards.build.caption_join import KEYS, JoinOptions
 from d2s.shards.build.layout import ShardSize
 from d2s.shards.sources import NAMES, unused_options

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from d2s.common.text import one_line, shorten
+from d2s.common.messages import one_line, shorten
 
 
 class Parser(argparse.ArgumentParser):

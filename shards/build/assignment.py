@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from d2s.common.files import file_sha256
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 from d2s.shards.build.caption_join import JoinOptions, join_captions
 from d2s.shards.build.image_list import exclude_ambiguous, exclude_duplicates, list_images, unique_keys
 from d2s.shards.build.layout import Layout, Shard, arrange

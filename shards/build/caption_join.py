@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 from d2s.shards.format.keys import hash64
 from d2s.shards.format.row_file import RowFileWriter
 from d2s.shards.sources.caption_files import captions_of, list_files, read_rows

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 
 _CHUNK = 1 << 16
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 from urllib.parse import quote
 
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 
 BLOCK = tarfile.BLOCKSIZE
 _UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from d2s.common.files import parse_json
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.format.tar import CutShort
 

@@ -17,7 +17,7 @@ from itertools import count
 import numpy as np
 import webdataset as wds
 
-from d2s.common.text import one_line, shorten
+from d2s.common.messages import one_line, shorten
 from d2s.shards.format.tar import CutShort, read_members
 from d2s.shards.format.tar_samples import Group, Suffixes, group, member_json, member_text
 from d2s.shards.order import draws

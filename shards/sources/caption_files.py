@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from d2s.common.files import parse_json
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 from d2s.shards.sources import csv_files, json_files, parquet_files
 from d2s.shards.sources.faults import Faults
 from d2s.shards.sources.text_files import COMPRESSED, open_bytes, plain_name

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 from d2s.shards.sources.faults import Faults
 from d2s.shards.sources.text_files import not_utf8, open_text, plain_name
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 
 
 @dataclass

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 from d2s.shards.sources.caption_files import column_names, form_of, read_rows, remedy
 from d2s.shards.sources.entry import Entry, SourceOptions
 from d2s.shards.sources.faults import Faults

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from d2s.common.messages import shorten
 from d2s.common.process_map import map_ordered
-from d2s.common.text import shorten
 from d2s.shards.format.compressed import compression, decompress
 from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.format.tar import CutShort, Member, scan

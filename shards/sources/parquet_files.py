@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 
 _ROWS, _ROWS_OF_IMAGES = 8192, 32
 

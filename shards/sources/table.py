@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 from d2s.shards.sources.caption_files import captions_of, column_names, form_of, list_files, read_rows
 from d2s.shards.sources.entry import Entry, SourceOptions
 from d2s.shards.sources.extracted import ExtractedImages

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from d2s.common.files import read_json
-from d2s.common.text import shorten
+from d2s.common.messages import shorten
 from d2s.shards.format.compressed import compression, open_compressed
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")

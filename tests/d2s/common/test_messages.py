@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from d2s.common.command import Parser, positive, run
-from d2s.common.text import LIMIT, LINE_LIMIT, one_line, shorten
+from d2s.common.messages import LIMIT, LINE_LIMIT, one_line, shorten
 
 
 def test_both_ends_of_a_long_text_remain() -> None:
