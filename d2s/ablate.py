@@ -16,7 +16,7 @@ from pathlib import Path
 
 from d2s.checkpoint.store import MARKER, newest
 from d2s.common import command
-from d2s.common.command import positive
+from d2s.common.command import positive, user_path
 from d2s.common.files import read_json, write_json
 from d2s.evaluate.evaluation import evaluate_model
 from d2s.model import D2SModel
@@ -212,8 +212,10 @@ def parser() -> command.Parser:
     )
     add, cores = parser.add_argument, len(os.sched_getaffinity(0))
     add("--family", default="scenes_small", help="first part of the recipes' names (default: scenes_small)")
-    add("--data", type=Path, default=SCENES, help="shards (default: data/scenes, built if it is missing)")
-    add("--out", type=Path, default=Path("runs/ablate"), help="folder of all runs and the table")
+    add(
+        "--data", type=user_path, default=SCENES, help="shards (default: data/scenes, built if it is missing)"
+    )
+    add("--out", type=user_path, default=Path("runs/ablate"), help="folder of all runs and the table")
     add("--seeds", type=positive, default=3, help="seeds of each row (default: 3)")
     add("--steps", type=positive, help="steps of the fine-tuning stage (default: recipe's)")
     add("--pretrain-steps", type=positive, help="steps of pre-training (default: recipe's)")

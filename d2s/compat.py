@@ -6,14 +6,17 @@ from pathlib import Path
 
 from d2s.checkpoint.export import write_model
 from d2s.common import command
+from d2s.common.command import user_path
 from d2s.model.release_importer import TOKENIZER, convert
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns its exit code: 0, or 2 after an error, which is printed in one line."""
     parser = command.Parser(prog="python -m d2s.compat", description=__doc__)
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the release's model_best.pth")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the model")
+    parser.add_argument("checkpoint", metavar="CKPT", type=user_path, help="the release's model_best.pth")
+    parser.add_argument(
+        "--out", metavar="DIR", type=user_path, required=True, help="new folder for the model"
+    )
     parser.add_argument("--tokenizer", default=TOKENIZER, metavar="NAME_OR_DIR")
     parser.add_argument(
         "--image-size", type=command.positive, metavar="PIXELS", help="default: img_res in CKPT"

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-from d2s.common.command import Parser, run
+from d2s.common.command import Parser, run, user_path
 from d2s.common.files import write_text
 from d2s.kernels.bench.cases import CASES
 from d2s.kernels.bench.providers import PROVIDERS
@@ -175,8 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 with --check if something is out of date, 2 if a file cannot be used."""
     parser = Parser(prog="python -m d2s.kernels.results", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the CSV files and plots are")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--folder", type=user_path, default=RESULTS, help="where the CSV files and plots are")
+    parser.add_argument("--readme", type=user_path, default=README)
     arguments, stale = parser.parse_args(argv), []
     code = run(lambda: stale.extend(update(arguments.folder, arguments.readme, arguments.check)))
     return code or int(arguments.check and bool(stale))

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from d2s.common.command import Parser, positive, run
+from d2s.common.command import Parser, positive, run, user_path
 from d2s.common.files import write_json
 from d2s.kernels import gpo_pool, implementation
 from d2s.kernels.fused.tiles import LARGE, TABLE, Tile, default_tile, entry, tuned_tiles
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernel", choices=OPS, action="append", help="only this kernel; may be repeated")
     parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="only this D; likewise")
     parser.add_argument("--minutes", type=positive, default=20, help="start no kernel after this time (20)")
-    parser.add_argument("--out", type=Path, default=TABLE, help="the table to write")
+    parser.add_argument("--out", type=user_path, default=TABLE, help="the table to write")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates, measure nothing")
     arguments = parser.parse_args(argv)
     try:

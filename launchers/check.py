@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from d2s.common.command import Parser, run
+from d2s.common.command import Parser, run, user_path
 from d2s.launchers.check_rank import MARK, PORT, report_rank, token_folder
 
 CLOCKS_APART = 1.0
@@ -176,8 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         " --data data/f30k --run runs/f30k",
     )
     add = parser.add_argument
-    add("--data", type=Path, help="data set that every node must be able to read")
-    add("--run", type=Path, default=Path("runs"), help="folder that all ranks must be able to write")
+    add("--data", type=user_path, help="data set that every node must be able to read")
+    add("--run", type=user_path, default=Path("runs"), help="folder that all ranks must be able to write")
     add("--min-free", type=float, default=20.0, metavar="GB", help="free disk space that a run needs (20)")
     add("--cpu", action="store_true", help="the training runs on CPUs: missing GPUs are no fault")
     add("--patience", type=float, default=20.0, metavar="S", help="seconds that ranks wait for others (20)")

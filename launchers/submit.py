@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from d2s.common.command import Parser, positive, run
+from d2s.common.command import Parser, positive, run, user_path
 from d2s.common.files import read_json, write_json
 from d2s.launchers import show
 from d2s.launchers.executors import Resources, preview
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("sweep", help="one recipe over a grid of settings, as a job array").add_argument
     add("recipe", metavar="RECIPE")
     add("--grid", action="append", default=[], metavar="FIELD=V1,V2", help="values of a field; repeat")
-    add("--init", type=Path, metavar="DIR", help="stage-1 run to start from; by default one is trained")
+    add("--init", type=user_path, metavar="DIR", help="stage-1 run to start from; by default one is trained")
     for name in ("pipeline", "sweep"):
         _add_common(commands.choices[name])
     for name, text in (
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         ("resume", "submit again what did not succeed; trainings go on from their checkpoints"),
     ):
         commands.add_parser(name, help=text).add_argument(
-            "out", type=Path, metavar="DIR", help="the --out of a pipeline or sweep"
+            "out", type=user_path, metavar="DIR", help="the --out of a pipeline or sweep"
         )
     add = commands.choices["logs"].add_argument
     add("job", nargs="?", help="name of a step (default: the last that printed something)")
@@ -73,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     """Adds the options that pipeline and sweep share."""
     add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", help="folder of all runs (default: runs/COMMAND-RECIPE)")
-    add("--data", type=Path, metavar="DIR", help="data set; with --build, the folder to build it in")
+    add("--out", type=user_path, metavar="DIR", help="folder of all runs (default: runs/COMMAND-RECIPE)")
+    add("--data", type=user_path, metavar="DIR", help="data set; with --build, the folder to build it in")
     add("--build", default="", metavar="ARGUMENTS",
         help="arguments of d2s.shard build, in one string, to build the data set first")  # fmt: skip
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field; repeat")

@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from d2s.common.command import Parser, positive
+from d2s.common.command import Parser, positive, user_path
 from d2s.common.messages import shorten
 from d2s.shards.build.caption_join import KEYS, JoinOptions
 from d2s.shards.build.layout import ShardSize
@@ -60,13 +60,13 @@ def _column_pairs(text: str) -> dict[str, str]:
 
 def _path_pairs(text: str) -> dict[str, Path]:
     """`train=FILE,val=FILE`."""
-    return {name: Path(value) for name, value in _pairs(text).items()}
+    return {name: user_path(value) for name, value in _pairs(text).items()}
 
 
 def _caption_file(text: str) -> tuple[str | None, Path]:
     """`FILE`, or `val=FILE`."""
     match = re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", text)
-    return (match[1], Path(match[2])) if match and not Path(text).exists() else (None, Path(text))
+    return (match[1], user_path(match[2])) if match and not Path(text).exists() else (None, user_path(text))
 
 
 def _columns(text: str) -> tuple[str, ...]:
@@ -104,10 +104,10 @@ def parser() -> argparse.ArgumentParser:
         "describe tars of webdataset or img2dataset where they lie, without copying them",
         "laion --dense recap/ --dense-key key --dense-columns re_caption --sparse-columns org_caption",
     )
-    index.add_argument("folder", type=Path, metavar="DIR", help="folder with *.tar or <split>/*.tar")
+    index.add_argument("folder", type=user_path, metavar="DIR", help="folder with *.tar or <split>/*.tar")
     index.add_argument("--split", default="train", help="split of tars in no subfolder (default: train)")
     text = "folder for the description and for links to the tars (default: beside the tars)"
-    index.add_argument("--out", type=Path, metavar="DIR", help=text)
+    index.add_argument("--out", type=user_path, metavar="DIR", help=text)
     text = "fields of the JSON in the tars that hold captions"
     index.add_argument("--columns", type=_column_pairs, default={}, metavar="sparse=caption,...", help=text)
     _add_suffixes(index)
@@ -119,11 +119,11 @@ def parser() -> argparse.ArgumentParser:
     stats = command("stats", "print counts, caption lengths, image sizes and bytes", "data/f30k")
     show = command("show", "print the captions of a sample and write its image", "data/f30k 1000092795")
     for added in (verify, stats, show):
-        added.add_argument("folder", type=Path, metavar="DIR")
+        added.add_argument("folder", type=user_path, metavar="DIR")
     verify.add_argument("--workers", type=positive, default=1, metavar="N", help="processes")
     verify.add_argument("--no-decode", action="store_true", help="trust the checksums; do not decode images")
     show.add_argument("key", metavar="KEY")
-    show.add_argument("--out", type=Path, help="file or folder for the image (default: KEY.jpg here)")
+    show.add_argument("--out", type=user_path, help="file or folder for the image (default: KEY.jpg here)")
     return top
 
 
@@ -133,9 +133,9 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
     add("--source", required=True, choices=NAMES, help="layout of the input")
     text = "caption file (release: the folder with *_ids.txt); coco, jsonl, csv and parquet take several, val=FILE"
     add("--captions", type=_caption_file, nargs="+", default=(), metavar="FILE", help=text)
-    add("--images", type=Path, metavar="DIR", help="folder of images (img2dataset: of its tars)")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to make; it has to be empty")
-    add("--split", default=default.split, help="split of a source that names none (default: train)")
+    add("--images", type=user_path, metavar="DIR", help="folder of images (img2dataset: of its tars)")
+    add("--out", type=user_path, required=True, metavar="DIR", help="folder to make; it has to be empty")
+    add("--split", help="split of images whose source names none, or only in a file's name (default: train)")
     text = "flickr: the split lists"
     add("--split-lists", type=_path_pairs, default={}, metavar="train=FILE,...", help=text)
     text = "images to take from train for a split"
@@ -177,7 +177,7 @@ def _add_input_options(command: argparse.ArgumentParser) -> None:
         " Memory: about 100 bytes an image for the whole build, whatever the size of the file.",
     ).add_argument
     choices = ("stop", "allow")
-    add("--dense", type=Path, help="JSON lines, a JSON array, CSV or parquet; a file or a folder")
+    add("--dense", type=user_path, help="JSON lines, a JSON array, CSV or parquet; a file or a folder")
     add("--dense-key", default="filename", choices=KEYS, help="what they are joined by (default: filename)")
     text = "column that holds it (default: named as the key)"
     add("--dense-key-column", default="", metavar="NAME", help=text)

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from d2s.common.command import user_path
 from d2s.shards.build.assignment import assign
 from d2s.shards.build.data_set import build
 from d2s.shards.build.layout import Layout
@@ -171,7 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=100_000_000, help="rows of the index (64 bytes each)")
     parser.add_argument("--batches", type=int, default=3000, help="batches to look up in either order")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--dir", type=Path, help="where the temporary folder is made (default: the system's)")
+    parser.add_argument(
+        "--dir", type=user_path, help="where the temporary folder is made (default: the system's)"
+    )
     parser.add_argument("--quick", action="store_true", help="1 million rows, 200 batches")
     parser.add_argument(
         "--sources", type=int, metavar="N", help="build N made-up photos instead, from three forms"

@@ -26,7 +26,8 @@ from d2s.shards.sources.img2dataset import find_tars
 
 def _build(args: argparse.Namespace) -> None:
     given = {field.name: getattr(args, field.name) for field in fields(SourceOptions) if field.name in args}
-    options = SourceOptions(**given, scratch=args.out / SCRATCH / "unpacked")
+    split = {"split": args.split or "train", "forced_split": args.split or ""}
+    options = SourceOptions(**given | split, scratch=args.out / SCRATCH / "unpacked")
     _warn(args, options)
     sources.check_options(args.source, options)
     join = arguments.join_options(args)

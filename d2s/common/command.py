@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from d2s.common.messages import one_line, shorten
@@ -21,6 +22,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{shorten(repr(text))} is not a whole number of at least 1")
     return int(text)
+
+
+def user_path(text: str) -> Path:
+    """An argparse type: a path. A leading ~ is the home folder, also in `--run=~/x`, where no shell expands it."""
+    return Path(text).expanduser()
 
 
 def run(

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from d2s.common import command
+from d2s.common.command import user_path
 from d2s.drill.compare import TOLERANCE, compare
 from d2s.drill.kills import DrillError
 
@@ -70,14 +71,17 @@ def parser() -> command.Parser:
     add("--kills", type=int, default=5, metavar="N", help="number of kills (default: 5)")
     add("--seed", type=int, default=0, help="of the moments and the victims (default: 0)")
     add("--recipe", default="scenes_small_pretrain", help="recipe to train (default: the smallest)")
-    add("--data", type=Path, metavar="DIR", help="data set (default: small scenes, built for the drill)")
+    add("--data", type=user_path, metavar="DIR", help="data set (default: small scenes, built for the drill)")
     add("--steps", type=int, metavar="N", help="optimization steps (default: 20, and 10 for each kill)")
     add("--save-steps", type=int, default=5, metavar="N", help="steps between two checkpoints (default: 5)")
     add(
-        "--out", type=Path, metavar="DIR", help="empty or new folder for all files (default: a temporary one)"
+        "--out",
+        type=user_path,
+        metavar="DIR",
+        help="empty or new folder for all files (default: a temporary one)",
     )
     add("--keep", action="store_true", help="keep the temporary folder; it is kept anyway after a no")
-    add("--against", type=Path, metavar="RUN",
+    add("--against", type=user_path, metavar="RUN",
         help="finished, uninterrupted run to compare with (default: trains one)")  # fmt: skip
     add("--tolerance", type=float, default=TOLERANCE,
         help=f"relative, for a changing number of workers (default: {TOLERANCE:g})")  # fmt: skip
@@ -88,10 +92,10 @@ def parser() -> command.Parser:
         help="seconds without any progress before the drill gives up (default: 900)")  # fmt: skip
     add("--attach", action="store_true", help="only kill workers of the running job that trains into --run, on this"
         " machine, and leave its restarts to its own launcher; then compare with --against")  # fmt: skip
-    add("--run", type=Path, metavar="RUN", help="with --attach: the job's run folder")
+    add("--run", type=user_path, metavar="RUN", help="with --attach: the job's run folder")
     add("--spread", type=float, default=60.0, metavar="S",
         help="with --attach: mean seconds from progress to a kill (default: 60)")  # fmt: skip
-    add("--compare", type=Path, nargs=2, metavar="RUN", help="only compare two finished runs")
+    add("--compare", type=user_path, nargs=2, metavar="RUN", help="only compare two finished runs")
     return parser
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from d2s.common import command
+from d2s.common.command import user_path
 from d2s.common.files import write_json
 from d2s.evaluate.evaluation import choose_folds, evaluate_model
 from d2s.evaluate.inputs import choose_device, data_config_of, load_model
@@ -18,10 +19,10 @@ from d2s.shards.read.index import ShardIndex
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns its exit code: 0, or 2 after an error, which is printed in one line."""
     parser = command.Parser(prog="python -m d2s.evaluate", description="Evaluate a model on a split.")
-    parser.add_argument("--model", type=Path, required=True, help="model folder, such as runs/NAME/best")
-    parser.add_argument("--data", type=Path, required=True, help="data set made by python -m d2s.shard")
+    parser.add_argument("--model", type=user_path, required=True, help="model folder, such as runs/NAME/best")
+    parser.add_argument("--data", type=user_path, required=True, help="data set made by python -m d2s.shard")
     parser.add_argument("--split", default="test", help="split of the data set (default: test)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="also write the numbers to FILE")
     parser.add_argument("--batch-size", type=int, default=128, help="images or captions at a time (128)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """Folders and names of models as the Hugging Face hub has them: where they are, and why one cannot be read."""
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,12 +61,12 @@ def reason(error: Exception, place: str | Path) -> str:
 
 
 def locate(name: str) -> str:
-    """The path of `package:<module>/<folder>`; other names are returned unchanged.
+    """Returns the path of `package:<module>/<folder>`, and other names with a leading ~ as the home folder.
 
     Raises ValueError if the package is not installed or has no such folder.
     """
     if not name.startswith(PACKAGE):
-        return name
+        return os.path.expanduser(name)
     module, _, folder = name.removeprefix(PACKAGE).partition("/")
     spec = find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from d2s.common import command
-from d2s.common.command import positive
+from d2s.common.command import positive, user_path
 from d2s.common.files import write_text
 from d2s.evaluate.embed import embed_split
 from d2s.evaluate.evaluation import evaluate_embeddings
@@ -106,12 +106,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m d2s.report", description="Write RUN/report.html: curves, recall, pictures, settings."
     )
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="run folder; more to compare with")
-    add("--data", type=Path, help="data set for the pictures (default: the run's own)")
+    add("runs", type=user_path, nargs="+", metavar="RUN", help="run folder; more to compare with")
+    add("--data", type=user_path, help="data set for the pictures (default: the run's own)")
     add("--split", default="val", help="split of the pictures (default: val)")
     add("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
     add("--batch-size", type=positive, default=128, help="images or captions at a time (128)")
-    add("--picture", type=Path, metavar="FILE.svg", help="also draw curves and a few queries into one file")
+    add(
+        "--picture",
+        type=user_path,
+        metavar="FILE.svg",
+        help="also draw curves and a few queries into one file",
+    )
     options = vars(parser.parse_args(argv))
     return command.run(lambda: _report(options.pop("runs"), **options))
 

@@ -1,8 +1,9 @@
 """The options of `d2s/train.py` that are no fields of the configuration."""
 
 import argparse
-from pathlib import Path
+import os
 
+from d2s.common.command import user_path
 from d2s.training.recipes import RECIPES
 
 EPILOG = """\
@@ -28,11 +29,17 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="a named configuration, listed below")
-    add("--data", metavar="DIR", help="data set made by `python -m d2s.shard build`, or a URL pattern of tars; by"
-        " default that of --init or of the resumed run")  # fmt: skip
-    add("--val-data", metavar="DIR", help="data set to validate on, where --data is a stream of tars")
-    add("--run", metavar="DIR", type=Path, help="folder of the run; everything is written there")
-    add("--init", metavar="DIR", type=Path, help="stage-1 run or model folder to start from")
+    home = os.path.expanduser
+    add("--data", metavar="DIR", type=home, help="data set made by `python -m d2s.shard build`, or a URL pattern of"
+        " tars; by default that of --init or of the resumed run")  # fmt: skip
+    add(
+        "--val-data",
+        metavar="DIR",
+        type=home,
+        help="data set to validate on, where --data is a stream of tars",
+    )
+    add("--run", metavar="DIR", type=user_path, help="folder of the run; everything is written there")
+    add("--init", metavar="DIR", type=user_path, help="stage-1 run or model folder to start from")
     add("--resume", action="store_true", help="go on from the run's newest complete checkpoint, or start if there"
         " is none")  # fmt: skip
     add("--dry-run", action="store_true", help="print configuration, parameters, steps and memory, and exit")

@@ -93,7 +93,7 @@ def bucket_size(settings: dict[str, Any]) -> int:
 def _users_json(path: str) -> dict[str, Any]:
     where = f"engine.deepspeed_json {path}"
     try:
-        extra = json.loads(Path(path).read_text(encoding="utf-8"))
+        extra = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # broken JSON and broken UTF-8 are both a ValueError
         raise ValueError(f"{where}: {error}: give a file that holds a JSON object") from error
     if not isinstance(extra, dict):

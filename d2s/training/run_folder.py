@@ -16,6 +16,7 @@ from d2s.checkpoint import store as checkpoint
 from d2s.checkpoint.restarts import RESTARTS
 from d2s.common.files import read_json, write_json
 from d2s.common.folders import recover
+from d2s.shards.read.stream import is_pattern
 from d2s.training.config import TrainConfig, differences
 
 CONFIG, LOCK = "config.json", ".lock"
@@ -43,12 +44,21 @@ def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume:
     saved = read(run)
     changes = differences(TrainConfig.from_dict(saved["config"]), config)
     changes = {name: pair for name, pair in changes.items() if not name.startswith(RESUMABLE)}
-    changes |= {name: (saved.get(name), now) for name, now in origin.items() if saved.get(name) != now}
+    changes |= {name: (saved.get(name), now) for name, now in origin.items() if _differs(name, saved, now)}
     for name, (was, now) in changes.items():
         raise ValueError(
             f"--resume: {name} was {was!r} in {run} and is now {now!r}; keep it, or start a new run"
         )
     return checkpoint.newest(run)
+
+
+def _differs(name: str, saved: dict[str, Any], now: str | None) -> bool:
+    """Returns whether a resumed run would have another origin. A data set may have moved: its fingerprint decides."""
+    was = saved.get(name)
+    if name == "val_data" or (name == "data" and was and not is_pattern(was) and not is_pattern(now)):
+        return False
+    # Older runs noted the initial model relative to the working directory.
+    return was != now and not (name == "init" and was and now and os.path.abspath(was) == now)
 
 
 def _harmless(name: str) -> bool:
@@ -68,8 +78,16 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def data_of(run: Path) -> str | None:
-    """The --data argument of an earlier run; None if the folder holds no run."""
-    return read(run).get("data") if (run / CONFIG).is_file() else None
+    """Returns the data of an earlier run, or None if the folder holds no run.
+
+    Raises ValueError if the data set is no longer where it was when the run began.
+    """
+    data = read(run).get("data") if (run / CONFIG).is_file() else None
+    if data and not is_pattern(data) and not os.path.isdir(data):
+        raise ValueError(
+            f"{run} was trained on {data}, which is no folder here: name its data set with --data"
+        )
+    return data
 
 
 def write(run: Path, config: TrainConfig, origin: dict[str, Any], world: int) -> None:

@@ -1,5 +1,7 @@
-"""One run as the user described it, checked, with the numbers that follow from it."""
+"""One run as the user described it, checked, with the numbers that follow import os
+from it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +74,13 @@ class RunSpec:
         return engine_settings(self.config.engine, self.local_batch, self.config.optim.grad_clip)
 
     def origin(self) -> dict[str, Any]:
-        """Data, data fingerprint and initial model: a resumed run must have the same."""
+        """Returns the data, their fingerprint and the initial model. A resumed run must have the same.
+
+        Folders are absolute, so that the run can be resumed from another working directory.
+        """
         return {
-            "data": self.data,
-            "val_data": str(self.index.root),
+            "data": self.data if self.streams else os.path.abspath(self.data),
+            "val_data": os.path.abspath(self.index.root),
             "fingerprint": self.index.fingerprint(),
-            "init": str(self.init) if self.init else None,
+            "init": os.path.abspath(self.init) if self.init else None,
         }

@@ -8,11 +8,10 @@ import math
 import re
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-from d2s.common.command import Parser, positive, run
+from d2s.common.command import Parser, positive, run, user_path
 from d2s.kernels.bench import plan, record, timing
 from d2s.kernels.bench.cases import CASES
 from d2s.kernels.bench.measure import measure
@@ -41,7 +40,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--n", type=positive, action="append", help="only these numbers of rows")
     repeat = "timed rounds: 3 with --quick, else 10, on CUDA 50 or as many as take 10 s"
     parser.add_argument("--repeat", type=positive, help=repeat)
-    parser.add_argument("--out", type=Path, help="folder of the CSV; by default --size tiny writes none")
+    parser.add_argument("--out", type=user_path, help="folder of the CSV; by default --size tiny writes none")
     arguments = parser.parse_args(argv)
     if arguments.size == "tiny" and arguments.n:
         parser.error("--n: --size tiny has sizes of its own; leave one of them out")

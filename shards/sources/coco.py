@@ -18,11 +18,12 @@ USES = ("split",)
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
     """Reads images[].{id, file_name} and annotations[].{id, image_id, caption} of each file.
 
-    The split of a file is the one it was given with (`val=FILE`), else the one in its name, else `options.split`.
+    The split of a file is the one it was given with (`val=FILE`), else that of --split, else the one in its name.
     """
     for split, path in options.captions:
         named = next((name for name in SPLIT_ORDER if name in path.stem), None)
-        yield from _entries_of_file(split or named or options.split, path, options.images, faults)
+        split = split or options.forced_split or named or options.split
+        yield from _entries_of_file(split, path, options.images, faults)
 
 
 def _entries_of_file(split: str, path: Path, images: Path, faults: Faults) -> Iterator[Entry]:

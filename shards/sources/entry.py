@@ -56,6 +56,8 @@ class SourceOptions:
     """folder of images or tars"""
     split: str = "train"
     """of images whose source names no split"""
+    forced_split: str = ""
+    """the split that the user named; it also replaces a split guessed from a file's name"""
     split_lists: dict[str, Path] = field(default_factory=dict)
     """flickr: the file that lists the images of each split"""
     columns: dict[str, str] = field(default_factory=dict)

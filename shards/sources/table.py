@@ -43,7 +43,8 @@ def _rows(options: SourceOptions, faults: Faults) -> Iterator[dict]:
     for given, captions in options.captions:
         for split, file in _files(captions):
             with ExtractedImages(options.scratch, number) as images:
-                yield from _rows_of_file(file, split or given or options.split, options, images, faults)
+                split = given or options.forced_split or split or options.split
+                yield from _rows_of_file(file, split, options, images, faults)
             number += 1
 
 

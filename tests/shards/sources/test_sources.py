@@ -100,6 +100,12 @@ def test_coco_files_are_splits_and_captions_stand_by_annotation_id(
     assert "annotations[9]: caption without an image: image_id 77" in line
 
 
+def test_split_on_the_command_line_beats_a_file_s_name(images: Path, tmp_path: Path) -> None:
+    captions = _coco(tmp_path / "captions_val2017.json", range(1, 4))
+    found = _build(tmp_path, "coco", "--captions", captions, "--images", images, "--split", "train")
+    assert {row["split"] for row in found.values()} == {"train"}
+
+
 def test_flickr_token_file_with_split_lists(
     images: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
