@@ -54,9 +54,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure_all(arguments: argparse.Namespace) -> set[str]:
-    """Measures all items and prints the rows. Returns the names of the variants that were measured.
+    """Measures all items and prints and writes the rows of each at once, so that an interrupted run keeps them.
 
-    The rows of each item are written at once, so an interrupted run keeps them. Raises ValueError without the device.
+    Returns the names of the measured variants. Raises ValueError if there is no such device.
     """
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("no CUDA device; use --device cpu")
@@ -85,10 +85,7 @@ def measure_all(arguments: argparse.Namespace) -> set[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns 0; 1 if a needed variant was not measured; 2 for a user's mistake; 130 if stopped.
-
-    Needed are "ours" and the variants of --provider.
-    """
+    """Returns 0, 1 if "ours" or a --provider was not measured, 2 for a user's mistake, or 130 if interrupted."""
     arguments, measured = _arguments(argv), set()
     code = run(lambda: measured.update(measure_all(arguments)))
     missing = {"ours", *(arguments.provider or ())}.intersection(plan.providers(arguments)) - measured

@@ -29,7 +29,7 @@ def variants(item: plan.Item, arguments: argparse.Namespace) -> dict[str, Run]:
 
 
 def peak_bytes(name: str, item: plan.Item, device: str, run: Run | None = None) -> int:
-    """Returns the extra memory of a variant in bytes, as `timing.extra_bytes` defines it. `run` is looked up if None."""
+    """Returns `timing.extra_bytes` of a variant. run: the variant's function; None to look it up by name."""
     make, dtype = CASES[item.case].make, plan.DTYPES[item.dtype]
     run = run or provider(name, item.case, device, item.shape.width)
     small = make(replace(item.shape, n=min(item.shape.n, 64)), dtype, device, 0)
