@@ -90,10 +90,7 @@ class Ablation:
         return {**same, "data": str(self.data), "overrides": list(self.overrides)}
 
     def claim_folder(self) -> None:
-        """Writes the settings to the output folder.
-
-        Raises ValueError if the folder holds an ablation with other settings, or any other files.
-        """
+        """Writes the settings to the output folder. Raises ValueError if it is used for anything else."""
         path, used = self.out / "settings.json", self.out.exists() and any(self.out.iterdir())
         if used and not (path.is_file() and read_json(path) == self.settings()):
             raise ValueError(

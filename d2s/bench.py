@@ -118,10 +118,7 @@ def plain_caption(
 def side_by_side(
     plain: Callable[[], object], ours: Callable[[], object], items: int, rounds: int
 ) -> tuple[float, float]:
-    """Returns the best rates of `plain` and of `ours`, in items per CPU second.
-
-    The functions take turns for `rounds` rounds, because the speed of the machine varies.
-    """
+    """Runs both functions in turn for `rounds` rounds. Returns their best rates in items per CPU second."""
     best = [0.0, 0.0]
     for _ in range(rounds):
         for which, work in enumerate((plain, ours)):
@@ -163,10 +160,7 @@ def bench_captions(
 
 
 def bench_gpo(shape: Shape, rounds: int) -> tuple[float, float]:
-    """Measures the forward and backward passes of GPO pooling.
-
-    Returns the rates of the published layer and of our layer, in samples/s.
-    """
+    """Measures GPO forward and backward. Returns (the published layer's, our layer's) rate in samples/s."""
     case, layer = CASES["gpo"], GPO()
     inputs = case.make(shape, torch.float32, "cpu", 0)
     features, mask = inputs.tensors["features"], inputs.tensors["mask"]

@@ -71,10 +71,7 @@ class Built:
 
 
 def all_jobs(specs: Iterable["KernelSpec"], tuned: dict[str, "Tile"]) -> list[Job]:
-    """Returns the jobs for every kernel with its default tiles and with the tiles in `tuned`.
-
-    Of several jobs that build the same code, only the first is returned.
-    """
+    """Returns the jobs for all kernels with default and `tuned` tiles, without jobs that build equal code."""
     from d2s.kernels.fused.tiles import default_tile, entry
 
     by_build: dict[tuple, Job] = {}

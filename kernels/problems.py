@@ -20,7 +20,7 @@ CODE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The size of a problem: `n` pairs of embeddings or, for GPO, `n` samples of `tokens` features; all of `width`."""
+    """The size of a problem: n pairs of embeddings or, for GPO, n samples of `tokens` features, of a width."""
 
     n: int
     width: int
@@ -32,9 +32,9 @@ class Shape:
 
 @dataclass(kw_only=True, eq=False)
 class Inputs:
-    """One set of inputs of an op. leaves: the tensors that get a gradient.
+    """Inputs of an op. leaves: the tensors that get a gradient. net: the module that computes GPO's weights.
 
-    upstream: gradient with respect to the op's result; None stands for 1. net: the module that computes GPO's weights.
+    upstream: the gradient with respect to the op's result; None stands for 1.
     """
 
     tensors: dict[str, Tensor]
@@ -85,10 +85,7 @@ class GpoWeights(nn.Module):
         return torch.softmax(self.linear(mean).squeeze(2) / TEMPERATURE, dim=1)
 
     def once(self, code: Tensor) -> Tensor:
-        """Returns weights of shape (K,) from one code of shape (K, 32), as our model does.
-
-        All samples with K tokens have these weights, so the GRU runs only once.
-        """
+        """Returns the weights, shape (K,), of samples with K tokens, from one code, shape (K, 32)."""
         every = [1] * code.shape[0]
         weights = [value for _, value in self.gru.named_parameters()]
         ahead = position_gru(code, every, *weights[:4])

@@ -39,10 +39,7 @@ def _number(value: float | None) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Returns the lines of a Markdown table of forward and backward passes, ours beside the other variants.
-
-    The table has a row for every op, type and size.
-    """
+    """Returns the lines of a Markdown table: times of forward and backward by op, type and size."""
     groups: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row.mode == "full":
@@ -89,10 +86,7 @@ def plot_name(device: str, what: str) -> str:
 
 
 def panels(rows: Sequence[Row], what: str) -> dict[str, Lines]:
-    """Returns the lines of each panel by its heading. There is a panel for each op and type.
-
-    what: "time" or "memory", which is drawn over N with a line for each variant. "time" also has a line "floor".
-    """
+    """Returns a panel for each op and type: `what` ("time" or "memory") over N, a line for each variant."""
     found = {}
     for case, dtype in product(SWEEPS, dict.fromkeys(row.dtype for row in rows)):
         lines: dict[str, list[tuple[float, float]]] = {}
@@ -150,10 +144,7 @@ def plots(devices: dict[str, list[Row]]) -> dict[str, str]:
 
 
 def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
-    """Returns the README with new text between its markers.
-
-    Raises ValueError unless the README has each marker exactly once and in the right order.
-    """
+    """Returns the README with new text between its markers. Raises ValueError if the markers are wrong."""
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{path}: must have the line {BEGIN} once and below it the line {END} once")

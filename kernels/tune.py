@@ -44,8 +44,8 @@ OPS = {
     "ranks_count": ("ranks",),
 }
 # `positives` computes positive similarities and the other two negative ones. All must round alike: a negative that
-# equals its positive violates a margin of 0 by exactly 0. So depth, rows and warps stay as they are. The depth sets the
-# order of sums; rows and warps determine which matrix unit Triton uses.
+# equals its positive violates a margin of 0 by exactly 0. So depth, rows and warps stay as they are. The depth sets
+# the order of sums; rows and warps determine which matrix unit Triton uses.
 SAME_SUMS = ("positives", "info_nce_pairs", "hinge_sum_pairs")
 # Values of D. The most important come first, because a run may be stopped early.
 WIDTHS = (512, 256, 1152, 128, 64)
@@ -57,13 +57,13 @@ NOISE = 0.02
 ROWS = {True: 32768, False: 8192}
 # Rows for comparing results: not a multiple of any tile's size.
 CHECKED_ROWS = 1100
-# Largest relative difference (in norm) from the results with default tiles: allows rounding, but no broken kernel.
+# Largest relative difference (in norm) from the results with default tiles. Rounding errors are smaller.
 TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One kernel to tune. width: D or, for GPO, the number of tokens. half: whether embeddings have 16 bits, not 32."""
+    """One kernel to tune. width: D or, for GPO, number of tokens. half: whether embeddings have 16 bits."""
 
     spec: "KernelSpec"
     width: int

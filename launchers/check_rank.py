@@ -61,10 +61,7 @@ def _version(package: str) -> str:
 
 
 def check_data(data: Path) -> dict[str, dict[str, str]]:
-    """Reads the first and the last sample of each split.
-
-    Returns the results to report: a fault if reading failed, else the fingerprint, which all ranks must share.
-    """
+    """Reads two samples of each split. Returns a fault or the data set's fingerprint, for `report`."""
     from d2s.shards.read.index import ShardIndex
     from d2s.shards.read.records import ShardReader
 

@@ -20,7 +20,7 @@ from d2s.workers.preemption import leave_group
 
 # SBATCH_ variables to unset: they would override the options in the script, which every step sets itself.
 SET_BY_STEPS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "TIMELIMIT", "SIGNAL")
-# Practically no limit: `checkpoint.max_stalled_restarts` already stops a training that restarts without progress.
+# Practically no limit: `checkpoint.max_stalled_restarts` stops a training that restarts without progress.
 MAX_RESTARTS = 10_000
 
 
@@ -43,10 +43,7 @@ class Resources:
 
 @dataclass
 class Step:
-    """A step of a pipeline or sweep: one job or one job array.
-
-    commands: for each job, the arguments of `d2s.launchers.task`.
-    """
+    """A step of a pipeline or sweep: a job, or a job array with one job for each entry of `commands`."""
 
     name: str
     commands: list[list[str]]
@@ -104,7 +101,7 @@ def site_settings() -> dict[str, str]:
 
 
 def apply_site_settings() -> None:
-    """Sets the site's SBATCH_ variables in this process, for its calls of sbatch, and unsets those in SET_BY_STEPS."""
+    """Sets the site's SBATCH_ variables in this process, and unsets those in SET_BY_STEPS."""
     os.environ.update({name: text for name, text in site_settings().items() if name.startswith("SBATCH_")})
     for name in SET_BY_STEPS:
         os.environ.pop(f"SBATCH_{name}", None)
@@ -122,7 +119,7 @@ def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -
             **local_gpus(gpus),
         )  # fmt: skip
         return local
-    # Bash arrays that job.sh sets: the container's options, the site's options for srun, and the Python command.
+    # Bash arrays that job.sh sets: options of the container, the site's options of srun, the Python command.
     python = '"${container[@]}" "${extra[@]}" "${python[@]}"'
     slurm = submitit.SlurmExecutor(folder / LOGS, max_num_timeout=MAX_RESTARTS, python=python)
     signal = f"{SIGNAL}@{resources.signal_seconds}"
@@ -146,7 +143,7 @@ def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -
 
 
 def local_gpus(count: int) -> dict[str, Any]:
-    """Returns submitit's parameters for `count` GPUs of this machine, the first in CUDA_VISIBLE_DEVICES if that is set.
+    """Returns submitit's parameters for `count` GPUs, the first in CUDA_VISIBLE_DEVICES if that is set.
 
     Needed because submitit overwrites CUDA_VISIBLE_DEVICES in its jobs. Raises ValueError if the variable has
     entries that are not numbers.

@@ -151,10 +151,9 @@ class Jobs:
                 self._set_state(step, "CANCELLED")
 
     def reset_unsuccessful(self) -> int:
-        """Resets every step that did not succeed, so that :meth:`submit` starts it again.
+        """Resets every step that did not succeed, so that :meth:`submit` starts it again. Returns how many.
 
-        Returns how many steps were reset. Raises ValueError if a step is running or waiting, or if SLURM does not
-        answer.
+        Raises ValueError if a step is running or waiting, or if SLURM does not answer.
         """
         count = 0
         for step in self.steps:

@@ -118,10 +118,7 @@ def sweep(
 
 
 def grid_points(grid: list[str]) -> list[dict[str, str]]:
-    """Returns every combination of the values in `FIELD=V1,V2,...`; the last field changes fastest.
-
-    Raises ValueError if `grid` is empty, has an entry of another form, or names a field twice.
-    """
+    """Returns all combinations of the values in `FIELD=V1,V2,...`; the last field changes fastest."""
     if not grid:
         raise ValueError("--grid: missing; name at least one field and its values, as in optim.lr=1e-4,2e-4")
     axes: dict[str, list[str]] = {}

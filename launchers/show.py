@@ -94,10 +94,7 @@ def print_sweep(points: list[dict[str, str]], out: Path) -> None:
 
 
 def _scores(run: Path) -> tuple[float | None, int | None, int | None]:
-    """Returns the best validation rSum, the training step of the best, and the last step; None if not known.
-
-    All come from the run's newest checkpoint.
-    """
+    """Returns best validation rSum, its training step and the last step, from a run's newest checkpoint."""
     markers = sorted(run.glob("checkpoints/step-*/complete.json"))
     if not markers:
         return None, None, None

@@ -1,8 +1,8 @@
 """`python -m d2s.launchers.submit pipeline | sweep | status | logs | cancel | resume`: runs jobs through submitit.
 
 A pipeline builds shards, pre-trains, fine-tunes and evaluates, in jobs that run one after the other. A sweep trains
-one recipe with each setting of a grid. `--cluster slurm` submits all jobs at once; `--cluster local` runs them on this
-machine. A training that reaches its time limit or is preempted writes a checkpoint, is requeued and resumes.
+one recipe with each setting of a grid. `--cluster slurm` submits all jobs at once; `--cluster local` runs them
+on this machine. A training that reaches its time limit or is preempted writes a checkpoint, is requeued and resumes.
 """
 
 import argparse

@@ -19,10 +19,9 @@ from d2s.workers.local_job import wait_until
 
 
 def attach(options: argparse.Namespace) -> bool:
-    """Kills `options.kills` times, waits for the end of the job and prints the verdict.
+    """Kills the job's workers, waits for the job to end and prints the verdict. Returns whether it is good.
 
-    Returns whether the drill passed. Raises ValueError if the run is finished already, and DrillError if the job
-    makes no progress.
+    Raises ValueError if the run is already finished, and DrillError if the job makes no progress.
     """
     run: Path = options.run
     if finished(run):
@@ -54,10 +53,7 @@ def attach(options: argparse.Namespace) -> bool:
 
 
 def _kill(run: Path, kill: Kill, pause: float, patience: float) -> bool:
-    """Waits until the job makes progress again, then `pause` seconds more, and kills.
-
-    Returns False if the job ended before the kill.
-    """
+    """Waits for progress, then for `pause` seconds, and kills. Returns False if the job ended before."""
     before = metrics_version(run)
     if not _await(run, lambda: bool(workers_of(run)), patience):
         return False

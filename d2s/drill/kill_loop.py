@@ -62,10 +62,7 @@ class KillLoop:
         self.kills = draw_kills(self.options.kills, self.options.seed)
 
     def go(self) -> None:
-        """Starts the training, kills it and restarts it until it is done.
-
-        Raises DrillError if the training fails without a kill or makes no progress.
-        """
+        """Starts, kills and restarts the training until it is done. Raises DrillError if it fails itself."""
         start = time.monotonic()
         while not self._start_once():
             self.tally.restarts += 1

@@ -98,10 +98,7 @@ def _check_folders(options: argparse.Namespace) -> None:
 
 
 def _check_against(options: argparse.Namespace, every: int) -> None:
-    """Raises ValueError if the drilled run could not be compared with `options.against`.
-
-    every: number of training steps from one row of metrics to the next.
-    """
+    """Raises ValueError unless `options.against` has the rows that this drill will have, one `every` steps."""
     run, steps = options.against, options.steps
     try:
         found = recorded_steps(run)

@@ -24,10 +24,7 @@ def finished(run: Path) -> bool:
 
 
 def incomplete_checkpoints(run: Path) -> dict[str, int]:
-    """Returns the incomplete checkpoints: those being written, and those that a kill left behind.
-
-    Maps the name of each hidden entry in checkpoints/ to its modification time in ns.
-    """
+    """Returns the modification time (ns) of each incomplete checkpoint by name; a kill leaves some behind."""
     found = {}
     for path in (run / "checkpoints").glob(".*"):
         with contextlib.suppress(FileNotFoundError):

@@ -10,10 +10,9 @@ import psutil
 
 
 def workers_of(run: Path) -> list[int]:
-    """Returns the process numbers of the workers on this machine that train into `run`, in the order of ranks.
+    """Returns the process numbers of the workers on this machine that train into `run`, ordered by rank.
 
-    A worker is a training process with RANK in its environment. Its data-loading processes inherit RANK; they are
-    left out because their parent is a worker.
+    A worker has RANK in its environment. Its data-loading processes inherit RANK, but are children of a worker.
     """
     ranks, parents = {}, {}
     for process in psutil.process_iter(["pid", "ppid", "cmdline"]):

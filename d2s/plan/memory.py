@@ -43,10 +43,7 @@ def memory(
 
 
 def largest_batch(config: TrainConfig, sizes: Sizes, workers: int, stage: int, room: int, bucket: int) -> int:
-    """Returns the largest global batch size that needs at most `room` bytes on each worker; 0 if none fits.
-
-    The batch size is a multiple of `workers`.
-    """
+    """Returns the largest global batch that needs at most `room` bytes on each worker; 0 if none fits."""
 
     def fits(local: int) -> bool:
         if sizes.batch_norm and 0 < config.engine.micro_batch < local:

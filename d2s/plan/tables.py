@@ -77,10 +77,7 @@ def compare(request: Request, measured: dict[str, float], steps: int) -> str:
 
 
 def _table(names: Sequence[str], columns: list[dict[str, int]], unit: int) -> list[str]:
-    """Returns the lines of a table: a row for each name, a row of sums, and a column for each ZeRO stage.
-
-    columns: for each ZeRO stage, bytes by name; printed in units of `unit` bytes.
-    """
+    """Returns a row for each of `names` and a row of sums. columns: bytes by name, for each ZeRO stage."""
     rows = {name: [column[name] for column in columns] for name in names}
     rows["total"] = [sum(column.values()) for column in columns]
     head = _row("", [f"ZeRO {stage}" for stage in STAGES])

@@ -163,10 +163,7 @@ def _direction(queries: _Side, candidates: _Side, per_outcome: int) -> Direction
 
 
 def _answers(query: Tensor, image: int, candidates: _Side) -> list[Answer]:
-    """Returns the first five candidates of a query, and the best right candidate if it comes later.
-
-    query: embedding of shape (D,). image: position in the split of the query's picture.
-    """
+    """Returns the top five candidates for a query of shape (D,), and the best right one if it comes later."""
     similarity = candidates.embeddings @ query
     right = candidates.images == image
     order = torch.argsort(similarity, descending=True, stable=True)

@@ -17,12 +17,12 @@ from d2s.kernels.problems import MARGIN, PROBLEMS, TEMPERATURE, Inputs, Problem,
 
 @dataclass(frozen=True, kw_only=True)
 class Case(Problem):
-    """An op with its plain implementation and the least work of (the forward pass, forward and backward pass).
+    """An op with its plain implementation and the least work of any method.
 
-    released: the implementation in public code; None if that is the plain one.
-    flops: floating-point operations in units of n * n * width, for a method that does not store the n x n matrix and
-        therefore computes it again in the backward pass.
-    traffic: how often the largest input, or as many bytes, must be read or written.
+    released: the implementation in public code; None if it equals the plain one.
+    flops, traffic: one value for the forward pass, one for forward and backward together. flops is in units of
+        n * n * width, without storing the n x n matrix, so the backward pass computes it again. traffic says how
+        often an array of the size of the largest input must be read or written.
     """
 
     plain: Run

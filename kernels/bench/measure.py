@@ -37,10 +37,7 @@ def peak_bytes(name: str, item: plan.Item, device: str, run: Run | None = None) 
 
 
 def extra_mib(name: str, item: plan.Item, device: str, run: Run) -> float | None:
-    """Returns the extra memory of a variant in MiB; on a CPU, measured in a new process.
-
-    Returns None, after printing the error, if the measurement fails.
-    """
+    """Returns a variant's extra memory in MiB; None, after printing the error, if it cannot be measured."""
     try:
         if device.startswith("cuda"):
             return peak_bytes(name, item, device, run) / 2**20
@@ -54,10 +51,7 @@ def extra_mib(name: str, item: plan.Item, device: str, run: Run) -> float | None
 
 
 def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Namespace) -> list[record.Row]:
-    """Measures all variants and modes of one item. Returns a row for each.
-
-    rates: TFLOP/s and GB/s, from `timing.device_rates`.
-    """
+    """Measures all variants of one item in all modes. rates: the device's, from `timing.device_rates`."""
     make, dtype, device = CASES[item.case].make, plan.DTYPES[item.dtype], arguments.device
     first, on_gpu = make(item.shape, dtype, device, 0), device.startswith("cuda")
     count = timing.sets_needed(first.nbytes(), device)

@@ -95,10 +95,7 @@ def file_of(folder: Path, device: str) -> Path:
 
 
 def check_writable(folder: Path, device: str) -> None:
-    """Creates the folder, and checks that rows can be appended to the device's file.
-
-    Raises OSError if the file or the folder is not writable, and ValueError if the file has other columns.
-    """
+    """Creates the folder. Raises OSError or ValueError if rows cannot be appended to the device's file."""
     path = file_of(folder, device)
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -163,10 +160,7 @@ def read(path: Path) -> list[Row]:
 
 
 def by_device(folder: Path) -> dict[str, list[Row]]:
-    """Returns the rows of all files in `folder`, by device. Of a repeated measurement only the last row is kept.
-
-    Raises ValueError if there are no rows.
-    """
+    """Returns all rows by device; of a repeated measurement only the last. Raises ValueError if there are none."""
     latest = {row.key: row for path in sorted(folder.glob("*.csv")) for row in read(path)}
     if not latest:
         raise ValueError(f"{folder}: holds no measurement (no CSV file with rows)")

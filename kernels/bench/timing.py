@@ -33,10 +33,7 @@ def step(run: Run, inputs: Inputs, mode: str) -> tuple[Callable[[], object], Cal
 
 
 def sets_needed(nbytes: int, device: str) -> int:
-    """Returns how many sets of inputs are needed so that each set pushes the others out of the cache.
-
-    nbytes: size of one set.
-    """
+    """Returns how many input sets of `nbytes` bytes must take turns, so that each has left the cache."""
     if device.startswith("cuda"):
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", CACHE)
     else:
@@ -108,10 +105,7 @@ def milliseconds(timed: Callable[[], object], device: str) -> float:
 
 
 def by_graph(run: Run, inputs: Sequence[Inputs], mode: str) -> list[float]:
-    """Returns the times in ms of one step, from replays of a CUDA graph that runs the step on every set of inputs.
-
-    Raises any exception if the step cannot be captured.
-    """
+    """Returns the times of one step in ms, from replays of a CUDA graph. Raises if the capture fails."""
     from triton.testing import do_bench_cudagraph
 
     steps = [step(run, some, mode)[0] for some in inputs]
