@@ -20,7 +20,7 @@ CODE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The size of a problem: n pairs of embeddings or, for GPO, n samples of `tokens` features, of a width."""
+    """The size of a problem: n pairs of embeddings or, for GPO, n samples of `tokens` features; all of `width`."""
 
     n: int
     width: int

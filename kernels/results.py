@@ -86,7 +86,7 @@ def plot_name(device: str, what: str) -> str:
 
 
 def panels(rows: Sequence[Row], what: str) -> dict[str, Lines]:
-    """Returns a panel for each op and type: `what` ("time" or "memory") over N, a line for each variant."""
+    """Returns the lines of each panel by its heading, with a panel for each op and type. what: time or memory."""
     found = {}
     for case, dtype in product(SWEEPS, dict.fromkeys(row.dtype for row in rows)):
         lines: dict[str, list[tuple[float, float]]] = {}

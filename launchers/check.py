@@ -24,7 +24,7 @@ from d2s.launchers.check_rank import MARK, PORT, report_rank, token_folder
 CLOCKS_APART = 1.0
 """Largest difference in seconds that is allowed between the nodes' clocks."""
 Reports = dict[int, dict[str, Any]]
-"""Maps each rank to the values that `check_rank.report` printed. If a rank hung or died, later values are missing."""
+"""Maps each rank to the values that it printed by `check_rank.report`; some are missing if the rank hung or died."""
 # Sources job.sh, so that ranks have the same environment as in a training.
 SCRIPT = """
 source launchers/job.sh >/dev/null
@@ -148,7 +148,7 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> list[str]:
     world = int(os.environ.get("SLURM_NTASKS") or os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     start = time.monotonic()
     try:
-        # TERM makes srun end its tasks.
+        # After the limit, timeout sends TERM, on which srun ends its tasks.
         command = ["timeout", "--foreground", str(arguments.limit), "bash", "-c", SCRIPT, "check", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:

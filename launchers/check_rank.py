@@ -164,7 +164,7 @@ def rendezvous(patience: float) -> None:
         clock = time.time()
         message = torch.zeros(MESSAGE_BYTES // 4, device=device)
         seconds = []
-        for _ in range(4):  # the first one warms up
+        for _ in range(4):  # the first all-reduce is a warm-up
             start = time.perf_counter()
             dist.all_reduce(message)
             dist.barrier()  # on a GPU the barrier also waits for the all-reduce

@@ -175,7 +175,9 @@ def _ended(states: list[str]) -> bool:
 
 
 def _scancel(step: Step) -> None:
-    for job in sorted({id_.partition("_")[0] for id_ in step.ids}):  # one call for a whole array
+    for job in sorted(
+        {id_.partition("_")[0] for id_ in step.ids}
+    ):  # one call of scancel for a whole job array
         subprocess.run(["scancel", job], check=False)
 
 

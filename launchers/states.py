@@ -47,7 +47,7 @@ def _query(command: list[str]) -> tuple[int, str, str]:
 
 
 def succeeded(folder: Path, job: str) -> bool:
-    """Returns whether a job left result files that are all ("success", 0), none of them ("error", traceback)."""
+    """Returns whether a job left result files and all hold ("success", 0), none ("error", traceback)."""
     results = list((folder / LOGS).glob(f"{job}_*_result.pkl"))
     # Unpickling is safe: submitit wrote these files in our own folder.
     return bool(results) and all(submitit.core.utils.pickle_load(path)[0] == "success" for path in results)

@@ -19,7 +19,7 @@ from d2s.workers.local_job import wait_until
 
 
 def attach(options: argparse.Namespace) -> bool:
-    """Kills the job's workers, waits for the job to end and prints the verdict. Returns whether it is good.
+    """Kills the job's workers, waits for the job to end, prints the verdict. Returns whether the drill passed.
 
     Raises ValueError if the run is already finished, and DrillError if the job makes no progress.
     """

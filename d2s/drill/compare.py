@@ -116,7 +116,7 @@ def _relative(a: float, b: float) -> float:
 
 
 def _weights(run: Path, other: Path) -> tuple[float, list[str]]:
-    """Returns the relative difference between all weights, and the tensors that are not bit-equal."""
+    """Returns the relative difference between all weights, and the names of the tensors that differ."""
     from safetensors.numpy import load_file
 
     ours, theirs = load_file(_weights_file(run)), load_file(_weights_file(other))

@@ -62,7 +62,7 @@ class KillLoop:
         self.kills = draw_kills(self.options.kills, self.options.seed)
 
     def go(self) -> None:
-        """Starts, kills and restarts the training until it is done. Raises DrillError if it fails itself."""
+        """Starts, kills and restarts the training until it is done. Raises DrillError if it fails by itself."""
         start = time.monotonic()
         while not self._start_once():
             self.tally.restarts += 1
@@ -101,7 +101,7 @@ class KillLoop:
     def _kill(self, job: LocalJob, kill: Kill) -> bool:
         """Waits for the moment of `kill` and kills. Returns False if the job ended before."""
         if kill.moment == "start":
-            # This start may be quicker than the measured one, so the wait ends at the first row of metrics at latest.
+            # The wait also ends at the first row of metrics, because this start may be quicker than the measured one.
             before, until = metrics_version(self.run), job.started + kill.where * self.start_seconds
             self._await(job, lambda: time.monotonic() >= until or metrics_version(self.run) != before)
         else:
@@ -126,7 +126,7 @@ class KillLoop:
             raise DrillError(f"nothing happened in {self.patience:.0f} s: {job.error()}")
 
     def _wait_for_survivors(self, job: LocalJob, kill: Kill, *, trained: bool) -> None:
-        """Waits for the other workers to end by themselves after one was killed, and notes in `tally` if they did.
+        """Waits for the other workers to end by themselves after one was killed, and notes in `tally` whether they did.
 
         trained: whether this start reached a training step. Before the process group is formed, workers cannot
             notice that another died. Then the drill waits only 10 s and kills them, as a launcher does.

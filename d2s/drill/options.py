@@ -98,7 +98,7 @@ def _check_folders(options: argparse.Namespace) -> None:
 
 
 def _check_against(options: argparse.Namespace, every: int) -> None:
-    """Raises ValueError unless `options.against` has the rows that this drill will have, one `every` steps."""
+    """Raises ValueError unless `options.against` has the rows that this drill will have. every: steps per row."""
     run, steps = options.against, options.steps
     try:
         found = recorded_steps(run)

@@ -1,6 +1,6 @@
 """Measures the memory and speed of a few real training steps on this machine, to check the planned figures.
 
-`measure` runs this file once for each worker, in a process; the first worker writes its figures to a JSON file.
+`measure` runs this file in a process for each worker. The first worker writes its figures to a JSON file.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def take_steps(trainer: Trainer) -> dict[str, float]:
     engine.train()
     for number, batch in enumerate(trainer.batches.epoch(0)):
         start = time.monotonic()
-        with saved if number == 1 else nullcontext():  # counting slows a step down
+        with saved if number == 1 else nullcontext():  # only one step, because counting is slow
             losses = trainer.computation.forward(batch, number, 1.0)
             trainer.computation.backward(losses[0])
         gradients.append(gradient_bytes(engine))

@@ -42,7 +42,7 @@ class Query:
     """A query with its best answers."""
 
     image: int
-    """As in `Answer`."""
+    """Position in the split, as in `Answer`."""
     text: str | None
     """The caption; None if the query is a picture."""
     rank: int
@@ -132,7 +132,7 @@ class _Side:
     embeddings: Tensor
     """Normalised embeddings, of shape (n, D)."""
     images: Tensor
-    """Positions of the pictures in the split, int64, of shape (n,). A caption has the position of its picture."""
+    """Position in the split of each picture, or of the picture of each caption; int64, of shape (n,)."""
     text: Callable[[int], str | None] = lambda row: None
     """Returns the caption of a row; None for pictures."""
 

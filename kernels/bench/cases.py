@@ -68,7 +68,7 @@ def _hinge(x: Inputs, hardest: bool) -> Tensor:
 
 
 def _same_image(ids: Tensor) -> Tensor:
-    """Returns a mask of shape (n, n) of the pairs off the diagonal whose image and text have the same image id."""
+    """Returns the mask, of shape (n, n), of pairs off the diagonal that have the same image id."""
     return (ids[:, None] == ids[None, :]) & ~torch.eye(ids.shape[0], dtype=torch.bool, device=ids.device)
 
 
@@ -105,7 +105,7 @@ def _ranks(x: Inputs) -> Tensor:
 
 
 def _gpo(x: Inputs, packed: bool = False) -> Tensor:
-    """Pools by plain GPO. packed: run the GRU over packed sequences, as the published layer does."""
+    """Computes GPO plainly. packed: run the GRU over packed sequences, as the published layer does."""
     features, code, mask = x["features"], x["code"], x["mask"]
     weights = x.net(code.expand(features.shape[0], *code.shape), packed).to(features.dtype)
     filled = features.masked_fill(~mask[:, :, None], -10000.0)

@@ -41,7 +41,7 @@ def provider(name: str, case: str, device: str, width: int) -> Run:
         raise Unavailable(f"{name}: takes multiples of 256 as widths")
     try:
         return _PEERS[name]()
-    # A package made for another version of torch or triton can fail in any way.
+    # A package that was made for another version of torch or triton can raise any exception.
     except Exception as error:
         raise Unavailable(f"{name}: {type(error).__name__}: {error}") from error
 

@@ -33,7 +33,7 @@ def step(run: Run, inputs: Inputs, mode: str) -> tuple[Callable[[], object], Cal
 
 
 def sets_needed(nbytes: int, device: str) -> int:
-    """Returns how many input sets of `nbytes` bytes must take turns, so that each has left the cache."""
+    """Returns how many sets of `nbytes` bytes must take turns so that each leaves the cache before its next turn."""
     if device.startswith("cuda"):
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", CACHE)
     else:
