@@ -175,9 +175,7 @@ def _ended(states: list[str]) -> bool:
 
 
 def _scancel(step: Step) -> None:
-    for job in sorted(
-        {id_.partition("_")[0] for id_ in step.ids}
-    ):  # one call of scancel for a whole job array
+    for job in sorted({id_.partition("_")[0] for id_ in step.ids}):  # one call for a whole array
         subprocess.run(["scancel", job], check=False)
 
 

@@ -126,7 +126,7 @@ class KillLoop:
             raise DrillError(f"nothing happened in {self.patience:.0f} s: {job.error()}")
 
     def _wait_for_survivors(self, job: LocalJob, kill: Kill, *, trained: bool) -> None:
-        """Waits for the other workers to end by themselves after one was killed, and notes in `tally` whether they did.
+        """Waits until the other workers end by themselves after one was killed, and notes the outcome in `tally`.
 
         trained: whether this start reached a training step. Before the process group is formed, workers cannot
             notice that another died. Then the drill waits only 10 s and kills them, as a launcher does.
