@@ -118,7 +118,7 @@ def plain_caption(
 def side_by_side(
     plain: Callable[[], object], ours: Callable[[], object], items: int, rounds: int
 ) -> tuple[float, float]:
-    """Runs both functions in turn for `rounds` rounds. Returns their best rates in items per CPU second."""
+    """Runs both functions in turn for `rounds` rounds. Returns the best rate of each, in items per CPU second."""
     best = [0.0, 0.0]
     for _ in range(rounds):
         for which, work in enumerate((plain, ours)):

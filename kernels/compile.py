@@ -3,7 +3,7 @@
 Prints a row for every kernel, architecture, width, type and tile (* marks a tuned tile) with registers, spills,
 shared memory and tensor-core instructions. Fails, and names each fault, if a kernel does not compile, needs more
 shared memory than the GPU has, multiplies 16-bit matrices without tensor cores, or spills more than the committed
-figures allow. These are in `results/compile.json`, which `--write` replaces.
+figures allow. The committed figures are in `results/compile.json`, which `--write` replaces.
 """
 
 import argparse

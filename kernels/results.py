@@ -153,7 +153,7 @@ def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
 
 
 def update(folder: Path, readme: Path, check: bool) -> list[Path]:
-    """Writes the README and the plots if they are out of date; with `check` writes nothing. Returns their paths."""
+    """Writes the files that are out of date; with `check` only finds them. Returns the paths of these files."""
     devices = by_device(folder)
     files = {readme: new_readme(readme, devices)}
     if find_spec("matplotlib"):

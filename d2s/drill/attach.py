@@ -1,4 +1,4 @@
-"""Drills a job that is started and restarted by something else: a batch system, or a launcher with restarts.
+"""Runs the drill on a job that something else starts and restarts: a batch system, or a launcher with restarts.
 
 The drill kills workers of the job on this machine. For a job on several machines, run the drill on one machine or on
 each. The job's launcher must restart the job with `--resume`. The finished run is compared with an uninterrupted run.
