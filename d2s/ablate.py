@@ -39,18 +39,18 @@ class TrainingError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the ablation table: how its runs are trained."""
+    """One row of the ablation table, and how the runs of this row are trained."""
 
     name: str
     recipe: str
-    """Last part of the recipe's name: pretrain, align or finetune."""
+    """Last part of the recipe's name: "pretrain", "align" or "finetune"."""
     pretrained: bool = False
     """Whether each run starts from the pre-trained model of the same seed."""
     total_steps: bool = False
-    """Whether each run trains for as many steps as pre-training and fine-tuning have together."""
+    """Whether each run trains for the number of steps of pre-training plus that of fine-tuning."""
     overrides: tuple[str, ...] = ()
     control: bool = False
-    """Whether this row is a control, which the paper does not have."""
+    """Whether this row is one of our controls, which are not in the paper."""
 
 
 ROWS = (
@@ -68,7 +68,7 @@ ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """An ablation on one data set. Its recipes are `<family>_pretrain`, `_align` and `_finetune`."""
+    """An ablation on one data set with the recipes `<family>_pretrain`, `<family>_align`, `<family>_finetune`."""
 
     family: str
     data: Path
@@ -82,15 +82,15 @@ class Ablation:
     overrides: tuple[str, ...]
 
     def settings(self) -> dict[str, object]:
-        """Returns the settings that affect results, without seeds.
+        """Returns the settings that affect the results, except the seeds, which every run has in its path.
 
-        Runs in the output folder are used again only if their settings are equal.
+        Runs in the output folder are used again only if they were made with equal settings.
         """
         same = {name: getattr(self, name) for name in ("family", "steps", "pretrain_steps")}
         return {**same, "data": str(self.data), "overrides": list(self.overrides)}
 
     def claim_folder(self) -> None:
-        """Writes the settings to the output folder. Raises ValueError if that has other contents."""
+        """Writes the settings to the output folder. Raises ValueError if it is used for anything else."""
         path, used = self.out / "settings.json", self.out.exists() and any(self.out.iterdir())
         if used and not (path.is_file() and read_json(path) == self.settings()):
             raise ValueError(
@@ -113,7 +113,7 @@ class Ablation:
         return [*words, "--init", str(self.run_folder(ROWS[0], seed))] if row.pretrained else words
 
     def train(self, row: Row, seed: int) -> None:
-        """Trains one run unless complete. Raises TrainingError, with the log's last line, if it fails."""
+        """Trains one run, unless it is complete. Raises TrainingError if the training fails."""
         folder = self.run_folder(row, seed)
         if (folder / "last" / "model.safetensors").is_file():
             return
@@ -133,7 +133,7 @@ class Ablation:
         print(f"seed {seed}  {row.name:<36} {time.monotonic() - start:6.0f} s", flush=True)
 
     def train_all(self) -> None:
-        """Trains all runs, `jobs` at a time. Runs that need a pre-trained model wait for it."""
+        """Trains all runs, `jobs` at a time. A run that starts from a pre-trained model waits for that model."""
         seeds = range(self.seeds)
         with ThreadPoolExecutor(self.jobs) as pool:
             pretrainings = [pool.submit(self.train, ROWS[0], seed) for seed in seeds]
@@ -143,7 +143,7 @@ class Ablation:
                     pretrainings[seed].result()
                 self.train(row, seed)
 
-            # Rows that need no pre-trained model come first, so that threads do not wait while there is work.
+            # Rows that need no pre-trained model come first, so that no thread waits while other runs could start.
             rows = sorted(ROWS[1:], key=lambda row: row.pretrained)
             others = [pool.submit(train, row, seed) for row in rows for seed in seeds]
             try:

@@ -1,9 +1,9 @@
 """Compares the speed of our data loading and pooling with the plain way, on one core (`python -m d2s.bench`).
 
-The plain way does the same as the paper's release, rewritten: it decodes each photo from its original file,
-crops, resizes and normalises it as floats, and tokenises captions word by word in Python. Our way reads the
-same photos from shards, built with a shorter side of 256 pixels, and augments captions in batches. Photos are
-synthetic: 640 x 480 JPEGs with the spectrum of real photos. Captions come from a small grammar.
+The plain way is our rewrite of the loader in the paper's release. It decodes each photo from the original file,
+crops, resizes and normalises floating-point pixels, and tokenises captions word by word in Python. Our way reads
+the same photos from shards, in which the shorter side of a photo is 256 pixels, and augments captions in batches.
+Photos are synthetic: 640 x 480 JPEGs with the spectrum of real photos. Captions come from a small grammar.
 """
 
 import argparse
@@ -44,7 +44,7 @@ _VERBS = "runs past,stands beside,jumps over,looks at,holds,rides near,sits behi
 
 
 def photo(number: int, width: int = 640, height: int = 480) -> Image.Image:
-    """Makes a photo of noise (spectrum f^-1.2). Its file has about as many bytes as a photo of COCO."""
+    """Makes a photo of noise with spectrum f^-1.2. As a JPEG it is about as large as a photo of COCO."""
     rng = np.random.default_rng(number)
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     falloff = np.maximum(np.hypot(fy, fx), 1 / width) ** -1.2
@@ -65,7 +65,7 @@ def caption(rng: random.Random, sentences: int) -> str:
 
 
 def make_data(folder: Path, count: int) -> ShardIndex:
-    """Writes `count` photos to `folder`/originals, and builds shards of them with --resize 256."""
+    """Writes `count` photos to `folder`/originals, builds shards from them with --resize 256 and opens these."""
     rng = random.Random(0)
     (folder / "originals").mkdir()
     with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
@@ -90,7 +90,7 @@ def plain_image(path: Path, rng: random.Random) -> torch.Tensor:
     height, width = int(pixels.shape[0] * ratio), int(pixels.shape[1] * ratio)
     top, left = rng.randint(0, pixels.shape[0] - height), rng.randint(0, pixels.shape[1] - width)
     crop = torch.from_numpy(pixels[top : top + height, left : left + width])
-    # Resizes like OpenCV: bilinear, without antialiasing, on floats. torch has the fastest version available.
+    # OpenCV's method: bilinear, without antialiasing, on floats. Of the implementations torch's is the fastest.
     resized = torch.nn.functional.interpolate(
         crop.permute(2, 0, 1)[None], size=(SIZE, SIZE), mode="bilinear", align_corners=False
     )
@@ -122,7 +122,7 @@ def plain_caption(
 def side_by_side(
     plain: Callable[[], object], ours: Callable[[], object], items: int, rounds: int
 ) -> tuple[float, float]:
-    """Returns each function's best rate, in items per CPU second. They take turns, as speeds vary."""
+    """Runs both functions in turn for `rounds` rounds. Returns the best rate of each, in items per CPU second."""
     best = [0.0, 0.0]
     for _ in range(rounds):
         for which, work in enumerate((plain, ours)):
@@ -133,7 +133,7 @@ def side_by_side(
 
 
 def bench_images(originals: Path, index: ShardIndex, rounds: int) -> tuple[float, float]:
-    """Measures loading of images, from file to array. Returns (plain, ours) in images/s."""
+    """Measures how fast images are loaded, from file to array. Returns (plain, ours) in images/s."""
     paths = sorted(originals.iterdir())
     rng, reader = random.Random(0), ShardReader(index)
 
@@ -148,7 +148,7 @@ def bench_images(originals: Path, index: ShardIndex, rounds: int) -> tuple[float
 def bench_captions(
     tokenizer: PreTrainedTokenizerFast, sentences: int, count: int, rounds: int
 ) -> tuple[float, float]:
-    """Measures augmentation of captions, ours in batches of 128. Returns (plain, ours) in captions/s."""
+    """Measures how fast captions are augmented; our way in batches of 128. Returns (plain, ours) in captions/s."""
     rng = random.Random(0)
     texts = [caption(rng, sentences) for _ in range(count)]
     vocabulary, pipeline = list(tokenizer.get_vocab()), TextPipeline(tokenizer, 256)
@@ -164,7 +164,7 @@ def bench_captions(
 
 
 def bench_gpo(shape: Shape, rounds: int) -> tuple[float, float]:
-    """Measures forward and backward of GPO pooling. Returns (the published layer, our layer) in samples/s."""
+    """Measures GPO forward and backward. Returns (the published layer's, our layer's) rate in samples/s."""
     case, layer = CASES["gpo"], GPO()
     inputs = case.make(shape, torch.float32, "cpu", 0)
     features, mask = inputs.tensors["features"], inputs.tensors["mask"]

@@ -1,7 +1,7 @@
 """Builds each kernel with each of its tiles, widths, types and architectures.
 
-Building happens in worker processes without TRITON_INTERPRET, which triton reads when it is first imported. So this
-module imports triton and the kernels inside its functions.
+Kernels are built in worker processes without TRITON_INTERPRET. Triton reads this variable when it is first imported,
+so this module imports triton and the kernels inside its functions.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = (80, 90, 100)
 HALF = ("bf16", "fp16")
-# Tensor-core instructions of the three generations, as PTX names them.
+# Matches the tensor-core instructions in PTX code, one name for each generation of GPUs.
 TENSOR_CORE = re.compile(r"^\s*(?:@%?!?\w+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 REGISTERS = re.compile(r"Used (\d+) registers")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -30,7 +30,7 @@ SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One kernel to build: with a tile, for a width D, a type of the embeddings and an architecture."""
+    """One kernel to build: its tile, the width D and the type of the embeddings, and the GPU architecture."""
 
     kernel: str
     tile: "Tile"
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Its name in `results/compile.json`."""
+        """The key of this build in `results/compile.json`."""
         return f"{self.kernel}/sm_{self.arch}/{self.width}/{self.dtype}/{self.tile}"
 
     @property
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Registers per thread, bytes of spill stores, of spill loads and of shared memory; tensor-core instructions."""
+    """Numbers of registers per thread and of tensor-core instructions; bytes of spills and of shared memory."""
 
     registers: int
     spill_stores: int
@@ -63,7 +63,7 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A finished job: its figures, or an error."""
+    """The result of a job: figures, or an error message if the kernel does not compile."""
 
     job: Job
     figures: Figures | None = None
@@ -71,7 +71,7 @@ class Built:
 
 
 def all_jobs(specs: Iterable["KernelSpec"], tuned: dict[str, "Tile"]) -> list[Job]:
-    """Every kernel with its default tiles and those in the table `tuned`; once, if several build the same code."""
+    """Returns the jobs for all kernels with default and `tuned` tiles, without jobs that build equal code."""
     from d2s.kernels.fused.tiles import default_tile, entry
 
     by_build: dict[tuple, Job] = {}
@@ -89,9 +89,9 @@ def all_jobs(specs: Iterable["KernelSpec"], tuned: dict[str, "Tile"]) -> list[Jo
 
 
 def source(spec: "KernelSpec", job: Job) -> object:
-    """The kernel with its argument types, constants and alignments, as triton's compiler takes it.
+    """Returns triton's ASTSource for a job: the kernel with argument types, constants and alignments.
 
-    Raises ValueError if the spec lacks an argument of the kernel or has one that the kernel lacks.
+    Raises ValueError if `spec` and the kernel do not have the same arguments.
     """
     from triton.compiler import ASTSource
 
@@ -112,10 +112,10 @@ def source(spec: "KernelSpec", job: Job) -> object:
 
 
 def compile_kernel(source: object, arch: int, options: dict[str, int]) -> Figures:
-    """Compiles triton's ASTSource for an architecture, e.g. 90. Does not work with TRITON_INTERPRET set.
+    """Compiles triton's ASTSource for an architecture (90 is sm_90). TRITON_INTERPRET must not be set.
 
-    Bypasses triton's cache, which does not keep the assembler's report. Raises what the compiler raises, and
-    ValueError if the report lacks registers or spills.
+    Does not use triton's cache, because the assembler's report is not kept there. Raises ValueError if the report
+    lacks registers or spills, and any exception if the compiler fails.
     """
     import triton
     from triton import knobs
@@ -140,21 +140,21 @@ def compile_kernel(source: object, arch: int, options: dict[str, int]) -> Figure
 
 
 def build(job: Job) -> Built:
-    """Compiles one job; call it in a worker process."""
+    """Compiles one job. Must run in a worker process without TRITON_INTERPRET."""
     from d2s.kernels.fused import ALL_SPECS
 
     try:
         spec = next(spec for spec in ALL_SPECS if spec.name == job.kernel)
         options = spec.launch_options(job.tile, job.width, job.half)
         return Built(job=job, figures=compile_kernel(source(spec, job), job.arch, options))
-    # The compiler can raise anything; one failing kernel must not hide the results of the others.
+    # The compiler can raise any exception; the other kernels must be built all the same.
     except Exception as error:  # noqa: BLE001
         lines = str(error).strip().splitlines() or [""]
         return Built(job=job, error=f"{type(error).__name__}: {lines[-1].strip()}")
 
 
 def build_all(jobs: Sequence[Job], processes: int) -> Iterator[Built]:
-    """Yields the results in the order of the jobs, each as soon as it is there.
+    """Builds the jobs in parallel and yields the results in the order of `jobs`, each as soon as possible.
 
     Raises ValueError if the compiler crashes.
     """

@@ -1,9 +1,9 @@
-"""`python -m d2s.kernels.compile`: compiles every Triton kernel for GPUs that need not be here.
+"""`python -m d2s.kernels.compile`: compiles every Triton kernel for all supported GPUs, on a machine without them.
 
-Prints a row for every kernel, architecture, width, type and tile (the default, and a tuned one marked *): registers,
-spills, shared memory and tensor-core instructions. Fails, naming each fault, if a kernel does not compile,
-needs more shared memory than the GPU has, spills more than its committed figures (`results/compile.json`, written
-by `--write`), or multiplies 16-bit matrices without tensor cores.
+Prints a row for every kernel, architecture, width, type and tile (* marks a tuned tile) with registers, spills,
+shared memory and tensor-core instructions. Fails, and names each fault, if a kernel does not compile, needs more
+shared memory than the GPU has, multiplies 16-bit matrices without tensor cores, or spills more than the committed
+figures allow. The committed figures are in `results/compile.json`, which `--write` replaces.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from d2s.kernels.builds import Built, all_jobs, build_all
 
 # The committed figures of all builds.
 PATH = Path(__file__).resolve().parent / "results" / "compile.json"
-# Shared memory that a block can have, in KiB, by architecture.
+# Largest shared memory of a thread block in KiB, by architecture.
 SHARED_KIB = {80: 163, 90: 227, 100: 227}
 
 Committed = dict[str, dict[str, int]]
@@ -29,9 +29,9 @@ HEADER = f"{'build':61} {'regs':>4} {'spill st/ld':>11} {'shared':>9} {'tensor':
 
 
 def read_figures() -> Committed | None:
-    """The committed figures by `Job.key`; None if another version of triton made them, as it allocates differently.
+    """Returns the committed figures by `Job.key`, or None if they were made with another version of triton.
 
-    Raises ValueError naming the file if it is damaged.
+    Versions allocate registers differently. Raises ValueError, with the file's name, if the file is damaged.
     """
     import triton
 
@@ -46,7 +46,7 @@ def read_figures() -> Committed | None:
 
 
 def write_figures(results: Iterable[Built]) -> None:
-    """Replaces the committed figures by those of a complete run, one build a line."""
+    """Replaces the committed figures by those of a complete run. Writes one line for each build."""
     import triton
 
     figures = {built.job.key: asdict(built.figures) for built in results if built.figures}
@@ -56,9 +56,10 @@ def write_figures(results: Iterable[Built]) -> None:
 
 
 def faults(built: Built, committed: Committed | None, dots: bool) -> list[str]:
-    """What is wrong with a build, one message each. dots: the kernel multiplies matrices.
+    """Returns a message for each fault of a build. dots: whether the kernel multiplies matrices.
 
-    committed: a build may spill as much as its committed figures, and nothing without any; None allows all spills.
+    committed: largest spills that are allowed, by `Job.key`; a build without an entry may not spill. With None all
+        spills are allowed.
     """
     job, figures = built.job, built.figures
     if figures is None:
@@ -78,7 +79,7 @@ def faults(built: Built, committed: Committed | None, dots: bool) -> list[str]:
 
 
 def line(built: Built) -> str:
-    """One row of the table; * marks a tuned tile."""
+    """Returns the row of the table for one build; * marks a tuned tile."""
     start, f = f"{built.job.key}{' *' if built.job.tuned else ''}", built.figures
     if f is None:
         return f"{start:61} does not compile"
@@ -87,7 +88,7 @@ def line(built: Built) -> str:
 
 
 def _compile(arguments: argparse.Namespace) -> list[str]:
-    """Builds, prints a row for each build and returns the faults."""
+    """Builds the kernels and prints a row for each build. Returns the messages of all faults."""
     try:
         from d2s.kernels.fused import ALL_SPECS
     except ImportError as error:
@@ -98,11 +99,11 @@ def _compile(arguments: argparse.Namespace) -> list[str]:
     wanted = arguments.kernel or list(specs)
     if unknown := [name for name in wanted if name not in specs]:
         raise ValueError(f"no kernel {', '.join(unknown)}; there are {', '.join(specs)}")
-    # A kernel without committed figures is not compared, so the file must hold all of them.
+    # --write replaces the whole file, so it would lose the figures of kernels that were not built.
     if arguments.write and arguments.kernel:
         raise ValueError("--write needs all kernels")
     jobs = all_jobs([specs[name] for name in wanted], tuned_tiles())
-    # Figures that are about to be replaced may be damaged.
+    # With --write the old figures are not read: the file may be damaged.
     committed = None if arguments.write else read_figures()
     if committed is None and not arguments.write:
         print(f"compile: {PATH.name} is of another triton: spills are no faults", file=sys.stderr)
@@ -125,7 +126,7 @@ def _compile(arguments: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 if a build has a fault, 2 if the command or a table is wrong, 130 if interrupted."""
+    """Runs the command. Returns 0, 1 if a build has a fault, 2 for a user's mistake, or 130 if interrupted."""
     parser = Parser(prog="python -m d2s.kernels.compile", description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
     parser.add_argument("--jobs", type=positive, default=min(2, os.cpu_count() or 1), help="processes")

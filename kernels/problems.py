@@ -1,4 +1,4 @@
-"""For every op: inputs of a given size, and how the op is run on them. The benchmarks and the tuner share these."""
+"""Makes inputs of a given size for every op, and runs the op on them. The benchmarks and the tuner use this file."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from d2s.kernels.gru import position_gru
 MARGIN = 0.2
 SCALE, BIAS = 1 / 0.07, -10.0
 TEMPERATURE = 0.1
-# Width of GPO's position codes.
+# Width of a position code of GPO.
 CODE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """n pairs of embeddings of a width, or for GPO n samples of `tokens` features."""
+    """The size of a problem: n pairs of embeddings or, for GPO, n samples of `tokens` features; all of `width`."""
 
     n: int
     width: int
@@ -32,7 +32,10 @@ class Shape:
 
 @dataclass(kw_only=True, eq=False)
 class Inputs:
-    """One set of inputs: tensors by name, those that get a gradient, and the gradient of the result (default 1)."""
+    """Inputs of an op. leaves: the tensors that get a gradient. net: the module that computes GPO's weights.
+
+    upstream: the gradient with respect to the op's result; None stands for 1.
+    """
 
     tensors: dict[str, Tensor]
     leaves: list[Tensor]
@@ -43,11 +46,11 @@ class Inputs:
         return self.tensors[name]
 
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Returns the bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def gradients(self, value: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of an op's result with respect to the leaves; none for an op without gradients."""
+        """Returns the gradients of the op's result `value` with respect to the leaves; () if there are no leaves."""
         return torch.autograd.grad(value, self.leaves, self.upstream) if self.leaves else ()
 
 
@@ -56,19 +59,19 @@ Run = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """make(shape, dtype, device, seed) gives inputs of an op; ours runs it."""
+    """An op of ours. make(shape, dtype, device, seed) returns inputs; ours(inputs) runs our op on these."""
 
     make: Callable[[Shape, torch.dtype, str, int], Inputs]
     ours: Run
 
 
 def one_line(error: Exception) -> str:
-    """An exception in one line, for a variant or a tile that fails."""
+    """Returns the type and the message of an exception as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class GpoWeights(nn.Module):
-    """GPO's weights (n, K) from position codes (n, K, 32) by the paper's bidirectional GRU."""
+    """Computes GPO's weights, of shape (n, K), from position codes, of shape (n, K, 32), by the paper's GRU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,13 +79,13 @@ class GpoWeights(nn.Module):
         self.linear = nn.Linear(CODE, 1, bias=False)
 
     def forward(self, code: Tensor, packed: bool = False) -> Tensor:
-        """packed: runs the GRU over packed sequences, as the published layer does."""
+        """Returns the weights. packed: run the GRU over packed sequences, as the published layer does."""
         hidden = self._run_packed(code) if packed else self.gru(code)[0]
         mean = (hidden[..., :CODE] + hidden[..., CODE:]) / 2
         return torch.softmax(self.linear(mean).squeeze(2) / TEMPERATURE, dim=1)
 
     def once(self, code: Tensor) -> Tensor:
-        """The weights (K,) that all samples of full length share, from one code (K, 32), as our model has them."""
+        """Returns the weights, shape (K,), of samples with K tokens, from one code, shape (K, 32)."""
         every = [1] * code.shape[0]
         weights = [value for _, value in self.gru.named_parameters()]
         ahead = position_gru(code, every, *weights[:4])
@@ -98,7 +101,7 @@ class GpoWeights(nn.Module):
 def _sides(
     shape: Shape, dtype: torch.dtype, device: str, seed: int, more_leaves: Sequence[str] = ()
 ) -> Inputs:
-    """Embeddings of a half-trained model: positives at 0.5, and one image in 16 has two captions."""
+    """Makes embeddings like a half-trained model's: positives have cosine 0.5, one image in 16 has two captions."""
     g = torch.Generator(device=device).manual_seed(seed)
     n = shape.n
     image = normalize(torch.randn(n, shape.width, generator=g, device=device), dim=1)

@@ -1,7 +1,7 @@
-"""`python -m d2s.kernels.results`: the tables and plots of `kernels/README.md`, from the CSV files in `results/`.
+"""`python -m d2s.kernels.results`: makes tables and plots of `kernels/README.md` from the CSV files in `results/`.
 
-Of repeated measurements the last one counts. `--check` writes nothing and fails if README or plots are out of date.
-Without matplotlib it leaves the plots alone.
+If a measurement was repeated, the last row counts. With `--check` the command writes nothing, and fails if the README
+or a plot is out of date. Without matplotlib the plots are neither written nor checked.
 """
 
 import io
@@ -22,13 +22,13 @@ from d2s.kernels.problems import Shape
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results: generated, see above -->", "<!-- end of results -->"
-# The cases that are measured over N.
+# The cases that are measured at several N.
 SWEEPS = tuple(name for name, case in CASES.items() if case.flops[0])
-# Of the plots: panels in a row, and matplotlib's settings. Text stays text, and equal data give equal bytes.
+# Panels in a row of a plot, and matplotlib's settings: text is stored as text; equal data give equal files.
 COLUMNS = 3
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "d2s", "font.size": 8, "lines.markersize": 3}
 
-# Points (x, y), all above 0, by the name of their line.
+# Maps the name of each line to its points (x, y), which are all above 0.
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 
@@ -39,7 +39,7 @@ def _number(value: float | None) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """A line for every op, type and size: forward and backward, ours against the other variants."""
+    """Returns the lines of a Markdown table: times of forward and backward by op, type and size."""
     groups: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row.mode == "full":
@@ -63,7 +63,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def section(devices: dict[str, list[Row]]) -> str:
-    """The README's text between the two markers."""
+    """Returns the text that belongs between the two markers in the README. devices: rows by device."""
     parts: list[str] = []
     for device, rows in devices.items():
         last = rows[-1]
@@ -81,12 +81,12 @@ def section(devices: dict[str, list[Row]]) -> str:
 
 
 def plot_name(device: str, what: str) -> str:
-    """The file name of a plot; what: time or memory."""
+    """Returns the file name of a plot. what: "time" or "memory"."""
     return f"{file_of(Path(), device).stem}-{what}.svg"
 
 
 def panels(rows: Sequence[Row], what: str) -> dict[str, Lines]:
-    """One panel per op and type: time or memory over N, a line per variant; for time also the floor."""
+    """Returns the lines of each panel by its heading, with a panel for each op and type. what: time or memory."""
     found = {}
     for case, dtype in product(SWEEPS, dict.fromkeys(row.dtype for row in rows)):
         lines: dict[str, list[tuple[float, float]]] = {}
@@ -107,7 +107,7 @@ def panels(rows: Sequence[Row], what: str) -> dict[str, Lines]:
 
 
 def figure(title: str, panels: Mapping[str, Lines]) -> str:
-    """SVG text by matplotlib, over logarithmic axes: the panels by their titles, three a row, with one legend.
+    """Draws the panels with matplotlib, three in a row, with logarithmic axes and one legend. Returns SVG text.
 
     A line has the same colour in all panels. The line "floor" is dashed and black.
     """
@@ -134,7 +134,7 @@ def figure(title: str, panels: Mapping[str, Lines]) -> str:
 
 
 def plots(devices: dict[str, list[Row]]) -> dict[str, str]:
-    """SVG text by file name."""
+    """Returns the SVG text of each plot by file name. devices: rows by device."""
     return {
         plot_name(device, what): figure(f"{device}: {what} of forward + backward in {unit}, by N", found)
         for device, rows in devices.items()
@@ -144,7 +144,7 @@ def plots(devices: dict[str, list[Row]]) -> dict[str, str]:
 
 
 def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
-    """The README with new text between its markers. Raises ValueError unless it has each marker once, in order."""
+    """Returns the README with new text between its markers. Raises ValueError if the markers are wrong."""
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{path}: must have the line {BEGIN} once and below it the line {END} once")
@@ -153,7 +153,7 @@ def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
 
 
 def update(folder: Path, readme: Path, check: bool) -> list[Path]:
-    """Writes the README and the plots that are out of date, or with check only returns their paths."""
+    """Writes the files that are out of date; with `check` only finds them. Returns the paths of these files."""
     devices = by_device(folder)
     files = {readme: new_readme(readme, devices)}
     if find_spec("matplotlib"):
@@ -172,7 +172,7 @@ def update(folder: Path, readme: Path, check: bool) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 with --check if something is out of date, 2 if a file cannot be used."""
+    """Runs the command. Returns 0, 1 with --check if a file is out of date, or 2 for a user's mistake."""
     parser = Parser(prog="python -m d2s.kernels.results", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     parser.add_argument("--folder", type=user_path, default=RESULTS, help="where the CSV files and plots are")

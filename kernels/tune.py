@@ -1,9 +1,9 @@
 """`python -m d2s.kernels.tune`: times candidate tiles on this machine's GPU and writes the table `fused/tiles.json`.
 
-It tunes one kernel at a time, for each bucket of D and type size. Candidates are the default tiles of all
-architectures, and this one's default with one field halved, doubled or, for stages, changed by one. A candidate is
-taken if the ops that launch the kernel get more than NOISE faster with it and give the same results as with the
-default tiles. The table is written after each kernel, so a run that is stopped keeps what it found.
+Tunes one kernel at a time, for each width D and each size of numbers. Candidates are the default tiles of all
+architectures, and the default tile of this GPU with one field halved, doubled or (stages) changed by one. A candidate
+is chosen if the ops that launch the kernel get more than NOISE faster, and their results equal those with default
+tiles up to rounding. The table is written after each kernel, so an interrupted run keeps its results.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from d2s.kernels.problems import PROBLEMS, Shape, one_line
 if TYPE_CHECKING:
     from d2s.kernels.fused.spec import KernelSpec
 
-# The ops that launch each kernel. hinge_few is left out: it serves small batches only.
+# The ops that launch each kernel. The kernel hinge_few is not tuned, because only small batches use it.
 OPS = {
     "hinge_max_sweep": ("hinge_max",),
     "hinge_gather": ("hinge_max",),
@@ -43,27 +43,27 @@ OPS = {
     "gpo_forward": ("gpo",),
     "ranks_count": ("ranks",),
 }
-# One of these computes the positives and the others the negatives; both must round alike, because a negative equal
-# to its positive violates a margin of 0 by exactly 0. So they keep their depth, rows and warps: the depth sets the
-# order of sums, and with the other two Triton chooses the matrix unit.
+# `positives` computes positive similarities and the other two negative ones. All must round alike: a negative that
+# equals its positive violates a margin of 0 by exactly 0. So depth, rows and warps stay as they are. The depth sets
+# the order of sums; rows and warps determine which matrix unit Triton uses.
 SAME_SUMS = ("positives", "info_nce_pairs", "hinge_sum_pairs")
-# The most important widths come first, as a run may end early.
+# Values of D. The most important come first, because a run may be stopped early.
 WIDTHS = (512, 256, 1152, 128, 64)
-# GPO's table goes by tokens instead of D: the numbers of tokens in use.
+# GPO is tuned for numbers of tokens instead of D. Maps a width to the number of tokens that takes its place.
 TOKENS = {64: 50, 1152: 577}
 BOUNDS = {"rows": (16, 1024), "columns": (16, 256), "depth": (16, 512), "warps": (1, 16), "stages": (1, 5)}
 NOISE = 0.02
-# Rows for timing embeddings of 16 bits and float32: they keep the device busy and not the host.
+# Rows for timing, by whether embeddings have 16 bits: enough that the GPU and not the host limits the speed.
 ROWS = {True: 32768, False: 8192}
-# Rows for comparing results: not a multiple of any tile.
+# Rows for comparing results: not a multiple of any tile's size.
 CHECKED_ROWS = 1100
-# Largest relative difference (in norm) to the results with default tiles: finds broken kernels, allows rounding.
+# Largest relative difference (in norm) from the results with default tiles. Rounding errors are smaller.
 TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One kernel to tune, for a width D (GPO: tokens) and embeddings of 16 or 32 bits."""
+    """One kernel to tune. width: D or, for GPO, number of tokens. half: whether embeddings have 16 bits."""
 
     spec: "KernelSpec"
     width: int
@@ -80,11 +80,11 @@ class Task:
 
     @property
     def default(self) -> Tile:
-        """The tile that is used without an entry in the table."""
+        """The tile that is used if the table has no entry."""
         return default_tile(self.spec.name, self.width, self.half, self.capability)
 
     def candidates(self) -> list[Tile]:
-        """The default tile and the others to try; only one of several tiles that build the same code."""
+        """Returns the tiles to try, first the default. Of several tiles that build the same code, one is returned."""
         name, found = self.spec.name, [self.default]
         if name not in SAME_SUMS:
             found += [default_tile(name, self.width, self.half, other) for other in LARGE]
@@ -101,7 +101,7 @@ class Task:
 
 
 def tasks(kernels: Sequence[str], widths: Sequence[int], capability: tuple[int, int]) -> list[Task]:
-    """Everything to tune, in order."""
+    """Returns the tasks for all given kernels, widths and type sizes, in the order of tuning."""
     from d2s.kernels.fused import ALL_SPECS
 
     specs, found = {spec.name: spec for spec in ALL_SPECS}, []
@@ -112,9 +112,9 @@ def tasks(kernels: Sequence[str], widths: Sequence[int], capability: tuple[int, 
 
 
 def make_step(op: str, width: int, dtype: torch.dtype, device: str, rows: int) -> Callable[[], list[Tensor]]:
-    """A function that runs forward and backward of an op and returns its value and gradients.
+    """Returns a function that runs an op forward and backward and returns [value, *gradients].
 
-    GPO's weights are inputs here, because the GRU that makes them takes longer than the kernels.
+    For GPO the weights are inputs, because the GRU that computes them takes longer than the kernels.
     """
     make, ours = PROBLEMS[op].make, PROBLEMS[op].ours
     if op != "gpo":
@@ -128,7 +128,7 @@ def make_step(op: str, width: int, dtype: torch.dtype, device: str, rows: int) -
 
 
 class Trial:
-    """Times and checks the ops that launch one kernel, with the tiles that the table holds at that moment."""
+    """Times and checks the ops that launch one kernel. Each call uses the tiles in the table at that time."""
 
     def __init__(self, task: Task, device: str = "cuda") -> None:
         ops, dtypes = OPS[task.spec.name], [torch.bfloat16, torch.float16] if task.half else [torch.float32]
@@ -140,25 +140,25 @@ class Trial:
             self.expected = self.results()
 
     def results(self) -> list[Tensor]:
-        """Values and gradients of the small problems, in float64 on the CPU."""
+        """Returns values and gradients of the ops on CHECKED_ROWS rows, as float64 on the CPU."""
         return [x.detach().double().cpu() for step in self.checked for x in step()]
 
     def check_results(self) -> None:
-        """Raises ValueError if the results are not within TOLERANCE of those with default tiles."""
+        """Raises ValueError if the results differ by more than TOLERANCE from those with default tiles."""
         for ours, expected in zip(self.results(), self.expected, strict=True):
-            # False for NaN.
+            # With `not`, NaN is an error, too.
             if not (ours - expected).norm() <= TOLERANCE * expected.norm():
                 raise ValueError("its results differ from those with the default tiles")
 
     def milliseconds(self) -> float:
-        """The sum of the ops' median times, forward and backward."""
+        """Returns the sum of the ops' median times for forward and backward, in milliseconds."""
         from triton.testing import do_bench
 
         return sum(do_bench(step, return_mode="median") for step in self.timed)
 
 
 def tune(task: Task) -> None:
-    """Puts the fastest tile of one kernel into the table; the default tile needs no entry."""
+    """Finds the fastest tile for one task, and puts it into the table unless it is the default tile."""
     table = tuned_tiles()
     start = table.get(task.entry, task.default)
     times: dict[Tile, float] = {}
@@ -172,12 +172,12 @@ def tune(task: Task) -> None:
             if spent < (1 - NOISE) * min(times.values(), default=math.inf):
                 trial.check_results()
                 times[tile] = spent
-        # A launch can fail in any way; then the tile is no candidate.
+        # A launch can raise any exception; then the tile is left out.
         except Exception as error:  # noqa: BLE001
             failure = one_line(error)
         if failure:
             print(f"  {task}: {tile} is left out: {failure}", flush=True)
-            # Here and not in the handler, which keeps the tensors. Raises if the device does not answer any more.
+            # Not inside the handler, which keeps the tensors alive. Raises if the device is no longer usable.
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
     best = min(times, key=times.get, default=start)
@@ -188,7 +188,7 @@ def tune(task: Task) -> None:
 
 
 def tune_all(todo: list[Task], minutes: float, out: Path) -> None:
-    """Tunes kernel after kernel until the minutes are over. Writes the table after each."""
+    """Tunes task after task, and writes the table to `out` after each. Starts no task after `minutes` minutes."""
     begun, written = time.monotonic(), 0
     try:
         for task in todo:
@@ -220,7 +220,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 if the device broke down, 2 without a device or for a wrong command, 130 if interrupted."""
+    """Returns 0, 1 if the GPU failed, 2 without a GPU or for a user's mistake, or 130 if interrupted."""
     parser = Parser(prog="python -m d2s.kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", choices=OPS, action="append", help="only this kernel; may be repeated")
     parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="only this D; likewise")

@@ -1,1 +1,1 @@
-"""The commands on a SLURM cluster: `d2s.launchers`. README.md in this folder says which file does what."""
+"""Commands that run D2S on a SLURM cluster. README.md in this folder describes each file."""

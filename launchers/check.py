@@ -1,9 +1,9 @@
-"""The pre-flight of an allocation: `python -m d2s.launchers.check --data DIR --run DIR`.
+"""Checks a SLURM allocation before a training: `python -m d2s.launchers.check --data DIR --run DIR`.
 
-Call it in a shell of salloc or in a batch script. It starts one process per rank through srun, collects what each
-sees, and names in one line each what would make a training fail: nodes that cannot read the data or write the run,
-versions that differ, a taken port, ranks that do not meet, clocks apart, missing GPUs, a full disk. Exit code 0
-without faults, 1 with faults, 2 if the check could not run.
+Call it in a shell of salloc or in a batch script. It starts a process for each rank through srun, collects the
+reports of all ranks, and prints a line for each fault that would make a training fail: nodes that cannot read the
+data or write the run folder, versions that differ, a port in use, ranks that cannot connect, clocks that differ,
+missing GPUs, a full disk. The exit code is 0 without faults, 1 with faults, or 2 if the check could not run.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from d2s.common.command import Parser, run, user_path
 from d2s.launchers.check_rank import MARK, PORT, report_rank, token_folder
 
 CLOCKS_APART = 1.0
-"""Seconds by which the nodes' clocks may differ."""
+"""Largest difference in seconds that is allowed between the nodes' clocks."""
 Reports = dict[int, dict[str, Any]]
-"""By rank, everything that `check_rank.report` printed. Keys are missing if a rank hung or died on the way."""
-# job.sh sets up the same environment as for a training.
+"""Maps each rank to the values that it printed by `check_rank.report`; some are missing if the rank hung or died."""
+# Sources job.sh, so that ranks have the same environment as in a training.
 SCRIPT = """
 source launchers/job.sh >/dev/null
 exec srun --unbuffered --overlap ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \\
@@ -34,7 +34,7 @@ exec srun --unbuffered --overlap ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_
 
 
 def parse_reports(output: str) -> Reports:
-    """The report of each rank, from the mixed output of all."""
+    """Parses the mixed output of all ranks into a report for each rank."""
     reports: Reports = {}
     for line in output.splitlines():
         _, mark, text = line.partition(MARK)
@@ -48,9 +48,9 @@ def parse_reports(output: str) -> Reports:
 
 
 def find_faults(reports: Reports, world: int, *, min_free: float) -> list[str]:
-    """One line for each fault that would make a run on `world` ranks fail.
+    """Returns a line for each fault that would make a run on `world` ranks fail.
 
-    min_free: GB that must be free for the run.
+    min_free: disk space in GB that the run needs.
     """
     found: list[str] = []
     silent = sorted(set(range(world)) - set(reports))
@@ -78,7 +78,7 @@ def find_faults(reports: Reports, world: int, *, min_free: float) -> list[str]:
 
 
 def _complaints(reports: Reports) -> list[str]:
-    """One line for each different entry of the ranks' `faults`, with the nodes that have it."""
+    """Returns a line for each different entry in the ranks' `faults`, with the nodes that reported it."""
     ranks: dict[str, list[int]] = {}
     for rank, report in sorted(reports.items()):
         for what, details in report["faults"].items():
@@ -88,7 +88,7 @@ def _complaints(reports: Reports) -> list[str]:
 
 
 def _differences(reports: Reports) -> list[str]:
-    """One line for each entry of `same` that differs from the most common one; rank 0's wins a tie."""
+    """Returns a line for each value in `same` that differs from the most common value; a tie goes to rank 0's."""
     lines = []
     for what in dict.fromkeys(name for report in reports.values() for name in report["same"]):
         values = {rank: report["same"].get(what) for rank, report in sorted(reports.items())}
@@ -100,9 +100,9 @@ def _differences(reports: Reports) -> list[str]:
 
 
 def _shared_gpus(reports: Reports) -> list[str]:
-    """One line for each node that has fewer GPUs than ranks; each rank needs its own."""
+    """Returns a line for each node that has fewer GPUs than ranks, because each rank needs its own GPU."""
     ranks = Counter(report["node"] for report in reports.values())
-    # Counted by unique name, since ranks may all see the same GPUs or only one each.
+    # Count different names, because each rank may see all GPUs of the node or only its own.
     gpus: dict[str, set[str]] = {}
     for report in reports.values():
         gpus.setdefault(report["node"], set()).update(report.get("gpus", ()))
@@ -115,7 +115,7 @@ def _shared_gpus(reports: Reports) -> list[str]:
 
 
 def _on(reports: Reports, ranks: Iterable[int]) -> str:
-    """The nodes of these ranks: "node a" or "nodes a, b"."""
+    """Returns the names of the nodes that `ranks` run on, as "node a" or "nodes a, b"."""
     names = sorted({reports[rank]["node"] for rank in ranks})
     return f"node{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
@@ -125,7 +125,7 @@ def _list(ranks: list[int]) -> str:
 
 
 def summary(reports: Reports) -> list[str]:
-    """A line each on ranks, GPUs, network and disk."""
+    """Returns lines on the ranks, the GPUs, the network and the disk."""
     nodes = Counter(report["node"] for report in reports.values())
     per_node = ", ".join(f"{name}: {count}" for name, count in sorted(nodes.items()))
     gpus = sorted({str(len(report["gpus"])) for report in reports.values() if "gpus" in report})
@@ -140,7 +140,7 @@ def summary(reports: Reports) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace, options: list[str]) -> list[str]:
-    """Runs the check and prints its result. Returns the faults. Raises ValueError if it could not run."""
+    """Runs the check and prints the result. Returns the faults. Raises ValueError if the check cannot run."""
     if "SLURM_JOB_ID" not in os.environ:
         raise ValueError("no allocation: call it in a shell of salloc, or in a batch script")
     if not Path("launchers/job.sh").is_file():
@@ -148,7 +148,7 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> list[str]:
     world = int(os.environ.get("SLURM_NTASKS") or os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     start = time.monotonic()
     try:
-        # TERM makes srun end its tasks.
+        # After the limit, timeout sends TERM, on which srun ends its tasks.
         command = ["timeout", "--foreground", str(arguments.limit), "bash", "-c", SCRIPT, "check", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
@@ -168,7 +168,7 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the check, or with the hidden option --rank one rank of it. Returns its exit code."""
+    """Runs the check or, with the hidden option --rank, one rank of the check. Returns the exit code."""
     parser = Parser(
         prog="python -m d2s.launchers.check",
         description="Look for what would make a training fail on the allocation that this is called in.",

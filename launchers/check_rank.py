@@ -1,4 +1,4 @@
-"""One rank of `d2s.launchers.check`: prints what it sees on its node as lines of JSON."""
+"""Runs the checks of `d2s.launchers.check` on one rank, and prints the results as lines of JSON."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = "d2s-check "
-"""Beginning of a line of results; other lines of a rank's output come from libraries."""
+"""Marks the lines that hold results; libraries print lines of their own."""
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "webdataset", "pyarrow", "numpy", "d2s")
 PORT = "port of the rendezvous"
 READY, NO_PORT = "ready", "no port"
@@ -21,21 +21,21 @@ MESSAGE_BYTES = 1 << 26
 
 
 def report(**values: Any) -> None:
-    """Prints some of this rank's results. Flushed at once, since the next check may hang.
+    """Prints some results of this rank and flushes them at once, because the next check may hang.
 
-    `faults` maps what is wrong to the details; every entry of `same` must be equal on all ranks.
+    In `values`, "faults" maps the name of each possible fault to its details, "" if there is no fault. "same" holds
+    values that must be equal on all ranks.
     """
     print(f"\n{MARK}{json.dumps({'rank': int(os.environ['RANK']), **values})}", flush=True)
 
 
 def report_rank(data: Path | None, run: Path, patience: float, *, cpu: bool) -> None:
-    """Prints all of this rank's results: first what needs no other rank, then what does.
+    """Runs all checks on this rank and prints the results; the checks that involve other ranks come last.
 
-    patience: seconds to wait for other ranks.
-    cpu: the training needs no GPUs.
+    patience: seconds to wait for other ranks. cpu: whether the training runs without GPUs.
     """
     port = port_fault() if os.environ["RANK"] == "0" else ""
-    # Rank 0's token also says whether the others can meet it.
+    # Rank 0's token also tells the other ranks whether they can connect to rank 0.
     unwritable = write_token(run, NO_PORT if port else READY)
     same = {f"version of {name}": _version(name) for name in PACKAGES}
     report(
@@ -61,7 +61,7 @@ def _version(package: str) -> str:
 
 
 def check_data(data: Path) -> dict[str, dict[str, str]]:
-    """Reads the first and last sample of each split, and compares the data set's fingerprint between ranks."""
+    """Reads two samples of each split. Returns a fault or the data set's fingerprint, for `report`."""
     from d2s.shards.read.index import ShardIndex
     from d2s.shards.read.records import ShardReader
 
@@ -79,12 +79,12 @@ def check_data(data: Path) -> dict[str, dict[str, str]]:
 
 
 def token_folder(run: Path) -> Path:
-    """Where each rank writes one file, its token, to show that the run folder is shared."""
+    """Returns the folder of tokens. Each rank writes one file, its token, to test if the run folder is shared."""
     return run / f".check-{os.environ['SLURM_JOB_ID']}"
 
 
 def write_token(run: Path, text: str) -> str:
-    """Writes this rank's token. Returns why it could not, or ""."""
+    """Writes this rank's token. Returns the error message if that fails, else ""."""
     folder = token_folder(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def wait_for_tokens(run: Path, patience: float) -> list[int]:
     """Waits for the tokens of all ranks, up to `patience` seconds. Returns the ranks whose token is missing."""
     end = time.monotonic() + patience
     while True:
-        # Opened by name, because a network file system may list a folder from its cache.
+        # Open each file by name, because a network file system may list a folder from an old cache.
         world = int(os.environ["WORLD_SIZE"])
         unseen = [rank for rank in range(world) if not _read(token_folder(run) / str(rank))]
         if not unseen or time.monotonic() > end:
@@ -116,14 +116,14 @@ def _read(path: Path) -> str:
 
 
 def free_bytes(run: Path) -> int:
-    """Bytes free on the disk of the run folder, which may not exist yet."""
+    """Returns the free bytes on the disk of the run folder. The folder need not exist yet."""
     while not run.exists():
         run = run.parent
     return shutil.disk_usage(run).free
 
 
 def check_gpus() -> dict[str, Any]:
-    """The globally unique names of the CUDA devices that this rank sees; if none, why, as far as SLURM tells."""
+    """Returns the unique ids of the CUDA devices that this rank sees or, if there is none, a fault with a reason."""
     import torch
 
     names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
@@ -135,10 +135,10 @@ def check_gpus() -> dict[str, Any]:
 
 
 def port_fault() -> str:
-    """Why the rendezvous cannot listen at MASTER_PORT on this node, or ""."""
+    """Returns the reason why this node cannot listen at MASTER_PORT, or ""."""
     port = int(os.environ["MASTER_PORT"])
     try:
-        # Reuses the address, as torch's store does: a lingering connection is no obstacle.
+        # create_server reuses the address, as torch's store does, so closed connections are no obstacle.
         socket.create_server(("", port)).close()
     except OSError as error:
         reason = "taken" if error.errno == errno.EADDRINUSE else str(error.strerror)
@@ -147,7 +147,7 @@ def port_fault() -> str:
 
 
 def rendezvous(patience: float) -> None:
-    """Joins the process group and reports the clock and the bandwidth of an all-reduce, or the error."""
+    """Joins the process group. Reports the clock and the bandwidth of an all-reduce, or the error."""
     import torch
     import torch.distributed as dist
 
@@ -164,16 +164,16 @@ def rendezvous(patience: float) -> None:
         clock = time.time()
         message = torch.zeros(MESSAGE_BYTES // 4, device=device)
         seconds = []
-        for _ in range(4):  # the first one warms up
+        for _ in range(4):  # the first all-reduce is a warm-up
             start = time.perf_counter()
             dist.all_reduce(message)
-            dist.barrier()  # on a GPU it also waits for the all-reduce
+            dist.barrier()  # on a GPU the barrier also waits for the all-reduce
             seconds.append(time.perf_counter() - start)
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         text = " ".join(str(error).split())[:200] or type(error).__name__
         report(faults={"rendezvous failed": text}, met=False)
         return
-    # In a ring each rank sends and receives all bytes but its own 1/world, twice.
+    # In a ring all-reduce each rank sends (world - 1) / world of the bytes twice.
     rate = 2 * (world - 1) / world * MESSAGE_BYTES / min(seconds[1:]) if world > 1 else 0.0
     report(met=True, clock=clock, bytes_per_second=rate)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""From a step to jobs: what each job gets, submitit's executor for it, and what runs in every task."""
+"""Turns a pipeline step into jobs: their resources, submitit's executor, and the callable that every task runs."""
 
 import atexit
 import contextlib
@@ -18,15 +18,15 @@ from d2s.launchers.states import LOGS, requeue_file
 from d2s.launchers.stop import LEAD_SECONDS, SIGNAL
 from d2s.workers.preemption import leave_group
 
-# sbatch prefers these SBATCH_ variables to the options in a script, but every step asks for its own.
+# SBATCH_ variables to unset: they would override the options in the script, which every step sets itself.
 SET_BY_STEPS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "TIMELIMIT", "SIGNAL")
-# Far more than submitit's default: `checkpoint.max_stalled_restarts` ends a chain of restarts without progress.
+# Practically no limit: `checkpoint.max_stalled_restarts` stops a training that restarts without progress.
 MAX_RESTARTS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What each training job gets. Other jobs get one node and one task, and a GPU only if they use one."""
+    """The resources of a training job. Other jobs get one node and one task, and a GPU only if they use one."""
 
     cluster: Literal["slurm", "local"] = "slurm"
     nodes: int = 1
@@ -36,27 +36,27 @@ class Resources:
     cpus: int = 1
     """Cores per task."""
     minutes: int = 24 * 60
-    """Time limit."""
+    """Time limit of a job in minutes."""
     signal_seconds: int = LEAD_SECONDS
-    """Seconds before the time limit at which a job is asked to write a checkpoint."""
+    """Seconds between the signal to write a checkpoint and the time limit."""
 
 
 @dataclass
 class Step:
-    """One job or one job array. `commands` has one entry per job: the arguments of `d2s.launchers.task`."""
+    """A step of a pipeline or sweep: a job, or a job array with one job for each entry of `commands`."""
 
     name: str
     commands: list[list[str]]
     after: list[str] = field(default_factory=list)
     """Names of the steps that must succeed first."""
     wide: bool = False
-    """Gets all nodes, tasks and GPUs instead of one task."""
+    """Whether each job gets all nodes, tasks and GPUs of `Resources`, instead of one task."""
     gpu: bool = False
-    """Gets one GPU for its one task."""
+    """Whether a job with one task gets a GPU."""
     ids: list[str] = field(default_factory=list)
-    """Job numbers, once submitted."""
+    """Job numbers; empty before the step is submitted."""
     state: str = ""
-    """Last known state, where no scheduler keeps it."""
+    """Last known state of a local step, or "COMPLETED" for a step that `resume` must not run again."""
 
 
 class Command:
@@ -66,7 +66,7 @@ class Command:
         self.arguments = arguments
 
     def __call__(self) -> int:
-        """Runs the command. Raises RuntimeError, which marks the job as failed, if it did not succeed."""
+        """Runs the command. Raises RuntimeError if the command fails, so that submitit marks the job as failed."""
         local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
         if local:
             file = requeue_file(Path(os.environ["SUBMITIT_FOLDER"]), os.environ["SUBMITIT_LOCAL_JOB_ID"])
@@ -76,21 +76,21 @@ class Command:
         status = task.run_command(self.arguments)
         if status.requeue:
             task.request_requeue()
-            # Leaves no result: the job is not finished.
+            # Ends the process before submitit writes a result, because the job is not finished.
             leave_group(LOCAL_REQUEUE_RETURN_CODE if local else status.code, ordered=True)
-        # At exit, because submitit must write the result first.
+        # Ends the process with the code at exit, because submitit must write the result first.
         atexit.register(leave_group, status.code, ordered=status.same_on_all_ranks)
         if status.code:
             raise RuntimeError(f"{self.arguments[0]} ended with code {status.code}: see the lines above")
         return 0
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Handles a signal that comes before the command runs: nothing to save, start again."""
+        """Tells submitit to submit this callable again after a signal that comes before the command runs."""
         return submitit.helpers.DelayedSubmission(self)
 
 
 def site_settings() -> dict[str, str]:
-    """The SBATCH_ and D2S_ variables that launchers/site.env sets; empty without that file."""
+    """Returns the SBATCH_ and D2S_ variables that launchers/site.env sets; empty without that file."""
     if not Path("launchers/site.env").is_file():
         return {}
     script = "set -a; source launchers/site.env; env -0"
@@ -101,14 +101,14 @@ def site_settings() -> dict[str, str]:
 
 
 def apply_site_settings() -> None:
-    """Sets the site's SBATCH_ variables for the sbatch calls of this process; unsets those that steps choose."""
+    """Sets the site's SBATCH_ variables in this process, and unsets those in SET_BY_STEPS."""
     os.environ.update({name: text for name, text in site_settings().items() if name.startswith("SBATCH_")})
     for name in SET_BY_STEPS:
         os.environ.pop(f"SBATCH_{name}", None)
 
 
 def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -> submitit.Executor:
-    """submitit's executor for one step. `after`: numbers of the jobs that must succeed first."""
+    """Returns submitit's executor for a step. after: numbers of the jobs that must succeed first."""
     nodes, tasks = (resources.nodes, resources.tasks) if step.wide else (1, 1)
     gpus = tasks if resources.gpus and (step.wide or step.gpu) else 0
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = SIGNAL  # read by submitit's processes in the job
@@ -119,7 +119,7 @@ def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -
             **local_gpus(gpus),
         )  # fmt: skip
         return local
-    # Arrays that job.sh sets: options of a container, the site's options of srun, the environment's python.
+    # Bash arrays that job.sh sets: options of the container, the site's options of srun, the Python command.
     python = '"${container[@]}" "${extra[@]}" "${python[@]}"'
     slurm = submitit.SlurmExecutor(folder / LOGS, max_num_timeout=MAX_RESTARTS, python=python)
     signal = f"{SIGNAL}@{resources.signal_seconds}"
@@ -132,7 +132,7 @@ def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -
         nodes=nodes,
         ntasks_per_node=tasks,
         cpus_per_task=resources.cpus,
-        # set +e: the script must reach `ended` after the command failed.
+        # set +e, because the script must reach `ended` even if the command fails.
         setup=["[ -f launchers/job.sh ] || exit 2", "source launchers/job.sh", "set +e"],
         teardown=['ended "$?"'],
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus}"],
@@ -143,10 +143,10 @@ def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -
 
 
 def local_gpus(count: int) -> dict[str, Any]:
-    """submitit's parameters for `count` GPUs of this machine, taken from CUDA_VISIBLE_DEVICES if that is set.
+    """Returns submitit's parameters for `count` GPUs, the first in CUDA_VISIBLE_DEVICES if that is set.
 
-    Needed because submitit overwrites CUDA_VISIBLE_DEVICES in its jobs. Raises ValueError for GPUs that are not
-    given by number.
+    Needed because submitit overwrites CUDA_VISIBLE_DEVICES in its jobs. Raises ValueError if the variable has
+    entries that are not numbers.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not count:
@@ -156,15 +156,15 @@ def local_gpus(count: int) -> dict[str, Any]:
         raise ValueError(
             f"CUDA_VISIBLE_DEVICES is {visible!r}: --cluster local takes numbers, as in CUDA_VISIBLE_DEVICES=0,1"
         )
-    # submitit takes an empty list for all GPUs, hence the count of 0.
+    # To submitit an empty list means all GPUs, so the count must be 0 if no GPU is visible.
     return {"gpus_per_node": min(count, len(numbers)), "visible_gpus": list(map(int, numbers[:count]))}
 
 
 def submit_step(folder: Path, step: Step, resources: Resources, after: list[str]) -> list[str]:
-    """Submits a step to SLURM and returns its job numbers. Raises ValueError if sbatch refuses it."""
+    """Submits a step to SLURM and returns the job numbers. Raises ValueError if sbatch refuses the step."""
     chosen = executor(folder, step, resources, after)
     try:
-        # submitit prints sbatch's error as well as raising it.
+        # Hide stderr, because submitit prints sbatch's error in addition to raising it.
         with contextlib.redirect_stderr(io.StringIO()), chosen.batch():
             jobs = [chosen.submit(Command(arguments)) for arguments in step.commands]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
@@ -174,7 +174,7 @@ def submit_step(folder: Path, step: Step, resources: Resources, after: list[str]
 
 
 def preview(folder: Path, step: Step, resources: Resources) -> str:
-    """The sbatch script that a step would submit, and the commands of its jobs."""
+    """Returns the text of --dry-run for a step: the sbatch script (on SLURM) and the commands of the jobs."""
     lines = [f"# {step.name}"]
     if resources.cluster == "slurm":
         chosen = executor(folder, step, resources, [f"<{name}>" for name in step.after])

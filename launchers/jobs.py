@@ -1,7 +1,8 @@
-"""A chain of jobs: submit it, follow it, cancel it, resume it.
+"""Submits, follows, cancels and resumes the jobs of a pipeline or sweep.
 
-Everything is kept in the chain's folder, in `jobs.json` and submitit's own files; no process has to stay alive. On
-SLURM the scheduler starts each job after those it needs; locally the submitting command runs them in turn.
+All state is in the folder of the pipeline or sweep, in `jobs.json` and submitit's files. On SLURM the scheduler
+starts each job after the jobs that it depends on, so no process of ours has to stay alive. With `--cluster local`
+the submitting command runs the jobs one after the other.
 """
 
 import contextlib
@@ -18,19 +19,19 @@ from d2s.launchers.executors import Command, Resources, Step, apply_site_setting
 from d2s.launchers.states import ENDED, LOGS, UNKNOWN, local_controller, requeue_file, slurm_states, succeeded
 
 JOBS = "jobs.json"
-# Seconds that a local job gets to end after each signal, SLURM's default KillWait.
+# Seconds that a local job gets to end after each signal; equal to SLURM's default KillWait.
 KILL_WAIT = 30
 
 
 class Jobs:
-    """The steps of a pipeline or sweep, each after those it needs, and the folder of all their files."""
+    """The steps of a pipeline or sweep, in an order in which each can run, and the folder of their files."""
 
     def __init__(self, folder: Path, resources: Resources, steps: list[Step]) -> None:
         self.folder, self.resources, self.steps = folder, resources, steps
 
     @classmethod
     def load(cls, folder: Path) -> "Jobs":
-        """Reads a folder's jobs.json. Raises ValueError if there is none."""
+        """Reads jobs.json in `folder`. Raises ValueError if there is no such file."""
         if not (folder / JOBS).is_file():
             raise ValueError(f"{folder} holds no {JOBS}: name the --out of a pipeline or sweep")
         saved = read_json(folder / JOBS)
@@ -48,9 +49,9 @@ class Jobs:
         return self.resources.cluster == "local"
 
     def submit(self) -> None:
-        """Submits every step without a job to SLURM. Local steps are only saved, for :meth:`run_locally`.
+        """Saves all steps and, on SLURM, submits those that have neither jobs nor succeeded.
 
-        Raises ValueError if sbatch refuses a step, after cancelling those submitted before it.
+        Raises ValueError if sbatch refuses a step; the steps submitted before it by this call are cancelled.
         """
         self.save()
         if self.local:
@@ -77,14 +78,14 @@ class Jobs:
             self.save()
 
     def run_locally(self) -> None:
-        """Runs the steps on this machine, one after the other; stops at the first that fails."""
+        """Runs the steps on this machine, one after the other, and stops if a step fails."""
         for step in self.steps:
             if step.state == "COMPLETED":
                 continue
             for arguments in step.commands:
                 print(f"{step.name}: {' '.join(arguments)}", flush=True)
                 job = self._run_job(step, arguments)
-                # submitit itself restarts a job only a few times.
+                # Restart here, because submitit itself restarts a job only a few times.
                 while requeue_file(self.folder / LOGS, job).exists():
                     print(f"{step.name}: ran out of time, goes on from its checkpoint", flush=True)
                     job = self._run_job(step, arguments)
@@ -94,7 +95,7 @@ class Jobs:
             self._set_state(step, "COMPLETED")
 
     def _run_job(self, step: Step, arguments: list[str]) -> str:
-        """Runs one local job until it ends. Returns its number."""
+        """Runs a local job until it ends. Returns the job's number."""
         job = executor(self.folder, step, self.resources, []).submit(Command(arguments))
         step.ids.append(job.job_id)
         self._set_state(step, "RUNNING")
@@ -112,11 +113,11 @@ class Jobs:
         self.save()
 
     def states(self, step: Step) -> list[str]:
-        """The state of each job of a step, in SLURM's words; PENDING before submission."""
+        """Returns the state of each job of a step in SLURM's terms; one "PENDING" for a step not yet submitted."""
         if not self.local and step.ids:
             return slurm_states(step.ids, self.folder)
         if step.state == "RUNNING" and local_controller(step.ids[-1]) is None:
-            return ["FAILED"]  # the submitting command was killed before it could save the state
+            return ["FAILED"]  # the submitting command was killed before it saved the state
         return [step.state or "PENDING"]
 
     def wait(self) -> bool:
@@ -133,14 +134,14 @@ class Jobs:
                 if printed.get(step.name) != text:
                     printed[step.name] = text
                     print(f"{step.name:<10} {text}", flush=True)
-            # Local jobs have all ended in run_locally; a step that is still PENDING there never starts.
+            # Local jobs have all ended in run_locally; a local step that is still PENDING will not start.
             if self.local or all(map(_ended, states.values())):
                 return all(state == "COMPLETED" for found in states.values() for state in found)
-            # Spare the controller: ask less often the longer the wait, twice a minute after half an hour.
+            # Ask SLURM every 2 s at first and every 30 s after half an hour, to spare its controller.
             time.sleep(min(30.0, max(2.0, (time.monotonic() - start) / 60)))
 
     def cancel(self) -> None:
-        """Ends all jobs that run or wait."""
+        """Cancels all jobs that are running or waiting."""
         for step in reversed(self.steps):
             if not self.local:
                 _scancel(step)
@@ -150,9 +151,9 @@ class Jobs:
                 self._set_state(step, "CANCELLED")
 
     def reset_unsuccessful(self) -> int:
-        """Makes :meth:`submit` start every step again that did not succeed. Returns their number.
+        """Resets every step that did not succeed, so that :meth:`submit` starts it again. Returns how many.
 
-        Raises ValueError if a step still runs or waits, or if SLURM does not say.
+        Raises ValueError if a step is running or waiting, or if SLURM does not answer.
         """
         count = 0
         for step in self.steps:
@@ -179,9 +180,9 @@ def _scancel(step: Step) -> None:
 
 
 def _terminate(pid: str) -> None:
-    """Ends a local job with TERM, as scancel does, then INT, then KILL; TERM leaves time for a checkpoint.
+    """Ends the local job whose submitit controller has process number `pid`: with TERM, then INT, then KILL.
 
-    INT cannot be the first: a controller that a script started in the background ignores it.
+    TERM comes first, as with scancel, and leaves time for a checkpoint. A background process of a script ignores INT.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         process = local_controller(pid)

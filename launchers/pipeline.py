@@ -1,4 +1,4 @@
-"""The steps of a pipeline and of a sweep, checked before anything is submitted."""
+"""Builds and checks the steps of a pipeline or sweep, before anything is submitted."""
 
 from itertools import product
 from pathlib import Path
@@ -13,13 +13,13 @@ SCENES = ["--source", "scenes", "--count", "train=4000,val=500,test=500", "--siz
 def find_data(
     recipe: str, data: Path | None, build: list[str], out: Path, workers: int
 ) -> tuple[Path, list[Step]]:
-    """The data set for a recipe, and the step that builds it: none if it exists.
+    """Returns the folder of the data set, and a list with the step that builds it, or [] if it exists.
 
     data: the data set or, with `build`, the folder to build it in (default: `out`/data).
-    build: arguments of `d2s.shard build`; a scenes recipe without `data` has them by default.
-    workers: processes that build.
+    build: arguments of `d2s.shard build`; empty for an existing data set or, for a scenes recipe, the default scenes.
+    workers: number of processes that build.
 
-    Raises ValueError if `data` is no data set, if there is no data, or if `build` has options set here.
+    Raises ValueError if `data` is no data set, if both are missing, or if `build` has an option that is set here.
     """
     if not build and data is not None:
         if not (data / "manifest.parquet").is_file():
@@ -42,7 +42,7 @@ def find_data(
 
 
 def as_options(settings: list[str]) -> list[str]:
-    """`FIELD=VALUE` settings as options of the training command. Raises ValueError without a `=`."""
+    """Turns settings `FIELD=VALUE` into options of the training command. Raises ValueError if a `=` is missing."""
     for setting in settings:
         if "=" not in setting:
             raise ValueError(f"{setting!r}: is not FIELD=VALUE, as in optim.lr=1e-4")
@@ -50,10 +50,10 @@ def as_options(settings: list[str]) -> list[str]:
 
 
 def pipeline(recipe: str, data: Path, steps: list[Step], out: Path, options: list[str]) -> list[Step]:
-    """`steps` followed by pretrain, finetune and evaluate.
+    """Returns `steps` followed by the steps pretrain, finetune and evaluate.
 
-    recipe: common prefix of the two recipes, as in scenes_small.
-    options: overrides of fields, for both.
+    recipe: common prefix of the pre-training and the fine-tuning recipe, as in scenes_small.
+    options: options of the training command that override fields, for both trainings.
 
     Raises ValueError if one of the recipes does not exist or an option does not fit both.
     """
@@ -85,11 +85,11 @@ def sweep(
     recipe: str, data: Path | None, steps: list[Step], init: Path | None, out: Path,
     points: list[dict[str, str]], options: list[str],
 ) -> list[Step]:  # fmt: skip
-    """`steps` followed by an array of trainings, one for each grid point.
+    """Returns `steps` followed by a job array with a training for each grid point.
 
-    data: None to use that of `init`.
-    init: stage-1 run to start from; without it a fine-tuning recipe gets one pre-training step for all points.
-    points: the fields that each training overrides, in addition to `options`.
+    data: the data set; None to use the data set of `init`.
+    init: stage-1 run to start from; if None, a fine-tuning recipe gets a pre-training step that all points share.
+    points: for each training the fields to override, in addition to `options`.
 
     Raises ValueError if the recipe does not exist, a field or value does not fit it, or `init` is no run.
     """
@@ -118,7 +118,7 @@ def sweep(
 
 
 def grid_points(grid: list[str]) -> list[dict[str, str]]:
-    """Every combination of the values of `FIELD=V1,V2,...`; the last field changes fastest."""
+    """Returns all combinations of the values in `FIELD=V1,V2,...`; the last field changes fastest."""
     if not grid:
         raise ValueError("--grid: missing; name at least one field and its values, as in optim.lr=1e-4,2e-4")
     axes: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""What `d2s.launchers.submit` prints about jobs: their tree, states, logs, errors and results."""
+"""Prints the tree of jobs, their states, logs, errors and results, for `d2s.launchers.submit`."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from d2s.launchers.states import LOGS
 
 
 def print_tree(jobs: Jobs) -> None:
-    """Prints the steps with their job numbers and first commands, each below the one it waits for."""
+    """Prints each step, with job number and first command, below the step that it waits for."""
     print(f"{jobs.folder}  ({jobs.resources.cluster})")
     for depth, step in enumerate(jobs.steps):
         number = f"  job {step.ids[0].split('_')[0]}" if step.ids else ""
@@ -24,7 +24,7 @@ def print_tree(jobs: Jobs) -> None:
 
 
 def print_states(jobs: Jobs) -> None:
-    """Prints one line for each job: step, number, state."""
+    """Prints a line for each job: the name of the step, the job number and the state."""
     for step in jobs.steps:
         states = jobs.states(step)
         ids = step.ids if len(step.ids) == len(states) else [""] * len(states)
@@ -33,9 +33,9 @@ def print_states(jobs: Jobs) -> None:
 
 
 def print_logs(jobs: Jobs, name: str | None, rank: int, lines: int) -> None:
-    """Prints the last `lines` (0: all) that a rank wrote in a step, by default in the last step with output.
+    """Prints the last `lines` lines (0: all) of the logs of `rank` in the step `name`.
 
-    Raises ValueError if there is no such step, or no output yet.
+    If `name` is None, prints the last step with output. Raises ValueError if there is no such step or no output yet.
     """
     names = [step.name for step in jobs.steps]
     if name and name not in names:
@@ -50,7 +50,7 @@ def print_logs(jobs: Jobs, name: str | None, rank: int, lines: int) -> None:
 
 
 def _log_files(jobs: Jobs, step: Step, rank: int = 0) -> Iterator[Path]:
-    """The existing log files of a rank in all jobs of a step."""
+    """Yields the paths of a rank's log files, for all jobs of a step; skips files that do not exist."""
     paths = (jobs.folder / LOGS / f"{id_}_{rank}_log.{kind}" for id_ in step.ids for kind in ("out", "err"))
     return (path for path in paths if path.is_file())
 
@@ -60,30 +60,27 @@ def _lines(path: Path) -> list[str]:
 
 
 def print_evaluation(jobs: Jobs) -> None:
-    """Prints the table that a pipeline's last step, the evaluation, printed in its last job."""
+    """Prints the table that the evaluation, the last step of a pipeline, wrote to the log of its last job."""
     outputs = [path for path in _log_files(jobs, jobs.steps[-1]) if path.suffix == ".out"]
     for path in outputs[-1:]:
         print("\n".join(line for line in _lines(path) if not line.startswith("submitit ")))
 
 
 def print_errors(jobs: Jobs, step: Step) -> None:
-    """Prints the names of a step's logs and the last error messages in each, without tracebacks."""
+    """Prints the path of each log of a step and the last three error messages in it, without tracebacks."""
     for path in _log_files(jobs, step):
         print("\n".join([f"==> {path}", *list(filter(is_error_message, _lines(path)))[-3:]]))
 
 
 def is_error_message(line: str) -> bool:
-    """Whether a line is a command's error message or the end of a traceback, and not srun's about a rank."""
-    # Command's own exception only points to other lines.
+    """Returns whether a line is an error message of a command or ends a traceback. Messages of srun do not count."""
+    # The exception that `Command` raises only points to the lines above it.
     uninformative = line.startswith(("srun:", "slurm")) or line.endswith("see the lines above")
     return not uninformative and re.search(r"error(:|$)", line, re.IGNORECASE) is not None
 
 
 def print_sweep(points: list[dict[str, str]], out: Path) -> None:
-    """Prints the best rSum of each grid point on the validation split.
-
-    Never the test split, which must not be used to choose.
-    """
+    """Prints the best rSum of each grid point on the validation split; the test split must not be used to choose."""
     runs = [out / f"run-{number}" for number in range(len(points))]
     scores = [_scores(run) for run in runs]
     best = max((score for score, *_ in scores if score is not None), default=None)
@@ -97,7 +94,7 @@ def print_sweep(points: list[dict[str, str]], out: Path) -> None:
 
 
 def _scores(run: Path) -> tuple[float | None, int | None, int | None]:
-    """Best validation rSum, its step, and the last step, from a run's newest checkpoint."""
+    """Returns best validation rSum, its training step and the last step, from a run's newest checkpoint."""
     markers = sorted(run.glob("checkpoints/step-*/complete.json"))
     if not markers:
         return None, None, None

@@ -1,4 +1,4 @@
-"""The states of jobs, from SLURM, from the results that tasks leave, or from a process of this machine."""
+"""Finds the states of jobs from SLURM, from the result files of tasks, or from the processes of this machine."""
 
 import subprocess
 from pathlib import Path
@@ -8,7 +8,7 @@ import submitit
 
 LOGS = "submitit"
 UNKNOWN = "UNKNOWN"
-"""SLURM did not answer: the job may be running or have ended."""
+"""The state of a job if SLURM does not answer: the job may be running or have ended."""
 ENDED = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
     "PREEMPTED", "REVOKED",
@@ -16,10 +16,10 @@ ENDED = (
 
 
 def slurm_states(ids: list[str], folder: Path) -> list[str]:
-    """The states of one job, or of the jobs of one array, in the order of `ids`.
+    """Returns the states of the jobs `ids`: one job, or the jobs of one array.
 
-    Asks the controller, then accounting. If neither knows the job any more, the results that its tasks left in
-    `folder` decide between COMPLETED and FAILED. UNKNOWN if SLURM does not answer.
+    Asks SLURM's controller, then its accounting. If SLURM answers but does not know a job any more, the job is
+    COMPLETED or FAILED according to the result files in `folder`. UNKNOWN if SLURM does not answer.
     """
     if not ids:
         return []
@@ -28,17 +28,17 @@ def slurm_states(ids: list[str], folder: Path) -> list[str]:
     known = dict(line.split() for line in output.splitlines())
     if set(ids) - set(known):
         _, output, _ = _query(["sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", array])
-        # "CANCELLED by 1000" is CANCELLED.
+        # Keeps the first word of a state: "CANCELLED by 1000" is CANCELLED.
         rows = (line.replace("|", " ").split() for line in output.splitlines())
         known = {row[0]: row[1].rstrip("+") for row in rows if len(row) > 1} | known
-    # A controller that answers has forgotten the job, or knows only other jobs of the array.
+    # If the controller answers, it has forgotten the jobs that are not in its answer.
     answered = code == 0 or "Invalid job id" in errors
     from_results = {id_: "COMPLETED" if succeeded(folder, id_) else "FAILED" for id_ in ids if answered}
     return [known.get(id_) or from_results.get(id_, UNKNOWN) for id_ in ids]
 
 
 def _query(command: list[str]) -> tuple[int, str, str]:
-    """Exit code, output and errors of one of SLURM's programs; code 1 if it is missing or takes a minute."""
+    """Runs a program of SLURM. Returns exit code, stdout and stderr; code 1 if it is missing or takes over 60 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -47,14 +47,14 @@ def _query(command: list[str]) -> tuple[int, str, str]:
 
 
 def succeeded(folder: Path, job: str) -> bool:
-    """Whether every task of a job left a result, ("success", 0), and not ("error", traceback)."""
+    """Returns whether a job left result files and all hold ("success", 0), none ("error", traceback)."""
     results = list((folder / LOGS).glob(f"{job}_*_result.pkl"))
     # Unpickling is safe: submitit wrote these files in our own folder.
     return bool(results) and all(submitit.core.utils.pickle_load(path)[0] == "success" for path in results)
 
 
 def local_controller(pid: str) -> psutil.Process | None:
-    """The running submitit controller with this process number; None if it ended or the number was reused."""
+    """Returns submitit's controller process with number `pid`; None if it ended, even if the number was reused."""
     try:
         process = psutil.Process(int(pid))
         return process if "submitit" in " ".join(process.cmdline()) else None
@@ -63,5 +63,5 @@ def local_controller(pid: str) -> psutil.Process | None:
 
 
 def requeue_file(logs: Path, job: str) -> Path:
-    """The file in submitit's folder by which a local job asks to be started again, as D2S_REQUEUE is on SLURM."""
+    """Returns the path of the file that a local job creates in submitit's folder to ask for a restart."""
     return logs / f"{job}_requeue"

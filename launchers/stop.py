@@ -1,10 +1,10 @@
-"""The signal that asks a job to stop, and how long before its time limit it is sent.
+"""The signal that asks a job to stop, and the time from the signal to the job's time limit.
 
-submitit's executors read this file. sbatch reads the `#SBATCH --signal` lines of the *.slurm scripts literally, so
-tests/launchers/test_stop.py compares those with it, and job.sh's exit code with `d2s.workers.preemption.PREEMPTED`.
+`executors.py` uses these constants. The *.slurm scripts cannot: they repeat the values in `#SBATCH --signal` lines,
+and job.sh repeats `d2s.workers.preemption.PREEMPTED`. tests/launchers/test_stop.py checks that all are equal.
 """
 
 SIGNAL = "USR2"
 """One of `d2s.workers.preemption.SIGNALS`. Not USR1, which NCCL may catch."""
 LEAD_SECONDS = 120
-"""Seconds between the signal and the limit, enough for a step and a checkpoint. SLURM may add up to 60."""
+"""Seconds from the signal to the time limit, enough for a training step and a checkpoint. SLURM may add 60 s."""

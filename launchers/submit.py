@@ -1,8 +1,8 @@
-"""`python -m d2s.launchers.submit pipeline | sweep | status | logs | cancel | resume`: jobs through submitit.
+"""`python -m d2s.launchers.submit pipeline | sweep | status | logs | cancel | resume`: runs jobs through submitit.
 
-A pipeline builds shards, pre-trains, fine-tunes and evaluates, each job waiting for the one before; a sweep trains
-one recipe over a grid of settings. `--cluster slurm` submits all jobs at once; `--cluster local` runs them here, one
-after the other. A training that reaches its time limit or is preempted writes a checkpoint, is requeued and resumes.
+A pipeline builds shards, pre-trains, fine-tunes and evaluates, in jobs that run one after the other. A sweep trains
+one recipe with each setting of a grid. `--cluster slurm` submits all jobs at once; `--cluster local` runs them
+on this machine. A training that reaches its time limit or is preempted writes a checkpoint, is requeued and resumes.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that pipeline and sweep share."""
+    """Adds the options that the commands pipeline and sweep share."""
     add = parser.add_argument
     add("--out", type=user_path, metavar="DIR", help="folder of all runs (default: runs/COMMAND-RECIPE)")
     add("--data", type=user_path, metavar="DIR", help="data set; with --build, the folder to build it in")
@@ -84,7 +84,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_resources(parser: argparse.ArgumentParser, defaults: Resources | None) -> None:
-    """Adds the options for what a job gets. Without `defaults` they default to what it got before."""
+    """Adds the options for the resources of a job. If `defaults` is None, the job keeps its earlier resources."""
     for name, text in NUMBERS.items():
         default = getattr(defaults, name) if defaults else None
         shown = f"{text} ({default if defaults else 'as before'})"
@@ -95,7 +95,7 @@ def _add_resources(parser: argparse.ArgumentParser, defaults: Resources | None) 
 
 
 def apply_options(resources: Resources, arguments: argparse.Namespace) -> Resources:
-    """`resources` with the given options. Raises ValueError for what the jobs cannot get."""
+    """Returns `resources` changed by the options in `arguments`. Raises ValueError for impossible resources."""
     given = {name: getattr(arguments, name) for name in NUMBERS if getattr(arguments, name) is not None}
     wanted = dataclasses.replace(resources, **given, gpus=resources.gpus and not arguments.no_gpus)
     if wanted.signal_seconds >= 60 * wanted.minutes:
@@ -116,7 +116,7 @@ def apply_options(resources: Resources, arguments: argparse.Namespace) -> Resour
 
 
 def new_resources(arguments: argparse.Namespace) -> Resources:
-    """What the jobs of a new pipeline or sweep get. Raises ValueError for what is not possible here."""
+    """Returns the resources for the jobs of a new pipeline or sweep. Raises ValueError for impossible resources."""
     cluster = arguments.cluster or ("slurm" if shutil.which("sbatch") else "local")
     if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise ValueError("--cluster slurm: there is no sbatch here; use a login node, or --cluster local")
@@ -126,8 +126,8 @@ def new_resources(arguments: argparse.Namespace) -> Resources:
 
 
 def _start(arguments: argparse.Namespace) -> None:
-    """Plans a pipeline or sweep, and submits it unless --dry-run is given."""
-    # Here, because the recipes import torch, which takes seconds.
+    """Builds the steps of a pipeline or sweep. Submits them and follows the jobs or, with --dry-run, prints them."""
+    # Imported here, because the recipes import torch, which takes seconds.
     from d2s.launchers.pipeline import as_options, find_data, grid_points, pipeline, sweep
 
     out = arguments.out or Path("runs") / f"{arguments.command}-{arguments.recipe}"
@@ -135,7 +135,7 @@ def _start(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: is not empty; choose another, or `resume {out}` to go on with it")
     resources = new_resources(arguments)
     recipe, options, build = arguments.recipe, as_options(arguments.set), shlex.split(arguments.build)
-    # A sweep that starts from a run uses that run's data by default.
+    # A sweep that starts from a run (--init) uses the data of that run by default.
     inherit = arguments.command == "sweep" and arguments.init and not arguments.data and not build
     data, steps = (None, []) if inherit else find_data(recipe, arguments.data, build, out, resources.cpus)
     points = None
@@ -156,9 +156,9 @@ def _start(arguments: argparse.Namespace) -> None:
 
 
 def _follow(jobs: Jobs, *, wait: bool) -> None:
-    """Prints the tree of jobs, runs local ones or waits for SLURM's, and prints the results.
+    """Prints the tree of jobs, runs the jobs locally or waits for SLURM to run them, and prints the results.
 
-    Raises ValueError, after printing the errors, if a job did not succeed.
+    wait: whether to wait for jobs on SLURM. Raises ValueError, after printing the errors, if a job failed.
     """
     show.print_tree(jobs)
     if jobs.local:
@@ -171,7 +171,7 @@ def _follow(jobs: Jobs, *, wait: bool) -> None:
     elif succeeded:
         show.print_evaluation(jobs)
     if not succeeded:
-        # Steps behind a failed one are cancelled or never submitted: not failures of their own.
+        # Steps after a failed step are cancelled or still pending; they have not failed themselves.
         harmless = {"COMPLETED", "PENDING", "CANCELLED"}
         failed = [step for step in jobs.steps if set(jobs.states(step)) - harmless]
         for step in failed:
@@ -203,7 +203,7 @@ def _execute(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns its exit code: 0, or 2 after one line that names the mistake."""
+    """Runs the command. Returns 0, or 2 after one line that names the user's mistake."""
     arguments = _parser().parse_args(argv)
     return run(lambda: _execute(arguments))
 

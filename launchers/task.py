@@ -1,9 +1,9 @@
-"""One rank of a cluster's job: `srun python -m d2s.launchers.task train | evaluate | shard ARGUMENT...`.
+"""Runs one rank of a job on a cluster: `srun python -m d2s.launchers.task train | evaluate | shard ARGUMENT...`.
 
-Translates SLURM's variables into those that torch and DeepSpeed read, runs the command in this process, so that
-signals reach it directly, and has a preempted job requeued. After TERM it does not: the scheduler sends TERM before
-its own preemption, which requeues by itself, and on scancel, which must not requeue. In a job array `{seed}` in any
-argument becomes the array index.
+Translates SLURM's variables into those that torch and DeepSpeed read. Runs the command in this process, so that
+signals reach it directly. Requests that the job be requeued if it was preempted, except after TERM: SLURM sends TERM
+before a preemption, after which it requeues the job itself, and on scancel, after which the job must not restart. In
+a job array `{seed}` in any argument is replaced by the array index.
 """
 
 import os
@@ -33,24 +33,24 @@ _LOCAL = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LO
 
 @dataclass(frozen=True)
 class ExitStatus:
-    """How a command ended: its exit code, and whether its job must be requeued."""
+    """The exit code of a command, and whether the job must be requeued."""
 
     code: int
     requeue: bool = False
 
     @property
     def same_on_all_ranks(self) -> bool:
-        """Whether the other ranks end with the same code, so that this one can wait for them."""
+        """Whether all ranks end with this code, so that this rank can wait for the others."""
         return self.code in (0, PREEMPTED)
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE and the like, from SLURM's variables of a task (srun(1), "OUTPUT ENVIRONMENT VARIABLES").
+    """Returns RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of this task.
 
-    For submitit's local executor also MASTER_ADDR and MASTER_PORT, a port derived from the job's number.
+    They come from SLURM's variables (srun(1), "OUTPUT ENVIRONMENT VARIABLES") or from submitit's local executor. For
+    the local executor, also returns MASTER_ADDR and MASTER_PORT, a port derived from the job's number.
 
-    Raises ValueError if neither srun nor that executor started this process, or if MASTER_ADDR or MASTER_PORT is
-    missing.
+    Raises ValueError on SLURM if a variable that srun or launchers/job.sh sets is missing.
     """
     if environment.get("SUBMITIT_EXECUTOR") == "local":
         found = {ours: environment[theirs] for ours, theirs in zip(_NAMES, _LOCAL, strict=True)}
@@ -68,7 +68,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Expands SLURM's short form: "2(x3),1" is [2, 2, 2, 1]."""
+    """Returns the number of tasks on each node, from SLURM's short form: [2, 2, 2, 1] for "2(x3),1"."""
     counts: list[int] = []
     for part in text.split(","):
         count, _, times = part.partition("(x")
@@ -77,11 +77,11 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def fill_in_seed(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-    """Replaces `{seed}` in the arguments by the index in the job array.
+    """Returns the arguments with `{seed}` replaced by the index in the job array.
 
-    Raises ValueError outside an array, and for an array of trainings that would share one run folder.
+    Raises ValueError for a `{seed}` outside an array, and for an array of trainings that would share a run folder.
     """
-    # A sweep is an array, too, but its arguments already name a run folder for each job.
+    # A sweep is a job array, too, but each of its jobs has arguments of its own, which name different run folders.
     index = None if "SUBMITIT_EXECUTOR" in environment else environment.get("SLURM_ARRAY_TASK_ID")
     used = [argument for argument in arguments if SEED in argument]
     if index is None:
@@ -96,7 +96,7 @@ def fill_in_seed(arguments: list[str], environment: Mapping[str, str]) -> list[s
 
 
 def resume_after_requeue(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-    """Adds --resume to a training that SLURM starts again."""
+    """Returns the arguments, with --resume added if SLURM restarted a training."""
     requeued = int(environment.get("SLURM_RESTART_COUNT", "0")) > 0
     if arguments[:1] == ["train"] and requeued and "--resume" not in arguments:
         return [*arguments, "--resume"]
@@ -104,7 +104,7 @@ def resume_after_requeue(arguments: list[str], environment: Mapping[str, str]) -
 
 
 def run_command(arguments: list[str], environment: MutableMapping[str, str] = os.environ) -> ExitStatus:
-    """Runs one of COMMANDS as this rank. A user's mistake is one line on stderr and code 2."""
+    """Runs one of COMMANDS as this rank. For a user's mistake, prints one line to stderr and returns code 2."""
     preemption = Preemption()
     if arguments[:1] == ["train"]:
         preemption.install()  # before the slow imports: a signal may come at any time
@@ -120,15 +120,15 @@ def run_command(arguments: list[str], environment: MutableMapping[str, str] = os
     if arguments[0] != "train":
         return ExitStatus(command(arguments[1:]) or 0)
     code = command(arguments[1:], preemption)
-    # Ask again: the job may have been cancelled while its ranks wrote the checkpoint.
+    # Ask for the signal again, because the job may have been cancelled while its ranks wrote the checkpoint.
     return ExitStatus(code, requeue=code == PREEMPTED and preemption.agreed() != signal.SIGTERM)
 
 
 def request_requeue(environment: Mapping[str, str] = os.environ) -> None:
-    """Creates the file D2S_REQUEUE on rank 0, which asks for this job to be started again.
+    """Requests that this job be restarted: rank 0 creates the file that the variable D2S_REQUEUE names.
 
-    On SLURM launchers/job.sh looks for it, because a rank may run in a container without scontrol; with submitit's
-    local executor the submitting command does. Call it before any rank ends, since srun then ends the others.
+    On SLURM launchers/job.sh looks for the file and requeues the job; a rank may run in a container without scontrol.
+    Locally the submitting command looks for it. Call this before any rank ends, because srun then kills the others.
     """
     if environment["RANK"] != "0":
         return
@@ -140,7 +140,7 @@ def request_requeue(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """The command of one task: runs it and requests a requeue if it was preempted."""
+    """Runs the command of this task, requests a requeue if it was preempted, and exits."""
     status = run_command(sys.argv[1:] if argv is None else argv)
     if status.requeue:
         request_requeue()

@@ -1,1 +1,1 @@
-"""Kills a training at random moments and compares it with one that was left alone."""
+"""Kills a training at random moments, restarts it, and compares its result with an uninterrupted training's."""

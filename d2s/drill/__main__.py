@@ -1,4 +1,4 @@
-"""`python -m d2s.drill`."""
+"""Runs the command `python -m d2s.drill`."""
 
 from d2s.drill.command import main
 

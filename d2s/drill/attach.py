@@ -1,7 +1,7 @@
-"""Drills a job that somebody else started and starts again: a batch system, or a launcher with restarts.
+"""Runs the drill on a job that something else starts and restarts: a batch system, or a launcher with restarts.
 
-Workers of the job on this machine are killed; for a job on several machines, run it on one or on each of them. The
-job's own launcher has to restart it with `--resume`. The finished run is compared with an uninterrupted one.
+The drill kills workers of the job on this machine. For a job on several machines, run the drill on one machine or on
+each. The job's launcher must restart the job with `--resume`. The finished run is compared with an uninterrupted run.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from d2s.workers.local_job import wait_until
 
 
 def attach(options: argparse.Namespace) -> bool:
-    """Kills `options.kills` times, waits for the end of the job and prints the verdict; returns whether it passed.
+    """Kills the job's workers, waits for the job to end, prints the verdict. Returns whether the drill passed.
 
-    Raises ValueError where the run is finished already, DrillError where the job makes no progress.
+    Raises ValueError if the run is already finished, and DrillError if the job makes no progress.
     """
     run: Path = options.run
     if finished(run):
@@ -53,7 +53,7 @@ def attach(options: argparse.Namespace) -> bool:
 
 
 def _kill(run: Path, kill: Kill, pause: float, patience: float) -> bool:
-    """Waits until the job makes progress again, then `pause` seconds, and kills; False where the job ended before."""
+    """Waits for progress, then for `pause` seconds, and kills. Returns False if the job ended before."""
     before = metrics_version(run)
     if not _await(run, lambda: bool(workers_of(run)), patience):
         return False
@@ -74,9 +74,9 @@ def _kill(run: Path, kill: Kill, pause: float, patience: float) -> bool:
 
 
 def _await(run: Path, moment: Callable[[], bool], patience: float) -> bool:
-    """Whether the moment came; False where the run was finished before.
+    """Waits until `moment()` is true. Returns False if the run finished before, else True.
 
-    Raises DrillError after `patience` seconds in which the job wrote no row and no checkpoint.
+    Raises DrillError if the job writes no row of metrics and no checkpoint for `patience` seconds.
     """
     seen, since = None, time.monotonic()
     while not finished(run):

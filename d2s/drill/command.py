@@ -1,9 +1,10 @@
 """Kills a training again and again, and compares the result with an uninterrupted training.
 
-`python -m d2s.drill --workers 2 --kills 20 --seed 0` starts a real training with two workers, kills one of them or
-all with SIGKILL (after a step, while a checkpoint is being written, while it starts), starts it again with
-`--resume`, until it is done; then compares every loss and the final weights with an uninterrupted run's. The
-moments follow from the seed. `--workers 2,1,4` changes the number of workers with each restart.
+`python -m d2s.drill --workers 2 --kills 20 --seed 0` starts a real training with two workers. It kills one worker or
+all with SIGKILL (after a training step, while a checkpoint is being written, or at a start), restarts the training
+with `--resume`, and repeats this until the training is done. Then it compares every loss and the final weights with
+those of an uninterrupted run. The seed determines the moments of the kills. `--workers 2,1,4` changes the number of
+workers at each restart.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from d2s.drill.kills import DrillError
 
 
 def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> bool:
-    """Does the drill in the folder `out`, prints the report and returns whether the drill passed."""
+    """Runs the drill in the folder `out` and prints the report. Returns whether the drill passed."""
     from d2s.drill.kill_loop import KillLoop, train_reference
     from d2s.drill.options import small_batch, training_arguments
     from d2s.shards.cli import build_scenes
@@ -50,7 +51,7 @@ def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> b
 
 
 def worker_counts(text: str) -> tuple[int, ...]:
-    """An argparse type: `2` or `2,1,4`."""
+    """Parses numbers of workers, as in `2` or `2,1,4`. Raises ArgumentTypeError for anything else."""
     parts = text.split(",")
     if not all(part.isdigit() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers (2), nor several (2,1,4)")
@@ -100,7 +101,7 @@ def parser() -> command.Parser:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> bool:
-    """Compares, attaches or drills, as the options say; returns whether the result is good."""
+    """Compares two runs, attaches to a job or runs a drill, depending on the options. Returns whether it passed."""
     if options.compare:
         comparison = compare(*options.compare)
         print("\n".join(comparison.lines()))
@@ -130,6 +131,6 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 for a yes, 1 for a no or a training that failed, 2 for a user's mistake."""
+    """Runs the command. Returns 0 if the drill passed, 1 if it or a training failed, 2 for a user's mistake."""
     options, overrides = parser().parse_known_args(argv)
     return command.run(lambda: int(not _run(options, overrides)), failure=DrillError)

@@ -11,40 +11,40 @@ from d2s.training.run_log import read_rows
 
 COMPARED = ("loss", "align", "distill", "lr", "grad_norm")
 TOLERANCE = 1e-4
-"""Relative, for a changed number of workers, with which sums of floating-point numbers have another order.
+"""Largest relative difference that is allowed if the number of workers changed during the drill.
 
-At the drill's own learning rate that changes a loss by about 3e-6; losing AdamW's first moments in one restart
-changes it by 5e-2.
+The number of workers sets the order in which floating-point numbers are summed. At the drill's own learning rate
+another order changes a loss by about 3e-6; a restart that loses AdamW's first moments changes it by 5e-2.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The differences between a run and another."""
+    """The differences between a run and the other run, which it is compared with."""
 
     steps: int
     """Number of steps that both runs have."""
     missing: tuple[int, ...]
-    """Steps that only one of them has."""
+    """Steps that only one of the two runs has."""
     loss: float
-    """Largest difference of a loss, relative to the other run's."""
+    """Largest difference between two losses of the same step, relative to the other run's loss."""
     loss_step: int
-    """The step of that difference."""
+    """The step at which the losses differ most."""
     weights: float
-    """Norm of the difference of all weights, relative to the norm of the other run's."""
+    """Norm of the difference between all weights, relative to the norm of the other run's weights."""
     unlike: tuple[str, ...]
-    """Numbers and tensors that are not bit-equal: "step 3 loss", a tensor's name."""
+    """Names of the numbers ("step 3 loss") and of the tensors that are not bit-equal."""
 
     @property
     def bit_equal(self) -> bool:
         return not self.unlike and not self.missing
 
     def within(self, tolerance: float) -> bool:
-        """Whether no step is missing and neither a loss nor the weights differ by more than `tolerance`."""
+        """Returns whether no step is missing, and all losses and the weights differ by at most `tolerance`."""
         return not self.missing and self.loss <= tolerance and self.weights <= tolerance
 
     def lines(self) -> list[str]:
-        """The report without the verdict."""
+        """Returns the lines of the report, without the verdict."""
         found = [f"compared            {self.steps} steps, and the weights of last/"]
         if self.missing:
             found.append(f"missing             {_some([str(step) for step in self.missing])} of one run")
@@ -53,9 +53,9 @@ class Comparison:
         return found
 
     def verdict(self, *, fixed: bool, tolerance: float) -> tuple[str, bool]:
-        """The last line of a drill's report, and whether the drill passed.
+        """Returns the last line of a drill's report, and whether the drill passed.
 
-        fixed: the number of workers never changed, so the runs have to be bit-equal.
+        fixed: whether the number of workers never changed, so that the runs must be bit-equal.
         """
         passed = self.bit_equal if fixed else self.within(tolerance)
         answer = "yes" if passed else "no"
@@ -68,16 +68,16 @@ class Comparison:
 
 
 def compare(run: Path, other: Path) -> Comparison:
-    """Compares two finished runs. If metrics.jsonl has several rows of a step, the last one counts.
+    """Compares two finished runs. If metrics.jsonl has several rows for a step, the last row counts.
 
-    Raises ValueError where one of them is not finished, or is no run.
+    Raises ValueError if a run is not finished, or if a folder is no run.
     """
     ours, theirs = _rows(run), _rows(other)
     steps = sorted(ours.keys() & theirs.keys())
     unlike, largest, where = [], 0.0, 0
     for step in steps:
         for name in COMPARED:
-            # As text, in which NaN equals NaN.
+            # Compared as text, because NaN equals NaN only as text.
             if repr(ours[step].get(name)) != repr(theirs[step].get(name)):
                 unlike.append(f"step {step} {name}")
         difference = _relative(ours[step]["loss"], theirs[step]["loss"])
@@ -95,7 +95,7 @@ def compare(run: Path, other: Path) -> Comparison:
 
 
 def recorded_steps(run: Path) -> set[int]:
-    """Steps of a finished run's rows of training. Raises ValueError as :func:`compare` does."""
+    """Returns the training steps that a finished run recorded. Raises ValueError as :func:`compare` does."""
     steps = set(_rows(run))
     _weights_file(run)
     return steps
@@ -116,7 +116,7 @@ def _relative(a: float, b: float) -> float:
 
 
 def _weights(run: Path, other: Path) -> tuple[float, list[str]]:
-    """The relative difference of all weights together, and the names of the tensors that are not bit-equal."""
+    """Returns the relative difference between all weights, and the names of the tensors that differ."""
     from safetensors.numpy import load_file
 
     ours, theirs = load_file(_weights_file(run)), load_file(_weights_file(other))

@@ -1,4 +1,4 @@
-"""Starts a training, kills it and starts it again, until it is done."""
+"""Starts a training, kills it and restarts it, until the training is done."""
 
 import argparse
 import math
@@ -15,20 +15,20 @@ from d2s.workers.local_job import LocalJob, start_job, wait_until
 from d2s.workers.preemption import PREEMPTED
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-# Seconds after the moment was seen, at most.
+# Longest delay in seconds from seeing the moment of a kill to the kill, by `Kill.moment`.
 _DELAY = {"step": 0.05, "save": 0.2}
 _SECONDS_TO_MEET = 10.0
 
 
 def start_training(arguments: Sequence[str], run: Path, workers: int, log: Path, launcher: str) -> LocalJob:
-    """Starts `train.py ARGUMENTS --run RUN --resume`; see `start_job`."""
+    """Starts `train.py ARGUMENTS --run RUN --resume` with `workers` processes; see `start_job`."""
     return start_job([str(TRAIN), *arguments, "--run", str(run), "--resume"], workers, log, launcher)
 
 
 def train_reference(arguments: Sequence[str], run: Path, logs: Path, options: argparse.Namespace) -> float:
-    """Trains without a kill; returns the seconds from the start to the first step. Raises DrillError.
+    """Trains without a kill. Returns the seconds from the start to the end of the first training step.
 
-    options: the drill's.
+    Raises DrillError if the training fails or does not end.
     """
     job = start_training(arguments, run, options.workers[0], logs / run.name, options.launcher)
     try:
@@ -45,16 +45,16 @@ def train_reference(arguments: Sequence[str], run: Path, logs: Path, options: ar
 
 @dataclass(kw_only=True)
 class KillLoop:
-    """One training under fire."""
+    """A training that is killed and restarted until it is done."""
 
     arguments: list[str]
-    """Of train.py, without --run."""
+    """The arguments of train.py, without --run."""
     run: Path
     logs: Path
     options: argparse.Namespace
-    """The drill's: workers, kills, seed, steps, save_steps, launcher, grace, patience."""
+    """The drill's options. Used: workers, kills, seed, steps, save_steps, launcher, grace, patience."""
     start_seconds: float
-    """From a start to the first step."""
+    """Seconds from a start of the training to the end of its first step."""
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
@@ -62,14 +62,14 @@ class KillLoop:
         self.kills = draw_kills(self.options.kills, self.options.seed)
 
     def go(self) -> None:
-        """Starts, kills and starts again, until the training is done. Raises DrillError."""
+        """Starts, kills and restarts the training until it is done. Raises DrillError if it fails by itself."""
         start = time.monotonic()
         while not self._start_once():
             self.tally.restarts += 1
         self.tally.seconds = time.monotonic() - start
 
     def _start_once(self) -> bool:
-        """From one start to its end; whether the training is done."""
+        """Starts the training once and waits until it is killed or ends. Returns whether the training is done."""
         number = self.tally.restarts
         workers = self.workers[number % len(self.workers)]
         log = self.logs / f"{self.run.name}-{number:03d}"
@@ -89,7 +89,7 @@ class KillLoop:
         if not any(codes):
             return True
         if not killed and PREEMPTED in codes:
-            return False  # a batch system stopped it, which is no failure
+            return False  # a batch system stopped the training, which is no failure
         if not killed:
             raise DrillError(f"the training ended by itself with {codes}: {job.error()}")
         self.tally.kills.append(kill)
@@ -99,9 +99,9 @@ class KillLoop:
         return False
 
     def _kill(self, job: LocalJob, kill: Kill) -> bool:
-        """Waits for the moment and kills; False where the job ended before."""
+        """Waits for the moment of `kill` and kills. Returns False if the job ended before."""
         if kill.moment == "start":
-            # This start may be quicker than the measured one, so the first row ends the waiting as well.
+            # The wait also ends at the first row of metrics, because this start may be quicker than the measured one.
             before, until = metrics_version(self.run), job.started + kill.where * self.start_seconds
             self._await(job, lambda: time.monotonic() >= until or metrics_version(self.run) != before)
         else:
@@ -118,7 +118,7 @@ class KillLoop:
         workers = workers_of(self.run) if job.launched else job.pids()
         if kill_processes(kill.victims(workers)):
             return True
-        # A launcher that has not started its workers yet is killed in their place.
+        # If a launcher has not started its workers yet, the launcher is killed instead.
         return job.launched and bool(kill_processes(job.pids()))
 
     def _await(self, job: LocalJob, moment: Callable[[], bool]) -> None:
@@ -126,9 +126,10 @@ class KillLoop:
             raise DrillError(f"nothing happened in {self.patience:.0f} s: {job.error()}")
 
     def _wait_for_survivors(self, job: LocalJob, kill: Kill, *, trained: bool) -> None:
-        """The survivors of a killed worker have to end by themselves.
+        """Waits until the other workers end by themselves after one was killed, and notes the outcome in `tally`.
 
-        Before the group is formed they cannot notice a death, so the drill ends them then, as a launcher does.
+        trained: whether this start reached a training step. Before the process group is formed, workers cannot
+            notice that another died. Then the drill waits only 10 s and kills them, as a launcher does.
         """
         start = time.monotonic()
         ended = job.wait(min(self.options.grace, math.inf if trained else _SECONDS_TO_MEET))

@@ -1,4 +1,4 @@
-"""Which kills a drill makes, drawn from its seed, and what they cost the training."""
+"""Draws the kills of a drill from its seed, and counts how much of the training they cost."""
 
 import random
 from dataclasses import dataclass, field
@@ -7,31 +7,31 @@ from pathlib import Path
 from d2s.training.run_log import read_rows
 
 MOMENTS = {"step": "after a step", "save": "while saving", "start": "at a start"}
-# Of every ten kills. Few are at a start, where there is little yet that a kill could spoil.
+# The moments of every ten kills. Few are at a start, because little can be lost there.
 _TEN = ["step"] * 4 + ["save"] * 4 + ["start"] * 2
 
 
 class DrillError(Exception):
-    """The drill cannot go on: the training failed by itself, or got stuck."""
+    """Raised if the drill cannot go on, because the training failed by itself or got stuck."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """One kill. All of it is drawn beforehand, so that a seed always gives the same drill."""
+    """One kill. All fields are drawn before the drill starts, so that a seed always gives the same kills."""
 
     moment: str
-    """A key of MOMENTS."""
+    """When to kill: a key of MOMENTS."""
     everyone: bool
-    """All workers are killed, or only one."""
+    """Whether all workers are killed, or only one."""
     where: float
-    """In [0, 1): how far into the steps that this kill may be aimed at, or into the start."""
+    """In [0, 1): position of the kill among the steps that it may hit or, for "start", in the start-up time."""
     delay: float
-    """In [0, 1): how long after the moment was seen."""
+    """In [0, 1): time from seeing the moment to the kill, as a share of the longest delay."""
     who: float
-    """In [0, 1): which worker."""
+    """In [0, 1): chooses the worker if only one is killed."""
 
     def victims(self, workers: list[int]) -> list[int]:
-        """Those of the workers' process numbers that are killed."""
+        """Returns the process numbers to kill, out of the process numbers of all workers."""
         return workers if self.everyone else workers[int(self.who * len(workers)) :][:1]
 
 
@@ -51,34 +51,34 @@ def draw_kills(count: int, seed: int) -> list[Kill]:
 
 
 def target_step(kill: Kill, seen: int, last: int, left: int) -> int:
-    """The step after which to kill: a new one, early enough to leave steps for the other kills.
+    """Returns the step after which to kill: later than `seen`, and early enough for the kills that follow.
 
     Args:
-        seen: the highest step that any start has reached.
-        last: no later step is aimed at.
-        left: kills to come, this one included.
+        seen: the highest step that the training has reached so far.
+        last: the last step that may be chosen, unless `seen` is later.
+        left: number of kills still to make, this one included.
     """
     return min(seen + 1 + int(kill.where * max((last - seen) // left, 1)), max(last, seen + 1))
 
 
 @dataclass
 class Tally:
-    """What happened in a drill."""
+    """Counts what happened in a drill."""
 
     kills: list[Kill] = field(default_factory=list)
     restarts: int = 0
     lost: int = 0
-    """Steps that had to be done again."""
+    """Number of training steps that had to be done again."""
     slowest: float = 0.0
-    """Seconds until the last survivor of a killed worker ended by itself, at most."""
+    """Longest time in seconds from the kill of one worker until all other workers had ended by themselves."""
     hung: int = 0
-    """How often survivors did not end by themselves."""
+    """Number of kills of one worker after which the other workers did not end by themselves."""
     unmet: int = 0
-    """How often survivors were killed because one worker died before the group was formed."""
+    """Number of kills of one worker before the process group was formed, so that the drill killed the others."""
     seconds: float = 0.0
 
     def lines(self, planned: int, run: Path) -> list[str]:
-        """The report, for a drill of `planned` kills on `run`."""
+        """Returns the lines of the report for a drill of `planned` kills, which trained into `run`."""
         moments = ", ".join(
             f"{sum(kill.moment == name for kill in self.kills)} {text}" for name, text in MOMENTS.items()
         )

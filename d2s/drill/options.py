@@ -1,4 +1,4 @@
-"""The drill's options: checked before any long work, and turned into the arguments of train.py."""
+"""Checks the drill's options before any long work, and turns them into arguments of train.py."""
 
 import argparse
 import math
@@ -12,24 +12,24 @@ from d2s.training.config import override
 from d2s.training.recipes import find_recipe
 from d2s.workers.group import local_batch
 
-# The smallest training that has all parts: a step takes some ten milliseconds, an epoch thirty steps.
+# The smallest training that has all parts. A training step takes about 10 ms; an epoch has 30 steps.
 _SMALL = {
     "--model.width": "16", "--data.image_size": "32", "--model.image_size": "32",
     "--data.loader_workers": "0", "--optim.warmup_steps": "0",
 }  # fmt: skip
-# At a learning rate that suits this model, AdamW amplifies rounding errors until even two undisturbed runs differ as
-# much as those to compare. At this one rounding errors do not grow.
+# At the usual learning rate AdamW amplifies rounding errors so much that even two undisturbed runs with different
+# numbers of workers would differ. At this rate rounding errors do not grow.
 _SMALL_RATE = {"--optim.lr": "1e-5", "--optim.backbone_lr": "1e-5"}
 
 
 def small_batch(options: argparse.Namespace) -> int:
-    """The smallest batch size of at least 8 that divides among each of the numbers of workers."""
+    """Returns the smallest batch size of at least 8 that every number in `options.workers` divides."""
     common = lcm(*options.workers)
     return common * -(-8 // common)
 
 
 def training_arguments(options: argparse.Namespace, overrides: list[str], data: Path) -> list[str]:
-    """The arguments of train.py, without --run. Those that the user gave come last and count."""
+    """Returns the arguments of train.py, without --run. The user's `overrides` replace the drill's own values."""
     small = options.recipe.startswith("scenes_small") and options.data is None
     fields = {"--batch_size": str(small_batch(options)), **_SMALL} if small else {}
     fields |= {
@@ -37,7 +37,7 @@ def training_arguments(options: argparse.Namespace, overrides: list[str], data: 
         "--checkpoint.max_stalled_restarts": "0",  # a kill while saving or at a start is no sign of a stalled run
     }  # fmt: skip
     if len(set(options.workers)) > 1:
-        fields["--model.text_dropout"] = "0"  # it is drawn for each worker, not for each sample
+        fields["--model.text_dropout"] = "0"  # its random numbers depend on the worker, not on the sample
         fields |= _SMALL_RATE if small else {}
     given = {argument.split("=", 1)[0] for argument in overrides}
     arguments = [word for name, value in fields.items() if name not in given for word in (name, value)]
@@ -45,7 +45,7 @@ def training_arguments(options: argparse.Namespace, overrides: list[str], data: 
 
 
 def check(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Sets `options.steps` where it was not given. Raises ValueError for options that do not fit together."""
+    """Sets `options.steps` if it is None. Raises ValueError for options that do not fit together."""
     from d2s.training.arguments import parse
 
     _check_numbers(options)
@@ -98,14 +98,14 @@ def _check_folders(options: argparse.Namespace) -> None:
 
 
 def _check_against(options: argparse.Namespace, every: int) -> None:
-    """Refuses, before the first kill, a run that cannot be compared with. every: steps from one row to the next."""
+    """Raises ValueError unless `options.against` has the rows that this drill will have. every: steps per row."""
     run, steps = options.against, options.steps
     try:
         found = recorded_steps(run)
     except ValueError as error:
         raise ValueError(f"--against: {error}, or leave it out to train one") from error
     if options.attach:
-        return  # the number of steps of that job is not known here
+        return  # the job's number of steps is not known here
     wanted = {step for step in range(1, steps + 1) if step % every == 0 or step == steps}
     if max(found) != steps:
         remedy = f"give --steps {max(found)}"

@@ -1,4 +1,4 @@
-"""How far a training is, read from its run folder alone: the training need not help."""
+"""Reads the progress of a training from the files in its run folder."""
 
 import contextlib
 from pathlib import Path
@@ -8,23 +8,23 @@ from d2s.training.run_log import read_rows
 
 
 def last_step(run: Path) -> int:
-    """The last step in metrics.jsonl, 0 if there is none."""
+    """Returns the last training step in metrics.jsonl, or 0 if there is none."""
     return max((row["step"] for row in read_rows(run) if row["kind"] == "train"), default=0)
 
 
 def saved_step(run: Path) -> int:
-    """The step of the newest complete checkpoint, 0 if there is none."""
+    """Returns the training step of the newest complete checkpoint, or 0 if there is none."""
     found = newest(run)
     return int("".join(filter(str.isdigit, found.name))) if found else 0
 
 
 def finished(run: Path) -> bool:
-    """Whether the training has written its last model."""
+    """Returns whether the training has written its last model."""
     return (run / "last" / "model.safetensors").is_file()
 
 
 def incomplete_checkpoints(run: Path) -> dict[str, int]:
-    """Hidden entries of checkpoints/ with their time in ns: being written, or left behind by a kill."""
+    """Returns the modification time (ns) of each incomplete checkpoint by name; a kill leaves some behind."""
     found = {}
     for path in (run / "checkpoints").glob(".*"):
         with contextlib.suppress(FileNotFoundError):
@@ -33,7 +33,7 @@ def incomplete_checkpoints(run: Path) -> dict[str, int]:
 
 
 def metrics_version(run: Path) -> tuple[int, int, int]:
-    """A value that changes with every write to metrics.jsonl; zeros if there is none."""
+    """Returns a value that changes with every write to metrics.jsonl: zeros if there is no such file."""
     try:
         facts = (run / "metrics.jsonl").stat()
     except FileNotFoundError:

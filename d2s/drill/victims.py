@@ -1,4 +1,4 @@
-"""Finds the workers of a run among the processes of this machine, whoever started them, and kills them."""
+"""Finds the workers of a run among all processes of this machine, and kills them."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ import psutil
 
 
 def workers_of(run: Path) -> list[int]:
-    """Process numbers, by rank, of the workers on this machine that train into `run`.
+    """Returns the process numbers of the workers on this machine that train into `run`, ordered by rank.
 
-    A worker has a rank in its environment. Its loader processes inherit the rank, but are children of a worker.
+    A worker has RANK in its environment. Its data-loading processes inherit RANK, but are children of a worker.
     """
     ranks, parents = {}, {}
     for process in psutil.process_iter(["pid", "ppid", "cmdline"]):
         command = process.info["cmdline"] or []
-        with contextlib.suppress(psutil.Error):  # it may end while it is looked at
+        with contextlib.suppress(psutil.Error):  # a process may end while it is examined
             if _is_training(command) and _run_folder(command, Path(process.cwd())) == run.resolve():
                 rank = process.environ().get("RANK", "")
                 if rank.isdigit():
@@ -31,7 +31,7 @@ def _is_training(command: Sequence[str]) -> bool:
 
 
 def _run_folder(command: Sequence[str], folder: Path) -> Path | None:
-    """The folder that --run names in a command started in `folder`."""
+    """Returns the folder that --run names in a command that was started in `folder`; None without --run."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         value = (
             following if word == "--run" else word.removeprefix("--run=") if word.startswith("--run=") else ""
@@ -42,7 +42,7 @@ def _run_folder(command: Sequence[str], folder: Path) -> Path | None:
 
 
 def kill(pids: Sequence[int]) -> int:
-    """Sends SIGKILL to each process; returns how many of them still existed."""
+    """Sends SIGKILL to each process. Returns how many of the processes still existed."""
     killed = 0
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):

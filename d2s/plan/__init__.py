@@ -1,1 +1,1 @@
-"""What a training will take: parameters, memory, traffic, time."""
+"""Estimates the parameters, memory, network traffic and time of a training."""

@@ -1,4 +1,4 @@
-"""`python -m d2s.plan`."""
+"""Runs the command `python -m d2s.plan`."""
 
 from d2s.plan.command import main
 

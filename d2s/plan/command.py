@@ -1,8 +1,8 @@
-"""What a training will take: `python -m d2s.plan RECIPE --gpus 4 --memory 80 [--throughput 900] [--field value ...]`.
+"""Plans a training: `python -m d2s.plan RECIPE --gpus 4 --memory 80 [--throughput 900] [--field value ...]`.
 
-Prints each worker's memory by part for each ZeRO stage, the bytes that a worker sends in a step, the largest batch
-that fits, and the time of an epoch. No GPU is needed and no data: the model is built with random weights on the CPU.
-`--check` trains a few real steps on this machine and prints what they took beside what was planned.
+Prints for each ZeRO stage the memory of a worker by part, the bytes that a worker sends in a training step and the
+largest batch that fits, and then the time of an epoch. Needs neither a GPU nor data: the model is built with random
+weights on the CPU. `--check` trains a few real steps on this machine and prints measured beside planned figures.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def parser() -> command.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line of what is wrong."""
+    """Runs the command. Returns 0, or 2 after one line that names the user's mistake."""
     options, overrides = parser().parse_known_args(argv)
     return command.run(lambda: _plan(options, overrides))
 

@@ -1,4 +1,4 @@
-"""What `train.py --dry-run` prints: the configuration, parameters by part, steps, and an estimate of memory."""
+"""Describes a training for `train.py --dry-run`: configuration, parameters by part, steps and estimated memory."""
 
 import dataclasses
 import json
@@ -23,12 +23,12 @@ _PAIRS = 2
 
 
 def describe(spec: RunSpec) -> str:
-    """All lines. Builds the model on the CPU and sends two real pairs through it.
+    """Returns the text to print. Builds the model on the CPU and runs a forward pass of two real pairs.
 
-    The paper's towers are built by their shape with random weights; BERT's vocabulary is then that of the captions.
+    The paper's towers get their real shapes with random weights; BERT's vocabulary is then built from the captions.
     """
     resolved = json.dumps(spec.config.to_dict(), indent=2)
-    # Warn about the towers that were asked for: those built by their shape always have random weights.
+    # Warn about the configuration that the user gave; `by_shape` replaces its towers by ones with random weights.
     for line in idle_settings(spec.config.model, {"decoder"} if spec.init else None):
         warnings.warn(line, IdleSetting, stacklevel=2)
     spec = dataclasses.replace(spec, config=by_shape(spec.config))
@@ -61,7 +61,7 @@ def describe(spec: RunSpec) -> str:
 
 
 def _parameters(module: TrainingModule) -> list[str]:
-    """A table of the parameters; one that several parts share is counted in the first."""
+    """Returns the lines of the table of parameters. A parameter shared by several parts counts in the first part."""
     model = module.model
     parts = {
         "image tower": model.image_encoder.tower,
@@ -83,7 +83,7 @@ def _parameters(module: TrainingModule) -> list[str]:
 
 
 def memory_parts(spec: RunSpec, module: TrainingModule) -> dict[str, int]:
-    """Bytes on one worker by part, as `d2s.plan` counts them, but with the activations of real pairs."""
+    """Returns the bytes on one worker by part. Counts like `d2s.plan`, but measures activations on real pairs."""
     config = spec.config
     sizes = Sizes(**count(module, config), saved=0, saved_per_pair=_saved_per_pair(spec, module))
     bucket = bucket_size(spec.engine_settings())

@@ -1,4 +1,4 @@
-"""Bytes that a training needs on each worker, by part and ZeRO stage."""
+"""Estimates the bytes that a training needs on each worker, by part and ZeRO stage."""
 
 from d2s.kernels.chunked.common import CHUNK_ENTRIES, MIN_ROWS
 from d2s.losses.table import losses_of
@@ -12,9 +12,9 @@ PARTS = ("weights", "gradients", "optimizer", "buckets", "activations", "gathere
 def memory(
     config: TrainConfig, sizes: Sizes, workers: int, stage: int, batch: int, bucket: int
 ) -> dict[str, int]:
-    """Bytes on one worker by part (PARTS), with ZeRO `stage` and a global `batch`.
+    """Returns the bytes on one worker for each of PARTS, with ZeRO `stage` and a global batch of `batch` pairs.
 
-    bucket: numbers in DeepSpeed's communication bucket, whose size does not depend on the model.
+    bucket: size of DeepSpeed's communication bucket, in numbers of 4 bytes; it does not depend on the model.
     """
     divided = workers if stage else 1
     learned, width = FP32 * sizes.learned, config.model.width
@@ -24,7 +24,7 @@ def memory(
     micro_batch = config.engine.micro_batch or local
     embedded = min(micro_batch, local)
     cached = 4 * FP32 * width * local if micro_batch < local else 0
-    # ZeRO 3 keeps gathered weights from the forward to the backward pass, up to a thousand million numbers.
+    # ZeRO 3 keeps gathered weights from the forward to the backward pass, at most 10^9 numbers.
     gathered_weights = min(model, FP32 * 10**9) if stage == 3 else 0
     copies = 3 if stage else 2  # AdamW's two moments, and ZeRO's flat fp32 copy of the weights
     offloaded = config.engine.offload_optimizer and stage
@@ -43,11 +43,11 @@ def memory(
 
 
 def largest_batch(config: TrainConfig, sizes: Sizes, workers: int, stage: int, room: int, bucket: int) -> int:
-    """The largest global batch, a multiple of `workers`, that needs at most `room` bytes a worker; 0 if none does."""
+    """Returns the largest global batch that needs at most `room` bytes on each worker; 0 if none fits."""
 
     def fits(local: int) -> bool:
         if sizes.batch_norm and 0 < config.engine.micro_batch < local:
-            return False  # training refuses it
+            return False  # training refuses micro-batches with a BatchNorm
         return sum(memory(config, sizes, workers, stage, local * workers, bucket).values()) <= room
 
     if not fits(1):

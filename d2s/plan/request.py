@@ -1,4 +1,4 @@
-"""What the user asks of the plan: a recipe, workers, their memory and a data set, checked."""
+"""Reads and checks the options of the plan: recipe, workers, memory and data set."""
 
 import argparse
 import math
@@ -15,7 +15,7 @@ from d2s.training.recipes import find_recipe
 from d2s.workers.group import local_batch
 
 GIB = 2**30
-# Training images and sparse captions where no --data is given: Karpathy's splits, and what `make demo` builds.
+# (training images, sparse captions) if --data is not given: Karpathy's splits, and the scenes of `make demo`.
 _USUAL_SIZES = {
     "f30k": (29_000, 145_000),
     "coco": (113_287, 566_747),
@@ -27,20 +27,20 @@ _BERT_VOCABULARY, _SCENES_VOCABULARY = 30_522, 100
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A training to plan."""
+    """The training to plan."""
 
     config: TrainConfig
     workers: int
     memory: int
-    """Bytes of each worker's device."""
+    """Bytes of memory that each worker's device has."""
     items: int
-    """Images or image-caption pairs in an epoch."""
+    """Number of images or image-caption pairs in an epoch."""
     items_text: str
-    """Their number and kind, and where the number comes from."""
+    """`items` as text: "29,000 images, the usual size of f30k"."""
     vocabulary: int
-    """Pieces of the vocabulary, if it is made from captions."""
+    """Number of tokens in the vocabulary; used only if the vocabulary is built from captions."""
     bucket: int
-    """Numbers in DeepSpeed's communication bucket."""
+    """Size of DeepSpeed's communication bucket, in numbers of 4 bytes."""
 
     @property
     def local_batch(self) -> int:
@@ -48,7 +48,7 @@ class Request:
 
 
 def read_request(options: argparse.Namespace, overrides: list[str]) -> Request:
-    """Raises ValueError, in one line, for an unknown recipe or field, and for options that do not fit together."""
+    """Reads the request from the command line. Raises ValueError for unknown or contradictory options."""
     config = by_shape(override(find_recipe(options.recipe), overrides))
     local = local_batch(config.batch_size, options.gpus)
     if not 0 < options.memory * GIB < math.inf:
@@ -58,7 +58,7 @@ def read_request(options: argparse.Namespace, overrides: list[str]) -> Request:
     items, items_text, vocabulary = _measure_data(config, options)
     try:
         steps_per_epoch(items, config.batch_size)
-    except ValueError as error:  # the training would refuse it as well
+    except ValueError as error:  # the training would refuse this batch size, too
         raise ValueError(f"{error} ({items_text})") from error
     settings = engine_settings(config.engine, local, config.optim.grad_clip)
     return Request(
@@ -68,7 +68,7 @@ def read_request(options: argparse.Namespace, overrides: list[str]) -> Request:
 
 
 def _measure_data(config: TrainConfig, options: argparse.Namespace) -> tuple[int, str, int]:
-    """`items`, `items_text` and `vocabulary` of the data set that is given, or of the recipe's usual one."""
+    """Returns `items`, `items_text` and `vocabulary` of --data or, without it, of the recipe's usual data set."""
     pairs = config.stage == "finetune" and config.data.sparse == "all"
     kind = "image-caption pairs" if pairs else "images"
     if options.data is None:

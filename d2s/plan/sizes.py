@@ -1,7 +1,7 @@
-"""Counts the parameters of a recipe's model, and what a pair costs in activations, on the CPU.
+"""Counts the parameters of a recipe's model and the bytes of activations for each pair, on the CPU.
 
-The model is built with random weights; activations are what sending two and four made-up pairs through it saves,
-with captions at their longest. No GPU and no data are needed.
+The model is built with random weights. Activations are measured on forward passes of two and of four random pairs
+whose captions have the greatest length. Neither a GPU nor data is needed.
 """
 
 import dataclasses
@@ -30,21 +30,21 @@ class Sizes:
     """The sizes of a recipe's model."""
 
     parameters: int
-    """Frozen ones included."""
+    """Number of parameters of the model, frozen ones included."""
     learned: int
-    """Parameters that are trained."""
+    """Number of parameters that are trained."""
     teacher: int
-    """Parameters of the frozen text tower that an online teacher keeps beside the model; 0 without one."""
+    """Number of parameters in an online teacher's frozen copy of the text encoder; 0 without an online teacher."""
     saved: int
-    """Bytes that a forward pass saves for the backward pass, whatever the batch."""
+    """Bytes that a forward pass saves for the backward pass, for a batch of any size."""
     saved_per_pair: int
-    """Further bytes for each pair."""
+    """Bytes that a forward pass saves in addition for each pair."""
     batch_norm: bool = False
-    """The model has a BatchNorm that learns, so micro-batches are refused."""
+    """Whether the model has a BatchNorm that is trained; training then refuses micro-batches."""
 
 
 def by_shape(config: TrainConfig) -> TrainConfig:
-    """The configuration with the paper's towers replaced by their shapes, so that no weights are downloaded."""
+    """Returns `config` with the paper's towers replaced by their shapes, so that no weights are downloaded."""
     model = config.model
     towers = {name: shape_of(getattr(model, name)) for name in ("image_encoder", "text_encoder")}
     return dataclasses.replace(config, model=dataclasses.replace(model, **towers))
@@ -54,11 +54,11 @@ def measure_sizes(config: TrainConfig, words: int, local_batch: int) -> Sizes:
     """Builds the model of `config` and measures it.
 
     Args:
-        words: size of the vocabulary, if it is made from captions.
-        local_batch: pairs of the batch on a worker.
+        words: size of the vocabulary; used only if the vocabulary is built from captions.
+        local_batch: number of pairs of the batch on each worker.
 
     Raises:
-        ValueError: engine.micro_batch is set, and the model has a BatchNorm.
+        ValueError: engine.micro_batch is set and the model has a BatchNorm.
     """
     module = build(config, words, local_batch)
     two, four = (saved_bytes(module, made_up_batch(config, module, pairs)) for pairs in (2, 4))
@@ -72,7 +72,7 @@ def measure_sizes(config: TrainConfig, words: int, local_batch: int) -> Sizes:
 
 
 def build(config: TrainConfig, words: int, local_batch: int) -> TrainingModule:
-    """The module that training would wrap in an engine. Arguments and errors as of `measure_sizes`."""
+    """Returns the module that training would wrap in an engine. Takes and raises the same as `measure_sizes`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleSetting)
         made_from_captions = config.model.text_encoder.tokenizer == WORDS
@@ -84,14 +84,14 @@ def build(config: TrainConfig, words: int, local_batch: int) -> TrainingModule:
 
 
 def vocabulary(words: int) -> PreTrainedTokenizerFast:
-    """A made-up tokenizer of `words` pieces, or of the few more that every tokenizer has."""
+    """Returns a tokenizer with `words` made-up tokens, or slightly more if `words` is below the least size."""
     captions = [" ".join(f"w{number}" for number in range(words))]
     least = len(build_word_tokenizer(captions, max_words=1)) - 1
     return build_word_tokenizer(captions, min_count=1, max_words=max(1, words - least))
 
 
 def count(module: TrainingModule, config: TrainConfig) -> dict[str, int]:
-    """The first three fields of `Sizes`."""
+    """Returns the fields of `Sizes` that count parameters: `parameters`, `learned` and `teacher`."""
     parameters = sum(p.numel() for p in module.parameters())
     learned = sum(p.numel() for p in module.parameters() if p.requires_grad)
     online = config.loss.distill_weight and config.loss.teacher == "online"
@@ -100,7 +100,7 @@ def count(module: TrainingModule, config: TrainConfig) -> dict[str, int]:
 
 
 def made_up_batch(config: TrainConfig, module: TrainingModule, pairs: int) -> Batch:
-    """Random pixels, and random captions of the greatest length that the recipe allows."""
+    """Returns a batch of random images, with random captions of the greatest length that the recipe allows."""
     data, model = config.data, module.model
     length = data.max_words_dense if config.stage == "pretrain" else data.max_words_sparse
     length = min(length, model.max_words)
@@ -118,7 +118,7 @@ def made_up_batch(config: TrainConfig, module: TrainingModule, pairs: int) -> Ba
 
 
 def saved_bytes(module: nn.Module, batch: Batch) -> int:
-    """Bytes that a forward pass of the batch saves for the backward pass, without the parameters."""
+    """Returns the bytes that a forward pass of `batch` saves for the backward pass, without the parameters."""
     width = module.model.config.width
     teacher = torch.zeros(len(batch), width) if module.objective.config.distill_weight else None
     module.train()

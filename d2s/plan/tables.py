@@ -1,4 +1,4 @@
-"""What `python -m d2s.plan` prints."""
+"""Builds the tables that `python -m d2s.plan` prints."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from d2s.shards.order.permutation import steps_per_epoch
 MIB = 2**20
 STAGES = (0, 1, 2, 3)
 RESERVE = 0.1
-"""Share of the memory that stays free: the backward pass's own work, the allocator's slack, the device's context."""
+"""Share of the memory to leave free for temporary tensors of the backward pass, the allocator and the device."""
 
 
 def describe(request: Request, throughput: float | None) -> str:
-    """Memory and largest batch for each ZeRO stage, traffic of a step, and time of an epoch.
+    """Returns the text of the plan: memory, largest batch and traffic by ZeRO stage, and the time of an epoch.
 
-    throughput: pairs a second over all workers; None if it is not known.
+    throughput: pairs per second over all workers; None if unknown.
     """
     config, workers, batch = request.config, request.workers, request.config.batch_size
     sizes = measure_sizes(config, request.vocabulary, request.local_batch)
@@ -57,11 +57,11 @@ def describe(request: Request, throughput: float | None) -> str:
 
 
 def compare(request: Request, measured: dict[str, float], steps: int) -> str:
-    """The configured ZeRO stage's planned figures beside those `measure` took from `steps` real steps."""
+    """Returns a table of the planned figures beside those that `measure` took from `steps` real steps."""
     stage = request.config.engine.zero_stage
     sizes = measure_sizes(request.config, int(measured["vocabulary"]), request.local_batch)
     planned = memory(request.config, sizes, request.workers, stage, request.config.batch_size, request.bucket)
-    # On a CPU, memory that nobody writes to is never resident.
+    # A CPU process does not write to its buckets, and memory becomes resident only when it is written to.
     untouched = planned["buckets"] if measured["on_cpu"] else 0
     planned["resident"] = sum(planned.values()) - untouched
     lines = [
@@ -77,7 +77,7 @@ def compare(request: Request, measured: dict[str, float], steps: int) -> str:
 
 
 def _table(names: Sequence[str], columns: list[dict[str, int]], unit: int) -> list[str]:
-    """Lines of numbers in `unit`: one for each name, with a column for each ZeRO stage, and their sums."""
+    """Returns a row for each of `names` and a row of sums. columns: bytes by name, for each ZeRO stage."""
     rows = {name: [column[name] for column in columns] for name in names}
     rows["total"] = [sum(column.values()) for column in columns]
     head = _row("", [f"ZeRO {stage}" for stage in STAGES])

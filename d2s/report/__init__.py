@@ -1,1 +1,1 @@
-"""One self-contained page about a run."""
+"""Builds one self-contained HTML page about a run."""

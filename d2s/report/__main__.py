@@ -1,4 +1,4 @@
-"""`python -m d2s.report`."""
+"""Runs the command `python -m d2s.report`."""
 
 from d2s.report.command import main
 

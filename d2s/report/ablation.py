@@ -1,12 +1,12 @@
-"""The table of `python -m d2s.ablate`."""
+"""Builds the table that `python -m d2s.ablate` prints."""
 
 from statistics import mean, median, stdev
 
 
 def ablation_table(results: list[dict]) -> str:
-    """The results as a Markdown table. Steps and time include pre-training; time is the median over the seeds.
+    """Returns a Markdown table. Steps and time include pre-training; time is the median over the seeds.
 
-    results: a row each, that of pre-training first, as `d2s.ablate.evaluate_all` gives them.
+    results: the return value of `d2s.ablate.evaluate_all`; its first entry is pre-training alone.
     """
     pretraining = results[0]["runs"]
     lines = ["| row | steps | test rSum | val rSum | training time |", "|---|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""Charts: where their lines, areas and marks lie; templates/chart.svg turns that into SVG."""
+"""Computes the positions of lines, areas and marks in charts; templates/chart.svg draws them as SVG."""
 
 import math
 from collections.abc import Sequence
@@ -16,56 +16,56 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float]]
-    """(x, y) in the order of the line; those that are not finite are left out."""
+    """(x, y) of each point, in the order in which the line joins them. Points that are not finite are left out."""
     colour: int = 1
-    """1 to 6."""
+    """Number of the colour, 1 to COLOURS."""
     smooth: bool = False
-    """Draw a moving average over the points, and the points themselves faintly."""
+    """Whether to draw a moving average of the points over a faint line through all points."""
     dots: bool = False
-    """A dot at each point: for few points that were measured one by one."""
+    """Whether to draw a dot at each point; made for lines of few points."""
 
 
 @dataclass(kw_only=True)
 class Chart:
-    """A drawing in its own units: x grows to the right, y downwards."""
+    """A chart, `width` by `height` units: x grows to the right, y downwards."""
 
     title: str
     note: str
-    """What the lines are, or the main figure."""
+    """A line below the title: what the lines show, or the main figure."""
     x_label: str
     x_marks: list[tuple[float, str]]
-    """Where each number under the horizontal axis stands, and the number."""
+    """(x, text) of each number under the horizontal axis."""
     y_marks: list[tuple[float, str]]
     shapes: list[tuple[str, int, str]] = field(default_factory=list)
-    """(kind, colour, points) of each. Kinds: line, faint, area, mean. Points as in SVG's polyline: "x,y x,y"."""
+    """(kind, colour, points) of each shape. Kinds: "line", "faint", "area", "mean". Points: "x,y x,y ..."."""
     dots: list[tuple[float, float, int]] = field(default_factory=list)
-    """(x, y, colour) of each."""
+    """(x, y, colour) of each dot."""
     readings: list[dict] = field(default_factory=list)
-    """For the pointer: each line's name, colour and points as [x, y, text of x, text of y]."""
+    """Values to show at the pointer: for each line "name", "colour" and "at", a list of (x, y, x text, y text)."""
     width, height = 520, 250
     left, right, top, bottom = 58, 506, 14, 216
 
 
 class Axis:
-    """Maps values from `low` to `high` to the drawing's units from `start` to `end`."""
+    """An axis that maps the values `low` to `high` linearly to the chart's units `start` to `end`."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        if not high > low:  # a single value still needs an extent
+        if not high > low:  # a single value still needs a range
             margin = abs(low) * 0.1 or 0.5
             low, high = low - margin, high + margin
         self.low, self.high, self.start, self.end = float(low), float(high), start, end
 
     def place(self, value: float) -> float:
-        """The value's place, to a tenth of a unit."""
+        """Returns the position of a value in the chart's units, rounded to a tenth."""
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
     def marks(self, count: int, unit: str = "") -> list[tuple[float, str]]:
-        """(place, text) of about `count` round numbers."""
+        """Returns (position, text) of about `count` round numbers on the axis."""
         return [(self.place(value), short(value) + unit) for value in ticks(self.low, self.high, count)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten) between low and high, about `count` of them."""
+    """Returns about `count` evenly spaced round numbers; the distance is 1, 2, 2.5 or 5 times a power of ten."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -76,7 +76,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number for people: four digits, thousands separated, powers of ten where they are shorter."""
+    """Formats a number for people: 1,234,567 or 12.34 or 1e-5."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
@@ -87,7 +87,7 @@ def short(value: float) -> str:
 
 
 def average(values: np.ndarray) -> np.ndarray:
-    """Moving average (n,) of values (n,). The window, a twentieth of them, is centred, so it does not lag."""
+    """Returns the centred moving average of `values`; both have shape (n,). The window has about n / 20 values."""
     half = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
@@ -98,11 +98,11 @@ def average(values: np.ndarray) -> np.ndarray:
 def line_chart(
     series: Sequence[Series], title: str, note: str, *, x_label: str, x_max: float, from_zero: bool
 ) -> Chart | None:
-    """A line chart whose horizontal axis starts at 0; None where there is nothing to draw.
+    """Returns a line chart whose horizontal axis starts at 0, or None if no series has a finite point.
 
     Args:
-        x_max: the horizontal axis reaches at least this far.
-        from_zero: the vertical axis starts at 0 as well.
+        x_max: the horizontal axis ends at this value or later.
+        from_zero: whether the vertical axis starts at 0, too.
     """
     lines = [(s, x, y) for s in series for x, y in [_finite(s)] if len(x)]
     if not lines:
@@ -129,9 +129,9 @@ def line_chart(
 def histogram(
     groups: Sequence[tuple[np.ndarray, int]], title: str, note: str, *, x_label: str, bins: int = 48
 ) -> Chart | None:
-    """Overlaid histograms of (values, colour) over common bins, each in percent of its group.
+    """Returns overlaid histograms of `groups`, or None if no group has a finite value.
 
-    A dashed line stands at each group's mean. Returns None where there is no finite value.
+    groups: (values, colour) of each. Bars are in percent of the group; a dashed line marks the group's mean.
     """
     groups = [(values[np.isfinite(values)], colour) for values, colour in groups]
     groups = [(values, colour) for values, colour in groups if len(values)]
@@ -161,12 +161,12 @@ def _points(xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def _finite(series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """The series' finite points, at most 400 of them."""
+    """Returns x and y of the series' finite points; more than 400 points are averaged to 400."""
     x, y = np.asarray(series.points, float).reshape(-1, 2).T
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = x[finite], y[finite]
     if len(x) > _MOST_POINTS:
-        # Means of equal stretches: a line drawn from every tenth point would show noise as trend.
+        # Averages neighbours, because a line through every tenth point would show noise as a trend.
         parts = np.array_split(np.arange(len(x)), _MOST_POINTS)
         x, y = (np.array([values[part].mean() for part in parts]) for values in (x, y))
     return x, y

@@ -1,7 +1,7 @@
 """Writes a run's report: `python -m d2s.report RUN [RUN ...] [--data DIR] [--split val] [--picture FILE.svg]`.
 
-The page goes to RUN/report.html of the first run; further runs are drawn beside it. Curves and recall come from
-the run's own files; the pictures are made by running its best model on a split.
+Writes RUN/report.html for the first run; further runs appear in its curves and tables for comparison. Curves and
+recall come from the files in the run folders. For the pictures the first run's best model is evaluated on a split.
 """
 
 import sys
@@ -34,18 +34,18 @@ def write_report(
     batch_size: int = 128,
     picture: Path | None = None,
 ) -> Path:
-    """Writes report.html into the folder of the first run, all of it or nothing, and returns its path.
+    """Writes report.html atomically into the folder of the first run and returns its path.
 
     Args:
-        runs: the run that the report is about, then others for the curves and the recall table.
-        data: the data set for the pictures. None takes the one that the run was trained on; if that or the run's
-            best model is missing, the page gives the reason in place of the pictures.
-        split: the pictures' split. The default leaves the test split alone.
+        runs: the run that the report is about, then others to compare with in curves and recall table.
+        data: the data set for the pictures; None for the one that the run was trained on. If that data set or the
+            run's best model is missing, the page shows the reason instead of the pictures.
+        split: the split that the pictures come from.
         device: as in `d2s.evaluate`.
-        picture: an SVG file to draw curves and a few queries into, for a README.
+        picture: an SVG file, for a README, to which curves and a few queries are drawn.
 
     Raises:
-        ValueError: data, split or model do not fit, a folder has the report's name, or there is nothing to draw.
+        ValueError: data, split or model do not fit, report.html is a folder, or there is nothing to draw.
     """
     run = runs[0]
     target = run.path / "report.html"
@@ -75,7 +75,7 @@ def write_report(
 
 
 def _find_data(run: Run, data: Path | None) -> tuple[ShardIndex | None, str]:
-    """The data set for the pictures, or None and the reason why there is none."""
+    """Returns the data set for the pictures and "", or None and the reason why no pictures can be shown."""
     if data is not None:
         return ShardIndex.open(data), ""
     known = run.config.get("data")
@@ -89,19 +89,19 @@ def _find_data(run: Run, data: Path | None) -> tuple[ShardIndex | None, str]:
 def _evaluate(
     run: Run, index: ShardIndex, split: str, device: torch.device, batch_size: int
 ) -> tuple[Gallery, dict]:
-    """The gallery of a split, and the numbers of its evaluation."""
+    """Evaluates the run's best model on a split. Returns the gallery and the numbers of the evaluation."""
     index.rows(split)
     folder = run.path / "best"
     model = load_model(folder).to(device)
     config = data_config_of(folder, model)
     embedded = embed_split(model, index, split, config=config, batch_size=batch_size)
     numbers = evaluate_embeddings(embedded, index, split).to_dict()
-    # A model of stage 1 has learned dense captions only, so those are shown.
+    # Shows the captions that the run's stage aligns: a model of stage 1 has learned dense captions only.
     return make_gallery(index, split, embedded, kind=run.aligned), numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0, or 2 after one line on what is wrong; a usage error exits with 2."""
+    """Runs the command. Returns 0, or 2 after one line that names the user's mistake."""
     parser = command.Parser(
         prog="python -m d2s.report", description="Write RUN/report.html: curves, recall, pictures, settings."
     )
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(folders: Sequence[Path], *, picture: Path | None, **options: Any) -> None:
-    """Writes what was asked for and prints the recall table. Raises ValueError and OSError."""
+    """Writes the report and the picture, and prints the recall table. Raises ValueError and OSError."""
     runs = [read_run(folder) for folder in folders]
     target = write_report(runs, picture=picture, **options)
     rows = [

@@ -1,4 +1,4 @@
-"""What the report shows of a model at work: queries with their top five, and similarities of pairs."""
+"""Chooses queries and their top five candidates for the report, and computes similarities of pairs."""
 
 import base64
 import io
@@ -19,22 +19,22 @@ from d2s.shards.read.records import ShardReader
 TOP = 5
 THUMBNAIL = 160
 _CHUNK = 1024
-# First and last rank, from 1, of the best right answer.
+# For each outcome of a query, the lowest and the highest rank (from 1) of the best right answer.
 OUTCOMES = {"hit": (1, 1), "near": (2, TOP), "miss": (TOP + 1, 1 << 62)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One candidate of a query."""
+    """A candidate in the answer list of a query."""
 
     image: int
-    """Position in the split of the picture, or of the picture that the caption describes."""
+    """Position in the split of the picture or, for a caption, of the picture that the caption describes."""
     text: str | None
-    """None where the candidate is a picture."""
+    """The caption; None if the candidate is a picture."""
     similarity: float
     right: bool
     rank: int
-    """From 1, as listed."""
+    """Rank among all candidates, from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,56 +42,56 @@ class Query:
     """A query with its best answers."""
 
     image: int
-    """As in `Answer`."""
+    """Position in the split, as in `Answer`."""
     text: str | None
-    """None where the query is a picture."""
+    """The caption; None if the query is a picture."""
     rank: int
-    """Of the best right answer, from 1; ties count against the model."""
+    """Rank of the best right answer, from 1; ties count against the model."""
     outcome: str
-    """hit (rank 1), near (2 to 5), or miss."""
+    """"hit" (rank 1), "near" (2 to 5), or "miss"."""
     answers: list[Answer]
-    """The first five; then the best right one, if it is not among them."""
+    """The first five answers, then the best right answer if it is not among these."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Direction:
-    """Image to text, or text to image. n queries."""
+    """The results of one direction, image to text or text to image, for n queries."""
 
     queries: list[Query]
-    """Those shown."""
+    """The queries that are shown, a few of the n."""
     percent: dict[str, float]
-    """Of all queries of the split, by outcome."""
+    """Percent of the n queries that have each outcome."""
     right: np.ndarray
-    """(n,) similarity of the best right candidate of each query."""
+    """Similarity of each query's best right candidate, of shape (n,)."""
     wrong: np.ndarray
-    """(n,) similarity of the best wrong one: the hardest negative."""
+    """Similarity of each query's best wrong candidate, the hardest negative, of shape (n,)."""
 
     @property
     def won(self) -> float:
-        """Percent of queries whose best right candidate is more similar than every wrong one: R@1."""
+        """R@1: the percentage of queries with a right candidate that is more similar than every wrong candidate."""
         return 100.0 * float((self.right > self.wrong).mean())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """Everything that the report shows of one split."""
+    """All queries, pictures and similarities that the report shows for one split."""
 
     kind: str
-    """Which captions: sparse or dense."""
+    """The kind of captions: "sparse" or "dense"."""
     i2t: Direction
     t2i: Direction
     thumbnails: dict[int, str]
-    """Base64 JPEG by position in the split, for every picture that is shown."""
+    """Maps the position in the split of each picture that is shown to its JPEG, in base64."""
 
 
 def make_gallery(
     index: ShardIndex, split: str, embedded: Embeddings, *, kind: str = "sparse", per_outcome: int = 4
 ) -> Gallery:
-    """Chooses `per_outcome` queries of each outcome, evenly over the split, and finds their top five.
+    """Chooses up to `per_outcome` queries of each outcome, evenly over the split, and finds their top five answers.
 
     Args:
         embedded: the embeddings of this split.
-        kind: which captions to show, "sparse" or "dense"; the other where the split has none of them.
+        kind: which captions to show, "sparse" or "dense"; if the split has none of this kind, the other is shown.
 
     Raises:
         ValueError: the split has no captions, or a sample is damaged.
@@ -127,14 +127,14 @@ def make_gallery(
 
 @dataclass(frozen=True)
 class _Side:
-    """Queries or candidates."""
+    """The queries or the candidates of one direction: n pictures or n captions."""
 
     embeddings: Tensor
-    """(n, D), rows of length 1."""
+    """Normalised embeddings, of shape (n, D)."""
     images: Tensor
-    """(n,) int64, position in the split of each row's picture: equal ones belong together."""
+    """Position in the split of each picture, or of the picture of each caption; int64, of shape (n,)."""
     text: Callable[[int], str | None] = lambda row: None
-    """Gives a row's caption, None for a picture."""
+    """Returns the caption of a row; None for pictures."""
 
 
 def _direction(queries: _Side, candidates: _Side, per_outcome: int) -> Direction:
@@ -146,7 +146,7 @@ def _direction(queries: _Side, candidates: _Side, per_outcome: int) -> Direction
         members = torch.nonzero((ranks >= low) & (ranks <= high)).squeeze(1)
         percent[outcome] = 100.0 * len(members) / len(ranks)
         count = min(per_outcome, len(members))
-        # The middle of each of `count` equal parts.
+        # Splits the members into `count` equal parts and takes the middle of each part.
         places = ((torch.arange(count) + 0.5) * len(members) / max(count, 1)).long()
         chosen += [
             Query(
@@ -163,7 +163,7 @@ def _direction(queries: _Side, candidates: _Side, per_outcome: int) -> Direction
 
 
 def _answers(query: Tensor, image: int, candidates: _Side) -> list[Answer]:
-    """The first five candidates of a query (D,), and the best right one if it comes later."""
+    """Returns the top five candidates for a query of shape (D,), and the best right one if it comes later."""
     similarity = candidates.embeddings @ query
     right = candidates.images == image
     order = torch.argsort(similarity, descending=True, stable=True)
@@ -185,7 +185,7 @@ def _answers(query: Tensor, image: int, candidates: _Side) -> list[Answer]:
 
 
 def _best_similarities(queries: _Side, candidates: _Side) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) and (n,): for each query the similarity of its best right and of its best wrong candidate."""
+    """Returns each query's similarity with its best right and with its best wrong candidate, both of shape (n,)."""
     best_right, best_wrong = [], []
     for start in range(0, len(queries.embeddings), _CHUNK):
         similarity = queries.embeddings[start : start + _CHUNK] @ candidates.embeddings.T

@@ -1,4 +1,4 @@
-"""Renders the report and the picture from the templates beside this file; they escape every text themselves."""
+"""Renders the report and the picture from the templates in this folder. The templates escape every text."""
 
 import math
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ def render_page(
     capacity: dict[str, float],
     no_gallery: str,
 ) -> str:
-    """The report as one HTML file. It is about the first run; the others are there for comparison.
+    """Returns the report, one HTML file, on the first of `runs`; the other runs are for comparison.
 
     Args:
-        rows: of the recall table.
-        gallery_source: the split and the model that the pictures come from.
-        capacity: measures of information capacity by name, as `d2s.evaluate` gives them; empty leaves them out.
-        no_gallery: the reason given in place of the pictures where `gallery` is None.
+        rows: the rows of the recall table.
+        gallery_source: a phrase that names the split and the model of the pictures.
+        capacity: information capacity by name of the measure, from `d2s.evaluate`; empty to leave it out.
+        no_gallery: the reason to show instead of the pictures if `gallery` is None.
     """
     return _environment().get_template("page.html").render(
         run=runs[0],
@@ -46,10 +46,10 @@ def render_page(
 
 
 def render_picture(runs: Sequence[Run], gallery: Gallery | None) -> str:
-    """One SVG file for a README: loss, validation rSum, and a caption of each outcome with its best pictures.
+    """Returns an SVG file for a README: loss, validation rSum, and a caption of each outcome with its top pictures.
 
     Raises:
-        ValueError: none of the runs has a row of metrics yet.
+        ValueError: no run has a row of metrics yet.
     """
     shown = [chart for chart in curves(runs) if chart.title in ("Loss", "Validation rSum")]
     if not shown:
@@ -65,7 +65,7 @@ def render_picture(runs: Sequence[Run], gallery: Gallery | None) -> str:
 
 
 def curves(runs: Sequence[Run]) -> list[Chart]:
-    """The charts over the epochs for which the runs have numbers."""
+    """Returns the charts over epochs, without those for which no run has numbers."""
     epochs = [row["epoch"] for run in runs for row in run.rows]
 
     def chart(title: str, note: str, points: list, *, from_zero: bool = True, **style: bool) -> Chart | None:
@@ -106,7 +106,7 @@ def _number(value: float, form: str = ".1f") -> str:
 
 
 def _breaking(text: str, mark: str) -> Markup:
-    """The text, escaped, in which a line may break after each mark."""
+    """Escapes `text` for HTML, and allows a line break after each `mark` in it."""
     return Markup(f"{mark}<wbr>").join(text.split(mark))
 
 
@@ -115,7 +115,7 @@ def _legend(runs: Sequence[Run]) -> list[tuple[str, int]]:
 
 
 def _tiles(run: Run, rows: Sequence[RecallRow]) -> list[tuple[str, str, str]]:
-    """(value, name, note) of what stands in large letters at the top."""
+    """Returns (value, name, note) of each figure in large letters at the top of the page."""
     scores = [
         (
             f"{row.retrieval.rsum:.1f}",

@@ -1,4 +1,4 @@
-"""A run folder as the report reads it: settings, rows of metrics, evaluations."""
+"""Reads a run folder for the report: settings, rows of metrics and evaluations."""
 
 import statistics
 from dataclasses import dataclass
@@ -18,41 +18,41 @@ class RecallRow:
     run: str
     split: str
     captions: str
-    """sparse, dense, or the mean of folds."""
+    """Which captions: "sparse", "dense", or "sparse, 5 folds" for the mean over folds."""
     retrieval: Retrieval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The files of a run folder, parsed."""
+    """The parsed files of a run folder."""
 
     path: Path
     name: str
     config: dict[str, Any]
-    """config.json as it is."""
+    """The content of config.json; empty without that file."""
     rows: list[dict[str, Any]]
-    """Of metrics.jsonl."""
+    """The rows of metrics.jsonl."""
     evaluations: list[tuple[str, dict[str, Any]]]
-    """(split, numbers) of the files that `d2s.evaluate --json` left in the run folder."""
+    """(split, numbers) of each file in the run folder that `d2s.evaluate --json` wrote."""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The training's configuration."""
+        """The configuration of the training, by field."""
         return self.config.get("config", {})
 
     @property
     def aligned(self) -> str:
-        """The captions that the stage aligns, by which its best model was chosen: dense or sparse."""
+        """The captions that the stage aligns and by which the best model is chosen: "dense" or "sparse"."""
         return "dense" if self.fields.get("stage") == "pretrain" else "sparse"
 
     @property
     def description(self) -> str:
-        """Recipe, stage and data in one line."""
+        """One line with recipe, stage and data set."""
         parts = [self.fields.get("recipe"), self.fields.get("stage"), self.config.get("data")]
         return ", ".join(str(part) for part in parts if part)
 
     def facts(self) -> list[tuple[str, str, str]]:
-        """(value, name, note) of steps, training time and speed."""
+        """Returns (value, name, note) for the number of steps, the training time and the speed."""
         rows = self._rows("train")
         if not rows:
             return []
@@ -68,16 +68,16 @@ class Run:
         return found
 
     def points(self, field: str) -> list[tuple[float, float]]:
-        """(epoch, value) of a field of the training steps' rows; empty where all values are 0."""
+        """Returns (epoch, value) of `field` for each logged training step; an empty list if all values are 0."""
         found = [(row["epoch"], row[field]) for row in self._rows("train") if field in row]
         return found if any(value for _, value in found) else []
 
     def validations(self) -> list[tuple[float, float]]:
-        """(epoch, rSum of the captions that the stage aligns) of each validation."""
+        """Returns (epoch, rSum on the captions that the stage aligns) of each validation."""
         return [(row["epoch"], self._score(row)) for row in self._rows("val")]
 
     def recall_rows(self) -> list[RecallRow]:
-        """The best validation, then the newest evaluation of each other split; a row for each kind of captions."""
+        """Returns the rows of the best validation and of each split's last evaluation, by kind of captions."""
         found = []
         validated = self._rows("val")
         if validated:
@@ -88,7 +88,7 @@ class Run:
         return found
 
     def rows_of(self, split: str, numbers: dict[str, Any]) -> list[RecallRow]:
-        """The rows of one `Evaluation.to_dict()`."""
+        """Returns the rows for `numbers`, the result of `Evaluation.to_dict()`."""
         kinds = [("sparse", numbers), ("dense", numbers.get("dense"))]
         if folds := numbers.get("folds"):
             kinds.insert(1, (f"sparse, {folds['number']} folds", folds))
@@ -99,7 +99,7 @@ class Run:
         ]
 
     def settings(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """Groups of (name, value), for people."""
+        """Returns all settings as text: (group, list of (name, value)) for each group."""
         groups = {"run": _flat({name: value for name, value in self.config.items() if name != "config"})}
         for name, value in self.fields.items():
             if isinstance(value, dict):
@@ -119,7 +119,7 @@ def read_run(path: Path) -> Run:
     """Reads a run folder.
 
     Raises:
-        ValueError: no such folder, neither config.json nor metrics.jsonl in it, or a file that is not JSON.
+        ValueError: the folder is missing, has neither config.json nor metrics.jsonl, or has a file with broken JSON.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such run folder")
@@ -127,7 +127,7 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{path} is no run: it has neither config.json nor metrics.jsonl")
     try:
         rows = read_rows(path)
-    except ValueError as error:  # broken JSON and broken UTF-8 both are
+    except ValueError as error:  # broken JSON or broken UTF-8
         raise ValueError(
             f"{path / 'metrics.jsonl'} has a line that is not JSON ({error}): mend or remove it"
         ) from None
@@ -142,7 +142,7 @@ def read_run(path: Path) -> Run:
 
 
 def _retrieval(numbers: dict[str, Any]) -> Retrieval:
-    """The reverse of `Retrieval.to_dict`."""
+    """Builds a `Retrieval` from the result of `Retrieval.to_dict`, but without the number of candidates."""
 
     def direction(name: str) -> Recall:
         return Recall(
@@ -158,7 +158,7 @@ def _retrieval(numbers: dict[str, Any]) -> Retrieval:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """(dotted name, text) of every value, nested ones included."""
+    """Returns (name, text) of every value; the names of nested values are joined by dots."""
     found = []
     for name, value in values.items():
         if isinstance(value, dict) and value:

@@ -1,4 +1,4 @@
-"""`python -m d2s.kernels.bench`: times ours, the plain ways and other people's kernels side by side in one run.
+"""`python -m d2s.kernels.bench`: times our kernels, plain torch code and other people's kernels in one run.
 
 Prints a table and appends its rows to `results/<device>.csv`.
 """
@@ -17,7 +17,7 @@ from d2s.kernels.bench.cases import CASES
 from d2s.kernels.bench.measure import measure
 from d2s.kernels.bench.providers import PROVIDERS
 
-# Seconds after which a variant on a GPU is not repeated any more.
+# Seconds after which a variant is not timed again on a GPU.
 LONGEST = 10.0
 
 
@@ -47,13 +47,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     on_gpu = arguments.device.startswith("cuda")
     arguments.longest = LONGEST if on_gpu and not arguments.repeat else math.inf
     arguments.repeat = arguments.repeat or (3 if arguments.quick else 50 if on_gpu else 10)
-    # A GPU's clocks need several rounds.
+    # A GPU takes several rounds to reach its full clock rate.
     arguments.warm = 6 if on_gpu else 1
     return arguments
 
 
 def measure_all(arguments: argparse.Namespace) -> set[str]:
-    """Measures and prints; writes after each case, so an interrupted run keeps its rows. Returns the variants."""
+    """Measures all items and prints and writes the rows of each at once, so that an interrupted run keeps them.
+
+    Returns the names of the measured variants. Raises ValueError if there is no such device.
+    """
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("no CUDA device; use --device cpu")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -81,7 +84,7 @@ def measure_all(arguments: argparse.Namespace) -> set[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 if ours or a requested variant was not measured, 2 for a wrong command, 130 if interrupted."""
+    """Returns 0, 1 if "ours" or a --provider was not measured, 2 for a user's mistake, or 130 if interrupted."""
     arguments, measured = _arguments(argv), set()
     code = run(lambda: measured.update(measure_all(arguments)))
     missing = {"ours", *(arguments.provider or ())}.intersection(plan.providers(arguments)) - measured

@@ -1,7 +1,7 @@
-"""What is measured: each op, the plain way to write it in torch, and the least work that any method has to do.
+"""Defines the ops to measure, each with its plain implementation in torch and the least work that it takes.
 
-The plain ways do what a straightforward implementation of the paper does: the N x N matrix with masked fills, and
-GPO with its GRU run once per sample and torch.sort. They use nothing of the implementations that we test.
+A plain implementation is a straightforward one of the paper: losses build the N x N matrix and mask it; GPO runs its
+GRU once per sample and calls torch.sort. The plain implementations share no code with those that we test.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,12 @@ from d2s.kernels.problems import MARGIN, PROBLEMS, TEMPERATURE, Inputs, Problem,
 
 @dataclass(frozen=True, kw_only=True)
 class Case(Problem):
-    """An op with its plain way. released: as public code has it, where that differs from the plain way.
+    """An op with its plain implementation and the least work of any method.
 
-    flops: (forward, forward and backward) in units of n * n * width; the least of any method that does not store
-    the n x n matrix, so recomputing it counts. traffic: (forward, forward and backward) reads and writes of the
-    largest input by the least method.
+    released: the implementation in public code; None if it equals the plain one.
+    flops, traffic: one value for the forward pass, one for forward and backward together. flops is in units of
+        n * n * width, without storing the n x n matrix, so the backward pass computes it again. traffic says how
+        often an array of the size of the largest input must be read or written.
     """
 
     plain: Run
@@ -31,18 +32,18 @@ class Case(Problem):
 
 
 class Work(NamedTuple):
-    """One step's floating-point operations in matrix products, and bytes read and written once."""
+    """The least work of one step: floating-point operations in matrix products, and bytes to read and write."""
 
     flops: float
     traffic: float
 
     def floor_ms(self, matmul_tflops: float, copy_gbs: float) -> float:
-        """The least milliseconds at a device's rates: those of the slower of the two."""
+        """Returns the time in milliseconds of the operations or of the traffic, whichever takes longer."""
         return max(self.flops / matmul_tflops / 1e9, self.traffic / copy_gbs / 1e6)
 
 
 def work(name: str, shape: Shape, dtype: torch.dtype, mode: str) -> Work:
-    """The least work of a case in a mode; backward alone has what both have, less the forward's part."""
+    """Returns the least work of a case in a mode. "backward" is the work of both passes less that of forward."""
     flops, traffic = (
         {"forward": forward, "full": both, "backward": both - forward}[mode]
         for forward, both in (CASES[name].flops, CASES[name].traffic)
@@ -67,7 +68,7 @@ def _hinge(x: Inputs, hardest: bool) -> Tensor:
 
 
 def _same_image(ids: Tensor) -> Tensor:
-    """(n, n): pairs of the same image that are not positives."""
+    """Returns the mask, of shape (n, n), of pairs off the diagonal that have the same image id."""
     return (ids[:, None] == ids[None, :]) & ~torch.eye(ids.shape[0], dtype=torch.bool, device=ids.device)
 
 
@@ -104,7 +105,7 @@ def _ranks(x: Inputs) -> Tensor:
 
 
 def _gpo(x: Inputs, packed: bool = False) -> Tensor:
-    """packed: the published layer gives its GRU the samples' position codes as packed sequences."""
+    """Computes GPO plainly. packed: run the GRU over packed sequences, as the published layer does."""
     features, code, mask = x["features"], x["code"], x["mask"]
     weights = x.net(code.expand(features.shape[0], *code.shape), packed).to(features.dtype)
     filled = features.masked_fill(~mask[:, :, None], -10000.0)

@@ -1,4 +1,4 @@
-"""Measures all variants of one case at one size: times in every mode, and extra memory."""
+"""Measures all variants of one case at one size: their times in every mode, and their extra memory."""
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor
@@ -12,12 +12,12 @@ from d2s.kernels.bench.cases import CASES, work
 from d2s.kernels.bench.providers import Unavailable, provider
 from d2s.kernels.problems import Run, one_line
 
-# Up to this n a GPU is timed by CUDA graphs too, because launches cost more than the work.
+# Up to this n, variants are also timed as CUDA graphs, because launching kernels takes longer than running them.
 LAUNCH_BOUND = 1024
 
 
 def variants(item: plan.Item, arguments: argparse.Namespace) -> dict[str, Run]:
-    """The variants that have this case, by name. Prints why one that was asked for does not."""
+    """Returns the variants that support this case, by name. Prints why a variant of --provider does not."""
     found = {}
     for name in plan.providers(arguments):
         try:
@@ -29,7 +29,7 @@ def variants(item: plan.Item, arguments: argparse.Namespace) -> dict[str, Run]:
 
 
 def peak_bytes(name: str, item: plan.Item, device: str, run: Run | None = None) -> int:
-    """The extra memory of a variant."""
+    """Returns `timing.extra_bytes` of a variant. run: the variant's function; None to look it up by name."""
     make, dtype = CASES[item.case].make, plan.DTYPES[item.dtype]
     run = run or provider(name, item.case, device, item.shape.width)
     small = make(replace(item.shape, n=min(item.shape.n, 64)), dtype, device, 0)
@@ -37,13 +37,13 @@ def peak_bytes(name: str, item: plan.Item, device: str, run: Run | None = None) 
 
 
 def extra_mib(name: str, item: plan.Item, device: str, run: Run) -> float | None:
-    """The extra memory of a variant in MiB, on a CPU in a process of its own. Prints why if there is none."""
+    """Returns a variant's extra memory in MiB; None, after printing the error, if it cannot be measured."""
     try:
         if device.startswith("cuda"):
             return peak_bytes(name, item, device, run) / 2**20
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             return process.submit(peak_bytes, name, item, device).result() / 2**20
-    # A peer may refuse the small inputs, a process may be killed; the times count all the same.
+    # Another package may refuse the small inputs, or the process may be killed; the times are kept all the same.
     except Exception as error:  # noqa: BLE001
         print(f"  {name}: peak memory: {one_line(error)}")
     timing.release(device)
@@ -51,7 +51,7 @@ def extra_mib(name: str, item: plan.Item, device: str, run: Run) -> float | None
 
 
 def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Namespace) -> list[record.Row]:
-    """All variants and modes of a case at one size."""
+    """Measures all variants of one item in all modes. rates: the device's, from `timing.device_rates`."""
     make, dtype, device = CASES[item.case].make, plan.DTYPES[item.dtype], arguments.device
     first, on_gpu = make(item.shape, dtype, device, 0), device.startswith("cuda")
     count = timing.sets_needed(first.nbytes(), device)
@@ -59,7 +59,7 @@ def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Nam
     runs, rows = variants(item, arguments), []
 
     def add(mode: str, name: str, clock: str, spent: list[float], extra: float | None = None) -> None:
-        """Adds the row of one variant. spent: milliseconds of all repeats. extra: MiB."""
+        """Adds the row of a variant. spent: the time of each repeat in ms. extra: extra memory in MiB."""
         least = work(item.case, item.shape, dtype, mode)
         p20, median, p80 = (timing.quantile(spent, q) for q in (0.2, 0.5, 0.8))
         what = {"case": item.case, "mode": mode, "provider": name, "dtype": item.dtype, **asdict(item.shape)}
@@ -88,7 +88,7 @@ def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Nam
         for name in times if on_gpu and item.shape.n <= LAUNCH_BOUND and mode != "backward" else ():
             try:
                 add(mode, name, "graph", timing.by_graph(runs[name], inputs, mode))
-            # Providers that wait for the host or allocate memory on their own cannot be captured.
+            # A variant that waits for the host or allocates memory outside torch cannot be captured.
             except Exception as error:  # noqa: BLE001
                 print(f"  {name}: no CUDA graph: {one_line(error)}")
                 torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What a run measures and in which order."""
+"""Chooses what a run of the benchmark measures, and in which order."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ WIDTH = 512
 TOKENS = Shape(n=128, tokens=577, width=WIDTH)
 TINY, TINY_TOKENS = Shape(n=64, width=16), Shape(n=4, tokens=9, width=16)
 SIZES = {"cpu": (128, 1024, 8192), "cuda": (128, 1024, 8192, 32768, 131072)}
-# In float32, without tensor cores, 131,072 rows take a quarter of an hour; --n asks for them.
+# Largest n in float32 without --n: there are no tensor cores for it, and n = 131,072 takes a quarter of an hour.
 MOST_FLOAT32 = 32768
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One case at one size in one type."""
+    """One case to measure, at one size and with one type of numbers."""
 
     case: str
     dtype: str
@@ -35,7 +35,7 @@ class Item:
 
 
 def shapes(case: str, dtype: str, arguments: argparse.Namespace) -> list[Shape]:
-    """The sizes of a case, in the order of measuring."""
+    """Returns the sizes at which a case is measured, in order."""
     if arguments.size == "tiny":
         return [TINY_TOKENS if case == "gpo" else TINY]
     if case == "gpo":
@@ -51,17 +51,17 @@ def shapes(case: str, dtype: str, arguments: argparse.Namespace) -> list[Shape]:
 
 
 def providers(arguments: argparse.Namespace) -> Sequence[str]:
-    """The variants to try."""
+    """Returns the names of the variants to measure."""
     return arguments.provider or (QUICK_PROVIDERS if arguments.quick else PROVIDERS)
 
 
 def modes(case: str, arguments: argparse.Namespace) -> Sequence[str]:
-    """The modes of a case; ranks have no gradient."""
+    """Returns the modes in which a case is measured. The case "ranks" has no gradient, so only "full"."""
     return ("full",) if arguments.quick or case == "ranks" else arguments.mode or timing.MODES
 
 
 def items(arguments: argparse.Namespace) -> list[Item]:
-    """What is measured, by type, case and size."""
+    """Returns everything to measure, in the order of type, case and size, without repetitions."""
     on_gpu = arguments.device.startswith("cuda")
     found = [
         Item(case=case, dtype=dtype, shape=shape)

@@ -1,4 +1,4 @@
-"""The variants that are compared: ours, the plain way, the plain way compiled, and other people's kernels."""
+"""The variants that are compared: our kernels, plain torch code, the same compiled, and other people's kernels."""
 
 import os
 from collections.abc import Callable
@@ -11,24 +11,24 @@ from torch import Tensor
 from d2s.kernels.bench.cases import CASES
 from d2s.kernels.problems import SCALE, Inputs, Run
 
-# In the order in which they take turns.
+# Names of the variants, in the order in which they take turns.
 PROVIDERS = ("ours", "chunked", "eager", "released", "compiled", "memeff", "inf_cl", "cce_exact", "liger")
 
 
 class Unavailable(Exception):
-    """This provider does not have this case, or is not installed."""
+    """Raised if a variant does not support the case, or is not installed."""
 
 
 def provider(name: str, case: str, device: str, width: int) -> Run:
-    """How a provider runs a case. Raises Unavailable with the reason."""
+    """Returns the function by which a variant runs a case. Raises Unavailable, with the reason, if there is none."""
     found = {"ours": CASES[case].ours, "eager": CASES[case].plain, "released": CASES[case].released}
     if name in found:
         if found[name] is None:
             raise Unavailable(f"{name}: public code does it the plain way")
         return found[name]
     if name == "compiled":
-        # Dynamo counts recompilations by code object, over all sizes and types; past its limit it would silently
-        # run the plain function. fullgraph makes it an error if it cannot compile all of it.
+        # Dynamo counts the compilations of a function over all sizes and types, and silently runs the function
+        # uncompiled above a limit; so reset the count. With fullgraph, code that cannot be compiled is an error.
         torch._dynamo.reset()
         return torch.compile(CASES[case].plain, dynamic=False, fullgraph=True)
     if not device.startswith("cuda"):
@@ -41,13 +41,13 @@ def provider(name: str, case: str, device: str, width: int) -> Run:
         raise Unavailable(f"{name}: takes multiples of 256 as widths")
     try:
         return _PEERS[name]()
-    # A package made for another version of torch or triton can fail in any way.
+    # A package that was made for another version of torch or triton can raise any exception.
     except Exception as error:
         raise Unavailable(f"{name}: {type(error).__name__}: {error}") from error
 
 
 class Chunked:
-    """Ours by the chunked implementation, which D2S_KERNELS chooses in the forward and again in the backward."""
+    """Runs our op with its chunked implementation. D2S_KERNELS must be set in the forward and the backward pass."""
 
     def __init__(self, ours: Run) -> None:
         self.ours = ours
@@ -57,13 +57,17 @@ class Chunked:
             return self.ours(inputs)
 
     def gradients(self, value: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The gradients of the leaves."""
+        """Returns the gradients of `value` with respect to the leaves of `inputs`."""
         with patch.dict(os.environ, D2S_KERNELS="chunked"):
             return inputs.gradients(value)
 
 
 def _both(direction: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
-    """The mean of both directions of direction(rows, columns, label). It knows no pairs of the same image."""
+    """Returns a variant that computes the mean of the image-to-text and the text-to-image loss.
+
+    direction: computes the loss of one direction from (rows, columns, label). Unlike our loss, the variant does not
+        mask pairs of the same image.
+    """
 
     def run(inputs: Inputs) -> Tensor:
         image, text = inputs.tensors["image"], inputs.tensors["text"]
@@ -78,7 +82,7 @@ def _memeff() -> Run:
     loss = import_module("memeff").MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True)
 
     def run(inputs: Inputs) -> Tensor:
-        # Its temperature is a constant; adding 0 * scale gives the scale a gradient, as the others have.
+        # memeff's temperature is a constant. Adding 0 * scale gives the scale a gradient, as in the other variants.
         value = loss(inputs.tensors["image"], inputs.tensors["text"])
         return value + 0 * inputs.tensors["scale"].sum()
 

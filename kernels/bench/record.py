@@ -1,4 +1,4 @@
-"""The measurements: one row each, printed and appended to one CSV file per device, never overwritten."""
+"""Prints measurements, appends them to a CSV file for each device, and reads them. Old rows are never changed."""
 
 import csv
 import datetime
@@ -21,12 +21,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant of one op at one size in one mode.
+    """The measurement of one variant of one op at one size in one mode.
 
-    timing: "wall" for the host's clock, "events", or "graph" for replays of a CUDA graph. extra_mib: peak memory of
-    forward and backward beyond the inputs and the gradients, None if not measured. tflops: by the least work, 0 if
-    the op multiplies no matrices. matmul_tflops, copy_gbs: the device's rates in this run. floor_ms: the time for
-    the least work and traffic at these rates.
+    timing: "wall" for the host's clock, "events" for CUDA events, or "graph" for replays of a CUDA graph.
+    extra_mib: peak memory of forward and backward beyond inputs and gradients; None if not measured.
+    tflops: the least operations of the op divided by the median time; 0 if the op multiplies no matrices.
+    matmul_tflops, copy_gbs: the device's rates in this run. floor_ms: time of the least work at these rates.
     """
 
     date: str
@@ -54,13 +54,13 @@ class Row:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for repetitions of the same measurement."""
+        """The fields that identify a measurement; repetitions of a measurement have equal keys."""
         size = self.n, self.tokens, self.width
         return self.device, self.case, self.mode, self.provider, self.dtype, size, self.timing
 
 
 COLUMNS = [field.name for field in fields(Row)]
-# Of the printed table.
+# The heading of the printed table.
 HEADER = (
     f"{'case':10} {'mode':8} {'size':>11} {'provider':9} {'timing':6} {'median ms':>10} {'20 %':>9} {'80 %':>9}"
     f" {'extra MiB':>10} {'TFLOP/s':>8} {'of matmul':>9} {'of floor':>8} {'vs eager':>8} {'memory':>8}"
@@ -68,7 +68,7 @@ HEADER = (
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's with the number of threads in use."""
+    """Returns the name of the GPU, or the name of the processor and the number of threads in use."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -79,7 +79,7 @@ def device_name(device: str) -> str:
 
 
 def circumstances(device: str) -> dict[str, str | int]:
-    """The columns that say when (UTC), where and with what a row was measured; triton is empty if there is none."""
+    """Returns the columns on date (UTC), device, versions and threads. "triton" is empty if it is not installed."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device_name(device),
@@ -90,12 +90,12 @@ def circumstances(device: str) -> dict[str, str | int]:
 
 
 def file_of(folder: Path, device: str) -> Path:
-    """The CSV file of a device."""
+    """Returns the path of a device's CSV file."""
     return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
 
 
 def check_writable(folder: Path, device: str) -> None:
-    """Makes the folder. Raises OSError or ValueError if rows cannot be appended to the device's file."""
+    """Creates the folder. Raises OSError or ValueError if rows cannot be appended to the device's file."""
     path = file_of(folder, device)
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -107,13 +107,13 @@ def check_writable(folder: Path, device: str) -> None:
 
 
 def show(rows: list[Row]) -> None:
-    """Prints the rows; `vs eager` and `memory` are eager's time and memory divided by the row's."""
+    """Prints the rows. The columns "vs eager" and "memory" are eager's time and memory divided by the row's."""
     eager = {(r.mode, r.timing): r for r in rows if r.provider == "eager"}
     for r in rows:
         base = eager.get((r.mode, r.timing))
         faster = f"{base.median_ms / r.median_ms:7.1f}x" if base else ""
         both = base and base.extra_mib is not None and r.extra_mib is not None
-        # Less than a mebibyte is noise of the process.
+        # Differences below 1 MiB are noise.
         less = f"{base.extra_mib / max(r.extra_mib, 1):7.1f}x" if both else ""
         memory = "" if r.extra_mib is None else f"{r.extra_mib:.1f}"
         size = Shape(n=r.n, tokens=r.tokens, width=r.width)
@@ -132,7 +132,7 @@ def show(rows: list[Row]) -> None:
 
 
 def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to their device's file."""
+    """Appends each row to the CSV file of its device."""
     for row in rows:
         path = file_of(folder, row.device)
         is_new = not path.exists()
@@ -144,13 +144,13 @@ def append(folder: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file. Raises ValueError naming the file and line if it is damaged."""
+    """Returns the rows of a file. Raises ValueError, with file and line, if the file is damaged."""
     rows = []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         try:
             for cells in reader:
-                # extra_mib is the only column with another type: a float or empty.
+                # The type of extra_mib, float | None, cannot be called to convert a cell.
                 values = {f.name: f.type(cells[f.name]) for f in fields(Row) if isinstance(f.type, type)}
                 extra = float(cells["extra_mib"]) if cells["extra_mib"] else None
                 rows.append(Row(**values, extra_mib=extra))
@@ -160,7 +160,7 @@ def read(path: Path) -> list[Row]:
 
 
 def by_device(folder: Path) -> dict[str, list[Row]]:
-    """The rows of all files, by device; of repeated measurements the last. Raises ValueError if there are none."""
+    """Returns all rows by device; of a repeated measurement only the last. Raises ValueError if there are none."""
     latest = {row.key: row for path in sorted(folder.glob("*.csv")) for row in read(path)}
     if not latest:
         raise ValueError(f"{folder}: holds no measurement (no CSV file with rows)")

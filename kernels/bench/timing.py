@@ -1,4 +1,4 @@
-"""How it is measured: variants take turns, on inputs that are not in a cache, by the device's clock; peak memory."""
+"""Measures time and peak memory. Variants take turns, and their inputs are not in the cache when a step starts."""
 
 import ctypes
 import gc
@@ -13,18 +13,18 @@ from torch import Tensor
 from d2s.kernels.problems import Inputs, Run, one_line
 
 MODES = ("full", "forward", "backward")
-# Assumed size of the last cache level where the device does not tell, in bytes.
+# Size of the last cache level in bytes, assumed if the device does not report one.
 CACHE = 64 << 20
 MOST_SETS = 64
-# The least repeats of a slow variant.
+# Number of repeats that even a slow variant gets.
 FEWEST = 3
 
 
 def step(run: Run, inputs: Inputs, mode: str) -> tuple[Callable[[], object], Callable[[], object] | None]:
-    """(the function to time, the function to call before it without timing) for one step in a mode."""
+    """Returns (the function to time, a function to call before it untimed or None) for one step in a mode."""
     if mode == "forward" or not inputs.leaves:
         return lambda: run(inputs), None
-    # A variant may compute its gradients in its own way.
+    # A variant may have a method `gradients` of its own.
     gradients = getattr(run, "gradients", lambda value, inputs: inputs.gradients(value))
     if mode == "full":
         return lambda: gradients(run(inputs), inputs), None
@@ -33,7 +33,7 @@ def step(run: Run, inputs: Inputs, mode: str) -> tuple[Callable[[], object], Cal
 
 
 def sets_needed(nbytes: int, device: str) -> int:
-    """How many sets of inputs of nbytes each push one another out of the last cache level."""
+    """Returns how many sets of `nbytes` bytes must take turns so that each leaves the cache before its next turn."""
     if device.startswith("cuda"):
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", CACHE)
     else:
@@ -52,10 +52,11 @@ def in_turn(
     device: str,
     longest: float = math.inf,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """(milliseconds of every repeat by variant, why others failed). Variants take turns; each round has new inputs.
+    """Times the variants in turn, each round with the next set of inputs.
 
-    A variant stops after `longest` seconds, but not before FEWEST repeats; its warm-up stops after a tenth of that.
-    The first round does not count, since it may compile.
+    Returns the milliseconds of every repeat by variant, and the error messages of the variants that failed.
+    A variant stops after `longest` seconds, but not before FEWEST repeats; its warm-up stops after a tenth of
+    `longest`. The time of the first round, which may compile, is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
@@ -66,11 +67,11 @@ def in_turn(
                 continue
             try:
                 spent = _once(run, inputs[number % len(inputs)], mode, device)
-            # Out of memory, or a bug of another package: the other variants are measured all the same.
+            # After an error, such as too little memory, the other variants are still measured.
             except Exception as error:  # noqa: BLE001
                 failed[name] = one_line(error)
             if name in failed:
-                # Here and not in the handler, where the exception still holds the tensors of the failed step.
+                # Not inside the handler: there the exception still holds the tensors of the failed step.
                 release(device)
                 del active[name], times[name]
                 continue
@@ -90,7 +91,7 @@ def _once(run: Run, inputs: Inputs, mode: str, device: str) -> float:
 
 
 def milliseconds(timed: Callable[[], object], device: str) -> float:
-    """The time of one call: by events on CUDA, by the host's clock elsewhere."""
+    """Returns the time of one call in ms: from CUDA events on a GPU, else from the host's clock."""
     if not device.startswith("cuda"):
         start = time.perf_counter()
         timed()
@@ -104,7 +105,7 @@ def milliseconds(timed: Callable[[], object], device: str) -> float:
 
 
 def by_graph(run: Run, inputs: Sequence[Inputs], mode: str) -> list[float]:
-    """Milliseconds of a step by replays of a CUDA graph over all inputs. Raises what a failed capture raises."""
+    """Returns the times of one step in ms, from replays of a CUDA graph. Raises if the capture fails."""
     from triton.testing import do_bench_cudagraph
 
     steps = [step(run, some, mode)[0] for some in inputs]
@@ -112,12 +113,12 @@ def by_graph(run: Run, inputs: Sequence[Inputs], mode: str) -> list[float]:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Interpolates linearly between the sorted values."""
+    """Returns the q-quantile (q from 0 to 1), interpolated linearly between the sorted values."""
     return torch.tensor(values, dtype=torch.float64).quantile(q).item()
 
 
 def release(device: str) -> None:
-    """Frees the memory of a failed step. Raises RuntimeError if a CUDA device does not answer any more."""
+    """Frees the memory of a failed step. Raises RuntimeError if the CUDA device is no longer usable."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -125,9 +126,9 @@ def release(device: str) -> None:
 
 
 def extra_bytes(run: Run, inputs: Inputs, small: Inputs, device: str) -> int:
-    """Peak memory of forward and backward beyond the inputs and the returned gradients.
+    """Returns the peak memory in bytes of forward and backward, less that of the inputs and the gradients.
 
-    small: inputs of a first step, after which libraries have allocated what they keep.
+    small: inputs for a first step, which makes libraries allocate their permanent buffers before the measurement.
     """
     step(run, small, "full")[0]()
     returned = sum(leaf.numel() * leaf.element_size() for leaf in inputs.leaves)
@@ -138,9 +139,9 @@ def extra_bytes(run: Run, inputs: Inputs, small: Inputs, device: str) -> int:
         before = torch.cuda.memory_allocated(device)
         timed()
         return max(0, torch.cuda.max_memory_allocated(device) - before - returned)
-    # The step could reuse freed memory that the allocator keeps, and would seem to need less.
+    # Returns freed memory to the system: a step that reused it would seem to need less.
     ctypes.CDLL(None).malloc_trim(0)
-    # Resets the peak to the memory in use now. getrusage's peak would include the parent's.
+    # Resets the process's peak (VmHWM) to its memory in use now. The peak of getrusage cannot be reset.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _memory("VmRSS")
     timed()
@@ -148,13 +149,13 @@ def extra_bytes(run: Run, inputs: Inputs, small: Inputs, device: str) -> int:
 
 
 def _memory(field: str) -> int:
-    """Bytes of this process in use now (VmRSS) or at most so far (VmHWM); Linux only."""
+    """Returns the bytes that this process uses now ("VmRSS") or has used at most ("VmHWM"). Linux only."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("ascii").splitlines())
     return int(status[field].split()[0]) * 1024
 
 
 def device_rates(dtype: torch.dtype, device: str, tiny: bool) -> tuple[float, float]:
-    """(TFLOP/s of a large matrix product, GB/s read plus written by a large copy) on this device now."""
+    """Measures the device. Returns TFLOP/s of a large matrix product, and GB/s (read plus written) of a copy."""
     size = 256 if tiny else 8192 if device.startswith("cuda") else 3072
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randn((1 << 16) if tiny else (1 << 26), device=device)
