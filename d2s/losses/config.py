@@ -9,7 +9,7 @@ from d2s.common.settings import Settings, settings
 
 @settings("loss")
 class LossConfig(Settings):
-    """The terms of the objective and their weights, stated at a batch of 128 pairs."""
+    """The terms of the objective, and their weights for a batch of 128 pairs."""
 
     align: Literal["hinge", "infonce", "sigmoid"] = "hinge"
     """The alignment loss: VSE++ hinge, symmetric InfoNCE, or SigLIP's sigmoid."""
@@ -27,18 +27,20 @@ class LossConfig(Settings):
     logit_bias: float = -10.0
     """Initial bias of the sigmoid loss; learned."""
     distill: Literal["cosine", "l1", "l2", "relational"] = "cosine"
-    """How the sparse caption's embedding is drawn to the frozen embedding of the dense caption."""
+    """The distillation loss: a distance between the embeddings of a sparse caption and of its dense caption, or the
+    difference between the similarities among sparse captions and those among dense captions (relational)."""
     distill_weight: NonNegativeFloat = 0.0
     """Weight of the distillation term; 0 leaves it out, and then no teacher is needed."""
     distill_temperature: PositiveFloat = 0.05
     """Temperature of the similarity rows in relational distillation."""
     teacher: Literal["cached", "online"] = "cached"
-    """Compute the teacher's embeddings of the training split once and store them in the run, or at every step."""
+    """cached: compute the teacher's embeddings of the training split once and store them in the run folder.
+    online: compute them at every step."""
     exchange: Literal["gather", "ring"] = "gather"
-    """How a worker gets the columns of the others: all gathered at once, or one block at a time around a ring. The
-    ring is for global batches that do not fit on a worker; it transfers twice as much and gives the same values."""
+    """How a worker gets the embeddings of the other workers: all at once (gather), or one worker's at a time (ring).
+    The ring is for a global batch that does not fit on a worker; it transfers twice as much, for the same loss."""
     teacher_train_mode: bool = False
-    """As in the authors' release: the online teacher keeps dropout on and updates its BatchNorm statistics."""
+    """Keep dropout on in the online teacher, and update its BatchNorm statistics, as the authors' release does."""
 
     def __post_init__(self) -> None:
         if self.teacher_train_mode and self.teacher == "cached":

@@ -1,4 +1,4 @@
-"""Distillation of similarities: sparse captions relate to each other as the dense captions do."""
+"""Distillation of similarities: makes the similarities among sparse captions like those among dense captions."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from d2s.workers.group import several_workers
 
 
 class Relational(Distillation):
-    """KL divergence of the teacher's from the student's softmax over a row's similarities / temperature."""
+    """KL(p || q) of each row; p and q are the softmax of the teacher's and the student's similarities / temperature."""
 
     gathered_sides = 3  # the captions, their gradient, and the teacher's embeddings
 
@@ -32,13 +32,14 @@ class Relational(Distillation):
         )
 
     def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
-        # The teacher's embeddings have no gradient, but travel in the backward pass of the ring too.
+        # The teacher's embeddings have no gradient, but the ring sends them in the backward pass too.
         side = (workers - 1) * local * row
         return 2 * side, 3 * side + local * row if self.config.exchange == "ring" else side
 
 
 class _Rule:
-    """Two log-sum-exps and, with the teacher's weights, the sum of the differences t - s."""
+    """The ring rule. For each row it keeps the log-sum-exp of s and of t and the sum of exp(t) * (t - s), where s and
+    t are the student's and the teacher's similarities / temperature."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
@@ -55,7 +56,7 @@ class _Rule:
         self.difference[chunk.part] = self.difference[chunk.part] * shrink + (weight * (t - s)).sum(1)
 
     def loss(self) -> Tensor:
-        # sum of p (log p - log q), with log p = t - lse(t) and log q = s - lse(s).
+        # The sum of p * (log p - log q), with log p = t - lse(t) and log q = s - lse(s).
         return (self.difference / self.teacher.total - self.teacher.value() + self.student.value()).sum()
 
     def slope(self, chunk: Chunk) -> Tensor:

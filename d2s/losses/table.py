@@ -20,7 +20,7 @@ DISTILLATIONS: dict[str, type[Distillation]] = {
 
 
 def losses_of(config: LossConfig) -> list[Loss]:
-    """The losses of a configuration whose weight is not 0."""
+    """Returns the losses that have a weight above 0 in `config`."""
     both = [
         (config.align_weight, LOSSES[config.align]),
         (config.distill_weight, DISTILLATIONS[config.distill]),
