@@ -93,7 +93,7 @@ def _rank() -> int:
 def _report_error(error: object, code: int, preemption: Preemption) -> int:
     """Prints the error as one line on stderr and returns `code`.
 
-    Workers often fail for the same reason. So the others wait a few seconds: worker 0 reports the error and ends them.
+    Workers often fail for the same reason. So the others wait for worker 0 to report the error and to end them.
     """
     preemption.uninstall()
     _exit_if_another_failed()
@@ -107,7 +107,7 @@ def _report_error(error: object, code: int, preemption: Preemption) -> int:
 
 
 def _record_for_torchrun(error: BaseException) -> None:
-    """Stores the error in torchrun's file, if there is one. torchrun shows it in its final table of failed workers."""
+    """Stores the error for torchrun, if it is used. torchrun shows it in its final table of failed workers."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ and "torch" in sys.modules:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -115,7 +115,7 @@ def _record_for_torchrun(error: BaseException) -> None:
 
 
 def _exit_if_another_failed() -> None:
-    """Ends this process silently if another worker failed first, since the error here then follows from that failure."""
+    """Ends this process silently if another worker failed first: the error here is then only a consequence."""
     if "torch" in sys.modules:
         from d2s.workers.group import exit_if_another_failed
 

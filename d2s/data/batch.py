@@ -26,7 +26,7 @@ class Batch:
     images: torch.Tensor
     """uint8 (B, 3, H, W). H and W are both image_size."""
     text_ids: torch.Tensor
-    """int64 (B, L): tokens of the caption to align, after augmentation. It is dense in the pretrain stage, else sparse."""
+    """int64 (B, L): tokens of the caption to align, after augmentation; dense in the pretrain stage, else sparse."""
     text_mask: torch.Tensor
     """bool (B, L): True at tokens, False at padding."""
     dense_ids: torch.Tensor | None = None
@@ -38,7 +38,7 @@ class Batch:
     samples: torch.Tensor
     """int64 (B,): the row of each image in the data set's index; -1 in a stream."""
     dense_index: torch.Tensor
-    """int64 (B,): the number of the dense caption in the data set, which selects a row of the teacher table; -1 if none."""
+    """int64 (B,): number of the dense caption in the data set, to find its row in the teacher table; -1 if none."""
     draw_seeds: torch.Tensor
     """int64 (B,): a random seed for each sample, used for random draws inside the model."""
     damaged: list[str] = field(default_factory=list)
@@ -75,8 +75,8 @@ class BatchBuilder:
         captions: which captions to align with images, "sparse" or "dense". "both" aligns sparse captions and adds a
             dense caption of the same image for the teacher.
         seed: decides the order of the samples and all random draws.
-        dense_text: with "both", whether a batch holds the tokens of the dense caption. False for a teacher with stored
-            embeddings, which needs only the caption's number in the data set.
+        dense_text: with "both", whether a batch holds the dense caption's tokens. A teacher with stored embeddings
+            needs only the caption's number in the data set.
     """
 
     def __init__(

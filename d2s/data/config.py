@@ -22,7 +22,7 @@ class DataConfig(Settings):
     dense: Literal["whole", "sentences"] = "whole"
     """whole: use the whole dense caption. sentences: in training, use a random subset of its sentences, in order."""
     max_words_sparse: Length = 64
-    """Maximum tokens of a sparse caption, special tokens included. Longer captions are cut, and counted in the log."""
+    """Maximum tokens of a sparse caption, special tokens included. Longer captions are cut and counted in the log."""
     max_words_dense: Length = 256
     """Maximum tokens of a dense caption, special tokens included. Longer captions are cut, and counted in the log."""
     crop_min: Annotated[float, Field(gt=0, le=1)] = 0.6

@@ -38,8 +38,7 @@ class _ImageSteps(Dataset):
 
 
 def _numbers(n: int, step: int, local: int, rank: int, world: int) -> tuple[I64, NDArray[np.bool_]]:
-    """Returns the numbers, out of 0 .. n - 1, that a worker handles at a step, (local,), and which are below n, (local,).
-    """
+    """Returns the numbers that a worker handles at a step, (local,), and whether each is below n, (local,)."""
     positions = batch_positions(step, local * world, rank, world)
     numbers = np.arange(positions.start, positions.stop)
     return numbers, numbers < n
@@ -74,10 +73,10 @@ def eval_texts(
     *,
     skip_damaged: bool = False,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yields this worker's share of the sparse or dense captions of a split. Every worker gets the same number of batches.
+    """Yields this worker's share of the captions of a split. Every worker gets the same number of batches.
 
     Args:
-        batch_size: B, the captions in a batch of one worker.
+        kind: whether to read the sparse or the dense captions. batch_size: B, the captions in a batch of one worker.
         skip_damaged: mark captions of a damaged sample as not valid, instead of raising.
     Yields:
         Caption numbers within the split, int64 (B,); rows of their images in the index, int64 (B,); token ids, int64

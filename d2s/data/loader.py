@@ -59,7 +59,7 @@ def new_loader(dataset: Dataset, processes: int, **settings: Any) -> DataLoader:
 
 
 def _ignore_stop_signals(process: int) -> None:
-    """Makes a loader process ignore stop signals, which may go to all processes of a job: its worker needs batches."""
+    """Makes a loader process ignore stop signals, which may go to all processes: the worker still needs batches."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -71,8 +71,8 @@ def results_of(loader: DataLoader) -> Iterator[Any]:
     message. The processes are killed when this process exits, if not ended before.
     """
     results = iter(loader)
-    # At exit Python sends TERM to child processes, which these ignore, and would wait for them forever: kill them. The
-    # exit handler is registered again so that it runs before torch's handler, which waits seconds for each process.
+    # At exit Python would send TERM to the processes, which ignore it, and wait for them forever: kill them first.
+    # The exit handler is registered last, to run before torch's handler, which waits seconds for each process.
     _PROCESSES.update(getattr(results, "_workers", ()))
     atexit.unregister(_kill_processes)
     atexit.register(_kill_processes)

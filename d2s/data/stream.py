@@ -70,10 +70,7 @@ class StreamBatches:
 
 
 class _StreamSteps(IterableDataset):
-    """The batches of `steps`, a tuple of the epoch, its first step, and the step to end before.
-
-    Of k loader processes, process w builds the batches w, w + k, w + 2k, ... The DataLoader takes them in turn.
-    """
+    """The batches of `steps`: (epoch, first step, end). Loader process w of k builds batches w, w + k, w + 2k, ..."""
 
     def __init__(self, tars: list[str], builder: BatchBuilder, batch: tuple[int, int, int]) -> None:
         self.tars, self.builder, self.batch = tars, builder, batch

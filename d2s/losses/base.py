@@ -30,11 +30,10 @@ class Sides(NamedTuple):
 
 
 class Loss:
-    """A term of the objective. Its value is a sum over rows: the values of all workers add up to the loss of the
-    global batch."""
+    """A term of the objective. Its values on all workers add up to its value for the global batch."""
 
     gathered_sides = 0
-    """How many (N, D) tensors a worker holds with loss.exchange "gather": embeddings of all workers, and gradients."""
+    """How many (N, D) tensors a worker holds if it gathers the embeddings of all workers; gradients count too."""
 
     def __init__(self, config: LossConfig) -> None:
         self.config = config
@@ -51,18 +50,17 @@ class Alignment(Loss, ABC):
     """A loss on the similarities of images and captions. Other pairs of the same image never count as negatives."""
 
     one_way = False
-    """Whether the loss has only one direction, local images against all captions. Otherwise the direction from local
-    captions to all images is added."""
+    """Whether the loss compares only local images with all captions, and not also local captions with all images."""
     gathered_sides = 4  # both sides and their gradients
 
     def learned(self) -> dict[str, float]:
-        """Returns the initial values of the numbers that this loss learns, by their parameter names in checkpoints."""
+        """Returns the initial values of the numbers that the loss learns, by their parameter names in checkpoints."""
         return {}
 
     def factors(self, parameters: nn.Module) -> tuple[Tensor, ...]:
-        """Returns the scale and bias of the similarities, (1,) each, computed from the learned numbers.
+        """Returns the scale and the bias of the similarities, (1,) each: none, only the scale, or both.
 
-        A loss may use none, only the scale, or both. parameters: the module that holds the learned numbers.
+        parameters: the module that holds the learned numbers, from which they are computed.
         """
         return ()
 
@@ -109,7 +107,4 @@ class Distillation(Loss, ABC):
 
     @abstractmethod
     def value(self, text: Tensor, teacher: Tensor) -> Tensor:
-        """Returns the loss of this worker's captions, 0-dim.
-
-        text: (B, D), sparse captions. teacher: (B, D), dense captions; gets no gradient.
-        """
+        """Returns the loss, 0-dim. text: (B, D), this worker's sparse captions. teacher: (B, D), without gradient."""

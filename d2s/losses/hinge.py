@@ -1,7 +1,4 @@
-"""The triplet hinge loss: over all negatives during the warm-up, then over the hardest negative of each row.
-
-Source: VSE++, Faghri et al. 2018.
-"""
+"""The triplet hinge loss of VSE++ (Faghri et al. 2018): over all negatives during the warm-up, then the hardest."""
 
 import torch
 from torch import Tensor
@@ -73,9 +70,9 @@ class _SumRule:
 
 
 class _HardestRing(torch.autograd.Function):
-    """The hinge at the hardest negative of each row; among equal ones, the one with the lowest index.
+    """The hinge at each row's hardest negative; among equal ones, at the one with the lowest index.
 
-    The forward pass keeps each row's hardest negative, so the backward pass needs no second trip around the ring.
+    The forward pass keeps the hardest negatives, so the backward pass does not send columns around the ring again.
     """
 
     @staticmethod
@@ -112,10 +109,7 @@ class _HardestRing(torch.autograd.Function):
 
 
 def _sum_by_index(index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums the rows (k, D) that have the same index (k,).
-
-    Returns the u distinct indices, ascending, (u,), and the sum of the rows of each, (u, D).
-    """
+    """Returns the u distinct values of `index` (k,), ascending, and for each the sum of its `rows` (k, D): (u, D)."""
     places, inverse, counts = torch.unique(index, return_inverse=True, return_counts=True)
     if not len(places):
         return places, rows

@@ -1,11 +1,11 @@
 """The loss that is minimised: alignment of images with captions, plus distillation of the dense caption's embedding.
 
-`align` and `distill` are sums over the global batch of N pairs. The weights are meant for a batch of 128, the paper's:
+`align` and `distill` are sums over the global batch of N pairs. The weights are meant for the paper's batch of 128:
 
     loss = 128 / N * (align_weight * align + distill_weight / 128 * distill)
 
-At N = 128 and weights of 1 this is the paper's loss: the sum of `align` plus the mean of `distill`. The factor 128 / N
-keeps the ratio of the two terms, and the effect of a clipping norm, independent of batch size and number of workers.
+At N = 128 and weights of 1 this is the paper's loss: the sum of `align` plus the mean of `distill`. With the factor
+128 / N, the ratio of the terms and the effect of a clipping norm are the same for any batch and number of workers.
 
 Each worker computes the loss of its own rows against the columns of all workers. These parts add up to the loss of
 the global batch, and each part sends gradients to the columns of every worker. An engine that averages gradients over

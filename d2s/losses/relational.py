@@ -13,7 +13,7 @@ from d2s.workers.group import several_workers
 
 
 class Relational(Distillation):
-    """KL(p || q) of each row; p and q are the softmax of the teacher's and the student's similarities / temperature."""
+    """KL(p || q), summed over rows. p, q: softmax of the teacher's and the student's similarities / temperature."""
 
     gathered_sides = 3  # the captions, their gradient, and the teacher's embeddings
 
@@ -38,8 +38,8 @@ class Relational(Distillation):
 
 
 class _Rule:
-    """The ring rule. For each row it keeps the log-sum-exp of s and of t and the sum of exp(t) * (t - s), where s and
-    t are the student's and the teacher's similarities / temperature."""
+    """The ring rule. s, t: similarities / temperature of student and teacher. For each row it keeps the log-sum-exp
+    of s, that of t, and the sum of exp(t) * (t - s)."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature

@@ -49,10 +49,7 @@ class RingRule(Protocol):
     """Computes one loss chunk by chunk. Every forward pass uses a new object, which its backward pass reads."""
 
     def start(self, positive: Tensor, *factors: Tensor) -> None:
-        """Prepares for the first chunk.
-
-        positive: (B,) similarities of the local positive pairs. factors: none, the scale, or the scale and the bias.
-        """
+        """Prepares. positive: (B,) similarities of positive pairs. factors: none, the scale, or scale and bias."""
 
     def fold(self, chunk: Chunk) -> None:
         """Adds a chunk of the forward pass to the statistics of its rows."""
@@ -68,10 +65,7 @@ class RingRule(Protocol):
 
 
 class RunningLogSumExp:
-    """Computes the log-sum-exp of B rows whose entries arrive in chunks.
-
-    like: a tensor (B,) with the dtype and the device of the result.
-    """
+    """Computes the log-sum-exp of B rows whose entries arrive in chunks, with dtype and device of `like` (B,)."""
 
     def __init__(self, like: Tensor) -> None:
         self.top, self.total = torch.full_like(like, -torch.inf), torch.zeros_like(like)

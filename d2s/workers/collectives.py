@@ -1,7 +1,7 @@
 """Collectives without gradient. All workers call a function together, and each worker gets the same result.
 
-With a single worker, or without a process group, nothing is exchanged. :mod:`d2s.workers.exchange` has the collectives
-with gradient.
+With a single worker, or without a process group, nothing is exchanged. Collectives with gradient are in
+:mod:`d2s.workers.exchange`.
 """
 
 from collections.abc import Callable

@@ -55,10 +55,7 @@ def check_devices(device: torch.device) -> None:
 
 
 def refuse_shared_devices(devices: list[str]) -> None:
-    """Raises ValueError if two workers share a GPU, or if only some workers have one.
-
-    devices: for each rank, a unique name of its GPU, or "cpu".
-    """
+    """Raises ValueError if two workers share a GPU or only some have one. devices: by rank, a GPU's name or "cpu"."""
     without = [rank for rank, name in enumerate(devices) if name == "cpu"]
     if without and len(without) < len(devices):
         raise ValueError(

@@ -77,10 +77,7 @@ def start_workers() -> Workers:
 
 
 def _complete_environment() -> None:
-    """Sets the environment variables that `init_process_group` reads, if the launcher did not.
-
-    Raises ValueError if the launcher set only some of the four variables it must set.
-    """
+    """Sets the variables for `init_process_group` if no launcher did. Raises ValueError if only some are set."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
@@ -98,10 +95,7 @@ def _complete_environment() -> None:
 
 
 def waiting_time() -> timedelta:
-    """Returns how long a collective waits for a silent worker: D2S_TIMEOUT in minutes, or 30.
-
-    Raises ValueError if D2S_TIMEOUT is not a finite number above 0.
-    """
+    """Returns how long a collective waits for a silent worker: D2S_TIMEOUT. Raises ValueError if that is invalid."""
     text = os.environ.get("D2S_TIMEOUT", "30")
     try:
         minutes = float(text)
@@ -113,10 +107,7 @@ def waiting_time() -> timedelta:
 
 
 def local_batch(batch_size: int, workers: int) -> int:
-    """Returns how many pairs of the global batch each worker gets.
-
-    Raises ValueError, which names the nearest valid sizes, if `batch_size` is not a multiple of `workers`.
-    """
+    """Returns how many pairs of the global batch each worker gets. Raises ValueError if it is not an integer."""
     remainder = batch_size % workers
     if remainder:
         near = [str(size) for size in (batch_size - remainder, batch_size - remainder + workers) if size]
@@ -145,7 +136,6 @@ def leave(code: int, *, ordered: bool) -> NoReturn:
 
 
 def exit_if_another_failed() -> None:
-    """Ends this process if another worker failed first, since this worker's error then follows from that. Else returns.
-    """
+    """Ends this process if another worker failed first: the error here is then only a consequence. Else returns."""
     if _watchdog:
         _watchdog.exit_if_another_failed()

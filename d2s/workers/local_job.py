@@ -49,8 +49,7 @@ class LocalJob:
             process.wait()
 
     def error(self) -> str:
-        """Returns the error message on the last line of the first output file that has one, else the first file's path.
-        """
+        """Returns the last line of the first log that ends with an error message, or else the path of a log."""
         for log in self.logs:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             if lines and "error" in lines[-1].lower():

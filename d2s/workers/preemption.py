@@ -13,7 +13,7 @@ from types import FrameType
 PREEMPTED = 75
 """Exit code of a run that stopped after a signal and can be resumed: EX_TEMPFAIL of sysexits.h."""
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-"""Signals that ask a run to stop, lowest priority first. TERM is last because it may mean that the job is cancelled."""
+"""Signals that ask a run to stop, lowest priority first. TERM is last: it may mean that the job is cancelled."""
 
 
 class Preempted(Exception):

@@ -33,7 +33,7 @@ _KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCN
 class Watchdog:
     """Listens to this worker's connections in a thread, and ends this process if another worker fails.
 
-    connections: by the rank at the other end. Worker 0 has one to every other worker; the others have one to worker 0.
+    connections: by the rank at the other end. Worker 0 is connected to all others, which have only this connection.
     """
 
     def __init__(self, rank: int, connections: dict[int, socket.socket]) -> None:
@@ -41,8 +41,7 @@ class Watchdog:
         self._leaving = False
         self._another_failed = threading.Event()
         threading.Thread(target=self._listen, name="watchdog", daemon=True).start()
-        # A loader process is a fork that inherits the connections. It must close them, or they would stay open after
-        # its worker has died.
+        # A loader process inherits the connections. It closes them, or they would stay open when its worker dies.
         os.register_at_fork(after_in_child=self._close)
 
     def _close(self) -> None:
@@ -88,22 +87,18 @@ class Watchdog:
                 connection.sendall(message)
 
     def exit_if_another_failed(self) -> None:
-        """Waits to be ended by the listening thread if another worker failed before this one; else returns after 1 s.
-        """
+        """Ends this process if another worker failed first. Else returns, after waiting 1 s for news of a failure."""
         if self._another_failed.wait(1.0):
             time.sleep(2 * _GRACE)
 
     def announce_exit(self, code: int) -> None:
-        """Tells the other workers that this worker exits. code: 0 if all exit together, else this worker's exit code."""
+        """Tells the other workers that this one exits. code: 0 if all exit together, else this worker's exit code."""
         self._leaving = True
         self._send(bytes([code]))
 
 
 def start_watchdog(rank: int, world: int) -> Watchdog:
-    """Connects this worker to worker 0, and returns its watchdog. All workers call it together.
-
-    Warns if worker 0 cannot be reached within 20 seconds.
-    """
+    """Connects all workers, which call it together. Warns if worker 0 cannot be reached within 20 seconds."""
     # The port is shared through torch's store: a first collective of NCCL may wait forever for a dead worker.
     store = _get_default_store()
     if rank:
