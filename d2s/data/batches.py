@@ -27,8 +27,7 @@ class TrainBatches:
     """The training batches of one worker.
 
     Args:
-        index: the index of the data set.
-        split: the split to train on.
+        index: the index of the data set. split: the split to train on.
         builder: builds the batches, and holds their settings.
         batch_size: N, the number of pairs in a global batch; each worker gets N / world of them.
         rank, world: the rank of this worker, and the number of workers.
@@ -49,7 +48,9 @@ class TrainBatches:
         world: int = 1,
     ) -> None:
         self.items = _Items(index, split, builder)
-        batch_positions(0, batch_size, rank, world)  # raises ValueError unless batch_size is a multiple of world
+        batch_positions(
+            0, batch_size, rank, world
+        )  # raises ValueError unless batch_size is a multiple of world
         self.steps_per_epoch = steps_per_epoch(self.items.n, batch_size)
         self.batch_size, self.config = batch_size, builder.config
         self.damaged: list[str] = []
@@ -146,8 +147,8 @@ class _TrainSteps(Dataset):
     ) -> tuple[int, int, Record]:
         """Reads a sample and writes its image to `out`. place: its row and the index of its sparse caption.
 
-        Replaces a damaged sample by a random one, which depends on `item`, and adds a message to `damaged`. Returns
-        (row, caption index, record) of the sample that was read. Raises ValueError after 16 damaged samples.
+        Replaces a damaged sample by a random one, seeded by `item`, and adds a message to `damaged`. Returns the row,
+        the caption index and the record of the sample that was read. Raises ValueError after 16 damaged samples.
         """
         (row, number), replacements = place, None
         for attempt in range(_REPLACEMENTS):

@@ -17,8 +17,7 @@ class DataConfig(Settings):
     image_size: PositiveInt = 224
     """Side of the square input in pixels."""
     sparse: Literal["all", "one"] = "all"
-    """all: an epoch visits every pair of an image and a sparse caption. one: it visits every image once, with one of
-    its sparse captions, drawn at random."""
+    """all: an epoch visits every (image, sparse caption) pair. one: every image once, with a random sparse caption."""
     dense: Literal["whole", "sentences"] = "whole"
     """whole: use the whole dense caption. sentences: in training, use a random subset of its sentences, in order."""
     max_words_sparse: Length = 64
@@ -32,8 +31,7 @@ class DataConfig(Settings):
     word_augment: Probability = 0.2
     """Probability that a word is masked, replaced or deleted; 0 switches it off."""
     order: Literal["rows", "blocks"] = "rows"
-    """rows: a random order over the whole split. blocks: a random order of blocks of shards, and of the samples in
-    each block; for storage with slow random reads."""
+    """rows: shuffle the whole split. blocks: shuffle within blocks of shards, for storage with slow random reads."""
     block_shards: PositiveInt = 8
     """Shards in a block, if data.order is "blocks"."""
     loader_workers: NonNegativeInt = 2

@@ -18,8 +18,7 @@ _PROCESSES: WeakSet[BaseProcess] = WeakSet()
 class StepLoader:
     """Computes `dataset[item]` for a list of items in several processes, and yields the results in the list's order.
 
-    An item describes a whole batch, so the batches do not depend on the number of processes. The processes stay alive
-    between calls of `run`.
+    An item describes a whole batch, so batches do not depend on the number of processes, which live through all runs.
     """
 
     def __init__(self, dataset: Dataset, processes: int) -> None:
@@ -65,10 +64,9 @@ def _ignore_stop_signals(process: int) -> None:
 
 
 def results_of(loader: DataLoader) -> Iterator[Any]:
-    """Yields the results of `loader`. If a result is a ValueError, raises it.
+    """Yields the results of `loader`. If a result is a ValueError, raises it. Kills the processes at exit.
 
-    The loader's processes return a ValueError instead of raising it, because torch would add two tracebacks to its
-    message. The processes are killed when this process exits, if not ended before.
+    The processes return a ValueError instead of raising it, because torch would add two tracebacks to its message.
     """
     results = iter(loader)
     # At exit Python would send TERM to the processes, which ignore it, and wait for them forever: kill them first.

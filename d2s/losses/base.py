@@ -1,4 +1,4 @@
-"""The base classes of the losses. They declare the methods that a loss must have."""
+"""The base classes of the losses. They declare the methods that every loss must have."""
 
 from abc import ABC, abstractmethod
 from math import log
@@ -10,10 +10,7 @@ from d2s.losses.config import LossConfig
 
 
 class Sides(NamedTuple):
-    """The inputs of an alignment loss, which compares rows with columns by the similarities S = rows @ columns.T.
-
-    The first four fields are the first arguments of the losses in `d2s.kernels.functional`, in their order.
-    """
+    """The inputs of an alignment loss, which compares rows with columns by the similarities S = rows @ columns.T."""
 
     rows: Tensor
     """(B, D): embeddings of this worker's images, or of its captions."""
@@ -60,7 +57,7 @@ class Alignment(Loss, ABC):
     def factors(self, parameters: nn.Module) -> tuple[Tensor, ...]:
         """Returns the scale and the bias of the similarities, (1,) each: none, only the scale, or both.
 
-        parameters: the module that holds the learned numbers, from which they are computed.
+        parameters: a module with the learned numbers as attributes, from which scale and bias are computed.
         """
         return ()
 
@@ -77,17 +74,13 @@ class Alignment(Loss, ABC):
 
     @abstractmethod
     def ring_value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
-        """Returns the loss of this worker's rows against all workers' columns, 0-dim; columns come around the ring.
-
-        sides: this worker's rows and columns. factors, warmup: as in :meth:`value`.
-        """
+        """Returns the loss of this worker's rows against the columns of all workers, which come around the ring."""
 
     def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
         side = (workers - 1) * local * row
         columns = 1 if self.one_way else 2
         if self.config.exchange == "ring":
-            # In the backward pass the columns travel again. Their gradients travel along, and one hop further: back
-            # to the worker that the columns came from.
+            # The backward pass sends the columns again, with their gradients, which take one more hop to their owner.
             return columns * side, columns * (2 * side + local * row)
         return 2 * side, columns * side
 

@@ -27,15 +27,14 @@ class LossConfig(Settings):
     logit_bias: float = -10.0
     """Initial bias of the sigmoid loss; learned."""
     distill: Literal["cosine", "l1", "l2", "relational"] = "cosine"
-    """The distillation loss: a distance between the embeddings of a sparse caption and of its dense caption, or the
-    difference between the similarities among sparse captions and those among dense captions (relational)."""
+    """The distillation loss: a distance between a sparse caption's embedding and its dense caption's, or relational,
+    which compares the similarities among sparse captions with those among dense captions."""
     distill_weight: NonNegativeFloat = 0.0
     """Weight of the distillation term; 0 leaves it out, and then no teacher is needed."""
     distill_temperature: PositiveFloat = 0.05
     """Temperature of the similarity rows in relational distillation."""
     teacher: Literal["cached", "online"] = "cached"
-    """cached: compute the teacher's embeddings of the training split once and store them in the run folder.
-    online: compute them at every step."""
+    """cached: compute the teacher's embeddings once and store them in the run. online: compute them at every step."""
     exchange: Literal["gather", "ring"] = "gather"
     """How a worker gets the embeddings of the other workers: all at once (gather), or one worker's at a time (ring).
     The ring is for a global batch that does not fit on a worker; it transfers twice as much, for the same loss."""

@@ -16,8 +16,7 @@ _INDEX_BYTES = 8
 class Hinge(Alignment):
     """Hinge loss max(0, margin + S_negative - S_positive).
 
-    If warmup < 1, it is summed over all negatives and multiplied by `warmup`. Otherwise it is taken at each row's
-    hardest negative, the most similar one.
+    If warmup < 1: summed over all negatives, times `warmup`. Otherwise: for each row's most similar negative only.
     """
 
     def sparse_gradient(self, warmup: float) -> bool:

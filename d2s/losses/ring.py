@@ -3,8 +3,7 @@
 Gathering puts N = W * B columns on every worker. Here a worker holds its own B rows and one block of B columns, which
 came from one worker. After W - 1 hops the worker has seen all blocks. For each row it accumulates a statistic over
 all columns: the hardest negative, a log-sum-exp, or a sum. Most gradients need the final statistic, so the backward
-pass sends the columns around once more, together with their gradients. After W hops each gradient is back on the
-worker that its columns came from.
+pass sends the columns around again, with their gradients. After W hops the gradients are back on their own worker.
 
 The losses equal those of `d2s.kernels.functional` with both=False: one direction, local rows against all columns.
 Blocks arrive in the order me, me - 1, ..., me + 1 (modulo W), so the order of every sum is fixed.
@@ -58,10 +57,7 @@ class RingRule(Protocol):
         """Returns the loss, 0-dim, once all chunks have been folded."""
 
     def slope(self, chunk: Chunk) -> Tensor:
-        """Returns the gradient (r, B) of the loss with respect to the similarities of a chunk.
-
-        For a rule with factors, it is the gradient with respect to the logits scale * S + bias.
-        """
+        """Returns the gradient (r, B) with respect to S or, for a rule with factors, to scale * S + bias."""
 
 
 class RunningLogSumExp:
@@ -71,9 +67,9 @@ class RunningLogSumExp:
         self.top, self.total = torch.full_like(like, -torch.inf), torch.zeros_like(like)
 
     def fold(self, logits: Tensor, part: slice) -> Tensor:
-        """Adds a chunk of logits (r, B) of the rows in `part`.
+        """Adds logits (r, B) of the rows in `part`.
 
-        Returns exp(old maximum - new maximum), (r,). A caller multiplies its own running sums of these rows by it.
+        Returns exp(old maximum - new maximum), (r,), by which the caller must multiply other sums of these rows.
         """
         top = torch.maximum(self.top[part], logits.amax(1))
         # If a row has had only -inf so far, its sum is 0. Then 0 replaces the maximum, because -inf - -inf is NaN.
@@ -89,10 +85,7 @@ class RunningLogSumExp:
 
 
 def around_the_ring(*block: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Yields (rank, block) for every worker: this worker's `block` first, then the others' as they arrive.
-
-    A tensor of the block that the caller changes in place is passed on with the changes.
-    """
+    """Yields (rank, block) for every worker, this one first. Changes that the caller makes in place are passed on."""
     for hop in range(world_size()):
         yield (rank() - hop) % world_size(), block
         if hop < world_size() - 1:

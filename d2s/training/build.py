@@ -66,7 +66,7 @@ def build_trainer(spec: RunSpec, preemption: Preemption) -> Trainer:
 
 
 def build_model(spec: RunSpec) -> D2SModel:
-    """Builds the model: the model of `spec.init` if given, else one with the weights that the towers' settings name."""
+    """Builds the model. Its towers come from the model at `spec.init`, or start as their settings say."""
     torch.manual_seed(spec.config.seed)
     settings = spec.config.model
     if spec.init:
@@ -88,7 +88,7 @@ def build_model(spec: RunSpec) -> D2SModel:
 
 
 def build_module(spec: RunSpec, model: D2SModel) -> TrainingModule:
-    """Returns model and objective in one module. Raises ValueError if the model cannot be trained in micro-batches."""
+    """Returns model and objective as one module. Raises ValueError if the model does not allow micro-batches."""
     engine = spec.config.engine
     check_norms(model, engine.micro_batch, spec.local_batch)
     return TrainingModule(

@@ -67,8 +67,7 @@ def _find_model(path: Path) -> Path:
 
 
 def _find_data(options: argparse.Namespace) -> str:
-    """Returns --data, or else the data of the resumed run or of the run at --init. Raises ValueError if none is known.
-    """
+    """Returns --data, or else the data of the resumed run or of the run at --init. Raises ValueError without any."""
     if options.data:
         return options.data
     for folder in (options.run if options.resume else None, options.init):

@@ -70,8 +70,7 @@ class TrainConfig(Settings):
     recipe: str = ""
     """Name of the recipe that this configuration started from."""
     stage: Literal["pretrain", "finetune"] = "pretrain"
-    """pretrain: align images with dense captions. finetune: align them with sparse captions, and distill if
-    loss.distill_weight is above 0."""
+    """pretrain aligns images with dense captions. finetune aligns them with sparse captions, and may distill."""
     batch_size: PositiveInt = 128
     """Global batch size: pairs in a training step, over all workers."""
     epochs: PositiveInt = 30
@@ -84,7 +83,7 @@ class TrainConfig(Settings):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of the initial weights, the order of the samples, augmentation and dropout."""
     nonfinite_limit: PositiveInt = 20
-    """Stop after this many training steps in a row with a NaN or infinite loss or gradient. Such steps are skipped."""
+    """Stop after this many training steps in a row with a NaN or infinite loss or gradient. They are skipped."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -108,7 +107,7 @@ class TrainConfig(Settings):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Returns the configuration that `to_dict` saved, in this or an earlier version, whose field names may differ.
+        """Returns the configuration that `to_dict` saved, in this version or in an earlier one with old field names.
 
         Raises ValueError for an unknown field or an invalid value.
         """

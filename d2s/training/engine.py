@@ -20,8 +20,7 @@ from d2s.workers.group import waiting_time
 if TYPE_CHECKING:
     from d2s.model import D2SModel
 
-# Settings that a user's DeepSpeed JSON must not contain, and what to do instead. The trainer or the checkpoints rely
-# on our values of these settings.
+# Settings that a user's DeepSpeed JSON must not contain, because other code relies on them, and what to do instead.
 _RESERVED = {
     "train_batch_size": "set batch_size",
     "train_micro_batch_size_per_gpu": "set batch_size",
@@ -49,7 +48,7 @@ class EngineConfig(Settings):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage. 1 divides the optimizer's state among workers, 2 also the gradients, 3 also the weights."""
     offload_optimizer: bool = False
-    """Keep AdamW's state in the host's memory, and update the weights there. Needs ZeRO and a GPU."""
+    """Keep AdamW's state in the host's memory, and run AdamW there. Needs ZeRO; has no effect without a GPU."""
     activation_checkpointing: bool = False
     """Save memory: keep only the inputs of the towers' layers, and recompute the rest in the backward pass."""
     micro_batch: NonNegativeInt = 0
@@ -169,8 +168,8 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
     import deepspeed.ops
     from deepspeed.utils import groups
 
-    # Do not compile DeepSpeed's shared-memory collective: it takes half a minute, and a compiler that is killed leaves
-    # a lock that blocks every later run. gloo does the same work.
+    # Do not compile DeepSpeed's shared-memory collective: this takes half a minute, and a killed compiler leaves a
+    # lock that blocks every later run. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed uses deprecated names of torch, which would fill the screen under ZeRO 3.

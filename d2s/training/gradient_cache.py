@@ -1,8 +1,7 @@
 """Gradient caching: computes the exact gradient of a batch while only a few pairs are embedded at a time.
 
-The losses compare every pair of a global batch with every other pair. So the gradients of small batches do not add up
-to the gradient of a large batch. But a loss depends on the model only through the embeddings. A training step has
-three phases:
+The losses compare every pair of a global batch with every other pair, so the gradients of small batches do not add up
+to that of a large batch. But a loss depends on the model only through the embeddings. So a step has three phases:
 
 1. Embed every micro-batch without a graph, and keep the embeddings: two vectors of D numbers for each pair.
 2. Compute the loss over the global batch, and its gradient with respect to the embeddings, the scale and the bias.
@@ -14,9 +13,9 @@ up to rounding. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Siz
 
 Randomness. Phases 1 and 3 use exactly the same random numbers. Augmentation, token dropout and, with micro-batches,
 the dropout after the text tower (model.text_dropout) depend on the seed of each sample, and not on the micro-batch
-size. Dropout inside a Hugging Face tower depends on (seed, training step, worker, micro-batch): it is repeatable, but
-differs for another micro-batch size. With engine.micro_batch 0, all dropout but that of tokens depends on (seed,
-training step, worker) and on the sample's position in the batch.
+size. Dropout inside a Hugging Face tower depends on (seed, step, worker, micro-batch): it is repeatable, but differs
+for another micro-batch size. Without micro-batches, model.text_dropout depends on (seed, step, worker) and on the
+sample's position in the batch.
 
 With a trained BatchNorm, an embedding depends on all pairs of the batch, so :func:`check_norms` does not allow one.
 Therefore the two passes change no buffer of the model.
@@ -68,7 +67,7 @@ def refuse_batch_norm(name: str, micro_batch: int, local_batch: int) -> None:
 
 
 class MicroBatches(WholeBatch):
-    """Forward and backward pass of a worker's part of a batch, in micro-batches of `size` pairs; the last may be smaller.
+    """Forward and backward pass of a worker's part of a batch, in micro-batches of `size` pairs (the last may be less).
 
     After a stop signal both passes raise Preempted on all workers. The training step is then dropped; it has not
     changed weights, optimizer or buffers.
@@ -82,7 +81,7 @@ class MicroBatches(WholeBatch):
         self.size, self.detector, self.preemption = size, detector, preemption
 
     def forward(self, batch: Batch, step: int, warmup: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs phases 1 and 2. Returns the same losses as WholeBatch, but without gradient; `backward` has it cached."""
+        """Runs phases 1 and 2. Returns the same losses as WholeBatch, but without gradient, which is cached."""
         self.batch, self.step = batch, step
         images, texts, targets = [], [], []
         with torch.no_grad():
@@ -120,7 +119,7 @@ class MicroBatches(WholeBatch):
             yield number, part
 
     def _surrogate(self, outputs: tuple[Tensor, ...], number: int) -> Tensor:
-        """Returns a 0-dim loss. Its gradient with respect to the outputs of micro-batch `number` is the cached one."""
+        """Returns a 0-dim loss whose gradient with respect to `outputs` is the cached one of micro-batch `number`."""
         rows = slice(number * self.size, (number + 1) * self.size)
         terms = []
         for place, (output, gradient) in enumerate(zip(outputs, self.gradients, strict=True)):
@@ -129,8 +128,8 @@ class MicroBatches(WholeBatch):
             if place < 2:
                 gradient = gradient[rows]
             elif number:
-                # The scale and the bias get their gradient in the first micro-batch. Later it is zero, not missing: an
-                # engine that divides gradients expects gradients of the same parameters in every pass.
+                # Scale and bias get their gradient in the first micro-batch. Later it is zero, not missing: an engine
+                # that divides gradients expects gradients of the same parameters in every pass.
                 gradient = torch.zeros_like(gradient)
             terms.append((output * gradient).sum())
         return torch.stack(terms).sum()

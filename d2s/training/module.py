@@ -27,7 +27,7 @@ class TrainingModule(nn.Module):
     def forward(
         self, batch: Batch, warmup: float = 1.0, teacher: Tensor | None = None, *, embed_only: bool = False
     ) -> tuple[Tensor, ...]:
-        """Returns (total, align, distill), 0-dim, only `total` with gradient; see :class:`d2s.losses.objective.Losses`.
+        """Returns this worker's (total, align, distill), 0-dim; only `total` has a gradient.
 
         With `embed_only` it returns the inputs of the losses, with gradient: the embeddings of images and of texts,
         (B, D) each, and the objective's scale and bias, if any, (1,) each.

@@ -28,7 +28,7 @@ class OptimConfig(Settings):
     grad_clip: NonNegativeFloat = 2.0
     """Clip the norm of the gradient over all parameters to this value; 0 switches clipping off."""
     schedule: Literal["steps", "cosine", "constant"] = "steps"
-    """steps: multiply the learning rate by optim.decay at each milestone. cosine: lower it to 0 along a half cosine."""
+    """steps: multiply the learning rate by `decay` at each milestone. cosine: lower it to 0 along a half cosine."""
     milestones: tuple[NonNegativeFloat, ...] = (9, 15, 20, 25)
     """Epochs at which schedule "steps" lowers the learning rate."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.3
@@ -63,7 +63,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def build_optimizer(
     module: nn.Module, backbone: list[nn.Parameter], config: OptimConfig
 ) -> torch.optim.AdamW:
-    """Returns AdamW for the trainable parameters of `module`, in up to four groups: by learning rate and weight decay.
+    """Returns AdamW for the trainable parameters of `module`, in up to four groups by learning rate and weight decay.
 
     backbone: the parameters that get config.backbone_lr. Raises ValueError if no parameter is trainable.
     """

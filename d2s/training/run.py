@@ -50,7 +50,7 @@ class Run:
     """Training step of the newest checkpoint."""
     saved_at: float = field(default_factory=time.monotonic)
     timed_from: tuple[int, float] = (0, 0.0)
-    """Training step and time from which throughput is measured: of the last row of metrics or the start of the epoch."""
+    """(training step, time) from which throughput is measured: of the last row of metrics or the epoch's start."""
     grad_norm: float = 0.0
     """Norm of the newest gradient of the global loss, before clipping."""
 
@@ -104,7 +104,7 @@ class Run:
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
 
     def restore(self) -> None:
-        """Restores the newest intact checkpoint, if there is any. Raises ValueError if all checkpoints are damaged."""
+        """Restores the newest intact checkpoint, if there are any. Raises ValueError if all are damaged."""
         saved = checkpoint.load(self.run, self.engine, self.workers)
         if saved is not None:
             self.state.restore(saved)
@@ -120,7 +120,9 @@ class Run:
         self.engine.eval()
         with self.full_model.gathered() as model:
             result = self.evaluate(model)
-        captions = "dense" if self.config.stage == "pretrain" else "sparse"  # the captions that the stage aligns
+        captions = (
+            "dense" if self.config.stage == "pretrain" else "sparse"
+        )  # the captions that the stage aligns
         aligned = result.dense if captions == "dense" else result
         score = run_on_all(lambda: aligned.rsum)[0]  # all use the first worker's score, to decide the same
         improved = score > state.best.get("rsum", -1.0)

@@ -79,7 +79,7 @@ def write(run: Path, config: TrainConfig, origin: dict[str, Any], world: int) ->
 
 
 def claim(run: Path) -> int:
-    """Creates the run folder and locks it for this process. Returns a file descriptor, which keeps the lock while open.
+    """Creates the run folder and locks it for this process. Returns a file descriptor that keeps the lock while open.
 
     Raises ValueError if another process uses the folder.
     """
@@ -92,7 +92,10 @@ def claim(run: Path) -> int:
             f"--run {run} is in use by another process: wait for it, or choose another folder"
         ) from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # on a file system without locks, train without a lock
+        if error.errno not in (
+            errno.ENOLCK,
+            errno.ENOTSUP,
+        ):  # on a file system without locks, train without a lock
             raise
     recover(run)
     return handle

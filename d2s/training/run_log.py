@@ -1,6 +1,6 @@
 """Writes a run's metrics to metrics.jsonl (the source of truth), TensorBoard, W&B if wanted, and the screen.
 
-Only the first worker writes. On a terminal the progress line is redrawn in place; elsewhere each update is a new line.
+Only the first worker writes. A terminal shows one progress line that is redrawn; elsewhere each update is a new line.
 """
 
 import json

@@ -14,7 +14,7 @@ from d2s.training.engine import engine_settings
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """A checked description of a run. :func:`d2s.training.checks.check_arguments` creates it before anything is built."""
+    """A checked description of a run, created by :func:`d2s.training.checks.check_arguments`."""
 
     config: TrainConfig
     data: str

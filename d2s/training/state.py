@@ -30,7 +30,7 @@ class RunState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent_losses: list[Tensor] = field(default_factory=list)
-    """The losses of each training step since the last row of metrics: (total, align, distill) of the global batch, (3,)."""
+    """(total, align, distill) of the global batch, shape (3,), for each step since the last row of metrics."""
 
     def count_over_workers(self, workers: Workers, damage_budget: int) -> tuple[int, int]:
         """Returns how many samples were damaged, and how many captions were cut, on all workers since the run began.

@@ -25,7 +25,7 @@ from d2s.workers.group import Workers
 class TeacherTable:
     """The stored embeddings of the dense captions of one split, memory-mapped.
 
-    first: the number of the split's first dense caption in the data set. width: D.
+    first: number of the split's first dense caption in the data set. width: D.
     """
 
     def __init__(self, path: Path, first: int, width: int) -> None:
@@ -101,10 +101,7 @@ def _on_disk(action: Callable[[], None], path: Path) -> None:
 
 
 def allocate_file(path: Path, size: int) -> None:
-    """Creates a file of `size` bytes and reserves its disk space. Raises OSError if the disk is full.
-
-    Otherwise a full disk would end the process by SIGBUS when it writes through a memory map.
-    """
+    """Creates a file of `size` bytes. Reserves its disk space: a full disk would kill a memory map by SIGBUS."""
     with open(path, "wb") as file:
         try:
             if hasattr(os, "posix_fallocate"):

@@ -115,7 +115,7 @@ class Trainer(Run):
         return Agreement(not nonfinite, stop, save, sums[3:])
 
     def hinge_warmup(self) -> float:
-        """Returns the progress of the hinge's warm-up at this training step, in (0, 1]; 1 after loss.warmup_epochs."""
+        """Returns the progress of the hinge's warm-up at this step, in (0, 1]; 1 after loss.warmup_epochs."""
         steps = self.config.loss.warmup_epochs * self.batches.steps_per_epoch
         return (self.state.step + 1) / steps if self.state.step < steps else 1.0
 

@@ -41,8 +41,7 @@ def in_full_precision() -> None:
 def check_devices(device: torch.device) -> None:
     """Checks that no two workers share a GPU, and that all workers or none have one. All workers call it together.
 
-    The workers compare their devices through torch's key-value store: with a wrong device, a collective would hang,
-    or fail without naming the ranks. Raises ValueError on every worker.
+    Raises ValueError on every worker. The devices are exchanged through torch's store: a collective might hang.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     name = "cpu"
@@ -74,8 +73,8 @@ def refuse_shared_devices(devices: list[str]) -> None:
 def share_cores() -> None:
     """Sets how many CPU threads torch uses: D2S_THREADS, or else this worker's share of the machine's cores.
 
-    Without this, each worker would have one thread, or as many as the machine has cores, depending on the launcher.
-    Raises ValueError if D2S_THREADS is not a number from 1 to 9999.
+    Some launchers set one thread for each worker, others as many as the machine has cores. Raises ValueError if
+    D2S_THREADS is not a number from 1 to 9999.
     """
     threads = os.environ.get("D2S_THREADS")
     if threads is None:

@@ -59,8 +59,8 @@ def start_workers() -> Workers:
     Reads two environment variables. D2S_TIMEOUT: how many minutes a collective waits for a worker that is alive but
     silent; default 30. D2S_THREADS: CPU threads of each worker; default its share of the cores.
 
-    Raises ValueError if one of these has a bad value, if the launcher set only some of RANK, WORLD_SIZE, MASTER_ADDR
-    and MASTER_PORT, if the machine has too few GPUs, or if two workers share a GPU or only some workers have one.
+    Raises ValueError if one of these is invalid, if the launcher set only some of RANK, WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT, or if workers lack a GPU or share one.
     """
     global _watchdog
     timeout = waiting_time()

@@ -31,7 +31,7 @@ def paper(tower: Tower, size: int, stage: Stage) -> TrainConfig:
 
 
 def compat(tower: Tower, size: int, stage: Stage) -> TrainConfig:
-    """Returns the configuration of `paper`, changed to what the authors' release does, as far as there are settings."""
+    """Returns the configuration of `paper`, with all settings on that copy differences of the authors' release."""
     config = paper(tower, size, stage)
     decoder, loss = config.model.decoder, config.loss
     if decoder:
