@@ -29,7 +29,7 @@ class TrainBatches:
     Args:
         index: the index of the data set. split: the split to train on.
         builder: builds the batches, and holds their settings.
-        batch_size: N, the number of pairs in a global batch; each worker gets N / world of them.
+        batch_size: N, the number of pairs in a global batch; each worker gets N / world pairs.
         rank, world: the rank of this worker, and the number of workers.
     Attributes:
         damaged: a message for each damaged sample that this worker read or that another worker reported.
@@ -48,9 +48,7 @@ class TrainBatches:
         world: int = 1,
     ) -> None:
         self.items = _Items(index, split, builder)
-        batch_positions(
-            0, batch_size, rank, world
-        )  # raises ValueError unless batch_size is a multiple of world
+        batch_positions(0, batch_size, rank, world)  # raises ValueError if world does not divide batch_size
         self.steps_per_epoch = steps_per_epoch(self.items.n, batch_size)
         self.batch_size, self.config = batch_size, builder.config
         self.damaged: list[str] = []

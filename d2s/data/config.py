@@ -15,9 +15,9 @@ class DataConfig(Settings):
     """How batches are built from samples. Data set, split, batch size and seed are set elsewhere."""
 
     image_size: PositiveInt = 224
-    """Side of the square input in pixels."""
+    """Side of the square input image in pixels."""
     sparse: Literal["all", "one"] = "all"
-    """all: an epoch visits every (image, sparse caption) pair. one: every image once, with a random sparse caption."""
+    """all: an epoch visits every image with each of its sparse captions. one: only with one of them, at random."""
     dense: Literal["whole", "sentences"] = "whole"
     """whole: use the whole dense caption. sentences: in training, use a random subset of its sentences, in order."""
     max_words_sparse: Length = 64

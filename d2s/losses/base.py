@@ -44,11 +44,11 @@ class Loss:
 
 
 class Alignment(Loss, ABC):
-    """A loss on the similarities of images and captions. Other pairs of the same image never count as negatives."""
+    """A loss on the similarities of images and captions. A caption of the same image is never a negative."""
 
     one_way = False
     """Whether the loss compares only local images with all captions, and not also local captions with all images."""
-    gathered_sides = 4  # both sides and their gradients
+    gathered_sides = 4  # images, captions, and the gradient of each
 
     def learned(self) -> dict[str, float]:
         """Returns the initial values of the numbers that the loss learns, by their parameter names in checkpoints."""

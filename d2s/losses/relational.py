@@ -21,7 +21,7 @@ class Relational(Distillation):
         temperature = self.config.distill_temperature
         if self.config.exchange == "ring" and several_workers():
             teacher = normalize(teacher, dim=-1).to(text.dtype)
-            ids = torch.zeros(text.shape[0], dtype=torch.int64, device=text.device)  # no pair is left out
+            ids = torch.zeros(text.shape[0], dtype=torch.int64, device=text.device)  # this rule ignores them
             return ring_loss(_Rule(temperature), text, text, ids, teacher=teacher)
         return F.relational_distillation(
             text,

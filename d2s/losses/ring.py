@@ -48,7 +48,7 @@ class RingRule(Protocol):
     """Computes one loss chunk by chunk. Every forward pass uses a new object, which its backward pass reads."""
 
     def start(self, positive: Tensor, *factors: Tensor) -> None:
-        """Prepares. positive: (B,) similarities of positive pairs. factors: none, the scale, or scale and bias."""
+        """Initializes. positive: (B,) similarities of positive pairs. factors: none, the scale, or scale and bias."""
 
     def fold(self, chunk: Chunk) -> None:
         """Adds a chunk of the forward pass to the statistics of its rows."""
@@ -95,9 +95,9 @@ def around_the_ring(*block: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
 def chunks(
     rows: Tensor, ids: Tensor, columns: Tensor, column_ids: Tensor, *, own: bool, width: int
 ) -> Iterator[Chunk]:
-    """Yields the similarities of rows (B, D) with columns (B, D), a few rows at a time. Ids are (B,) each.
+    """Yields the similarities of rows (B, E) with columns (B, E), a few rows at a time. ids, column_ids: (B,) each.
 
-    In each row and column, the first `width` numbers are the student's embedding, the rest, if any, the teacher's.
+    width: how many of the E numbers are the student's embedding; the rest, if any, are the teacher's.
     """
     size = max(1, _CHUNK_ENTRIES // columns.shape[0])
     for start in range(0, rows.shape[0], size):

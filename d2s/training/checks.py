@@ -1,4 +1,4 @@
-"""Everything that a user can get wrong about a run, checked before any work starts and before any file is written."""
+"""Checks everything that a user can get wrong about a run, before any work starts and before any file is written."""
 
 import argparse
 import dataclasses

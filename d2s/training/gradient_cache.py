@@ -67,7 +67,7 @@ def refuse_batch_norm(name: str, micro_batch: int, local_batch: int) -> None:
 
 
 class MicroBatches(WholeBatch):
-    """Forward and backward pass of a worker's part of a batch, in micro-batches of `size` pairs (the last may be less).
+    """Forward and backward pass of a worker's part of a batch, in micro-batches of at most `size` pairs.
 
     After a stop signal both passes raise Preempted on all workers. The training step is then dropped; it has not
     changed weights, optimizer or buffers.

@@ -120,9 +120,7 @@ class Run:
         self.engine.eval()
         with self.full_model.gathered() as model:
             result = self.evaluate(model)
-        captions = (
-            "dense" if self.config.stage == "pretrain" else "sparse"
-        )  # the captions that the stage aligns
+        captions = "dense" if self.config.stage == "pretrain" else "sparse"  # which the stage aligns
         aligned = result.dense if captions == "dense" else result
         score = run_on_all(lambda: aligned.rsum)[0]  # all use the first worker's score, to decide the same
         improved = score > state.best.get("rsum", -1.0)

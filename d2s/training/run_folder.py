@@ -92,10 +92,7 @@ def claim(run: Path) -> int:
             f"--run {run} is in use by another process: wait for it, or choose another folder"
         ) from None
     except OSError as error:
-        if error.errno not in (
-            errno.ENOLCK,
-            errno.ENOTSUP,
-        ):  # on a file system without locks, train without a lock
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks: train without one
             raise
     recover(run)
     return handle

@@ -22,7 +22,7 @@ class RunSpec:
     index: ShardIndex
     """Index of the data set; if `data` is a stream, index of the data set to validate on."""
     run: Path | None
-    """The run folder; None for a dry run without one."""
+    """The run folder; None for a dry run without --run."""
     init: Path | None
     """The folder of the stage-1 model to start from, or None."""
     resume: bool
@@ -38,7 +38,7 @@ class RunSpec:
 
     @property
     def captions(self) -> Captions:
-        """Which captions a training batch holds."""
+        """Which captions a training batch contains: sparse, dense or both."""
         if self.config.stage == "pretrain":
             return "dense"
         return "both" if self.config.loss.distill_weight else "sparse"

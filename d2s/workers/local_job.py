@@ -65,9 +65,7 @@ def start_job(command: Sequence[str], workers: int, log: Path, launcher: str = "
         launcher: the launcher's command line, put before `command`; {workers} in it becomes the number of workers.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    variables = {
-        "D2S_THREADS": os.environ.get("D2S_THREADS", "1")
-    }  # does not depend on the number of workers
+    variables = {"D2S_THREADS": os.environ.get("D2S_THREADS", "1")}  # the same for any number of workers
     if launcher:
         words = [word.replace("{workers}", str(workers)) for word in shlex.split(launcher)]
         path = log.with_name(f"{log.name}-launcher.txt")

@@ -1,4 +1,4 @@
-"""The paper's settings for Flickr30K and COCO."""
+"""Builds configurations with the paper's settings for Flickr30K and COCO."""
 
 import dataclasses
 from typing import Literal
