@@ -17,7 +17,7 @@ def _sample(line: str) -> str:
 
 
 def add_new(known: list[str], lines: Iterable[str]) -> None:
-    """Adds a message of `lines` to `known`, in place, if no message in `known` is about the same sample."""
+    """Adds each message of `lines` to `known`, in place, unless `known` has a message about the same sample."""
     lines = list(lines)
     samples = {_sample(other) for other in known} if lines else set()
     for line in lines:
@@ -27,7 +27,7 @@ def add_new(known: list[str], lines: Iterable[str]) -> None:
 
 
 def check_budget(known: list[str], budget: int) -> None:
-    """Raises ValueError if there are more than `budget` damaged samples, which is what a run may replace."""
+    """Raises ValueError if there are more than `budget` damaged samples, the number that a run may replace."""
     if len(known) > budget:
         raise ValueError(
             f"data.damage_budget is {budget} but {len(known)} samples are damaged, the last: {known[-1]}: "

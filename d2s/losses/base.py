@@ -44,7 +44,7 @@ class Loss:
 
 
 class Alignment(Loss, ABC):
-    """A loss on the similarities of images and captions. A caption of the same image is never a negative."""
+    """A loss on the similarities of images and captions. Captions of an image are never its negatives."""
 
     one_way = False
     """Whether the loss compares only local images with all captions, and not also local captions with all images."""

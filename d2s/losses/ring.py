@@ -37,7 +37,7 @@ class Chunk:
     same_image: Tensor
     """(r, B) bool: True if row and column have the same image id."""
     own: bool
-    """Whether the columns are those of this worker. Then the positives are on the diagonal."""
+    """Whether the columns are this worker's. If so, row i of the B local rows has its positive in column i."""
 
     def diagonal(self, x: Tensor) -> Tensor:
         """Returns a view (r,) of the entries of x (r, B) that belong to positive pairs. Only valid if `own`."""
@@ -57,7 +57,7 @@ class RingRule(Protocol):
         """Returns the loss, 0-dim, once all chunks have been folded."""
 
     def slope(self, chunk: Chunk) -> Tensor:
-        """Returns the gradient (r, B) with respect to S or, for a rule with factors, to scale * S + bias."""
+        """Returns the loss's gradient (r, B) with respect to chunk.s or, with factors, to scale * chunk.s + bias."""
 
 
 class RunningLogSumExp:

@@ -1,7 +1,7 @@
 """Gradient caching: computes the exact gradient of a batch while only a few pairs are embedded at a time.
 
 The losses compare every pair of a global batch with every other pair, so the gradients of small batches do not add up
-to that of a large batch. But a loss depends on the model only through the embeddings. So a step has three phases:
+to that of a large batch. But a loss depends on the model only through the embeddings. So a step has these phases:
 
 1. Embed every micro-batch without a graph, and keep the embeddings: two vectors of D numbers for each pair.
 2. Compute the loss over the global batch, and its gradient with respect to the embeddings, the scale and the bias.
@@ -67,7 +67,7 @@ def refuse_batch_norm(name: str, micro_batch: int, local_batch: int) -> None:
 
 
 class MicroBatches(WholeBatch):
-    """Forward and backward pass of a worker's part of a batch, in micro-batches of at most `size` pairs.
+    """Runs the forward and backward pass of a worker's part of a batch, in micro-batches of at most `size` pairs.
 
     After a stop signal both passes raise Preempted on all workers. The training step is then dropped; it has not
     changed weights, optimizer or buffers.

@@ -18,7 +18,7 @@ from d2s.workers.group import Workers
 
 
 class WholeBatch:
-    """Forward and backward pass of a worker's part of a batch.
+    """Runs the forward and the backward pass of a worker's part of a batch.
 
     engine: a DeepSpeed engine around a TrainingModule. teacher: None without distillation.
     """

@@ -44,8 +44,8 @@ def gather_rows(rows: Tensor, *, sparse: bool = False) -> Tensor:
 def send_to_owners(index: Tensor, rows: Tensor, local: int) -> Tensor:
     """Sends rows[j] to the worker that owns row index[j] of the global batch. All workers call it together.
 
+    Returns (B, D): for each row that this worker owns, the sum of all rows that workers sent for it.
     index: (k,) int64, ascending and distinct. rows: (k, D). local: B, the number of rows that a worker owns.
-    Returns (B, D): for each row that this worker owns, the sum of what the workers sent to that row.
     """
     world = world_size()
     bounds = torch.arange(world + 1, device=index.device) * local

@@ -107,7 +107,7 @@ def waiting_time() -> timedelta:
 
 
 def local_batch(batch_size: int, workers: int) -> int:
-    """Returns how many pairs of the global batch each worker gets. Raises ValueError if it is not an integer."""
+    """Returns how many pairs of the global batch each worker gets. Raises ValueError if the batch does not divide."""
     remainder = batch_size % workers
     if remainder:
         near = [str(size) for size in (batch_size - remainder, batch_size - remainder + workers) if size]

@@ -131,9 +131,7 @@ def _accept(listener: socket.socket, world: int, token: str) -> dict[int, socket
             break
         connection.settimeout(5)
         try:
-            with connection.makefile(
-                "rb", buffering=0
-            ) as stream:  # unbuffered: do not read the message after it
+            with connection.makefile("rb", buffering=0) as stream:  # unbuffered: the next byte is a message
                 greeting, _, rank = stream.readline(64).decode(errors="replace").partition(" ")
         except OSError:
             greeting = ""
