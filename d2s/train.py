@@ -1,7 +1,7 @@
 """Trains one stage: `deepspeed d2s/train.py RECIPE --data DIR --run DIR [--init RUN] [--field value ...]`.
 
 The same file runs under deepspeed, torchrun, srun and plain python. A mistake in the arguments, the
-configuration or the data is reported in one line before the training starts.
+configuration or the data is reported in one line before training starts.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
-# For a script, Python puts its folder first on the path, where the folder's modules could hide others.
+# Python puts a script's folder first on sys.path, where modules of d2s could hide others: use the parent folder.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from d2s.training.trainer import Trainer
 
 SECONDS_AFTER_WORKER_0 = 5.0
-"""How long the other workers wait with an error, since worker 0 probably reports the same one."""
+"""Seconds that the other workers wait before they report an error, because worker 0 probably reports the same one."""
 
 
 def main(arguments: list[str] | None = None, preemption: Preemption | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None, preemption: Preemption | None = Non
 
     0: done; 1: training failed; 2: a user's mistake; 75: preempted, run again with --resume; 130: Ctrl-C.
 
-    preemption: records the stop signals that arrive; if it is None, no signal handler is installed.
+    preemption: records stop signals; its handlers are already installed. With None, stop signals are not handled.
     """
     preemption = preemption or Preemption()
     if _rank():
@@ -94,7 +94,7 @@ def _rank() -> int:
 def _report_error(error: object, code: int, preemption: Preemption) -> int:
     """Prints the error as one line on stderr and returns `code`.
 
-    Workers often fail for the same reason: the others wait until worker 0 reports the error and ends them.
+    Workers often fail for the same reason. So the others wait for worker 0 to report the error and to end them.
     """
     preemption.uninstall()
     _exit_if_another_failed()
@@ -108,7 +108,7 @@ def _report_error(error: object, code: int, preemption: Preemption) -> int:
 
 
 def _record_for_torchrun(error: BaseException) -> None:
-    """Stores the error for torchrun, which shows it in its final table of failed workers."""
+    """Stores the error for torchrun, if it is used. torchrun shows it in its final table of failed workers."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ and "torch" in sys.modules:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -116,7 +116,7 @@ def _record_for_torchrun(error: BaseException) -> None:
 
 
 def _exit_if_another_failed() -> None:
-    """Ends this process silently if its error only follows from the failure of another worker."""
+    """Ends this process silently if another worker failed first: the error here is then only a consequence."""
     if "torch" in sys.modules:
         from d2s.workers.group import exit_if_another_failed
 
@@ -126,14 +126,14 @@ def _exit_if_another_failed() -> None:
 def _exit_on_uncaught(
     kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """Ends the process at once after an error that nothing caught. It is the exit callback of a `with` block.
+    """Ends the process at once after an uncaught error. It is the exit callback of a `with` block.
 
-    A normal exit of the interpreter would close threads and connections, which may hang or abort.
+    A normal exit of the interpreter may hang or abort while it closes threads and connections.
     """
     if kind is None or "torch" not in sys.modules:
         return
     _exit_if_another_failed()
-    if isinstance(error, SystemExit):  # --help, or a library exits: other workers must notice
+    if isinstance(error, SystemExit):  # from --help or a library; the other workers must notice the exit
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))

@@ -1,1 +1,1 @@
-"""From shards to batches, by step."""
+"""Builds batches from shards."""

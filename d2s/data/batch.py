@@ -1,4 +1,4 @@
-"""A training batch, and how it is built from records."""
+"""Defines a training batch, and builds batches from records."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -24,27 +24,27 @@ class Batch:
     """One worker's part of a global batch: B pairs of an image and a caption."""
 
     images: torch.Tensor
-    """uint8 (B, 3, H, W), H = W = image_size."""
+    """uint8 (B, 3, H, W). H and W are both image_size."""
     text_ids: torch.Tensor
-    """int64 (B, L): the augmented caption to align; sparse, or dense if captions is "dense"."""
+    """int64 (B, L): tokens of the caption to align, after augmentation; dense in the pretrain stage, else sparse."""
     text_mask: torch.Tensor
-    """bool (B, L), True at real tokens."""
+    """bool (B, L): True at tokens, False at padding."""
     dense_ids: torch.Tensor | None = None
-    """int64 (B, K): the dense caption for the teacher, without augmentation, or None."""
+    """int64 (B, K): tokens of the dense caption for an online teacher, not augmented; None without such a teacher."""
     dense_mask: torch.Tensor | None = None
-    """bool (B, K)."""
+    """bool (B, K): True at tokens, False at padding."""
     image_ids: torch.Tensor
-    """int64 (B,): captions of images with the same id are never negatives of each other."""
+    """int64 (B,): an image and a caption with the same id are never a negative pair."""
     samples: torch.Tensor
-    """int64 (B,): global rows; -1 in a stream."""
+    """int64 (B,): the row of each image in the data set's index; -1 in a stream."""
     dense_index: torch.Tensor
-    """int64 (B,): number of the dense caption in the whole data set (a row of the teacher table), or -1."""
+    """int64 (B,): number of the dense caption in the data set, to find its row in the teacher table; -1 if none."""
     draw_seeds: torch.Tensor
-    """int64 (B,): 64 random bits for each sample, for draws inside the model."""
+    """int64 (B,): a random seed for each sample, used for random draws inside the model."""
     damaged: list[str] = field(default_factory=list)
-    """A line for each damaged sample that was replaced."""
+    """A message for each damaged sample that was replaced."""
     truncated: int = 0
-    """Captions that were cut."""
+    """How many captions were cut to the maximum length."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,29 +54,29 @@ class Batch:
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
     def rows(self, start: int, stop: int) -> "Batch":
-        """The pairs start .. stop - 1, as views; `damaged` and `truncated` stay those of the batch."""
+        """Returns the pairs start .. stop - 1 as views, with `damaged` and `truncated` of the whole batch."""
         return self._map(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device; copies from pinned memory are asynchronous."""
+        """Returns a copy of the batch on `device`. Copies from pinned memory are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The batch in pinned memory; the DataLoader calls it."""
+        """Returns a copy of the batch in pinned memory. The DataLoader calls this method."""
         return self._map(torch.Tensor.pin_memory)
 
 
 class BatchBuilder:
-    """Builds batches from records and images. Each random draw depends on (seed, epoch, item) alone.
+    """Builds batches from records and images. Each random draw depends only on seed, epoch and item.
 
     Args:
         config: image, text, order and loading settings.
-        pipeline: the text pipeline.
-        captions: the text to align with images: "sparse"; "dense"; or "both", sparse with a dense one of the same
-            image for the teacher.
-        seed: of the order and of all draws.
-        dense_text: with "both", include the dense caption's tokens too; otherwise only its number in the data set
-            (for a teacher whose embeddings are stored).
+        pipeline: turns captions into tokens.
+        captions: which captions to align with images, "sparse" or "dense". "both" aligns sparse captions and adds a
+            dense caption of the same image for the teacher.
+        seed: decides the order of the samples and all random draws.
+        dense_text: with "both", whether a batch holds the dense caption's tokens. A teacher with stored embeddings
+            needs only the caption's number in the data set.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class BatchBuilder:
         dense_start: I64 | None,
         damaged: list[str],
     ) -> Batch:
-        """A batch of B records, their images (B, 3, H, W) and the items (B,) that seed the draws.
+        """Builds a batch from B records, their images (B, 3, H, W) and the items (B,) that seed the random draws.
 
-        sparse: (B,) which of each record's sparse captions to take. samples: (B,) global rows. dense_start: (B,)
-        number in the data set of each record's first dense caption, None in a stream. damaged: as in the batch.
+        sparse: (B,), index of the caption to take from each record's sparse captions. samples, damaged: as in Batch.
+        dense_start: (B,), the number in the data set of each record's first dense caption; None in a stream.
         """
         config, seed, cut_before = self.config, self.seed, self.pipeline.truncated
         dense_index, long = np.full(len(records), -1), []
@@ -145,12 +145,12 @@ class BatchBuilder:
 
 
 def draw_one(counts: I64, seed: int, epoch: int, items: I64, stream: str) -> I64:
-    """A random number in 0 .. counts[i] - 1 for each item: int64 (B,)."""
+    """Returns a random integer in 0 .. counts[i] - 1 for each item i, int64 (B,). `stream` names the kind of draw."""
     return (draws.uniform(seed, epoch, items, stream)[:, 0] * counts).astype(np.int64)
 
 
 def random_sentences(text: str, seed: int, epoch: int, item: int) -> str:
-    """A random number of a text's sentences, at least one, drawn at random and kept in order."""
+    """Returns some randomly chosen sentences of `text`, in their order. Their number is random too, at least one."""
     sentences = _SENTENCE_END.split(text.strip())
     if len(sentences) == 1:
         return text

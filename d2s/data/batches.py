@@ -1,8 +1,8 @@
-"""Training batches by step.
+"""Builds the training batches from an indexed data set.
 
-The batch of step g in epoch e is a pure function of (seed, e, g, rank, world): the order names the items, the reader
-fetches them, and every random draw depends on (seed, epoch, item). An item is an (image, sparse caption) pair or an
-image.
+An epoch visits items; an item is an image, or a pair of an image and a sparse caption. The batch of step g in epoch e
+depends only on (seed, e, g, rank, world): a permutation of the items selects those of the batch, and every random
+draw depends only on (seed, epoch, item).
 """
 
 from collections.abc import Iterator
@@ -27,14 +27,14 @@ class TrainBatches:
     """The training batches of one worker.
 
     Args:
-        index: the data set. split: the split to train on.
-        builder: has all settings of the batches.
-        batch_size: the global batch N; each worker gets N / world rows.
-        rank, world: this worker and the number of workers.
+        index: the index of the data set. split: the split to train on.
+        builder: builds the batches, and holds their settings.
+        batch_size: N, the number of pairs in a global batch; each worker gets N / world pairs.
+        rank, world: the rank of this worker, and the number of workers.
     Attributes:
-        damaged: a line for each damaged sample that this worker read, or that the others shared with it.
+        damaged: a message for each damaged sample that this worker read or that another worker reported.
     Raises:
-        ValueError: an unknown or empty split, images without the captions asked for, or too large a batch.
+        ValueError: the split is unknown or empty, an image lacks a required caption, or the batch is too large.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class TrainBatches:
         world: int = 1,
     ) -> None:
         self.items = _Items(index, split, builder)
-        batch_positions(0, batch_size, rank, world)  # raises ValueError if it does not divide
+        batch_positions(0, batch_size, rank, world)  # raises ValueError if world does not divide batch_size
         self.steps_per_epoch = steps_per_epoch(self.items.n, batch_size)
         self.batch_size, self.config = batch_size, builder.config
         self.damaged: list[str] = []
@@ -59,17 +59,17 @@ class TrainBatches:
         return self.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches start_step .. steps_per_epoch - 1 of an epoch. A second call ends the first one's iterator.
+        """Yields the batches start_step .. steps_per_epoch - 1 of an epoch. A later call ends this iterator.
 
         Raises:
-            ValueError: more damaged samples than config.damage_budget.
+            ValueError: more samples are damaged than config.damage_budget allows.
         """
         steps = [(epoch, step) for step in range(start_step, self.steps_per_epoch)]
         return count_damage(self._loader.run(steps), self.damaged, self.config.damage_budget)
 
 
 class _Items:
-    """The items of an epoch: (image, sparse caption) pairs of a split, or its images."""
+    """The items of an epoch: the images of a split, or its pairs of an image and a sparse caption."""
 
     def __init__(self, index: ShardIndex, split: str, builder: BatchBuilder) -> None:
         self.index, self.split, self.config, self.seed = index, split, builder.config, builder.seed
@@ -89,14 +89,14 @@ class _Items:
         self.n = index.n_sparse_total(split) if self.pairs else len(self.rows)
 
     def order(self, epoch: int) -> Permutation | BlockPermutation:
-        """From positions in the epoch to items."""
+        """Returns the permutation that maps positions in the epoch to items."""
         if self.config.order == "rows":
             return Permutation(self.n, self.seed, epoch)
         sizes = self.index.shard_sizes(self.split, "sparse" if self.pairs else "rows")
         return BlockPermutation(sizes, self.seed, epoch, self.config.block_shards)
 
     def rows_and_captions(self, items: I64, epoch: int) -> tuple[I64, I64]:
-        """Global rows of items (B,), and which of each row's sparse captions (B,), -1 for none."""
+        """Returns the image's row in the index and the index of its sparse caption (-1 for none), (B,) each."""
         if self.pairs:
             return self.index.pair(self.split, items)
         rows = items + self.rows.start
@@ -106,7 +106,7 @@ class _Items:
 
 
 class _TrainSteps(Dataset):
-    """From (epoch, step) to a Batch, in the loader processes."""
+    """Maps (epoch, step) to a Batch. It runs in the loader processes. batch: (global batch size, rank, world)."""
 
     def __init__(self, items: _Items, builder: BatchBuilder, batch: tuple[int, int, int]) -> None:
         self.items, self.builder, self.batch = items, builder, batch
@@ -143,9 +143,10 @@ class _TrainSteps(Dataset):
         out: NDArray,
         damaged: list[str],
     ) -> tuple[int, int, Record]:
-        """Reads the sample at `place`, a row and a sparse caption's number, and writes its image to `out`.
+        """Reads a sample and writes its image to `out`. place: its row and the index of its sparse caption.
 
-        A damaged sample is replaced by the next of up to 16 that `item` draws. Returns row, number and record.
+        Replaces a damaged sample by a random one, seeded by `item`, and adds a message to `damaged`. Returns the row,
+        the caption index and the record of the sample that was read. Raises ValueError after 16 damaged samples.
         """
         (row, number), replacements = place, None
         for attempt in range(_REPLACEMENTS):
@@ -161,7 +162,7 @@ class _TrainSteps(Dataset):
         raise ValueError(f"{_REPLACEMENTS} samples one after the other are damaged, the last: {damaged[-1]}")
 
     def _decode(self, row: int, crop: NDArray, out: NDArray) -> Record:
-        """Reads a row and writes its augmented image to `out`. Raises DamagedSample."""
+        """Reads the record of a row, writes its augmented image to `out`, and returns it. Raises DamagedSample."""
         config = self.builder.config
         record = self.reader.record(row)
         try:

@@ -1,4 +1,4 @@
-"""Settings of the loader: how samples become batches."""
+"""Settings that decide how batches are built from samples."""
 
 from typing import Annotated, Literal
 
@@ -12,29 +12,29 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 @settings("data")
 class DataConfig(Settings):
-    """How samples become batches. Data set, split, batch size and seed are given elsewhere."""
+    """How batches are built from samples. Data set, split, batch size and seed are set elsewhere."""
 
     image_size: PositiveInt = 224
-    """Side of the square input in pixels."""
+    """Side of the square input image in pixels."""
     sparse: Literal["all", "one"] = "all"
-    """An epoch visits every (image, sparse caption) pair, or every image once with one caption drawn."""
+    """all: an epoch visits every image with each of its sparse captions. one: only with one of them, at random."""
     dense: Literal["whole", "sentences"] = "whole"
-    """A dense caption is used whole, or as a random subset of its sentences in their order (training only)."""
+    """whole: use the whole dense caption. sentences: in training, use a random subset of its sentences, in order."""
     max_words_sparse: Length = 64
-    """Longest sparse caption in tokens, special tokens included; longer ones are cut and counted."""
+    """Maximum tokens of a sparse caption, special tokens included. Longer captions are cut and counted in the log."""
     max_words_dense: Length = 256
-    """Longest dense caption in tokens, special tokens included."""
+    """Maximum tokens of a dense caption, special tokens included. Longer captions are cut, and counted in the log."""
     crop_min: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """Smallest side ratio of a random crop; 1 switches cropping off."""
+    """Smallest side of a random crop, as a fraction of the image's side; 1 switches cropping off."""
     flip: Probability = 0.5
     """Probability of a left-right flip."""
     word_augment: Probability = 0.2
     """Probability that a word is masked, replaced or deleted; 0 switches it off."""
     order: Literal["rows", "blocks"] = "rows"
-    """Samples in a random order over the whole split, or mixed within blocks of shards, for slow random reads."""
+    """rows: shuffle the whole split. blocks: shuffle within blocks of shards, for storage with slow random reads."""
     block_shards: PositiveInt = 8
-    """Shards in a block, where order is "blocks"."""
+    """Shards in a block, if data.order is "blocks"."""
     loader_workers: NonNegativeInt = 2
-    """Loader processes of each worker; 0 loads in the training process. Batches do not depend on it."""
+    """Loader processes of each worker; 0 loads in the training process. The batches are the same for any number."""
     damage_budget: NonNegativeInt = 100
-    """Damaged samples, each counted once, that a run replaces before it stops."""
+    """How many different damaged samples a run may replace; it stops if there are more."""

@@ -1,4 +1,4 @@
-"""Evaluation batches: every image or caption of a split once, over all workers together."""
+"""Builds evaluation batches. All workers together read every image or caption of a split exactly once."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -38,7 +38,7 @@ class _ImageSteps(Dataset):
 
 
 def _numbers(n: int, step: int, local: int, rank: int, world: int) -> tuple[I64, NDArray[np.bool_]]:
-    """Which of n things a worker handles at a step (local,), and whether they exist (local,)."""
+    """Returns the numbers that a worker handles at a step, (local,), and whether each is below n, (local,)."""
     positions = batch_positions(step, local * world, rank, world)
     numbers = np.arange(positions.start, positions.stop)
     return numbers, numbers < n
@@ -47,15 +47,15 @@ def _numbers(n: int, step: int, local: int, rank: int, world: int) -> tuple[I64,
 def eval_images(
     index: ShardIndex, split: str, config: DataConfig, batch_size: int, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Every image of a split once, over all workers together, in the same number of steps on each.
+    """Yields this worker's share of the images of a split. Every worker gets the same number of batches.
 
     Args:
-        batch_size: B, images of a worker in a step.
+        batch_size: B, the images in a batch of one worker.
     Yields:
-        Global rows int64 (B,), images uint8 (B, 3, H, W), valid bool (B,): False (row -1, a black image) beyond the
-        end of the split.
+        Rows in the index, int64 (B,); images, uint8 (B, 3, H, W); valid, bool (B,). valid is False beyond the end of
+        the split, and there the row is -1 and the image black.
     Raises:
-        ValueError: no such split, or a damaged sample, which an evaluation does not replace.
+        ValueError: the split does not exist, or a sample is damaged; an evaluation does not replace it.
     """
     rows = index.rows(split)
     dataset = _ImageSteps(index, rows, config.image_size, (batch_size, rank, world))
@@ -73,16 +73,16 @@ def eval_texts(
     *,
     skip_damaged: bool = False,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Every caption of one kind of a split once, without augmentation, in the same number of steps on each worker.
+    """Yields this worker's share of the captions of a split. Every worker gets the same number of batches.
 
     Args:
-        batch_size: B, captions of a worker in a step.
-        skip_damaged: mark the captions of a sample that cannot be read as not valid, instead of raising.
+        kind: whether to read the sparse or the dense captions. batch_size: B, the captions in a batch of one worker.
+        skip_damaged: mark captions of a damaged sample as not valid, instead of raising.
     Yields:
-        Caption numbers within the split int64 (B,), global image rows int64 (B,), ids int64 (B, L), mask bool
-        (B, L), valid bool (B,): False (numbers -1, an empty caption) beyond the end of the split.
+        Caption numbers within the split, int64 (B,); rows of their images in the index, int64 (B,); token ids, int64
+        (B, L); mask, bool (B, L); valid, bool (B,). If valid is False, both numbers are -1 and the caption is empty.
     Raises:
-        ValueError: no such split, no captions of this kind in it, or a damaged sample.
+        ValueError: the split does not exist or has no such captions, or a sample is damaged.
     """
     total, reader = index.total(split, kind), ShardReader(index)
     if total == 0:

@@ -1,4 +1,4 @@
-"""Processes that load batches: results in order, one-line errors, and an end of their own."""
+"""Loads batches in processes. Yields the results in order, reports an error in one line, and ends the processes."""
 
 import atexit
 import signal
@@ -16,9 +16,9 @@ _PROCESSES: WeakSet[BaseProcess] = WeakSet()
 
 
 class StepLoader:
-    """Computes `dataset[item]` for a list of items in processes, and yields the results in the list's order.
+    """Computes `dataset[item]` for a list of items in several processes, and yields the results in the list's order.
 
-    An item names a whole batch, so a batch does not depend on the number of processes, which live through all runs.
+    An item describes a whole batch, so batches do not depend on the number of processes, which live through all runs.
     """
 
     def __init__(self, dataset: Dataset, processes: int) -> None:
@@ -27,9 +27,9 @@ class StepLoader:
         self._loader: DataLoader | None = None
 
     def run(self, items: Sequence[Any]) -> Iterator[Any]:
-        """Yields dataset[item] for each item. A second run ends the first.
+        """Yields dataset[item] for each item. A later call of `run` ends the iterator of the earlier one.
 
-        Raises the ValueError that dataset[item] raised, after the processes have stopped.
+        If dataset[item] raises a ValueError, stops the processes and raises it here.
         """
         if not items:
             return
@@ -46,7 +46,7 @@ class StepLoader:
 
 
 def new_loader(dataset: Dataset, processes: int, **settings: Any) -> DataLoader:
-    """A DataLoader whose dataset makes whole batches, and whose processes ignore stop signals."""
+    """Returns a DataLoader for a dataset that returns whole batches. Its processes ignore stop signals."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -58,19 +58,19 @@ def new_loader(dataset: Dataset, processes: int, **settings: Any) -> DataLoader:
 
 
 def _ignore_stop_signals(process: int) -> None:
-    """Lets a loader process live on when every process of a job is signalled: the worker may still need batches."""
+    """Makes a loader process ignore stop signals, which may go to all processes: the worker still needs batches."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def results_of(loader: DataLoader) -> Iterator[Any]:
-    """Yields a loader's results, and raises a ValueError among them. Its processes end with this one at the latest.
+    """Yields the results of `loader`. If a result is a ValueError, raises it. Kills the processes at exit.
 
-    A process returns its ValueError as a result, because torch would raise it with two tracebacks in the message.
+    The processes return a ValueError instead of raising it, because torch would add two tracebacks to its message.
     """
     results = iter(loader)
-    # Python ends child processes at exit by TERM, which these ignore, and waits for them forever. Registered anew, to
-    # be called before torch's own handler, which waits seconds for each process.
+    # At exit Python would send TERM to the processes, which ignore it, and wait for them forever: kill them first.
+    # The exit handler is registered last, to run before torch's handler, which waits seconds for each process.
     _PROCESSES.update(getattr(results, "_workers", ()))
     atexit.unregister(_kill_processes)
     atexit.register(_kill_processes)
@@ -79,8 +79,7 @@ def results_of(loader: DataLoader) -> Iterator[Any]:
             try:
                 raise result
             finally:
-                # The error refers to this frame. If the frame referred to the processes, they would run on until the
-                # error is forgotten.
+                # The error's traceback keeps this frame's variables alive: drop those that keep the processes alive.
                 del result, results, loader
         yield result
 
@@ -92,7 +91,7 @@ def _kill_processes() -> None:
 
 
 class _ErrorsAsResults(Dataset):
-    """Returns ValueErrors instead of raising them, for :func:`results_of`."""
+    """Wraps a dataset: returns a ValueError as the result instead of raising it. See :func:`results_of`."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""Training batches from tars at a URL pattern, with the interface of `TrainBatches`."""
+"""Builds training batches from tar files at a URL pattern. The interface is that of `TrainBatches`."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,21 +17,21 @@ from d2s.shards.read.stream import DENSE_COLUMNS, SPARSE_COLUMNS, Stream, expand
 
 
 class StreamBatches:
-    """The training batches of one worker, streamed: an epoch is `samples_per_epoch` visits, not the data once.
+    """The training batches of one worker, from a stream of tar files.
 
-    Each visit of an image draws one of its captions. Every worker makes samples_per_epoch // batch_size steps; a
-    reader that has come to the end of its tars begins again.
+    An epoch is `samples_per_epoch` images, not one pass over the data; a reader at the end of its tars starts again.
+    Every worker makes samples_per_epoch // batch_size steps. Each time an image is read, one caption is drawn.
 
     Args:
-        urls: a pattern of tars, `https://host/{00000..00099}.tar`, or several joined by `::`.
-        samples_per_epoch: visits in an epoch, over all workers.
+        urls: a pattern of tars, such as `https://host/{00000..00099}.tar`, or several patterns joined by `::`.
+        samples_per_epoch: images in an epoch, over all workers.
         builder, batch_size, rank, world: as for `TrainBatches`.
     Attributes:
-        damaged: a line for each sample or tar that this worker could not use.
+        damaged: a message for each sample or tar that this worker could not use.
     Raises:
-        ValueError: no tars, too large a batch, or (while iterating) too much damage.
+        ValueError: the pattern matches no tars, the batch is too large, or (while iterating) too much is damaged.
     Warns:
-        UserWarning: a setting of the builder that has no effect on a stream.
+        UserWarning: a setting of the builder has no effect on a stream.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class StreamBatches:
         return self.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches of steps start_step .. steps_per_epoch - 1. A later start draws other samples.
+        """Yields the batches of steps start_step .. steps_per_epoch - 1. Another start step gives other samples.
 
         Raises:
-            ValueError: no usable sample, or more damage than config.damage_budget.
+            ValueError: no sample is usable, or more samples are damaged than config.damage_budget allows.
         """
         self._dataset.steps = (epoch, start_step, self.steps_per_epoch)
         results = results_of(new_loader(self._dataset, self.config.loader_workers))
@@ -70,7 +70,7 @@ class StreamBatches:
 
 
 class _StreamSteps(IterableDataset):
-    """The batches of `steps`: epoch, first step, end. Process w of k makes steps w, w + k, ..., taken in turn."""
+    """The batches of `steps`: (epoch, first step, end). Loader process w of k builds batches w, w + k, w + 2k, ..."""
 
     def __init__(self, tars: list[str], builder: BatchBuilder, batch: tuple[int, int, int]) -> None:
         self.tars, self.builder, self.batch = tars, builder, batch
@@ -81,7 +81,7 @@ class _StreamSteps(IterableDataset):
         process, processes = (info.id, info.num_workers) if info else (0, 1)
         global_batch, rank, world = self.batch
         epoch, start, stop = self.steps
-        # A later start is another sequence: reading past the skipped samples would cost as much as using them.
+        # Each start step has its own random order: to skip samples of one order, they would have to be read.
         stream = Stream(
             self.tars,
             seed=int(draws.bits(self.builder.seed, epoch, [start], "stream")[0, 0]),
@@ -93,12 +93,12 @@ class _StreamSteps(IterableDataset):
         for _ in range(start + process, stop, processes):
             try:
                 yield self._batch(samples, stream, global_batch // world, epoch)
-            except ValueError as error:  # for results_of
+            except ValueError as error:  # `results_of` raises it
                 yield error
                 return
 
     def _missing(self, record: Record) -> str | None:
-        """What makes a record unusable, or None."""
+        """Returns the reason why a record is unusable, or None if it is usable."""
         captions = self.builder.captions
         if captions != "dense" and not record.sparse:
             return f"has no sparse caption (looked in {', '.join(SPARSE_COLUMNS)})"

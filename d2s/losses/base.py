@@ -1,4 +1,4 @@
-"""What every loss provides: values, ring rule, learned numbers, and its cost for `python -m d2s.plan`."""
+"""The base classes of the losses. They declare the methods that every loss must have."""
 
 from abc import ABC, abstractmethod
 from math import log
@@ -10,82 +10,85 @@ from d2s.losses.config import LossConfig
 
 
 class Sides(NamedTuple):
-    """Rows and columns of the similarities S = rows @ columns.T: the arguments of `d2s.kernels.functional`."""
+    """The inputs of an alignment loss, which compares rows with columns by the similarities S = rows @ columns.T."""
 
     rows: Tensor
-    """(B, D): images or captions of this worker."""
+    """(B, D): embeddings of this worker's images, or of its captions."""
     columns: Tensor
-    """(M, D): the other kind, of this worker or of all."""
+    """(M, D): embeddings of captions if the rows are images, else of images; from this worker or from all workers."""
     row_ids: Tensor
-    """(B,) int64: images."""
+    """(B,) int64: the image id of each row."""
     column_ids: Tensor | None = None
-    """(M,) int64; None for columns that are the same pairs as the rows."""
+    """(M,) int64: the image id of each column; None if the columns have the same ids as the rows."""
     offset: int = 0
-    """Column of the first row's positive."""
+    """Index of the column that is the positive of row 0; row i has its positive at column offset + i."""
     both: bool = False
-    """Add the opposite direction, columns against rows, from the same similarities."""
+    """Whether to add the loss of the opposite direction, columns against rows, from the same similarities."""
 
 
 class Loss:
-    """A term of the objective. Its value is a sum over rows, so the workers' values add up to the global batch's."""
+    """A term of the objective. Its values on all workers add up to its value for the global batch."""
 
     compares_pairs = True
     """Whether it learns from a pair's difference to the others of the batch: at a batch of 1 there are none."""
     gathered_sides = 0
-    """Tensors of (N, D) that a worker holds when it gathers, gradients included."""
+    """How many (N, D) tensors a worker holds if it gathers the embeddings of all workers; gradients count too."""
 
     def __init__(self, config: LossConfig) -> None:
         self.config = config
 
     def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
-        """Bytes of embeddings and bytes of their gradients that one of several workers sends in a step.
+        """Returns how many bytes of embeddings, and of their gradients, a worker sends in a training step.
 
-        local: pairs of a worker. row: bytes of an embedding.
+        workers: number of workers, above 1. local: pairs of a worker. row: bytes of an embedding.
         """
         return 0, 0
 
 
 class Alignment(Loss, ABC):
-    """A loss on the similarities of images and captions. Other pairs of the same image never count as negatives."""
+    """A loss on the similarities of images and captions. Captions of an image are never its negatives."""
 
     one_way = False
-    """One direction covers all pairs: local images against all captions. Otherwise both directions are added."""
-    gathered_sides = 4  # both sides and their gradients
+    """Whether the loss compares only local images with all captions, and not also local captions with all images."""
+    gathered_sides = 4  # images, captions, and the gradient of each
 
     def learned(self) -> dict[str, float]:
-        """Initial values of the numbers that it learns, by their parameter names in checkpoints."""
+        """Returns the initial values of the numbers that the loss learns, by their parameter names in checkpoints."""
         return {}
 
     def factors(self, parameters: nn.Module) -> tuple[Tensor, ...]:
-        """What enters the loss beside the embeddings, (1,) each, computed from the learned numbers."""
+        """Returns the scale and the bias of the similarities, (1,) each: none, only the scale, or both.
+
+        parameters: a module with the learned numbers as attributes, from which scale and bias are computed.
+        """
         return ()
 
     def sparse_gradient(self, warmup: float) -> bool:
-        """Whether most rows of the gathered sides get no gradient, so that only the others are sent back."""
+        """Returns whether most gathered rows have a zero gradient; then only the other rows' gradients are sent."""
         return False
 
     @abstractmethod
     def value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
-        """The loss of the rows against the columns, by `d2s.kernels.functional`: 0-dim, with gradient.
+        """Returns the loss of the rows against the columns, 0-dim, with gradient.
 
         factors: as :meth:`factors` returns them. warmup: progress of the hinge's warm-up, in [0, 1].
         """
 
     @abstractmethod
     def ring_value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
-        """The loss of the rows against all workers' columns around the ring; sides: this worker's pairs. 0-dim."""
+        """Returns the loss of this worker's rows against the columns of all workers, which come around the ring."""
 
     def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
         side = (workers - 1) * local * row
         columns = 1 if self.one_way else 2
         if self.config.exchange == "ring":
-            # In the backward pass the columns travel again, with their gradients, which take one more hop home.
+            # The backward pass sends the columns again, with their gradients, which take one more hop to their owner.
             return columns * side, columns * (2 * side + local * row)
         return 2 * side, columns * side
 
 
 class ScaledAlignment(Alignment):
-    """An alignment loss with a learned inverse temperature, the first of its factors."""
+    """An alignment loss that learns an inverse temperature (scale). The scale is the first of its factors."""
 
     def learned(self) -> dict[str, float]:
         return {"log_scale": log(self.config.logit_scale)}
@@ -95,8 +98,8 @@ class ScaledAlignment(Alignment):
 
 
 class Distillation(Loss, ABC):
-    """A loss that draws embeddings of sparse captions to the teacher's embeddings of dense ones."""
+    """A loss that moves embeddings of sparse captions towards the teacher's embeddings of dense captions."""
 
     @abstractmethod
     def value(self, text: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of this worker's captions (B, D); teacher (B, D) gets no gradient. 0-dim."""
+        """Returns the loss, 0-dim. text: (B, D), this worker's sparse captions. teacher: (B, D), without gradient."""

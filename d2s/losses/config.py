@@ -9,36 +9,37 @@ from d2s.common.settings import Settings, settings
 
 @settings("loss")
 class LossConfig(Settings):
-    """The terms of the objective and their weights, stated at a batch of 128 pairs."""
+    """The terms of the objective, and their weights for a batch of 128 pairs."""
 
     align: Literal["hinge", "infonce", "sigmoid"] = "hinge"
     """The alignment loss: VSE++ hinge, symmetric InfoNCE, or SigLIP's sigmoid."""
     align_weight: NonNegativeFloat = 1.0
-    """Weight of the alignment term; 0 leaves it out."""
+    """Weight of the alignment term; 0 leaves the term out."""
     margin: NonNegativeFloat = 0.2
     """Margin of the hinge, in cosine similarity."""
     warmup_epochs: NonNegativeFloat = 1.0
-    """Epochs that use the hinge's sum form, with a weight that rises from 0 to 1; afterwards only the hardest
-    negative counts."""
+    """Number of epochs in which the hinge sums over all negatives, with a weight that rises from 0 to 1. Later only
+    the hardest negative counts."""
     logit_scale: PositiveFloat = 14.2857
-    """Initial inverse temperature of InfoNCE and sigmoid; learned."""
+    """Initial value of the inverse temperature that InfoNCE and sigmoid learn."""
     max_logit_scale: float = 100.0
     """Upper bound of the learned inverse temperature."""
     logit_bias: float = -10.0
-    """Initial bias of the sigmoid loss; learned."""
+    """Initial value of the bias that the sigmoid loss learns."""
     distill: Literal["cosine", "l1", "l2", "relational"] = "cosine"
-    """How the sparse caption's embedding is drawn to the frozen embedding of the dense caption."""
+    """The distillation loss: a distance between a sparse caption's embedding and its dense caption's, or relational,
+    which compares the similarities among sparse captions with those among dense captions."""
     distill_weight: NonNegativeFloat = 0.0
-    """Weight of the distillation term; 0 leaves it out, and then no teacher is needed."""
+    """Weight of the distillation term; 0 leaves the term out, and then no teacher is needed."""
     distill_temperature: PositiveFloat = 0.05
-    """Temperature of the similarity rows in relational distillation."""
+    """Temperature of the softmax over similarities in relational distillation."""
     teacher: Literal["cached", "online"] = "cached"
-    """Compute the teacher's embeddings of the training split once and store them in the run, or at every step."""
+    """cached: compute the teacher's embeddings once and store them in the run. online: compute them at every step."""
     exchange: Literal["gather", "ring"] = "gather"
-    """How a worker gets the columns of the others: all gathered at once, or one block at a time around a ring. The
-    ring is for global batches that do not fit on a worker; it transfers twice as much and gives the same values."""
+    """How a worker gets the embeddings of the other workers: all at once (gather), or one worker's at a time (ring).
+    The ring is for a global batch that does not fit on a worker; it transfers twice as much, for the same loss."""
     teacher_train_mode: bool = False
-    """As in the authors' release: the online teacher keeps dropout on and updates its BatchNorm statistics."""
+    """Keep dropout on in the online teacher, and update its BatchNorm statistics, as the authors' release does."""
 
     def __post_init__(self) -> None:
         if self.teacher_train_mode and self.teacher == "cached":

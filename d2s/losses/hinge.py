@@ -1,4 +1,4 @@
-"""The triplet hinge: sum form while it warms up, then the hardest negative alone (VSE++, Faghri et al. 2018)."""
+"""The triplet hinge loss of VSE++ (Faghri et al. 2018): over all negatives during the warm-up, then the hardest."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ _INDEX_BYTES = 8
 
 
 class Hinge(Alignment):
-    """[margin + S_negative - S_positive]+, summed over all negatives or taken at the hardest one of each row.
+    """Hinge loss max(0, margin + S_negative - S_positive).
 
-    warmup below 1: warmup times the sum over all negatives. From 1 on: the hardest negative of each row.
+    If warmup < 1: summed over all negatives, times `warmup`. Otherwise: for each row's most similar negative only.
     """
 
     def sparse_gradient(self, warmup: float) -> bool:
@@ -35,13 +35,13 @@ class Hinge(Alignment):
         return warmup * ring_loss(_SumRule(self.config.margin), *sides[:3])
 
     def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
-        # As after the warm-up: each hardest negative's gradient and index are sent to its owner.
+        # After the warm-up each hardest negative's gradient and index are sent to the worker of that negative.
         back = 2 * (workers - 1) * local * (row + _INDEX_BYTES) // workers
         return 2 * (workers - 1) * local * row, back
 
 
 class _SumRule:
-    """The hinge over all negatives of a row; active (B,) counts the violations."""
+    """The ring rule of the hinge over all negatives. `active` (B,): how many negatives of each row have a loss."""
 
     def __init__(self, margin: float) -> None:
         self.margin = margin
@@ -69,7 +69,10 @@ class _SumRule:
 
 
 class _HardestRing(torch.autograd.Function):
-    """The hinge at the hardest negative, ties to the lowest index. A row keeps its winner, so one round is enough."""
+    """The hinge at each row's hardest negative; among equal ones, at the one with the lowest index.
+
+    The forward pass keeps the hardest negatives, so the backward pass does not send columns around the ring again.
+    """
 
     @staticmethod
     def forward(ctx, rows, columns, ids, margin: float):
@@ -83,7 +86,7 @@ class _HardestRing(torch.autograd.Function):
                     part = chunk.part
                     top, place = chunk.s.masked_fill_(chunk.same_image, -torch.inf).max(1)
                     place += owner * local
-                    # Blocks do not come in the order of the ranks, so a tie is decided by the index.
+                    # Blocks do not arrive in rank order, so compare indices to find the lowest one in a tie.
                     better = (top > best[part]) | ((top == best[part]) & (place < index[part]))
                     better &= top > -torch.inf
                     best[part] = torch.where(better, top, best[part])
@@ -105,10 +108,10 @@ class _HardestRing(torch.autograd.Function):
 
 
 def _sum_by_index(index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct values in index (k,), ascending, and for each the sum of its rows (k, D)."""
+    """Returns the u distinct values of `index` (k,), ascending, and for each the sum of its `rows` (k, D): (u, D)."""
     places, inverse, counts = torch.unique(index, return_inverse=True, return_counts=True)
     if not len(places):
         return places, rows
-    # One bag for each place, its rows in order: index_add_ on a GPU adds in any order.
+    # embedding_bag adds the rows of an index in a fixed order; index_add_ on a GPU does not.
     order = torch.argsort(inverse, stable=True)
     return places, embedding_bag(order, rows, counts.cumsum(0) - counts, mode="sum")

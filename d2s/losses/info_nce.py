@@ -9,7 +9,7 @@ from d2s.losses.ring import Chunk, RunningLogSumExp, ring_loss
 
 
 class InfoNCE(ScaledAlignment):
-    """0.5 * cross entropy of scale * S over the rows of each direction."""
+    """Half the cross entropy of the logits scale * S, summed over the rows of both directions."""
 
     def value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
         (scale,) = factors
@@ -20,7 +20,7 @@ class InfoNCE(ScaledAlignment):
 
 
 class _Rule:
-    """0.5 * (log-sum-exp of a row - its positive)."""
+    """The ring rule: the loss of a row is 0.5 * (log-sum-exp of its logits - logit of its positive)."""
 
     def start(self, positive: Tensor, scale: Tensor) -> None:
         self.scale, self.positive = scale, positive * scale

@@ -1,15 +1,15 @@
-"""The total that is minimised: alignment of images with captions, plus distillation of the dense caption's embedding.
+"""The loss that is minimised: alignment of images with captions, plus distillation of the dense caption's embedding.
 
-Every term is a sum over the global batch of N pairs, and its weight is stated at a batch of 128, the paper's:
+`align` and `distill` are sums over the global batch of N pairs. The weights are meant for the paper's batch of 128:
 
     loss = 128 / N * (align_weight * align + distill_weight / 128 * distill)
 
-At N = 128 it is the paper's `align + distill` (a sum and a mean). The ratio of the two terms and the meaning of a
-clipping norm are the same at any batch size and number of workers.
+At N = 128 and weights of 1 this is the paper's loss: the sum of `align` plus the mean of `distill`. With the factor
+128 / N, the ratio of the terms and the effect of a clipping norm are the same for any batch and number of workers.
 
-Each worker computes the part of its own rows against the columns of all workers. The parts add up to the loss, and
-gradients flow to the columns of every worker. An engine that averages gradients over W workers therefore needs W
-times this worker's part.
+Each worker computes the loss of its own rows against the columns of all workers. These parts add up to the loss of
+the global batch, and each part sends gradients to the columns of every worker. An engine that averages gradients over
+W workers must therefore get W times this worker's part.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ REFERENCE_BATCH = 128
 class Losses(NamedTuple):
     """This worker's part of the total (0-dim, with gradient) and of its two terms (0-dim, detached).
 
-    A tuple, because ZeRO 3 searches tuples for tensors whose backward pass needs parameters.
+    It is a tuple because ZeRO 3 finds tensors with a gradient only in tuples, to fetch parameters for their backward.
     """
 
     total: Tensor
@@ -39,9 +39,9 @@ class Losses(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The loss of `config`. Its parameters are the numbers that the alignment loss learns, (1,) each.
+    """Computes the loss that `config` describes. Its parameters are the numbers that the alignment loss learns.
 
-    They are not 0-dim, because DeepSpeed fails on 0-dim parameters.
+    Each parameter has shape (1,), because DeepSpeed fails on 0-dim parameters.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -53,7 +53,7 @@ class Objective(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.tensor([value])))
 
     def factors(self) -> tuple[Tensor, ...]:
-        """What enters the loss beside the embeddings, (1,) each: nothing, the scale, or the scale and the bias."""
+        """Returns the current scale and bias of the similarities, (1,) each: none, only the scale, or both."""
         return self.alignment.factors(self)
 
     def forward(
@@ -65,7 +65,7 @@ class Objective(nn.Module):
         warmup: float = 1.0,
         teacher: Tensor | None = None,
     ) -> Losses:
-        """This worker's part of the loss at the present parameters; see :meth:`losses`."""
+        """Returns this worker's part of the loss, with the current scale and bias; see :meth:`losses`."""
         return self.losses(image, text, image_ids, self.factors(), warmup=warmup, teacher=teacher)
 
     def losses(
@@ -78,10 +78,10 @@ class Objective(nn.Module):
         warmup: float = 1.0,
         teacher: Tensor | None = None,
     ) -> Losses:
-        """This worker's part of the loss, as a function of its arguments: it reads no parameter.
+        """Returns this worker's part of the loss. The result depends on the arguments only, not on parameters.
 
         image, text: (B, D), L2-normalised, this worker's pairs. image_ids: (B,) int64. factors: as :meth:`factors`
-        returns them. warmup: progress of the hinge's warm-up, in [0, 1]; from 1 on only the hardest negative counts.
+        returns them. warmup: progress of the hinge's warm-up, in [0, 1]; at 1 only the hardest negative counts.
         teacher: (B, D), frozen embeddings of the dense captions; needed if distill_weight > 0.
         """
         image, text = at_least_fp32(image), at_least_fp32(text)
@@ -99,7 +99,7 @@ class Objective(nn.Module):
     def _align(
         self, image: Tensor, text: Tensor, ids: Tensor, factors: tuple[Tensor, ...], warmup: float
     ) -> Tensor:
-        """Local images against all captions, then local captions against all images: each row on one worker only."""
+        """Returns the alignment loss of local images against all captions plus local captions against all images."""
         loss = self.alignment
         if not several_workers():
             return loss.value(Sides(image, text, ids, both=True), factors, warmup)
@@ -118,5 +118,5 @@ class Objective(nn.Module):
 
 
 def at_least_fp32(rows: Tensor) -> Tensor:
-    """Rows in float32; float64 stays."""
+    """Returns `rows` as float32, or unchanged if they are float64."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))

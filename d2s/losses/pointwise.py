@@ -1,4 +1,4 @@
-"""Distillation pair by pair: each sparse caption's embedding is drawn to its own dense caption's."""
+"""Distillation pair by pair: moves the embedding of each sparse caption towards that of its dense caption."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from d2s.losses.base import Distillation
 
 
 class Pointwise(Distillation):
-    """Cosine, L1 or L2 distance between the embeddings of a pair, as loss.distill says. Nothing is exchanged."""
+    """Cosine, L1 or L2 distance (loss.distill) between the two embeddings of a pair. Workers exchange nothing."""
 
     compares_pairs = False
 

@@ -1,4 +1,4 @@
-"""Distillation of similarities: sparse captions relate to each other as the dense captions do."""
+"""Distillation of similarities: makes the similarities among sparse captions like those among dense captions."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from d2s.workers.group import several_workers
 
 
 class Relational(Distillation):
-    """KL divergence of the teacher's from the student's softmax over a row's similarities / temperature."""
+    """KL(p || q), summed over rows. p, q: softmax of the teacher's and the student's similarities / temperature."""
 
     gathered_sides = 3  # the captions, their gradient, and the teacher's embeddings
 
@@ -21,7 +21,7 @@ class Relational(Distillation):
         temperature = self.config.distill_temperature
         if self.config.exchange == "ring" and several_workers():
             teacher = normalize(teacher, dim=-1).to(text.dtype)
-            ids = torch.zeros(text.shape[0], dtype=torch.int64, device=text.device)  # no pair is left out
+            ids = torch.zeros(text.shape[0], dtype=torch.int64, device=text.device)  # this rule ignores them
             return ring_loss(_Rule(temperature), text, text, ids, teacher=teacher)
         return F.relational_distillation(
             text,
@@ -32,13 +32,14 @@ class Relational(Distillation):
         )
 
     def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
-        # The teacher's embeddings have no gradient, but travel in the backward pass of the ring too.
+        # The teacher's embeddings have no gradient, but the ring sends them in the backward pass too.
         side = (workers - 1) * local * row
         return 2 * side, 3 * side + local * row if self.config.exchange == "ring" else side
 
 
 class _Rule:
-    """Two log-sum-exps and, with the teacher's weights, the sum of the differences t - s."""
+    """The ring rule. s, t: similarities / temperature of student and teacher. For each row it keeps the log-sum-exp
+    of s, that of t, and the sum of exp(t) * (t - s)."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
@@ -55,7 +56,7 @@ class _Rule:
         self.difference[chunk.part] = self.difference[chunk.part] * shrink + (weight * (t - s)).sum(1)
 
     def loss(self) -> Tensor:
-        # sum of p (log p - log q), with log p = t - lse(t) and log q = s - lse(s).
+        # The sum of p * (log p - log q), with log p = t - lse(t) and log q = s - lse(s).
         return (self.difference / self.teacher.total - self.teacher.value() + self.student.value()).sum()
 
     def slope(self, chunk: Chunk) -> Tensor:

@@ -1,11 +1,11 @@
-"""Losses whose gathered side does not fit on a worker: blocks of columns travel around the ring of workers.
+"""Computes a loss for a global batch too large to gather on a worker: columns travel around the ring of workers.
 
-Gathering puts N = W * B columns on every worker. Here a worker holds its own B rows and one block of B columns. In
-W - 1 hops it sees all blocks and folds what each row needs to know of all columns: its hardest negative, a
-log-sum-exp, or a sum. Most gradients need the finished numbers, so the backward pass sends the columns around once
-more, together with their gradients, which are home after W hops.
+Gathering puts N = W * B columns on every worker. Here a worker holds its own B rows and one block of B columns, which
+came from one worker. After W - 1 hops the worker has seen all blocks. For each row it accumulates a statistic over
+all columns: the hardest negative, a log-sum-exp, or a sum. Most gradients need the final statistic, so the backward
+pass sends the columns around again, with their gradients. After W hops the gradients are back on their own worker.
 
-The values equal those of `d2s.kernels.functional` with both=False: one direction, local rows against all columns.
+The losses equal those of `d2s.kernels.functional` with both=False: one direction, local rows against all columns.
 Blocks arrive in the order me, me - 1, ..., me + 1 (modulo W), so the order of every sum is fixed.
 Sizes: B local rows, r rows of a chunk, D width, W workers.
 """
@@ -21,55 +21,58 @@ from d2s.workers.exchange import pass_on
 from d2s.workers.group import rank, world_size
 
 _CHUNK_ENTRIES = 1 << 21
-"""Entries of the similarity matrix computed at a time."""
+"""How many entries of the similarity matrix are computed at a time."""
 
 
 @dataclass
 class Chunk:
-    """Some local rows against one block of columns."""
+    """The similarities of r local rows with one block of columns."""
 
     part: slice
-    """Which of the local rows."""
+    """Indices of the rows among the B local rows."""
     s: Tensor
-    """(r, B) similarities; a rule without a scale may overwrite them."""
+    """(r, B) similarities. A rule without a scale may overwrite them."""
     teacher: Tensor | None
-    """(r, B) similarities of the teacher, for relational distillation."""
+    """(r, B) similarities by the teacher's embeddings, for relational distillation; else None."""
     same_image: Tensor
-    """(r, B) bool: both sides show the same image."""
+    """(r, B) bool: True if row and column have the same image id."""
     own: bool
-    """The block is this worker's own, with the positive pairs on its diagonal."""
+    """Whether the columns are this worker's. If so, row i of the B local rows has its positive in column i."""
 
     def diagonal(self, x: Tensor) -> Tensor:
-        """A view (r,) of the positive pairs in x (r, B), for a chunk of the worker's own block."""
+        """Returns a view (r,) of the entries of x (r, B) that belong to positive pairs. Only valid if `own`."""
         return x[:, self.part.start :].diagonal()
 
 
 class RingRule(Protocol):
-    """How a loss is folded over chunks; a new object for every forward pass."""
+    """Computes one loss chunk by chunk. Every forward pass uses a new object, which its backward pass reads."""
 
     def start(self, positive: Tensor, *factors: Tensor) -> None:
-        """Begins. positive: (B,) similarities of the local pairs. factors: none, the scale, or scale and bias."""
+        """Initializes. positive: (B,) similarities of positive pairs. factors: none, the scale, or scale and bias."""
 
     def fold(self, chunk: Chunk) -> None:
-        """Takes in a chunk of the forward pass."""
+        """Adds a chunk of the forward pass to the statistics of its rows."""
 
     def loss(self) -> Tensor:
-        """The loss, 0-dim, after the last chunk."""
+        """Returns the loss, 0-dim, once all chunks have been folded."""
 
     def slope(self, chunk: Chunk) -> Tensor:
-        """(r, B) gradient with respect to the similarities, or to scale * S + bias for a rule with factors."""
+        """Returns the loss's gradient (r, B) with respect to chunk.s or, with factors, to scale * chunk.s + bias."""
 
 
 class RunningLogSumExp:
-    """log-sum-exp of rows whose entries come in chunks: (B,) each, with the dtype and device of `like` (B,)."""
+    """Computes the log-sum-exp of B rows whose entries arrive in chunks, with dtype and device of `like` (B,)."""
 
     def __init__(self, like: Tensor) -> None:
         self.top, self.total = torch.full_like(like, -torch.inf), torch.zeros_like(like)
 
     def fold(self, logits: Tensor, part: slice) -> Tensor:
-        """Takes in logits (r, B) of the rows `part`; returns the factor (r,) on all sums relative to the old top."""
+        """Adds logits (r, B) of the rows in `part`.
+
+        Returns exp(old maximum - new maximum), (r,), by which the caller must multiply other sums of these rows.
+        """
         top = torch.maximum(self.top[part], logits.amax(1))
-        # A row without any finite entry so far has an empty sum: any finite reference serves.
+        # If a row has had only -inf so far, its sum is 0. Then 0 replaces the maximum, because -inf - -inf is NaN.
         reference = torch.where(top == -torch.inf, 0, top)
         shrink = torch.exp(self.top[part] - reference)
         self.total[part] = self.total[part] * shrink + torch.exp(logits - reference[:, None]).sum(1)
@@ -77,12 +80,12 @@ class RunningLogSumExp:
         return shrink
 
     def value(self) -> Tensor:
-        """(B,) log-sum-exp of everything taken in."""
+        """Returns the log-sum-exp (B,) of all logits added so far."""
         return self.top + self.total.log()
 
 
 def around_the_ring(*block: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Yields (owner, block) of every worker, this one's first. Sums added to a block in place travel on."""
+    """Yields (rank, block) for every worker, this one first. Changes that the caller makes in place are passed on."""
     for hop in range(world_size()):
         yield (rank() - hop) % world_size(), block
         if hop < world_size() - 1:
@@ -92,7 +95,10 @@ def around_the_ring(*block: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
 def chunks(
     rows: Tensor, ids: Tensor, columns: Tensor, column_ids: Tensor, *, own: bool, width: int
 ) -> Iterator[Chunk]:
-    """Rows (B, D) against columns (B, D), each with its ids (B,). Entries beyond `width` are the teacher's."""
+    """Yields the similarities of rows (B, E) with columns (B, E), a few rows at a time. ids, column_ids: (B,) each.
+
+    width: how many of the E numbers are the student's embedding; the rest, if any, are the teacher's.
+    """
     size = max(1, _CHUNK_ENTRIES // columns.shape[0])
     for start in range(0, rows.shape[0], size):
         part = slice(start, min(start + size, rows.shape[0]))
@@ -124,7 +130,7 @@ class _Ring(torch.autograd.Function):
         rows, columns, ids, *factors = ctx.saved_tensors
         width, own_rows = ctx.width, rows[:, : ctx.width]
         d_rows = torch.zeros_like(own_rows)
-        # sum(slope * S) for the scale, sum(slope) for the bias.
+        # The gradient is sum(slope * S) with respect to the scale, and sum(slope) with respect to the bias.
         d_factors = [rows.new_zeros(()) for _ in factors]
         scale = factors[0].to(rows.dtype) if factors else 1.0
         with torch.autocast(rows.device.type, enabled=False):
@@ -132,7 +138,7 @@ class _Ring(torch.autograd.Function):
             for owner, (block, block_ids, d_block) in blocks:
                 for chunk in chunks(rows, ids, block, block_ids, own=owner == rank(), width=width):
                     slope = ctx.rule.slope(chunk)
-                    if factors:  # the rules that have a scale leave chunk.s as it is
+                    if factors:  # a rule with a scale does not overwrite chunk.s
                         d_factors[0] += (slope * chunk.s).sum()
                     if len(factors) > 1:
                         d_factors[1] += slope.sum()
@@ -154,10 +160,10 @@ def ring_loss(
     *factors: Tensor,
     teacher: Tensor | None = None,
 ) -> Tensor:
-    """The loss of the local rows (B, D) against all workers' columns (B, D each), by `rule`: 0-dim.
+    """Returns the loss that `rule` computes, 0-dim: this worker's rows (B, D) against the columns of all workers.
 
-    Row i's positive is column i of the same worker. ids: (B,) int64, of rows and columns alike. factors: none, the
-    scale, or scale and bias, (1,) each. teacher: (B, E), of rows and columns alike, without gradient. Gradients flow
-    to rows, to the columns of every worker, and to the factors.
+    columns: (B, D), this worker's; the positive of row i is column i. ids: (B,) int64, image ids of the rows and of
+    the columns. factors: none, the scale, or the scale and the bias, (1,) each. teacher: (B, E), teacher's embeddings
+    of the rows and of the columns; gets no gradient. Rows, columns of every worker, and factors get a gradient.
     """
     return _Ring.apply(rule, rows, columns, ids, teacher, *factors)

@@ -9,11 +9,11 @@ from d2s.losses.base import ScaledAlignment, Sides
 from d2s.losses.ring import Chunk, ring_loss
 
 _EXACT = 60.0
-"""Above it log(1 + exp(x)) equals x, in float64 too."""
+"""For x above this number, log(1 + exp(x)) equals x, even in float64."""
 
 
 class Sigmoid(ScaledAlignment):
-    """log(1 + exp(-y * (scale * S + bias))) over all pairs; y is 1 for a positive, -1 for a negative."""
+    """The sum of log(1 + exp(-y * (scale * S + bias))) over all pairs; y is 1 for a positive, -1 for a negative."""
 
     one_way = True
 
@@ -32,7 +32,7 @@ class Sigmoid(ScaledAlignment):
 
 
 class _Rule:
-    """Negatives chunk by chunk; the positives at the start."""
+    """The ring rule: `start` computes the loss of the positives, and `fold` adds that of a chunk's negatives."""
 
     def start(self, positive: Tensor, scale: Tensor, bias: Tensor) -> None:
         self.scale, self.bias = scale, bias

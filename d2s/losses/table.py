@@ -1,4 +1,4 @@
-"""The losses by their names in the configuration."""
+"""Maps the names of losses in the configuration to their classes."""
 
 from d2s.losses.base import Alignment, Distillation, Loss
 from d2s.losses.config import LossConfig
@@ -9,18 +9,18 @@ from d2s.losses.relational import Relational
 from d2s.losses.sigmoid import Sigmoid
 
 LOSSES: dict[str, type[Alignment]] = {"hinge": Hinge, "infonce": InfoNCE, "sigmoid": Sigmoid}
-"""Values of --loss.align."""
+"""The alignment losses by their names in --loss.align."""
 DISTILLATIONS: dict[str, type[Distillation]] = {
     "cosine": Pointwise,
     "l1": Pointwise,
     "l2": Pointwise,
     "relational": Relational,
 }
-"""Values of --loss.distill."""
+"""The distillation losses by their names in --loss.distill."""
 
 
 def losses_of(config: LossConfig) -> list[Loss]:
-    """The losses of a configuration whose weight is not 0."""
+    """Returns the losses that have a weight above 0 in `config`."""
     both = [
         (config.align_weight, LOSSES[config.align]),
         (config.distill_weight, DISTILLATIONS[config.distill]),

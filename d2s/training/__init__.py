@@ -1,9 +1,10 @@
-"""From a recipe and a command line to a trained model, in the order in which a run passes through these files:
+"""Trains a model, from a recipe and a command line. A run uses these files in this order:
 
-recipes/, config.py   the configuration, and overrides of its fields
-arguments.py          the command line's other options
-checks.py             everything a user can get wrong; gives a RunSpec (run_spec.py)
-build.py              model, teacher_table.py, optimizer.py, engine.py, module.py; gives a Trainer
-trainer.py            the loop; step.py and gradient_cache.py compute a step, nonfinite.py explains a failed one
-run.py                log, save, validate, export; state.py is saved, run_log.py and run_folder.py write files
+recipes/, config.py   define the configuration, and override its fields
+arguments.py          parses the other options of the command line
+checks.py             checks what the user gave, and returns a RunSpec (run_spec.py)
+build.py              builds everything, with teacher_table.py, optimizer.py, engine.py, module.py; returns a Trainer
+trainer.py            runs the training loop; step.py or gradient_cache.py computes a step
+nonfinite.py          finds the worker that produced a NaN
+run.py                logs, saves, validates, exports; with state.py, run_log.py, run_folder.py
 """

@@ -1,4 +1,4 @@
-"""The options of `d2s/train.py` that are no fields of the configuration."""
+"""Parses the options of `d2s/train.py` that are not fields of the configuration."""
 
 import argparse
 import os
@@ -15,9 +15,9 @@ Any field of the configuration can be overridden by its dotted name, as in --opt
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Splits the command line into the run's own options and the overrides of the configuration.
+    """Parses the command line. Returns its options, and the remaining arguments, which override configuration fields.
 
-    Raises ValueError where no recipe is named.
+    Raises ValueError if no recipe is named.
     """
     parser = argparse.ArgumentParser(
         prog="train.py",

@@ -1,4 +1,4 @@
-"""From a checked run to a trainer: model, teacher, batches, optimizer, engine and run folder."""
+"""Builds a trainer from a checked run: model, teacher, batches, optimizer, engine and run folder."""
 
 import dataclasses
 import hashlib
@@ -37,14 +37,14 @@ from d2s.workers.preemption import Preemption
 
 TOWERS = ("image_encoder", "text_encoder")
 TOKENIZER_IMAGES = 1_000_000
-"""Images whose captions decide the vocabulary of a word tokenizer."""
+"""A word tokenizer's vocabulary is built from the captions of at most this many images."""
 
 
 def build_trainer(spec: RunSpec, preemption: Preemption) -> Trainer:
-    """Builds everything, on all workers together, and restores the newest checkpoint when resuming.
+    """Builds the trainer, and restores the newest checkpoint if the run is resumed. All workers call it together.
 
-    Raises on all workers Preempted after a stop signal on one of them, and StalledError where earlier starts from
-    the same checkpoint did not get any further.
+    Raises on all workers: Preempted if one of them got a stop signal; StalledError if the run was started too often
+    from the same checkpoint without writing a newer one.
     """
     assert spec.run is not None
     workers = start_workers()
@@ -66,11 +66,11 @@ def build_trainer(spec: RunSpec, preemption: Preemption) -> Trainer:
 
 
 def build_model(spec: RunSpec) -> D2SModel:
-    """The model: with the towers of `init` if given, else with the weights that the towers' settings name."""
+    """Builds the model. Its towers come from the model at `spec.init`, or start as their settings say."""
     torch.manual_seed(spec.config.seed)
     settings = spec.config.model
     if spec.init:
-        # The towers are those of stage 1 with all their settings, except whether they learn.
+        # The towers keep their settings from stage 1, except `freeze`, which this stage decides.
         names = {field.name for field in dataclasses.fields(settings)} - {*TOWERS}
         changes = {name: getattr(settings, name) for name in names}
         saved = read_config(spec.init)
@@ -88,7 +88,7 @@ def build_model(spec: RunSpec) -> D2SModel:
 
 
 def build_module(spec: RunSpec, model: D2SModel) -> TrainingModule:
-    """Model and objective, for the engine. Raises ValueError where the model cannot be trained by micro-batches."""
+    """Returns model and objective as one module. Raises ValueError if the model does not allow micro-batches."""
     engine = spec.config.engine
     check_norms(model, engine.micro_batch, spec.local_batch)
     return TrainingModule(
@@ -151,7 +151,7 @@ def _build(spec: RunSpec, workers: Workers, preemption: Preemption, lock: int | 
 
 
 def _build_batches(spec: RunSpec, pipeline: TextPipeline, workers: Workers) -> TrainBatches | StreamBatches:
-    """This worker's training batches."""
+    """Returns this worker's training batches."""
     config, with_dense = spec.config, spec.config.loss.teacher == "online"
     builder = BatchBuilder(
         config.data, pipeline, captions=spec.captions, seed=config.seed, dense_text=with_dense
@@ -165,7 +165,7 @@ def _build_batches(spec: RunSpec, pipeline: TextPipeline, workers: Workers) -> T
 def _build_teacher(
     spec: RunSpec, model: D2SModel, pipeline: TextPipeline, workers: Workers, preemption: Preemption
 ) -> Teacher | TeacherTable | None:
-    """A frozen copy of stage 1's text tower, or the table of its embeddings; None without distillation."""
+    """Returns a frozen copy of stage 1's text tower, or the table of its embeddings; None without distillation."""
     loss = spec.config.loss
     if not loss.distill_weight:
         return None
@@ -187,9 +187,9 @@ def _build_teacher(
 
 
 def _refuse_stalled_restart(spec: RunSpec, workers: Workers) -> None:
-    """Counts this start. Raises StalledError, on all workers, after too many from the same checkpoint.
+    """Counts this start, unless the run is already finished.
 
-    A start that finds the run finished is not counted.
+    Raises StalledError, on all workers, if too many starts continued from the same checkpoint.
     """
 
     def count() -> str:

@@ -1,4 +1,4 @@
-"""Everything that a user can get wrong about a run, checked before any work starts and before any file is written."""
+"""Checks everything that a user can get wrong about a run, before any work starts and before any file is written."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ def check_arguments(options: argparse.Namespace, overrides: list[str]) -> RunSpe
     """Reads the recipe, the overrides and the data's index, and checks them.
 
     options, overrides: as :func:`d2s.training.arguments.parse` returns them.
-    Raises ValueError, in one line that names the argument or field, the value and the remedy.
+    Raises ValueError for any mistake; its message names the argument or field, the value and the remedy in one line.
     """
     config = override(find_recipe(options.recipe), overrides)
     if options.run is None and not options.dry_run:
@@ -38,13 +38,13 @@ def check_arguments(options: argparse.Namespace, overrides: list[str]) -> RunSpe
     data = _find_data(options)
     index = _open_data(data, options.val_data, config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    local_batch(config.batch_size, world)  # raises ValueError where it does not divide
+    local_batch(config.batch_size, world)  # raises ValueError unless the batch size is a multiple of world
     spec = RunSpec(
         config=config, data=data, index=index, run=options.run, init=init,
         resume=options.resume, resume_from=None, world=world,
     )  # fmt: skip
     _check_negatives(spec)
-    assert spec.steps_per_epoch >= 1  # raises ValueError where the batch is larger than the data
+    assert spec.steps_per_epoch >= 1  # raises ValueError if the batch is larger than the data
     spec.engine_settings()
     for line in idle_engine_settings(config.engine):
         warnings.warn(line, IdleSetting, stacklevel=2)
@@ -59,7 +59,7 @@ def check_arguments(options: argparse.Namespace, overrides: list[str]) -> RunSpe
 
 
 def _find_model(path: Path) -> Path:
-    """The model folder at `path`: a run's best model, or the folder itself."""
+    """Returns the best/ folder of the run at `path`, or `path` if it is a model folder. Else raises ValueError."""
     for candidate in (path / "best", path):
         if (candidate / "model.safetensors").is_file():
             return candidate
@@ -69,7 +69,7 @@ def _find_model(path: Path) -> Path:
 
 
 def _find_data(options: argparse.Namespace) -> str:
-    """--data, or that of the resumed run or of the run of --init."""
+    """Returns --data, or else the data of the resumed run or of the run at --init. Raises ValueError without any."""
     if options.data:
         return options.data
     for folder in (options.run if options.resume else None, options.init):
@@ -80,7 +80,7 @@ def _find_data(options: argparse.Namespace) -> str:
 
 
 def _open_data(data: str, val_data: str | None, config: TrainConfig) -> ShardIndex:
-    """The index of the data set, or of --val-data where `data` is a stream, with captions and splits checked."""
+    """Opens the index of `data`, or of --val-data if `data` is a stream, and checks its captions and splits."""
     if not is_pattern(data):
         if val_data:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""The whole configuration of a run, and the command line's overrides of it.
+"""The configuration of a run, and how the command line overrides its fields.
 
-The settings of each part stand beside the code that uses them; a recipe (:mod:`d2s.training.recipes`) is a function
-that returns a whole :class:`TrainConfig`. Overrides name fields: `--optim.lr 1e-4 --loss.distill_weight 0`.
+Each group of settings is defined in the file whose code uses it. A recipe (:mod:`d2s.training.recipes`) is a function
+that returns a :class:`TrainConfig`. The command line sets fields by name: `--optim.lr 1e-4 --loss.distill_weight 0`.
 """
 
 import contextlib
@@ -29,31 +29,31 @@ RENAMED = {
     "log.save_minutes": "checkpoint.every_minutes",
     "log.save_steps": "checkpoint.every_steps",
 }
-"""Former names of fields, still read in saved configurations."""
+"""Old names of fields, which may occur in saved configurations, and their new names."""
 
 
 @settings("log")
 class LogConfig(Settings):
-    """How often metrics are written, and where to."""
+    """How often metrics are written, and where."""
 
     every: PositiveInt = 10
-    """Steps between two rows of metrics."""
+    """Training steps between two rows of metrics."""
     wandb: str = ""
-    """Weights & Biases project to mirror the metrics to; empty for none."""
+    """Weights & Biases project that also gets the metrics; empty for none."""
 
 
 @settings("checkpoint")
 class CheckpointConfig(Settings):
-    """When checkpoints are written besides those before each validation, and how many are kept."""
+    """How many checkpoints are kept, and when they are written, in addition to one before each validation."""
 
     keep: PositiveInt = 2
-    """Complete checkpoints to keep; the best model is stored apart from them."""
+    """How many complete checkpoints to keep. The best model is stored separately."""
     every_steps: NonNegativeInt = 0
-    """Steps between two further checkpoints; 0 for none."""
+    """Write a checkpoint each time this many training steps are done; 0 for never."""
     every_minutes: NonNegativeFloat = 0.0
-    """Minutes after the newest checkpoint at which a further one is written; 0 for none."""
+    """Write a checkpoint if the newest one is this many minutes old; 0 for never."""
     max_stalled_restarts: NonNegativeInt = 3
-    """Starts from the same checkpoint, without a newer one saved, after which --resume refuses; 0 for no limit."""
+    """--resume fails after this many starts from the same checkpoint that saved no newer one; 0 for no limit."""
 
 
 @settings("validation")
@@ -61,30 +61,30 @@ class ValidationConfig(Settings):
     """When the model is validated on the val split."""
 
     every_epochs: PositiveInt = 1
-    """Epochs between two validations, each with a checkpoint; the last epoch is always validated."""
+    """Validate, and write a checkpoint, each time this many epochs are done. The last epoch is always validated."""
 
 
 @settings()
 class TrainConfig(Settings):
-    """Everything that decides a run, except where its data and folder are."""
+    """All settings of a run, except the paths of its data and its run folder."""
 
     recipe: str = ""
     """Name of the recipe that this configuration started from."""
     stage: Literal["pretrain", "finetune"] = "pretrain"
-    """pretrain aligns images with dense captions, finetune with sparse ones, with distillation if weighted."""
+    """pretrain aligns images with dense captions. finetune aligns them with sparse captions, and may distill."""
     batch_size: PositiveInt = 128
-    """Global batch: pairs per step, over all workers."""
+    """Global batch size: pairs in a training step, over all workers."""
     epochs: PositiveInt = 30
-    """Passes over the training split: over its images in pretrain, over its image-caption pairs in finetune
-    (its images where data.sparse is "one")."""
+    """Passes over the images of the training split; in finetune, over its pairs of an image and a sparse caption,
+    unless data.sparse is "one"."""
     max_steps: NonNegativeInt = 0
-    """Stop after this many optimization steps, and plan the schedule for them; 0 for all epochs."""
+    """Number of training steps, for which the learning rate is scheduled too; 0 trains for all epochs."""
     samples_per_epoch: NonNegativeInt = 0
-    """Samples that count as an epoch where --data is a stream of tars, which has no length of its own."""
+    """Number of samples in an epoch if --data is a stream of tars, which has no length."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    """Decides initial weights, order, augmentation and dropout."""
+    """Seed of the initial weights, the order of the samples, augmentation and dropout."""
     nonfinite_limit: PositiveInt = 20
-    """Consecutive steps with a loss or gradient that is not finite (all workers skip them) before the run stops."""
+    """Stop after this many training steps in a row with a NaN or infinite loss or gradient. They are skipped."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -108,9 +108,9 @@ class TrainConfig(Settings):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The configuration that `to_dict` gave, also in an earlier version, with its names of fields.
+        """Returns the configuration that `to_dict` saved, in this version or in an earlier one with old field names.
 
-        Raises ValueError for an unknown field or a value that does not fit.
+        Raises ValueError for an unknown field or an invalid value.
         """
         values = {name: dict(part) if isinstance(part, dict) else part for name, part in values.items()}
         for old, new in RENAMED.items():
@@ -125,7 +125,7 @@ class TrainConfig(Settings):
 
 
 def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names and values of every plain field below a dataclass instance."""
+    """Returns the values of all fields of a dataclass instance, nested ones included, by dotted names."""
     found = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -137,17 +137,17 @@ def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted names of the fields in which two configurations differ, with both values."""
+    """Returns the old and the new value of each field in which two configurations differ, by dotted names."""
     before, after = fields_of(old), fields_of(new)
     pairs = {name: (before.get(name), after.get(name)) for name in sorted({*before, *after})}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def override(config: TrainConfig, arguments: list[str]) -> TrainConfig:
-    """`config` with command-line overrides such as `["--optim.lr", "1e-4"]` applied and validated.
+    """Returns a copy of `config` with fields set by command-line arguments such as `["--optim.lr", "1e-4"]`.
 
-    Raises ValueError, in one line, for a field that does not exist (naming the nearest) or a value that does
-    not fit. `--help` among the arguments prints every field with its meaning and exits.
+    If `--help` is among the arguments, prints every field with its meaning and exits. Raises ValueError, in one line,
+    for an invalid value or an unknown field; for a field it suggests the most similar name.
     """
     known = fields_of(config)
     for argument in arguments:
@@ -177,18 +177,18 @@ def override(config: TrainConfig, arguments: list[str]) -> TrainConfig:
 
 
 def _is_field(name: str, known: dict[str, Any]) -> bool:
-    # A dictionary field (a Hugging Face configuration) takes its keys as further dotted names.
+    # A field may be a dictionary (a Hugging Face configuration). Its keys are given as dotted names too.
     return name in known or any(isinstance(v, dict) and name.startswith(f"{k}.") for k, v in known.items())
 
 
 def _first_complaint(printed: str) -> str:
-    """tyro's error message, printed as a box of several lines, as one line without its hints."""
+    """Returns tyro's error message, which was printed as a box of several lines, as one line without hints."""
     lines = [re.sub(r"[^\x20-\x7e]+", " ", line).strip(" -|") for line in printed.splitlines()]
     lines = [line for line in lines if line]
     body = lines[1:] if len(lines) > 1 else lines
     hints = ("Argument help", "For full help")
     end = next((number for number, line in enumerate(body) if line.startswith(hints)), None)
     complaint = " ".join(body[:end]) or "the overrides could not be read"
-    # Settings name their fields themselves, except a tower, which does not know where it is used.
+    # Error messages of settings contain the field's full name, except those of a tower: keep the name from tyro.
     complaint = re.sub(r"^Error parsing ([\w.]+): tower\b", r"\1", complaint)
     return re.sub(r"^Error parsing [\w.]+: ", "", complaint)

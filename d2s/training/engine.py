@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its settings, derived from the run's configuration, and its start."""
+"""Derives DeepSpeed's settings from the run's configuration, and starts the DeepSpeed engine."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from d2s.workers.group import waiting_time
 if TYPE_CHECKING:
     from d2s.model import D2SModel
 
-# What a DeepSpeed JSON may not set, and what to do instead. The trainer or the checkpoints rely on these settings.
+# Settings that a user's DeepSpeed JSON must not contain, because other code relies on them, and what to do instead.
 _RESERVED = {
     "train_batch_size": "set batch_size",
     "train_micro_batch_size_per_gpu": "set batch_size",
@@ -36,26 +36,25 @@ _RESERVED = {
     "zero_optimization.stage": "set engine.zero_stage",
 }
 BUCKET = 500_000_000
-"""Default of DeepSpeed's reduce_bucket_size: gradient elements that ZeRO sends at a time."""
+"""DeepSpeed's default of reduce_bucket_size, the number of gradient elements that ZeRO sends at a time."""
 
 
 @settings("engine")
 class EngineConfig(Settings):
-    """Precision, and how DeepSpeed divides and holds the training state."""
+    """Precision, and how DeepSpeed stores the training state."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: forward and backward under autocast; weights, gradients, losses and optimizer stay in fp32."""
+    """bf16: run the model under bf16 autocast; weights, gradients, losses and optimizer stay in fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: what is divided among workers (1 the optimizer's state, 2 gradients too, 3 weights too)."""
+    """ZeRO stage. 1 divides the optimizer's state among workers, 2 also the gradients, 3 also the weights."""
     offload_optimizer: bool = False
-    """Keep AdamW's state in the host's memory and step it there; needs ZeRO, and matters on a GPU only."""
+    """Keep AdamW's state in the host's memory, and run AdamW there. Needs ZeRO; has no effect without a GPU."""
     activation_checkpointing: bool = False
-    """The towers keep only each layer's input and recompute the rest in the backward pass."""
+    """Save memory: keep only the inputs of the towers' layers, and recompute the rest in the backward pass."""
     micro_batch: NonNegativeInt = 0
-    """Pairs that a worker embeds at a time; their gradients add up to that of the whole batch.
-    0 embeds all pairs of the worker at once."""
+    """How many pairs a worker embeds at a time; 0 for all of its pairs. The gradient is that of the whole batch."""
     deepspeed_json: str = ""
-    """Path of a DeepSpeed JSON merged on top of the derived settings."""
+    """Path of a JSON file with DeepSpeed settings, which are added to the derived settings or replace them."""
 
     def __post_init__(self) -> None:
         if self.offload_optimizer and not self.zero_stage:
@@ -66,9 +65,9 @@ class EngineConfig(Settings):
 
 
 def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) -> dict[str, Any]:
-    """DeepSpeed's settings for `local_batch` pairs a worker, the user's JSON merged on top.
+    """Returns DeepSpeed's settings for `local_batch` pairs on each worker, updated by the user's JSON file if given.
 
-    Raises ValueError where that file is missing, is no JSON object, or sets something that a field of ours sets.
+    Raises ValueError if that file is missing, is not a JSON object, or contains a setting that it must not contain.
     """
     settings = {
         "train_micro_batch_size_per_gpu": local_batch,
@@ -80,13 +79,13 @@ def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) ->
     }
     if config.offload_optimizer and torch.cuda.is_available():
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        # DeepSpeed's AdamW for the CPU has to be compiled; torch's is a little slower and gives the same result.
+        # DeepSpeed's AdamW for the CPU must be compiled; torch's AdamW is a little slower, with the same result.
         settings["zero_force_ds_cpu_optimizer"] = False
     return _merge(settings, _users_json(config.deepspeed_json)) if config.deepspeed_json else settings
 
 
 def bucket_size(settings: dict[str, Any]) -> int:
-    """Elements in DeepSpeed's communication bucket under these settings."""
+    """Returns how many gradient elements ZeRO sends at a time with these settings."""
     return int(settings["zero_optimization"].get("reduce_bucket_size", BUCKET))
 
 
@@ -118,16 +117,16 @@ def _users_json(path: str) -> dict[str, Any]:
 
 
 def idle_engine_settings(config: EngineConfig) -> list[str]:
-    """One line for each setting that has no effect on this machine."""
+    """Returns a message for each setting that has no effect on this machine."""
     if config.offload_optimizer and not torch.cuda.is_available():
         return ["engine.offload_optimizer has no effect without a GPU: everything is in the host's memory"]
     return []
 
 
 def checkpoint_activations(model: "D2SModel") -> None:
-    """Makes each trained tower keep only its layers' inputs; recomputing them repeats the same dropout.
+    """Switches activation checkpointing on in both towers. The recomputed layers repeat the same dropout.
 
-    Warns (IdleSetting) about a tower for which that has no effect.
+    Warns (IdleSetting) about a tower on which it would have no effect.
     """
     for name in ("image_encoder", "text_encoder"):
         encoder = getattr(model, name)
@@ -142,7 +141,7 @@ def checkpoint_activations(model: "D2SModel") -> None:
             line = f"engine.activation_checkpointing has no effect on {name}: {reason}"
             warnings.warn(line, IdleSetting, stacklevel=2)
         else:
-            # transformers renamed the method; the settings are the first argument of both.
+            # transformers renamed the method; with both names, the settings are the first argument.
             older = tower.gradient_checkpointing_enable
             getattr(tower, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
@@ -157,9 +156,9 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """Starts the engine around `module`, on all workers together.
+    """Starts the DeepSpeed engine around `module`, and returns it. All workers call it together.
 
-    Raises ValueError where the settings give the training state a form that no checkpoint can hold.
+    Raises ValueError if a checkpoint could not save the training state that these settings produce.
     """
     import logging
 
@@ -169,14 +168,14 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
     import deepspeed.ops
     from deepspeed.utils import groups
 
-    # Compiling the shared-memory collective takes half a minute, and a killed compiler leaves a lock that blocks
-    # every later run; gloo does the same work.
+    # Do not compile DeepSpeed's shared-memory collective: this takes half a minute, and a killed compiler leaves a
+    # lock that blocks every later run. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed uses deprecated names of torch, which would fill the screen under ZeRO 3.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     if groups._WORLD_GROUP is None and dist.is_initialized():
-        # DeepSpeed's own group would time out after the backend's default, 10 minutes with NCCL.
+        # A group that DeepSpeed creates would have the backend's default timeout, 10 minutes with NCCL.
         groups._WORLD_GROUP = dist.new_group(timeout=waiting_time())
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -184,5 +183,5 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
         model_parameters=[p for p in module.parameters() if p.requires_grad],
         config=settings,
     )
-    ZeroState(engine)  # raises here rather than at the first checkpoint, an epoch later
+    ZeroState(engine)  # raises the ValueError here, rather than at the first checkpoint, an epoch later
     return engine

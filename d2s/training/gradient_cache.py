@@ -1,25 +1,24 @@
-"""Gradient caching: exact gradients of a batch that is embedded a few pairs at a time.
+"""Gradient caching: computes the exact gradient of a batch while only a few pairs are embedded at a time.
 
-The losses compare every pair of a global batch with every other, so gradients of small batches do not add up to
-that of a large one. But a loss depends on the model only through the embeddings:
+The losses compare every pair of a global batch with every other pair, so the gradients of small batches do not add up
+to that of a large batch. But a loss depends on the model only through the embeddings. So a step has these phases:
 
-1. embed every micro-batch without a graph, and keep the embeddings (D numbers per pair and side);
-2. compute the loss over the whole global batch, and its gradient with respect to the embeddings and to the
-   objective's own scale and bias;
-3. embed every micro-batch again, with a graph, and backpropagate its rows of that gradient.
+1. Embed every micro-batch without a graph, and keep the embeddings: two vectors of D numbers for each pair.
+2. Compute the loss over the global batch, and its gradient with respect to the embeddings, the scale and the bias.
+3. Embed every micro-batch again, with a graph, and backpropagate the gradient of its embeddings from phase 2.
 
-The engine adds up the gradients of step 3 and exchanges them between workers after the last micro-batch (with ZeRO 2
-and 3, which divide gradients, after each one). By the chain rule the sum is the gradient of the whole batch, up to
-rounding. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021.
+The engine adds up the gradients of phase 3 and exchanges them between workers after the last micro-batch (with ZeRO 2
+and 3, which divide gradients, after each micro-batch). By the chain rule the sum is the gradient of the whole batch,
+up to rounding. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021.
 
-Randomness. Steps 1 and 3 draw the same to the last bit. Augmentation, token dropout and, where engine.micro_batch is
-set, the dropout after the text tower (model.text_dropout) follow from each sample's own seed, so they do not depend
-on the micro-batch size. Dropout inside a Hugging Face tower follows from (seed, step, worker, micro-batch): it is
-repeatable, but another size draws differently. With engine.micro_batch 0, text_dropout depends on the place in the
-batch and follows from (seed, step, worker) as well.
+Randomness. Phases 1 and 3 use exactly the same random numbers. Augmentation, token dropout and, with micro-batches,
+the dropout after the text tower (model.text_dropout) depend on the seed of each sample, and not on the micro-batch
+size. Dropout inside a Hugging Face tower depends on (seed, step, worker, micro-batch): it is repeatable, but differs
+for another micro-batch size. Without micro-batches, model.text_dropout depends on (seed, step, worker) and on the
+sample's position in the batch.
 
-BatchNorm in training ties an embedding to the other pairs of the batch, which a micro-batch does not have:
-:func:`check_norms` refuses it. So the passes change no buffer of the model.
+With a trained BatchNorm, an embedding depends on all pairs of the batch, so :func:`check_norms` does not allow one.
+Therefore the two passes change no buffer of the model.
 """
 
 from collections.abc import Iterator
@@ -39,9 +38,9 @@ from d2s.workers.preemption import Preemption
 
 
 def trained_batch_norms(model: nn.Module) -> list[str]:
-    """Names of the BatchNorms that are trained."""
+    """Returns the names of the BatchNorms that use batch statistics in training, not those of frozen towers."""
     training = model.training
-    model.train()  # frozen towers stay in eval mode, where statistics are fixed
+    model.train()  # frozen towers stay in eval mode and use fixed statistics
     norms = {name: child for name, child in model.named_modules() if isinstance(child, _BatchNorm)}
     trained = [name for name, norm in norms.items() if norm.training]
     model.train(training)
@@ -49,13 +48,13 @@ def trained_batch_norms(model: nn.Module) -> list[str]:
 
 
 def check_norms(model: nn.Module, micro_batch: int, local_batch: int) -> None:
-    """Raises ValueError, in one line, where micro-batches meet a BatchNorm that is trained."""
+    """Raises ValueError, in one line, if there are micro-batches and the model has a trained BatchNorm."""
     for name in trained_batch_norms(model):
         refuse_batch_norm(name, micro_batch, local_batch)
 
 
 def refuse_batch_norm(name: str, micro_batch: int, local_batch: int) -> None:
-    """Raises the ValueError of :func:`check_norms` for the BatchNorm called `name`, if there are micro-batches."""
+    """Raises ValueError about the BatchNorm called `name` if a worker's batch is divided into micro-batches."""
     if not 0 < micro_batch < local_batch:
         return
     remedy = "choose a tower without BatchNorm (ViT, Swin, ConvNeXt)"
@@ -68,10 +67,10 @@ def refuse_batch_norm(name: str, micro_batch: int, local_batch: int) -> None:
 
 
 class MicroBatches(WholeBatch):
-    """Forward and backward pass of a worker's part of a batch, `size` pairs at a time; the last part may be smaller.
+    """Runs the forward and backward pass of a worker's part of a batch, in micro-batches of at most `size` pairs.
 
-    Both passes raise Preempted, on all workers, after a stop signal. The step is then dropped: it has changed neither
-    weights nor optimizer nor buffers.
+    After a stop signal both passes raise Preempted on all workers. The training step is then dropped; it has not
+    changed weights, optimizer or buffers.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class MicroBatches(WholeBatch):
         self.size, self.detector, self.preemption = size, detector, preemption
 
     def forward(self, batch: Batch, step: int, warmup: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps 1 and 2. Returns the same losses as WholeBatch, without gradient: `backward` uses the cached one."""
+        """Runs phases 1 and 2. Returns the same losses as WholeBatch, but without gradient, which is cached."""
         self.batch, self.step = batch, step
         images, texts, targets = [], [], []
         with torch.no_grad():
@@ -97,22 +96,22 @@ class MicroBatches(WholeBatch):
         ids = batch.image_ids.to(self.workers.device)
         objective = self.engine.module.objective
         losses = objective.losses(image, text, ids, tuple(factors), warmup=warmup, teacher=target)
-        # Gradient of the total by image (B, D), text (B, D), and each of the objective's factors (1,).
+        # Gradients of the total with respect to image (B, D), text (B, D), and scale and bias, if any, (1,) each.
         self.gradients = torch.autograd.grad(losses.total, leaves, allow_unused=True)
         self.detector.inspect(image, text)
         return losses.total.detach(), losses.align, losses.distill
 
     def backward(self, total: Tensor) -> None:
-        """Step 3: leaves the gradient of the global loss in the engine."""
+        """Runs phase 3, which leaves the gradient of the global loss in the engine."""
         last = (len(self.batch) - 1) // self.size
         for number, part in self._parts():
             self.engine.set_gradient_accumulation_boundary(number == last)
             outputs = self.engine(part, embed_only=True)
-            # The engine averages gradients over workers, and the loss is the sum of their shares.
+            # The engine averages gradients over workers, but the loss is the sum of their parts.
             self.engine.backward(self.workers.world * self._surrogate(outputs, number))
 
     def _parts(self) -> Iterator[tuple[int, Batch]]:
-        """Number and content of each micro-batch, on the device, with the dropout seeded for it."""
+        """Yields each micro-batch with its number. It is on the device, and torch is seeded for its dropout."""
         for number, start in enumerate(range(0, len(self.batch), self.size)):
             self.preemption.check()
             part = self.batch.rows(start, start + self.size).to(self.workers.device)
@@ -120,7 +119,7 @@ class MicroBatches(WholeBatch):
             yield number, part
 
     def _surrogate(self, outputs: tuple[Tensor, ...], number: int) -> Tensor:
-        """A 0-dim loss whose gradient by the outputs of micro-batch `number` is the cached one."""
+        """Returns a 0-dim loss whose gradient with respect to `outputs` is the cached one of micro-batch `number`."""
         rows = slice(number * self.size, (number + 1) * self.size)
         terms = []
         for place, (output, gradient) in enumerate(zip(outputs, self.gradients, strict=True)):
@@ -129,8 +128,8 @@ class MicroBatches(WholeBatch):
             if place < 2:
                 gradient = gradient[rows]
             elif number:
-                # The objective's own parameters get their gradient once. Later it is zero rather than absent: an
-                # engine that divides gradients expects the same parameters in every pass.
+                # Scale and bias get their gradient in the first micro-batch. Later it is zero, not missing: an engine
+                # that divides gradients expects gradients of the same parameters in every pass.
                 gradient = torch.zeros_like(gradient)
             terms.append((output * gradient).sum())
         return torch.stack(terms).sum()

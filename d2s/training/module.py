@@ -1,4 +1,4 @@
-"""The module that the engine wraps: model and objective."""
+"""The module that the DeepSpeed engine wraps. It contains the model and the objective."""
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ from d2s.model import D2SModel
 
 
 class TrainingModule(nn.Module):
-    """Model and objective in one module: takes a batch, returns this worker's share of the losses.
+    """Model and objective in one module, which computes this worker's part of the losses from a batch.
 
-    bf16: compute the embeddings under autocast. sample_draws: dropout on the text tower's output follows from each
-    sample's seed instead of its place in the batch, so that micro-batches drop the same values as the whole batch.
+    bf16: compute the embeddings under bf16 autocast. sample_draws: seed the dropout on the text tower's output by
+    sample, and not by position in the batch, so that micro-batches drop the same values as the whole batch.
     """
 
     def __init__(
@@ -27,10 +27,10 @@ class TrainingModule(nn.Module):
     def forward(
         self, batch: Batch, warmup: float = 1.0, teacher: Tensor | None = None, *, embed_only: bool = False
     ) -> tuple[Tensor, ...]:
-        """Returns total (with gradient), align and distill (0-dim); see :class:`d2s.losses.objective.Objective`.
+        """Returns this worker's (total, align, distill), 0-dim; only `total` has a gradient.
 
-        With embed_only it returns what the losses depend on: image (B, D), text (B, D) and each of the objective's
-        factors (1,), all with gradient.
+        With `embed_only` it returns the inputs of the losses, with gradient: the embeddings of images and of texts,
+        (B, D) each, and the objective's scale and bias, if any, (1,) each.
         """
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self._bf16):
             image = self.model.forward_image(batch.images, batch.draw_seeds)
@@ -38,7 +38,7 @@ class TrainingModule(nn.Module):
             text = self.model.forward_text(batch.text_ids, batch.text_mask, draw_seeds=seeds).embedding
         text = nn.functional.normalize(at_least_fp32(text), dim=-1)
         if embed_only:
-            # Copies, because the engine puts hooks on the outputs, which may not be its own parameters.
+            # Return copies: the engine puts hooks on the outputs, which must not be the parameters themselves.
             return at_least_fp32(image), text, *(factor.clone() for factor in self.objective.factors())
         losses = self.objective(image, text, batch.image_ids, warmup=warmup, teacher=teacher)
         return losses.total, losses.align, losses.distill

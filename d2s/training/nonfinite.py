@@ -1,8 +1,8 @@
-"""Finds which worker, with which samples, produced a number that is not finite.
+"""Finds the worker, and its samples, that produced a number that is not finite.
 
-Gathered embeddings spread one worker's NaN over all losses, and the reduction spreads it over all gradients. So the
-loss and the gradient's norm show that it happened, but not where. While :class:`NonFiniteDetector` is active, each
-worker inspects its own numbers: its embeddings before they are gathered, its gradients before they are reduced.
+Gathered embeddings spread one worker's NaN over all losses, and the reduction spreads it over all gradients. So loss
+and gradient norm do not show which worker produced the NaN. While :class:`NonFiniteDetector` is active, each worker
+inspects its embeddings before they are gathered, and its gradients before they are reduced.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from d2s.workers.collectives import all_gather_objects
 
 MOST_KEYS = 8
-"""Sample keys of a worker that an error message lists."""
+"""How many sample keys of a worker an error message lists at most."""
 
 
 class NonFiniteDetector:
     """Records whether this worker produced a number that is not finite.
 
-    It reads every gradient once more, so it is active only from a skipped step to the next good one; with `limit` 1,
-    where the first skipped step ends the run, it is always active.
+    Inspection reads every gradient once more. So the detector is active only from a skipped training step to the next
+    good one, or always if `limit` is 1, because then the first skipped step ends the run.
 
-    module: its trainable parameters are inspected. objective: the module that is called with this worker's
-    embeddings as its first two arguments. limit: consecutive skipped steps that end the run.
+    module: the gradients of its trainable parameters are inspected. objective: a module; the first two arguments of
+    its calls, this worker's embeddings, are inspected. limit: how many skipped steps in a row end the run.
     """
 
     def __init__(self, module: nn.Module, objective: nn.Module, limit: int) -> None:
@@ -35,7 +35,7 @@ class NonFiniteDetector:
             self.start()
 
     def start(self) -> None:
-        """Forgets what was recorded and starts to inspect."""
+        """Discards earlier findings and starts to inspect."""
         self._nonfinite.clear()
         if self._handles:
             return
@@ -45,7 +45,7 @@ class NonFiniteDetector:
                 self._handles.append(parameter.register_hook(self._record))
 
     def stop(self) -> None:
-        """Forgets what was recorded and stops to inspect, unless the detector is always active."""
+        """Discards earlier findings and, unless the detector is always active, stops inspecting."""
         self._nonfinite.clear()
         if self._always:
             return
@@ -54,7 +54,7 @@ class NonFiniteDetector:
         self._handles.clear()
 
     def inspect(self, *embeddings: Tensor) -> None:
-        """Inspects embeddings that did not pass through the objective's call, if the detector is active."""
+        """Inspects embeddings, if the detector is active. For embeddings that are not passed to `objective(...)`."""
         if self._handles:
             for values in embeddings:
                 self._record(values.detach())
@@ -63,23 +63,23 @@ class NonFiniteDetector:
         self.inspect(*arguments[:2])
 
     def _record(self, values: Tensor) -> None:
-        # One number per tensor, read only after the step, so that nothing waits for the device here.
+        # Keep one number for each tensor and read it after the training step, so as not to wait for the device here.
         self._nonfinite.append(~torch.isfinite(values.sum()))
 
     def found_any(self) -> bool:
-        """Whether this worker produced a number that is not finite since the last :meth:`start`."""
+        """Returns whether this worker produced a number that is not finite since the last :meth:`start`."""
         return bool(self._nonfinite) and bool(torch.stack(self._nonfinite).any().item())
 
 
 def report(what: str, steps: int, evidence: int, keys: Sequence[str]) -> str:
-    """The reason to stop, the same on every worker; all must call it together.
+    """Returns the error message, the same on every worker. All workers call it together.
 
-    what: "loss" or "gradient". steps: number of consecutive skipped steps. evidence: how sure it is that this worker
-    is the origin; the workers with the highest number are named. keys: keys of this worker's samples.
+    what: "loss" or "gradient". steps: how many training steps in a row were skipped. evidence: how likely this worker
+    is the origin; the workers with the highest number are named. keys: the keys of this worker's samples.
     """
     mine = (evidence, list(keys[:MOST_KEYS]), len(keys))
     found = all_gather_objects(mine)
-    # Without evidence on any worker it arose in the sum of their gradients: all are named.
+    # If no worker has evidence, the number arose in the sum of the workers' gradients: name all workers.
     named = [rank for rank, other in enumerate(found) if other[0] == max(found)[0]]
     where = "; ".join(f"on worker {rank} with samples {_list(*found[rank][1:])}" for rank in named)
     return (

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, and the learning rate as a pure function of the step."""
+"""Builds AdamW with its parameter groups, and computes the learning rate of a training step."""
 
 from itertools import pairwise
 from math import cos, pi
@@ -15,26 +15,26 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @settings("optim")
 class OptimConfig(Settings):
-    """Optimizer and schedule. The default learning rates are the paper's, for a global batch of 128."""
+    """Optimizer and learning-rate schedule. The default rates are the paper's, for a global batch of 128."""
 
     lr: NonNegativeFloat = 2e-4
-    """Learning rate of everything that starts from random weights: heads, pooling, decoder, temperature."""
+    """Learning rate of all parameters outside the backbones: heads, pooling, decoder, temperature."""
     backbone_lr: NonNegativeFloat = 2e-5
     """Learning rate of the two backbones."""
     weight_decay: NonNegativeFloat = 1e-4
-    """Decoupled weight decay; biases, norms and other one-dimensional parameters take none."""
+    """Decoupled weight decay. It is 0 for biases, norms and other one-dimensional parameters."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     grad_clip: NonNegativeFloat = 2.0
-    """Largest norm of the whole gradient; 0 switches clipping off."""
+    """Clip the norm of the gradient over all parameters to this value; 0 switches clipping off."""
     schedule: Literal["steps", "cosine", "constant"] = "steps"
-    """Learning rate over time: times `decay` at each milestone, a half cosine to zero, or constant."""
+    """steps: multiply the learning rate by `decay` at each milestone. cosine: lower it to 0 along a half cosine."""
     milestones: tuple[NonNegativeFloat, ...] = (9, 15, 20, 25)
-    """Epochs at which the stepped schedule drops."""
+    """Epochs at which schedule "steps" lowers the learning rate."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """Factor of each drop."""
+    """Factor of the learning rate at each milestone."""
     warmup_steps: NonNegativeInt = 0
-    """Steps over which the learning rate rises linearly from zero."""
+    """Number of training steps in which the learning rate rises linearly from 0."""
 
     def __post_init__(self) -> None:
         if not all(before < after for before, after in pairwise(self.milestones)):
@@ -42,7 +42,7 @@ class OptimConfig(Settings):
 
 
 def lr_factor(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """The factor on every learning rate at optimization step `step` (from 0), in [0, 1]."""
+    """Returns the factor of all learning rates at training step `step` (the first is 0), in [0, 1]."""
     factor = 1.0
     if config.schedule == "steps":
         epoch = step // steps_per_epoch
@@ -55,7 +55,7 @@ def lr_factor(config: OptimConfig, step: int, steps_per_epoch: int, total_steps:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets every group's learning rate to `factor` times its `base_lr`."""
+    """Sets the learning rate of every parameter group to `factor` times the group's `base_lr`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
@@ -63,9 +63,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def build_optimizer(
     module: nn.Module, backbone: list[nn.Parameter], config: OptimConfig
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `module`, in up to four groups: by learning rate and by decay.
+    """Returns AdamW for the trainable parameters of `module`, in up to four groups by learning rate and weight decay.
 
-    backbone: the parameters with config.backbone_lr. Raises ValueError where no parameter is trainable.
+    backbone: the parameters that get config.backbone_lr. Raises ValueError if no parameter is trainable.
     """
     backbone_ids = {id(parameter) for parameter in backbone}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}

@@ -1,4 +1,4 @@
-"""A run with all its parts, and what happens between training steps: log, save, validate, export."""
+"""A run, with all objects that it needs. Its methods log, save, validate and export."""
 
 import os
 import time
@@ -29,7 +29,7 @@ from d2s.workers.preemption import Preemption
 
 @dataclass(kw_only=True)
 class Run:
-    """One run: its settings, its parts, and how far it has come."""
+    """A run: its configuration, the objects that it needs, and its progress."""
 
     config: TrainConfig
     run: Path
@@ -45,14 +45,14 @@ class Run:
     detector: NonFiniteDetector
     log: RunLog | None = None
     lock: int | None = None
-    """File descriptor that locks the run folder as long as it is open."""
+    """File descriptor that locks the run folder while it is open; None on all workers but the first."""
     saved_step: int | None = None
-    """Step of the newest checkpoint."""
+    """Training step of the newest checkpoint."""
     saved_at: float = field(default_factory=time.monotonic)
     timed_from: tuple[int, float] = (0, 0.0)
-    """Step and time of the last row of metrics, or of the epoch's start: from there the throughput is measured."""
+    """(training step, time) from which throughput is measured: of the last row of metrics or the epoch's start."""
     grad_norm: float = 0.0
-    """Norm of the newest gradient over all workers, before clipping."""
+    """Norm of the newest gradient of the global loss, before clipping."""
 
     def __post_init__(self) -> None:
         self.statistics = RunningStatistics(self.engine.module)
@@ -68,11 +68,11 @@ class Run:
 
     @property
     def model(self) -> D2SModel:
-        """The model inside the engine; under ZeRO 3 its parameters hold no values outside of a step."""
+        """The model inside the engine. Under ZeRO 3 its parameters are empty except during a training step."""
         return self.engine.module.model
 
     def log_row(self, factor: float) -> None:
-        """Writes a row of metrics: means over the steps since the last row, and the factor of the learning rates."""
+        """Writes a row of metrics, with the mean losses since the last row. factor: of the learning rates."""
         state, config = self.state, self.config
         steps, seconds = state.step - self.timed_from[0], time.monotonic() - self.timed_from[1]
         total, align, distill = torch.stack(state.recent_losses).mean(0).tolist()
@@ -98,13 +98,13 @@ class Run:
         self.log.progress(state.step, values)
 
     def save(self) -> None:
-        """Writes a checkpoint of the current step, on all workers together."""
+        """Writes a checkpoint of the current training step. All workers call it together."""
         keep = self.config.checkpoint.keep
         checkpoint.save(self.run, self.state.step, self._saved_state(), self.engine, self.workers, keep=keep)
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
 
     def restore(self) -> None:
-        """Continues from the newest intact checkpoint, if there is any. Raises ValueError where all are damaged."""
+        """Restores the newest intact checkpoint, if there are any. Raises ValueError if all are damaged."""
         saved = checkpoint.load(self.run, self.engine, self.workers)
         if saved is not None:
             self.state.restore(saved)
@@ -115,14 +115,14 @@ class Run:
         return {**state, "config": self.config.to_dict()}
 
     def validate(self) -> None:
-        """Evaluates the val split, exports the model if it is the best, and notes both in this step's checkpoint."""
+        """Evaluates the val split, exports the model if it is the best so far, and updates this step's checkpoint."""
         state, start = self.state, time.monotonic()
         self.engine.eval()
         with self.full_model.gathered() as model:
             result = self.evaluate(model)
-        captions = "dense" if self.config.stage == "pretrain" else "sparse"  # those that the stage aligns
+        captions = "dense" if self.config.stage == "pretrain" else "sparse"  # which the stage aligns
         aligned = result.dense if captions == "dense" else result
-        score = run_on_all(lambda: aligned.rsum)[0]  # the first worker's, so that all decide alike
+        score = run_on_all(lambda: aligned.rsum)[0]  # all use the first worker's score, to decide the same
         improved = score > state.best.get("rsum", -1.0)
         if improved:
             state.best = {"rsum": score, "step": state.step}
@@ -137,7 +137,7 @@ class Run:
         checkpoint.update(self.run, state.step, self._saved_state(), is_main=self.workers.is_main)
 
     def evaluate(self, model: D2SModel) -> Evaluation:
-        """The val split's metrics. Raises Preempted, on all workers, after a stop signal."""
+        """Returns the metrics of the val split. Raises Preempted, on all workers, after a stop signal."""
         return evaluate_model(
             model,
             self.index,
@@ -151,7 +151,7 @@ class Run:
         )
 
     def export(self, name: str) -> None:
-        """Writes the model to the run's folder `name`. Raises ValueError, on all workers, where that fails."""
+        """Writes the model to the folder `name` of the run. Raises ValueError, on all workers, if that fails."""
 
         def write() -> None:
             if self.workers.is_main:
@@ -166,7 +166,7 @@ class Run:
                 ) from None
 
     def summary(self) -> str:
-        """The last line that a finished run prints."""
+        """Returns the last line that a finished run prints."""
         best = self.state.best
         return (
             f"done: {self.state.step} steps, best val rSum {best['rsum']:.1f} at step {best['step']}, "

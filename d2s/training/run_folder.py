@@ -1,7 +1,7 @@
-"""The run folder: whether a run may use it, what config.json says about its run, and the lock on it.
+"""Checks whether a run may use its run folder, reads and writes config.json in it, and locks it.
 
-runs/<name>/config.json holds the resolved configuration, the data and the initial model. It is written last, when
-everything has been built, so a command that fails earlier leaves the folder free for the next one.
+runs/<name>/config.json contains the resolved configuration, the data and the initial model. It is written after
+everything has been built. So if a command fails before, the next command can still use the folder.
 """
 
 import errno
@@ -20,9 +20,9 @@ from d2s.shards.read.stream import is_pattern
 from d2s.training.config import TrainConfig, differences
 
 CONFIG, LOCK = "config.json", ".lock"
-# Left by a command that failed before training; none of them holds a training step.
+# Files that a command may leave if it fails before training. A folder with no other files counts as empty.
 HARMLESS = {LOCK, RESTARTS, "teacher"}
-# Fields that may change when a run is resumed, because none of them alters a loss.
+# Fields that may change when a run is resumed, because they do not change a loss.
 RESUMABLE = (
     *("log.", "checkpoint.", "validation.", "data.loader_workers", "data.damage_budget", "nonfinite_limit"),
     *("engine.zero_stage", "engine.offload_optimizer", "engine.activation_checkpointing"),
@@ -30,10 +30,10 @@ RESUMABLE = (
 
 
 def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None for a new run.
+    """Returns the checkpoint to resume from, or None for a new run.
 
-    origin: data, data fingerprint and initial model of this run.
-    Raises ValueError where an earlier run would be overwritten, or a different one resumed.
+    origin: as `RunSpec.origin` returns it.
+    Raises ValueError if the command would overwrite an earlier run, or resume it with other settings or data.
     """
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run {run} is a file: name a folder")
@@ -62,12 +62,12 @@ def _differs(name: str, saved: dict[str, Any], now: str | None) -> bool:
 
 
 def _harmless(name: str) -> bool:
-    # A killed process leaves the hidden temporary file that it was writing.
+    # A process that was killed may leave a hidden temporary file.
     return name in HARMLESS or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def read(run: Path) -> dict[str, Any]:
-    """The content of the run's config.json. Raises ValueError, in one line, where it is missing or broken."""
+    """Returns the content of the run's config.json. Raises ValueError, in one line, if it is missing or broken."""
     path = run / CONFIG
     if not path.is_file():
         raise ValueError(f"{run} holds no run (no {CONFIG}): choose another folder")
@@ -78,7 +78,7 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def data_of(run: Path) -> str | None:
-    """Returns the data of an earlier run, or None if the folder holds no run.
+    """Returns the data of an earlier run, or None if the folder contains no run.
 
     Raises ValueError if the data set is no longer where it was when the run began.
     """
@@ -91,15 +91,15 @@ def data_of(run: Path) -> str | None:
 
 
 def write(run: Path, config: TrainConfig, origin: dict[str, Any], world: int) -> None:
-    """Writes config.json, whole or not at all. world: number of workers."""
+    """Writes config.json completely or, if that fails, not at all. world: number of workers."""
     content = {"config": config.to_dict(), **origin, "workers": world, "torch": torch.__version__}
     write_json(run / CONFIG, content)
 
 
 def claim(run: Path) -> int:
-    """Creates the folder and locks it for this process; returns the lock's file descriptor, to be kept open.
+    """Creates the run folder and locks it for this process. Returns a file descriptor that keeps the lock while open.
 
-    Raises ValueError where another process is training into it.
+    Raises ValueError if another process uses the folder.
     """
     run.mkdir(parents=True, exist_ok=True)
     handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT)

@@ -1,6 +1,6 @@
-"""A run's metrics: metrics.jsonl (the source of truth), TensorBoard, Weights & Biases if wanted, and the screen.
+"""Writes a run's metrics to metrics.jsonl (the source of truth), TensorBoard, W&B if wanted, and the screen.
 
-Only the first worker writes. A terminal shows one line that is redrawn; a batch system's log gets plain lines.
+Only the first worker writes. A terminal shows one progress line that is redrawn; elsewhere each update is a new line.
 """
 
 import json
@@ -17,10 +17,10 @@ from d2s.common.progress import clock
 
 
 class RunLog:
-    """Appends rows to `run`/metrics.jsonl and mirrors their numbers to TensorBoard and, if wanted, W&B.
+    """Appends rows to metrics.jsonl in the folder `run`, and copies their numbers to TensorBoard and, if wanted, W&B.
 
-    is_main: False on all workers but the first, where `row` and `progress` do nothing. resume_step: rows after this
-    step are dropped, since the resumed run writes them again. wandb_project: empty for none.
+    is_main: True on the first worker; on the others `row` and `progress` do nothing. resume_step: rows after this
+    training step are deleted, because the resumed run writes them again. wandb_project: empty for none.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RunLog:
 
         self._path = run / "metrics.jsonl"
         _drop_after(self._path, resume_step)
-        # Unbuffered, or what a full disk refused would be written, and fail, once more on closing.
+        # Unbuffered: if a write fails on a full disk, a buffer would write again, and fail again, when closed.
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step)
         self._wandb = None
@@ -52,9 +52,9 @@ class RunLog:
             self._wandb = wandb.init(project=wandb_project, name=run.name, dir=str(run))
 
     def row(self, kind: str, step: int, values: dict[str, object]) -> None:
-        """Writes one row: {"kind", "step", ...values}; the numbers also go to TensorBoard.
+        """Writes the row {"kind": kind, "step": step, **values}. The numbers also go to TensorBoard and W&B.
 
-        Raises ValueError, in one line, where the disk is full or broken.
+        Raises ValueError, in one line, if the disk is full or broken.
         """
         if not self._is_main:
             return
@@ -70,7 +70,7 @@ class RunLog:
             self._wandb.log(numbers, step=step)
 
     def progress(self, step: int, values: dict[str, float]) -> None:
-        """Shows the numbers of a row on the screen, with the time left at the rate since this process started."""
+        """Shows the numbers of a row on the screen, and the time left, estimated from the speed since the start."""
         if not self._is_main:
             return
         now = time.monotonic()
@@ -87,7 +87,7 @@ class RunLog:
         print(start + text, end=end, flush=True)
 
     def say(self, text: str) -> None:
-        """Prints a line above the progress line: the first worker on stdout, the others on stderr."""
+        """Prints a line in place of the progress line. The first worker prints on stdout, the others on stderr."""
         self._clear_line()
         print(text, file=sys.stdout if self._is_main else sys.stderr, flush=True)
 
@@ -106,7 +106,7 @@ class RunLog:
         if not self._is_main:
             return
         self._file.close()
-        # Closing writes the rest. After an error, such as a full disk, a second one would only hide it.
+        # Closing writes buffered data. After an error, such as a full disk, a second error would hide the first.
         with suppress(OSError, ValueError) if kind else nullcontext(), _one_line(self._board.log_dir):
             self._board.close()
         if self._wandb:
@@ -126,7 +126,7 @@ def _one_line(path: object) -> Iterator[None]:
 
 
 def read_rows(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl, without a last line that a kill cut short."""
+    """Returns the rows of a run's metrics.jsonl. An incomplete last line, left by a killed process, is ignored."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

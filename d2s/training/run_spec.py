@@ -1,5 +1,4 @@
-"""One run as the user described it, checked, with the numbers that follow import os
-from it."""
+"""The description of a run: what the user asked for, and numbers computed from that."""
 
 import os
 from dataclasses import dataclass
@@ -16,17 +15,17 @@ from d2s.training.engine import engine_settings
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """A checked run, before anything is built; :func:`d2s.training.checks.check_arguments` makes it."""
+    """A checked description of a run, created by :func:`d2s.training.checks.check_arguments`."""
 
     config: TrainConfig
     data: str
-    """The --data argument: a data set's folder, or a pattern of tars to stream."""
+    """The --data argument: the folder of a data set, or a URL pattern of tars to stream."""
     index: ShardIndex
-    """Index of the data set, or of the data set to validate on where tars are streamed."""
+    """Index of the data set; if `data` is a stream, index of the data set to validate on."""
     run: Path | None
-    """The run folder; None for a dry run without one."""
+    """The run folder; None for a dry run without --run."""
     init: Path | None
-    """The stage-1 model folder to start from."""
+    """The folder of the stage-1 model to start from, or None."""
     resume: bool
     resume_from: Path | None
     """The checkpoint to continue from; None for a new run."""
@@ -40,14 +39,14 @@ class RunSpec:
 
     @property
     def captions(self) -> Captions:
-        """Which captions a training batch holds."""
+        """Which captions a training batch contains: sparse, dense or both."""
         if self.config.stage == "pretrain":
             return "dense"
         return "both" if self.config.loss.distill_weight else "sparse"
 
     @property
     def items(self) -> int:
-        """Images, image-caption pairs, or samples of a stream in an epoch."""
+        """How many items an epoch has: images, pairs of an image and a sparse caption, or samples of a stream."""
         if self.streams:
             return self.config.samples_per_epoch
         if self.config.stage == "finetune" and self.config.data.sparse == "all":
@@ -56,21 +55,21 @@ class RunSpec:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimization steps in an epoch. Raises ValueError where the batch is larger than the data."""
+        """Number of training steps in an epoch. Raises ValueError if the batch is larger than the data."""
         return steps_per_epoch(self.items, self.config.batch_size)
 
     @property
     def total_steps(self) -> int:
-        """Optimization steps of the whole run."""
+        """Number of training steps in the whole run."""
         return self.config.max_steps or self.config.epochs * self.steps_per_epoch
 
     @property
     def local_batch(self) -> int:
-        """Pairs of the global batch on one worker."""
+        """How many pairs of the global batch one worker gets."""
         return self.config.batch_size // self.world
 
     def engine_settings(self) -> dict[str, Any]:
-        """DeepSpeed's settings. Raises ValueError for a mistake in the user's DeepSpeed JSON."""
+        """Returns DeepSpeed's settings. Raises ValueError if the user's DeepSpeed JSON has a mistake."""
         return engine_settings(self.config.engine, self.local_batch, self.config.optim.grad_clip)
 
     def origin(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How far a run has come: everything in a checkpoint besides weights, moments and the configuration."""
+"""The progress of a run. A checkpoint contains it, along with the weights, the optimizer and the configuration."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,29 +13,29 @@ from d2s.workers.group import Workers
 
 @dataclass(kw_only=True)
 class RunState:
-    """Progress, counters and what was found so far."""
+    """The progress and the counters of a run."""
 
     damage: Damage
-    """The damaged samples, to which the loader adds those that it meets."""
+    """The damaged samples found so far. The loader adds to them."""
     step: int = 0
-    """Optimization steps done, skipped ones included."""
+    """How many training steps are done, including skipped ones."""
     validation_pending: bool = False
-    """Validation is due at this step and not done yet."""
+    """Whether validation is due at this training step, but not done yet."""
     best: dict[str, float] = field(default_factory=dict)
-    """rSum and step of the best model; empty before the first validation."""
+    """The rSum of the best model, and its training step; empty before the first validation."""
     truncated: int = 0
-    """Captions that this worker cut since it started."""
+    """How many captions this worker has cut since it started."""
     truncated_before: int = 0
-    """Captions that all workers cut before the run was resumed."""
+    """How many captions all workers had cut before the run was resumed."""
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent_losses: list[Tensor] = field(default_factory=list)
-    """(total, align, distill), shape (3,), of each step since the last row of metrics, summed over workers."""
+    """(total, align, distill) of the global batch, shape (3,), for each step since the last row of metrics."""
 
     def count_over_workers(self, workers: Workers, damage_budget: int) -> tuple[int, int]:
-        """Damaged samples and cut captions of all workers, which call it together, since the run's first start.
+        """Returns how many samples were damaged, and how many captions were cut, on all workers since the run began.
 
-        Raises ValueError, on every worker, where more samples are damaged than `damage_budget` allows.
+        All workers call it together. Raises ValueError, on all of them, if more than `damage_budget` are damaged.
         """
         counts = torch.tensor([self.damage.unshared, self.truncated], dtype=torch.int64)
         unshared, truncated = sum_over_workers(counts.to(workers.device)).tolist()
@@ -45,7 +45,7 @@ class RunState:
         return len(self.damage.known), truncated + self.truncated_before
 
     def to_dict(self, workers: Workers, damage_budget: int) -> dict[str, Any]:
-        """The state as JSON types; all workers call it together. Raises as `count_over_workers` does."""
+        """Returns the state as JSON types. All workers call it together. Raises as `count_over_workers` does."""
         damaged, truncated = self.count_over_workers(workers, damage_budget)
         return {
             "step": self.step,
@@ -60,7 +60,7 @@ class RunState:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Continues from what `to_dict` gave. Earlier versions did not save every key."""
+        """Restores the state that `to_dict` returned. Earlier versions did not save all keys."""
         self.step, self.validation_pending, self.best = saved["step"], saved["to_validate"], saved["best"]
         self.skipped, self.skipped_in_a_row = saved["skipped"], saved.get("skipped_in_a_row", 0)
         self.recent_losses = [torch.tensor(losses) for losses in saved.get("window", [])]

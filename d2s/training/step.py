@@ -1,7 +1,7 @@
-"""The parts of one optimization step: losses and gradients of a global batch, and the update.
+"""Computes the losses and gradients of a training step, and updates the weights.
 
-:class:`WholeBatch` embeds all pairs of a worker at once, :class:`d2s.training.gradient_cache.MicroBatches` a few at a
-time; both give the gradient of the global batch.
+:class:`WholeBatch` embeds all pairs of a worker at once. :class:`d2s.training.gradient_cache.MicroBatches` embeds a
+few at a time. Both compute the gradient of the global batch.
 """
 
 import math
@@ -18,9 +18,9 @@ from d2s.workers.group import Workers
 
 
 class WholeBatch:
-    """Forward and backward pass of a worker's part of a batch.
+    """Runs the forward and the backward pass of a worker's part of a batch.
 
-    engine: DeepSpeed's, around a TrainingModule. teacher: needed where the objective distills.
+    engine: a DeepSpeed engine around a TrainingModule. teacher: None without distillation.
     """
 
     def __init__(
@@ -29,21 +29,21 @@ class WholeBatch:
         self.engine, self.teacher, self.workers, self.seed = engine, teacher, workers, seed
 
     def forward(self, batch: Batch, step: int, warmup: float) -> tuple[Tensor, Tensor, Tensor]:
-        """This worker's share of (total, align, distill), 0-dim; total has a gradient.
+        """Returns this worker's part of (total, align, distill), 0-dim each; only `total` has a gradient.
 
-        step: decides the dropout. warmup: progress of the hinge's sum form, 1 once it is over.
+        step: the training step, which seeds the dropout. warmup: progress of the hinge's warm-up, in [0, 1].
         """
         seed_dropout(self.seed, step, self.workers.rank)
         batch = batch.to(self.workers.device)
         return self.engine(batch, warmup, self.teacher_embeddings(batch))
 
     def backward(self, total: Tensor) -> None:
-        """Leaves the gradient of the global loss in the engine. total: the first value of `forward`."""
-        # The engine averages gradients over workers, and the loss is the sum of their shares.
+        """Computes the gradient of the global loss and leaves it in the engine. total: first result of `forward`."""
+        # The engine averages gradients over workers, but the loss is the sum of their parts.
         self.engine.backward(total * self.workers.world)
 
     def teacher_embeddings(self, batch: Batch) -> Tensor | None:
-        """Embeddings (B, D) of the dense captions of a batch on the device; None without distillation."""
+        """Returns the teacher's embeddings (B, D) of a batch's dense captions; None without distillation."""
         if self.teacher is None:
             return None
         if isinstance(self.teacher, TeacherTable):
@@ -53,15 +53,15 @@ class WholeBatch:
 
 
 def clip_and_step(engine: Any) -> tuple[float, bool]:
-    """Clips the gradient and applies it. Returns its norm over all workers, and whether it was applied.
+    """Clips the gradient and updates the weights. Returns the gradient's norm, and whether the weights were updated.
 
-    A gradient whose norm is not finite is dropped on all workers and changes neither weights nor moments.
+    If the norm is not finite, no worker updates weights or optimizer moments.
     """
     if engine.zero_optimization():
-        # ZeRO tests the norm over all workers before it changes a weight or a moment.
+        # ZeRO checks that the norm over all workers is finite before it changes weights or moments.
         engine.step()
         return float(engine.get_global_grad_norm() or 0.0), engine.was_step_applied()
-    # Without ZeRO every worker holds the whole gradient, identical to the last bit.
+    # Without ZeRO every worker has the whole gradient, and all have the same bits.
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     if not math.isfinite(norm):
@@ -72,6 +72,6 @@ def clip_and_step(engine: Any) -> tuple[float, bool]:
 
 
 def seed_dropout(seed: int, step: int, rank: int, *micro_batch: int) -> None:
-    """Seeds torch from (seed, step, rank, micro-batch), so that a resumed run repeats the same dropout."""
+    """Seeds torch with (seed, training step, rank, micro-batch), so that a resumed run repeats the same dropout."""
     words = np.random.SeedSequence([seed, step, rank, *micro_batch]).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0] >> 1))

@@ -1,7 +1,7 @@
-"""The teacher's embeddings of the training split's dense captions: computed once, stored in the run.
+"""Computes the teacher's embeddings of the training split's dense captions once, and stores them in the run folder.
 
-runs/<name>/teacher/dense.f32     float32, one row a dense caption of the split, in the index's order
-runs/<name>/teacher/teacher.json  its teacher and data; written last, so that an incomplete table is never used
+runs/<name>/teacher/dense.f32     the table: float32, one row for each dense caption, in the order of the index
+runs/<name>/teacher/teacher.json  describes teacher and data; written last, so that an incomplete table is never used
 """
 
 import json
@@ -23,9 +23,9 @@ from d2s.workers.group import Workers
 
 
 class TeacherTable:
-    """Embeddings of the dense captions of one split, memory-mapped.
+    """The stored embeddings of the dense captions of one split, memory-mapped.
 
-    first: number of the split's first caption in the data set. width: D.
+    first: number of the split's first dense caption in the data set. width: D.
     """
 
     def __init__(self, path: Path, first: int, width: int) -> None:
@@ -33,7 +33,7 @@ class TeacherTable:
         self._first = first
 
     def rows(self, dense_index: Tensor) -> Tensor:
-        """Embeddings (B, D) float32 of the captions dense_index (B,) int64, numbered as in the data set's index."""
+        """Returns the embeddings, float32 (B, D), of the dense captions with numbers `dense_index`, int64 (B,)."""
         return torch.from_numpy(self._table[dense_index.cpu().numpy() - self._first])
 
 
@@ -49,11 +49,11 @@ def teacher_table(
     poll: Callable[[], None] | None = None,
     batch_size: int = 128,
 ) -> TeacherTable:
-    """Opens the stored table, or computes it first, with the captions divided among the workers.
+    """Returns the stored table. If there is none, computes and stores it; the workers share the captions.
 
-    made_from: identifies teacher and data; a stored table of others is computed anew. poll: called before each batch,
-    on all workers alike; if it raises, no table is left.
-    Raises ValueError, on all workers, where the disk is full or broken.
+    made_from: identifies teacher and data. A stored table with another value is replaced. poll: called before each
+    batch on all workers; if it raises, no table is stored.
+    Raises ValueError, on all workers, if the disk is full or broken.
     """
     first, count = int(index.column("dense_start")[index.rows(split).start]), index.total(split, "dense")
     width = teacher.text_encoder.linear.out_features
@@ -73,11 +73,11 @@ def teacher_table(
         if workers.is_main:
             write_json(marker, description)
 
-    if not run_on_all(is_stored)[0]:  # the first worker decides: others may see an outdated folder
+    if not run_on_all(is_stored)[0]:  # the first worker decides, because others may see an outdated folder
         _on_disk(allocate, path)
         table = np.memmap(path, np.float32, mode="r+").reshape(count, width)
         with torch.no_grad():
-            # Rows of damaged samples stay empty: training replaces these samples and never reads the rows.
+            # Rows of damaged samples stay 0. Training replaces these samples, so it never reads the rows.
             for numbers, _, ids, mask, valid in eval_texts(
                 index, split, pipeline, "dense", batch_size, workers.rank, workers.world, skip_damaged=True
             ):
@@ -91,7 +91,7 @@ def teacher_table(
 
 
 def _on_disk(action: Callable[[], None], path: Path) -> None:
-    """Runs `action` on all workers, and explains its failure."""
+    """Runs `action` on all workers. If it fails on one, raises a ValueError about the table on all workers."""
     try:
         run_on_all(action)
     except ValueError as error:
@@ -101,7 +101,7 @@ def _on_disk(action: Callable[[], None], path: Path) -> None:
 
 
 def allocate_file(path: Path, size: int) -> None:
-    """Creates a file of `size` bytes with its blocks reserved: a full disk would kill a memory map by SIGBUS."""
+    """Creates a file of `size` bytes. Reserves its disk space: a full disk would kill a memory map by SIGBUS."""
     with open(path, "wb") as file:
         try:
             if hasattr(os, "posix_fallocate"):

@@ -1,7 +1,7 @@
 """The training loop.
 
-A run is a pure function of its configuration and its data. Everything on which the workers must agree (is the loss
-finite, did one of them get a stop signal, is a checkpoint due) travels in one exchange per step.
+The result of a run depends only on its configuration and its data. In each training step the workers agree, in one
+exchange, whether the loss is finite, whether a worker got a stop signal, and whether a checkpoint is due.
 """
 
 import time
@@ -21,25 +21,25 @@ from d2s.workers.preemption import Preempted
 
 
 class Agreement(NamedTuple):
-    """What all workers know about a step after its losses were exchanged."""
+    """The result of the exchange in a training step, the same on all workers."""
 
     finite: bool
-    """Every worker's loss is finite."""
+    """Whether the losses of all workers are finite."""
     stop: bool
-    """A worker got a stop signal."""
+    """Whether a worker got a stop signal."""
     save: bool
-    """The first worker's clock asks for a checkpoint."""
+    """Whether a checkpoint is due by time, which the first worker decides."""
     losses: Tensor
-    """(total, align, distill) summed over workers, shape (3,), on the CPU."""
+    """(total, align, distill) of the global batch, shape (3,), on the CPU."""
 
 
 class Trainer(Run):
-    """Trains a run."""
+    """A run with the training loop."""
 
     def train(self) -> None:
-        """Trains from `state.step` to the last step, then exports the model as `last`.
+        """Trains from step `state.step` to the last training step, then exports the model to the folder `last`.
 
-        Raises Preempted, on all workers together and with a checkpoint of the current step, after a stop signal.
+        After a stop signal, writes a checkpoint of the current step and raises Preempted, on all workers together.
         """
         try:
             self._train()
@@ -76,11 +76,11 @@ class Trainer(Run):
                 elif agreed.save or (every and state.step % every == 0):
                     self.save()
                 if agreed.stop:
-                    break  # the check above raises Preempted on all workers
+                    break  # self.preemption.check() above raises Preempted on all workers
 
     def train_step(self, batch: Batch) -> Agreement:
-        """One optimization step, skipped by all workers where the loss or the gradient is not finite."""
-        for line in self.state.damage.new_lines():  # each worker reports its own
+        """Makes one training step. All workers skip its update if the loss or the gradient is not finite."""
+        for line in self.state.damage.new_lines():  # each worker reports the samples that it read
             self.log.say(f"damaged sample replaced: {line}")
         self.statistics.snapshot()
         losses = self.computation.forward(batch, self.state.step, self.hinge_warmup())
@@ -96,15 +96,15 @@ class Trainer(Run):
         else:
             self.statistics.restore()
             self.count_skipped(batch, losses[0], what="gradient" if agreed.finite else "loss")
-        # Only now: a stop signal during the step drops it, and the resumed run would count the captions again.
+        # Count captions at the end: a stop signal may drop the step, and the resumed run would count them again.
         self.state.truncated += batch.truncated
         self.state.recent_losses.append(agreed.losses)
         return agreed
 
     def agree(self, losses: Tensor) -> Agreement:
-        """Exchanges the losses of a step and what all workers must know to act alike.
+        """Exchanges the losses of a training step, stop signals, and whether a checkpoint is due, between workers.
 
-        losses: this worker's shares of (total, align, distill), shape (3,), without gradient.
+        losses: this worker's parts of (total, align, distill), shape (3,), without gradient.
         """
         minutes = self.config.checkpoint.every_minutes
         save = self.workers.is_main and minutes and time.monotonic() - self.saved_at >= 60 * minutes
@@ -115,14 +115,14 @@ class Trainer(Run):
         return Agreement(not nonfinite, stop, save, sums[3:])
 
     def hinge_warmup(self) -> float:
-        """Progress of the hinge's sum form at this step, in (0, 1]; 1 once its epochs are over."""
+        """Returns the progress of the hinge's warm-up at this step, in (0, 1]; 1 after loss.warmup_epochs."""
         steps = self.config.loss.warmup_epochs * self.batches.steps_per_epoch
         return (self.state.step + 1) / steps if self.state.step < steps else 1.0
 
     def count_skipped(self, batch: Batch, total: Tensor, *, what: str) -> None:
-        """Counts a step that all workers skip.
+        """Counts a training step that all workers skip.
 
-        total: this worker's loss. what: "loss" or "gradient".
+        total: this worker's loss. what: which value is not finite, "loss" or "gradient".
         Raises FloatingPointError, on all workers, after config.nonfinite_limit skipped steps in a row.
         """
         state = self.state
@@ -131,6 +131,6 @@ class Trainer(Run):
         if state.skipped_in_a_row < self.config.nonfinite_limit:
             self.detector.start()
             return
-        rows = [row for row in batch.samples.tolist() if row >= 0]  # a stream's samples have none
+        rows = [row for row in batch.samples.tolist() if row >= 0]  # samples of a stream have row -1
         evidence = 2 if self.detector.found_any() else int(not torch.isfinite(total).item())
         raise FloatingPointError(report(what, state.skipped_in_a_row, evidence, self.index.keys(rows)))

@@ -1,6 +1,6 @@
-"""Collectives without gradient: every worker calls them together, and each gets the same result.
+"""Collectives without gradient. All workers call a function together, and each worker gets the same result.
 
-Without a process group, or with a single worker, each returns at once. Rows that carry a gradient are exchanged by
+With a single worker, or without a process group, nothing is exchanged. Collectives with gradient are in
 :mod:`d2s.workers.exchange`.
 """
 
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 def barrier() -> None:
-    """Waits until every worker is here."""
+    """Waits until every worker has called this function."""
     if several_workers():
         dist.barrier()
 
 
 def all_gather(rows: Tensor) -> Tensor:
-    """All workers' rows in rank order: (B, ...) -> (W * B, ...), with the same B on each."""
+    """Returns the rows of all workers in rank order: (B, ...) -> (W * B, ...). Every worker must have the same B."""
     if not several_workers():
         return rows
     out = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
@@ -32,7 +32,7 @@ def all_gather(rows: Tensor) -> Tensor:
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """Every worker's `value`, which is pickled, in rank order."""
+    """Returns the `value` of every worker, in rank order. The value must be picklable."""
     if not several_workers():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -41,7 +41,7 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def sum_over_workers(value: Tensor) -> Tensor:
-    """The sum of `value` over all workers, as a new tensor."""
+    """Returns the sum of `value` over all workers, as a new tensor."""
     total = value.detach().clone()
     if several_workers():
         dist.all_reduce(total)
@@ -49,7 +49,7 @@ def sum_over_workers(value: Tensor) -> Tensor:
 
 
 def max_over_workers(value: int) -> int:
-    """The largest `value` of any worker."""
+    """Returns the largest `value` of all workers."""
     if not several_workers():
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -61,8 +61,8 @@ def max_over_workers(value: int) -> int:
 def run_on_all(action: Callable[[], T]) -> list[T]:
     """Runs `action` on every worker and returns all results in rank order.
 
-    Raises ValueError on every worker, naming the first one at fault, if `action` raises OSError on any of them: a
-    disk can fail on one worker alone, and the others would wait for it. Other exceptions are bugs and pass through.
+    If `action` raises OSError on any worker, every worker raises a ValueError that names the first failed rank.
+    Otherwise, when a disk fails on one worker, the others would wait forever. Other exceptions are bugs: not caught.
     """
     result, failure = None, ""
     try:

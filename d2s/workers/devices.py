@@ -1,4 +1,4 @@
-"""The GPU or the CPU threads of a worker."""
+"""Chooses a worker's GPU, or its number of CPU threads."""
 
 import os
 import re
@@ -10,9 +10,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """This worker's GPU, set up for use, or the CPU where torch sees no GPU.
+    """Makes this worker's GPU torch's current device and returns it; returns the CPU if torch sees no GPU.
 
-    Raises ValueError if the machine has fewer GPUs than workers.
+    Raises ValueError if the machine has GPUs, but fewer than workers.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -28,20 +28,20 @@ def choose_device(local_rank: int) -> torch.device:
 
 
 def cuda_index(local_rank: int) -> int:
-    """Index of this worker's GPU. A launcher that shows each worker only its own GPU makes it 0 for all of them."""
+    """Returns the index of this worker's GPU. If the launcher shows each worker only one GPU, the index is 0."""
     return 0 if torch.cuda.device_count() == 1 else local_rank
 
 
 def in_full_precision() -> None:
-    """Keeps float32 exact on a GPU: by default torch computes convolutions and recurrent layers in TF32."""
+    """Switches TF32 off, so that a GPU computes in full float32. By default, torch uses TF32 for convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
 
 def check_devices(device: torch.device) -> None:
-    """Raises ValueError, on every worker, if two share a GPU or only some have one. All workers call it together.
+    """Checks that no two workers share a GPU, and that all workers or none have one. All workers call it together.
 
-    It compares through the store, because a collective would hang or fail without naming the workers at fault.
+    Raises ValueError on every worker. The devices are exchanged through torch's store: a collective might hang.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     name = "cpu"
@@ -54,7 +54,7 @@ def check_devices(device: torch.device) -> None:
 
 
 def refuse_shared_devices(devices: list[str]) -> None:
-    """Raises ValueError if two workers share a GPU or only some have one. devices: a name for each rank, or "cpu"."""
+    """Raises ValueError if two workers share a GPU or only some have one. devices: by rank, a GPU's name or "cpu"."""
     without = [rank for rank, name in enumerate(devices) if name == "cpu"]
     if without and len(without) < len(devices):
         raise ValueError(
@@ -71,9 +71,10 @@ def refuse_shared_devices(devices: list[str]) -> None:
 
 
 def share_cores() -> None:
-    """Sets torch's CPU threads to D2S_THREADS, or else to this worker's share of the machine's cores.
+    """Sets how many CPU threads torch uses: D2S_THREADS, or else this worker's share of the machine's cores.
 
-    Launchers leave it at one thread a process, or at all cores for each.
+    Some launchers set one thread for each worker, others as many as the machine has cores. Raises ValueError if
+    D2S_THREADS is not a number from 1 to 9999.
     """
     threads = os.environ.get("D2S_THREADS")
     if threads is None:

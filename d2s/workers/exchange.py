@@ -1,7 +1,7 @@
-"""How rows travel between workers: gathered with gradient, sent to their owners, passed around a ring.
+"""Exchanges rows between workers: gathers them with gradient, sends them to their owners, passes them around a ring.
 
-Worker r of W owns rows r * B .. (r + 1) * B - 1 of the N = W * B rows of the global batch. Every sum here is taken
-in rank order, so a run repeated with the same W gives the same bits.
+The global batch has N = W * B rows. Worker r of W owns the rows r * B .. (r + 1) * B - 1. Every sum is taken in rank
+order, so a repeated run with the same W gives the same bits.
 """
 
 import torch
@@ -24,27 +24,28 @@ class _GatherRows(torch.autograd.Function):
             index = (grad != 0).any(1).nonzero().squeeze(1)  # NaN != 0, so NaN travels too
             return send_to_owners(index, grad[index], grad.shape[0] // world_size()), None
         own = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
-        # torch 2.13 renamed it.
+        # torch 2.13 renamed reduce_scatter_tensor.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         scatter(own, grad.contiguous())
         return own, None
 
 
 def gather_rows(rows: Tensor, *, sparse: bool = False) -> Tensor:
-    """All workers' rows in rank order, with gradient: (B, D) -> (N, D), with the same B on each worker.
+    """Returns the rows of all workers in rank order, with gradient: (B, D) -> (N, D). All workers have the same B.
 
-    The backward pass sums: a row receives the gradient of every worker's loss.
+    The backward pass gives each row the sum of its gradients from the losses of all workers.
 
-    sparse: most rows of the gradient are zero (as with hardest negatives), so only the others are sent back. It
-    makes the host wait for their number.
+    sparse: send only the nonzero rows of the gradient back; useful if most are zero, as with hardest negatives. The
+    host then waits for the GPU, to learn how many rows are nonzero.
     """
     return _GatherRows.apply(rows, sparse) if several_workers() else rows
 
 
 def send_to_owners(index: Tensor, rows: Tensor, local: int) -> Tensor:
-    """Sends each row to the worker that owns its place, and sums up what arrives here: (B, D).
+    """Sends rows[j] to the worker that owns row index[j] of the global batch. All workers call it together.
 
-    index: (k,) int64, places in the global batch, ascending and distinct. rows: (k, D). local: B, rows of a worker.
+    Returns (B, D): for each row that this worker owns, the sum of all rows that workers sent for it.
+    index: (k,) int64, ascending and distinct. rows: (k, D). local: B, the number of rows that a worker owns.
     """
     world = world_size()
     bounds = torch.arange(world + 1, device=index.device) * local
@@ -64,11 +65,11 @@ def send_to_owners(index: Tensor, rows: Tensor, local: int) -> Tensor:
 
 
 def pass_on(*blocks: Tensor) -> tuple[Tensor, ...]:
-    """Sends the blocks to the next rank of the ring, and returns those of the previous rank, of the same shapes."""
+    """Sends `blocks` to the next rank of the ring. Returns the blocks, of the same shapes, from the previous rank."""
     world, me = world_size(), rank()
     received = tuple(torch.empty_like(block) for block in blocks)
     following, previous = (me + 1) % world, (me - 1) % world
-    # With two workers both neighbours are the same one: the tags keep several blocks apart.
+    # If there are two workers, the next and the previous rank are the same; tags tell the blocks apart.
     sends = [dist.P2POp(dist.isend, block.contiguous(), following, tag=n) for n, block in enumerate(blocks)]
     receives = [dist.P2POp(dist.irecv, block, previous, tag=n) for n, block in enumerate(received)]
     for request in dist.batch_isend_irecv([*sends, *receives]):

@@ -1,6 +1,6 @@
-"""This process among the workers of a run: how it joins them, which one it is, and how it leaves.
+"""The process group of a run's workers: how this process joins the group, its rank, and how it leaves.
 
-The same code runs under `deepspeed`, `torchrun`, `srun` and plain `python`: only the environment differs.
+The same code runs under `deepspeed`, `torchrun`, `srun` and plain `python`. They set different environment variables.
 """
 
 import os
@@ -21,7 +21,7 @@ _watchdog: Watchdog | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """This process: its `rank` among `world` workers, and its device."""
+    """The rank of this process, the number of workers (`world`), and the device of this process."""
 
     rank: int
     world: int
@@ -34,33 +34,33 @@ class Workers:
 
 
 def in_group() -> bool:
-    """Whether this process has joined a process group, be it of one worker."""
+    """Returns whether this process has joined a process group, which may have a single worker."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:
-    """Number of workers; 1 without a process group."""
+    """Returns the number of workers; 1 without a process group."""
     return dist.get_world_size() if in_group() else 1
 
 
 def rank() -> int:
-    """This worker's rank; 0 without a process group."""
+    """Returns this worker's rank; 0 without a process group."""
     return dist.get_rank() if in_group() else 0
 
 
 def several_workers() -> bool:
-    """Whether there is more than one worker."""
+    """Returns whether there is more than one worker."""
     return world_size() > 1
 
 
 def start_workers() -> Workers:
-    """Joins the process group that the launcher describes, or creates one of a single process.
+    """Joins the process group that the launcher describes, or creates a group of one process if there is no launcher.
 
-    Environment: D2S_TIMEOUT, the minutes that a collective waits for a worker that is alive but silent (30);
-    D2S_THREADS, the CPU threads of each worker (its share of the cores).
+    Reads two environment variables. D2S_TIMEOUT: how many minutes a collective waits for a worker that is alive but
+    silent; default 30. D2S_THREADS: CPU threads of each worker; default its share of the cores.
 
-    Raises ValueError if the launcher set only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and, on every
-    worker, if two share a GPU or only some have one.
+    Raises ValueError if one of these is invalid, if the launcher set only some of RANK, WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT, or if workers lack a GPU or share one.
     """
     global _watchdog
     timeout = waiting_time()
@@ -77,7 +77,7 @@ def start_workers() -> Workers:
 
 
 def _complete_environment() -> None:
-    """Sets what `init_process_group` reads and the launcher left out."""
+    """Sets the variables for `init_process_group` if no launcher did. Raises ValueError if only some are set."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
@@ -88,14 +88,14 @@ def _complete_environment() -> None:
             "use deepspeed, torchrun or srun, or set all four"
         )
     os.environ.setdefault("LOCAL_RANK", "0")
-    # Other launchers than torchrun give a single process one fixed port, which a second run on the machine would
-    # find taken. torchrun chooses its own, and may already serve the store there.
+    # Launchers other than torchrun use a fixed port, which may be taken by another run of one process: choose a free
+    # port. torchrun chooses the port itself, and may already serve its store there: keep the port.
     if os.environ["WORLD_SIZE"] == "1" and not dist.is_torchelastic_launched():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 def waiting_time() -> timedelta:
-    """D2S_TIMEOUT, how long a collective waits for a silent worker. Raises ValueError unless it is above 0."""
+    """Returns how long a collective waits for a silent worker: D2S_TIMEOUT. Raises ValueError if that is invalid."""
     text = os.environ.get("D2S_TIMEOUT", "30")
     try:
         minutes = float(text)
@@ -107,7 +107,7 @@ def waiting_time() -> timedelta:
 
 
 def local_batch(batch_size: int, workers: int) -> int:
-    """Pairs of the global batch on each worker. Raises ValueError, with the nearest sizes, if it does not divide."""
+    """Returns how many pairs of the global batch each worker gets. Raises ValueError if the batch does not divide."""
     remainder = batch_size % workers
     if remainder:
         near = [str(size) for size in (batch_size - remainder, batch_size - remainder + workers) if size]
@@ -118,12 +118,12 @@ def local_batch(batch_size: int, workers: int) -> int:
 
 
 def leave(code: int, *, ordered: bool) -> NoReturn:
-    """Ends this process with an exit code.
+    """Ends this process with the exit code `code`.
 
-    ordered: all workers call this together, and wait for each other. Otherwise this worker failed and leaves alone;
-    the watchdog then ends the others with the same code.
+    ordered: True if all workers call this together; they wait for each other. False if only this worker failed; the
+    watchdog then ends the other workers with the same code.
 
-    It skips the interpreter's own teardown, in which a thread of gloo can abort the process.
+    The interpreter's normal shutdown is skipped, because a gloo thread could abort the process during it.
     """
     if in_group() and ordered:
         dist.barrier()
@@ -136,6 +136,6 @@ def leave(code: int, *, ordered: bool) -> NoReturn:
 
 
 def exit_if_another_failed() -> None:
-    """Returns if this worker's error is its own; ends the process if it only follows from another worker's exit."""
+    """Ends this process if another worker failed first: the error here is then only a consequence. Else returns."""
     if _watchdog:
         _watchdog.exit_if_another_failed()

@@ -1,4 +1,4 @@
-"""Starts a command as a job of several workers on this machine, watches it from outside, and ends it."""
+"""Starts a command as several worker processes on this machine, waits for them, and ends them."""
 
 import contextlib
 import os
@@ -18,38 +18,38 @@ _POLL_SECONDS = 0.01
 
 @dataclass
 class LocalJob:
-    """The processes of a job, and the files that they write their output to."""
+    """The processes of a job, and the files that contain their output."""
 
     processes: list[subprocess.Popen]
     logs: list[Path]
     launched: bool
-    """The only process is a launcher, which starts the workers itself."""
+    """True if the only process is a launcher, which starts the workers."""
     started: float = field(default_factory=time.monotonic)
 
     def pids(self) -> list[int]:
-        """Numbers of the processes that still run, in the order of their ranks."""
+        """Returns the process ids of the processes that still run, in rank order."""
         return [process.pid for process in self.processes if process.poll() is None]
 
     def ended(self) -> bool:
         return not self.pids()
 
     def codes(self) -> list[int | None]:
-        """Exit codes by rank; None for a process that still runs."""
+        """Returns the exit code of each process, in rank order; None for a process that still runs."""
         return [process.poll() for process in self.processes]
 
     def wait(self, seconds: float) -> bool:
-        """Whether all processes ended within `seconds`."""
+        """Waits until all processes have ended, at most `seconds`. Returns whether they have."""
         return wait_until(self.ended, seconds)
 
     def end(self) -> None:
-        """Kills the processes that still run, with their children."""
+        """Kills the processes that still run, and their children."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # each leads a group of its own
+                os.killpg(process.pid, signal.SIGKILL)  # each process leads its own process group
             process.wait()
 
     def error(self) -> str:
-        """The error message that a worker ended with, of the lowest rank that has one, or where to look for it."""
+        """Returns the last line of the first log that ends with an error message, or else the path of a log."""
         for log in self.logs:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             if lines and "error" in lines[-1].lower():
@@ -58,11 +58,11 @@ class LocalJob:
 
 
 def start_job(command: Sequence[str], workers: int, log: Path, launcher: str = "") -> LocalJob:
-    """Starts `workers` processes of `python COMMAND`, or one launcher that does.
+    """Starts `workers` processes of `python COMMAND`, or one launcher that starts them.
 
     Args:
-        log: path of the output files, to whose name the rank or "launcher" is added.
-        launcher: a command to put before `command`, with {workers} in place of their number.
+        log: start of the output files' paths; "-rank0.txt" and so on, or "-launcher.txt", is added.
+        launcher: the launcher's command line, put before `command`; {workers} in it becomes the number of workers.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     variables = {"D2S_THREADS": os.environ.get("D2S_THREADS", "1")}  # the same for any number of workers
@@ -89,7 +89,7 @@ def _spawn(command: list[str], log: Path, variables: dict[str, str]) -> subproce
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether the condition became true within `seconds`."""
+    """Waits until `condition()` is true, at most `seconds`. Returns whether it became true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -1,13 +1,13 @@
-"""Ends all workers within seconds once one of them is gone.
+"""Ends all workers within seconds after one of them has failed or disappeared.
 
-`srun --kill-on-bad-exit` and torchrun end a job whose worker exits with an error. They do not notice a worker that
-exits with 0 midway, nor a machine that falls silent, and plain `python` has nobody to watch; a collective then waits
-for D2S_TIMEOUT, or on a GPU forever. So each worker has an idle TCP connection to worker 0. The kernel closes it
-when the process ends in any way, keeps it open while a process is slow or paused, and keepalive detects a dead
-machine.
+`srun --kill-on-bad-exit` and torchrun end a job if a worker exits with an error. They do not notice a worker that
+exits with code 0 too early, or a machine that stops responding; plain `python` watches nothing. The other workers
+would then wait in a collective for D2S_TIMEOUT, or forever on a GPU. So each worker keeps an idle TCP connection to
+worker 0. The kernel closes the connection however the process ends, and keeps it open while the process is slow or
+paused. TCP keepalive detects a dead machine.
 
-Before it leaves, a worker sends its exit code as one byte: 0 with all others at the end, or another after it has
-printed its error. A connection that closes without one means a crash. Worker 0 passes both on.
+A worker that exits sends its exit code as one byte: 0 if all workers exit together at the end, another code if the
+worker has printed an error. A connection that closes without such a byte means a crash. Worker 0 tells the others.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ import warnings
 from torch.distributed.distributed_c10d import _get_default_store
 
 _GRACE = 2.0
-"""Seconds until the others exit, so that a launcher first sees the exit of the worker that failed."""
+"""Seconds that the other workers wait before they exit, so that the launcher sees the failed worker exit first."""
 _CONNECT = 20.0
-"""Seconds for all workers to connect."""
+"""Seconds that a worker tries to connect to worker 0."""
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 
 class Watchdog:
-    """Listens to the connections of this worker in a thread.
+    """Listens to this worker's connections in a thread, and ends this process if another worker fails.
 
-    connections: by rank; those to all other workers on worker 0, that to worker 0 on the others.
+    connections: by the rank at the other end. Worker 0 is connected to all others, which have only this connection.
     """
 
     def __init__(self, rank: int, connections: dict[int, socket.socket]) -> None:
@@ -41,7 +41,7 @@ class Watchdog:
         self._leaving = False
         self._another_failed = threading.Event()
         threading.Thread(target=self._listen, name="watchdog", daemon=True).start()
-        # A loader process would keep the connections open after the death of its worker.
+        # A loader process inherits the connections. It closes them, or they would stay open when its worker dies.
         os.register_at_fork(after_in_child=self._close)
 
     def _close(self) -> None:
@@ -63,7 +63,7 @@ class Watchdog:
                     selector.unregister(key.fileobj)
 
     def _end(self, gone: int, message: bytes) -> None:
-        """Ends this process because worker `gone` failed; `message` is its exit code, empty after a crash."""
+        """Ends this process because worker `gone` failed. message: that worker's exit code, empty after a crash."""
         if self._leaving:
             return
         self._another_failed.set()
@@ -83,23 +83,23 @@ class Watchdog:
 
     def _send(self, message: bytes) -> None:
         for connection in self._connections.values():
-            with contextlib.suppress(OSError):  # this worker has ended too
+            with contextlib.suppress(OSError):  # the receiver may have ended too
                 connection.sendall(message)
 
     def exit_if_another_failed(self) -> None:
-        """Returns if this worker's error is its own; ends the process if another worker failed before."""
+        """Ends this process if another worker failed first. Else returns, after waiting 1 s for news of a failure."""
         if self._another_failed.wait(1.0):
             time.sleep(2 * _GRACE)
 
     def announce_exit(self, code: int) -> None:
-        """Tells the other workers that this one leaves: 0 with all of them, else after it printed its error."""
+        """Tells the other workers that this one exits. code: 0 if all exit together, else this worker's exit code."""
         self._leaving = True
         self._send(bytes([code]))
 
 
 def start_watchdog(rank: int, world: int) -> Watchdog:
-    """Connects all workers, which call it together. Warns if they cannot reach worker 0 within 20 seconds."""
-    # Through the store, since the first collective of NCCL may wait for a dead worker forever.
+    """Connects all workers, which call it together. Warns if worker 0 cannot be reached within 20 seconds."""
+    # The port is shared through torch's store: a first collective of NCCL may wait forever for a dead worker.
     store = _get_default_store()
     if rank:
         port, token = json.loads(store.get("d2s/watchdog"))
@@ -120,7 +120,7 @@ def start_watchdog(rank: int, world: int) -> Watchdog:
 
 
 def _accept(listener: socket.socket, world: int, token: str) -> dict[int, socket.socket]:
-    """Connections of the workers that come in time, by rank. The token keeps strangers out."""
+    """Returns the connections of the workers that connect in time, by rank. Refuses connections without the token."""
     connections: dict[int, socket.socket] = {}
     deadline = time.monotonic() + _CONNECT + 5
     while len(connections) < world - 1:
@@ -143,7 +143,7 @@ def _accept(listener: socket.socket, world: int, token: str) -> dict[int, socket
 
 
 def _connect(port: int, greeting: str) -> dict[int, socket.socket]:
-    """The connection to worker 0, under its rank; none if it cannot be reached."""
+    """Connects to worker 0. Returns {0: connection}, or {} with a warning if worker 0 cannot be reached."""
     address = os.environ["MASTER_ADDR"]
     try:
         connection = socket.create_connection((address, port), timeout=_CONNECT)

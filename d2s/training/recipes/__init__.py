@@ -1,9 +1,9 @@
-"""Recipes: names for functions that return a whole configuration. A data set has a file, a recipe a line in it.
+"""Recipes. A recipe is a named function that returns a configuration. Each data set has a file with its recipes.
 
-A name says data set, image tower, input size in pixels and stage: `f30k_vitb16_384_pretrain`. The paper's own files
-are called 224 and 384, but were trained at 384 and 480 pixels; the names here give the true size. Stages: `pretrain`
-and `finetune` are stages 1 and 2; `align` is the baseline without decoder and teacher. `_compat` recipes switch on
-what the authors' release does differently, so that its numbers can be reproduced.
+A name gives data set, image tower, input size in pixels and stage: `f30k_vitb16_384_pretrain`. The paper's models are
+called 224 and 384, but were trained at 384 and 480 pixels; the names here give the true size. `pretrain` is stage 1,
+`finetune` is stage 2, and `align` is the baseline without decoder and teacher. A `_compat` recipe does what the
+authors' release does differently from the paper, to reproduce the numbers of the release.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     for name, recipe in vars(data_set).items()
     if isinstance(recipe, partial)
 }
-"""Every recipe by name: each `partial` in a data set's file is one."""
+"""All recipes by name. Each `partial` in a data set's file is a recipe."""
 
 
 def find_recipe(name: str) -> TrainConfig:
-    """The recipe's configuration. Raises ValueError with the nearest name for an unknown one."""
+    """Returns the configuration of a recipe. Raises ValueError, with the most similar name, if there is none."""
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}{did_you_mean(name, RECIPES) or '; --help lists them'}")
     return dataclasses.replace(RECIPES[name](), recipe=name)

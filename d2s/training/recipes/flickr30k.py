@@ -1,4 +1,4 @@
-"""Flickr30K recipes: the paper's settings, at true input sizes; see :mod:`d2s.training.recipes`."""
+"""Flickr30K recipes with the paper's settings. :mod:`d2s.training.recipes` explains the names."""
 
 from functools import partial
 

@@ -9,9 +9,9 @@ from d2s.training.recipes.small import small
 
 
 def _small(stage: Stage, *, steps: int) -> TrainConfig:
-    """Photographs at 112 pixels; the text tower is a frozen MiniLM under trained heads.
+    """Returns a small configuration for 112-pixel photographs. The text tower is a frozen MiniLM with trained heads.
 
-    Words are not masked and nothing is dropped: MiniLM never saw [MASK], and a short run has no time to overfit.
+    Words are not masked, because MiniLM never saw [MASK]. There is no dropout, because a short run does not overfit.
     """
     return small(
         stage,

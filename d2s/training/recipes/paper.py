@@ -1,4 +1,4 @@
-"""The paper's settings for Flickr30K and COCO."""
+"""Builds configurations with the paper's settings for Flickr30K and COCO."""
 
 import dataclasses
 from typing import Literal
@@ -13,9 +13,8 @@ Stage = Literal["pretrain", "finetune", "align"]
 
 
 def paper(tower: Tower, size: int, stage: Stage) -> TrainConfig:
-    """30 epochs, global batch 128, hinge loss with a margin of 0.2, BERT-base; the same for both data sets.
-
-    size: side of the input image in pixels. stage: "align" is the baseline without decoder and teacher.
+    """Returns the paper's configuration: 30 epochs, batch 128, hinge loss with margin 0.2, BERT-base. Both data sets
+    use it. size: side of the input image in pixels. stage: "align" is the baseline without decoder and teacher.
     """
     finetune = stage == "finetune"
     return TrainConfig(
@@ -32,7 +31,7 @@ def paper(tower: Tower, size: int, stage: Stage) -> TrainConfig:
 
 
 def compat(tower: Tower, size: int, stage: Stage) -> TrainConfig:
-    """`paper` with every difference of the authors' release switched on that has a switch."""
+    """Returns the configuration of `paper`, with all settings on that copy differences of the authors' release."""
     config = paper(tower, size, stage)
     decoder, loss = config.model.decoder, config.loss
     if decoder:

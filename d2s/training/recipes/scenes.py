@@ -1,4 +1,4 @@
-"""Recipes for procedural scenes, whose captions are generated with them."""
+"""Recipes for procedural scenes: images of shapes that are generated together with their captions."""
 
 from functools import partial
 
@@ -9,9 +9,9 @@ from d2s.training.recipes.small import small
 
 
 def _small(stage: Stage, *, steps: int) -> TrainConfig:
-    """Scenes at 64 pixels; both towers start from random weights.
+    """Returns a small configuration for 64-pixel scenes. Both towers start from random weights.
 
-    The captions name sides and corners, which a flip or a narrow crop would make false.
+    The captions name sides and corners of the image; a flip or a narrow crop would make them false.
     """
     return small(
         stage,

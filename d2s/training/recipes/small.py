@@ -1,4 +1,4 @@
-"""Settings of the small recipes, which train on two CPU cores."""
+"""Settings of the small recipes, which can be trained on two CPU cores."""
 
 from typing import Any
 
@@ -21,10 +21,10 @@ def small(
     model: dict[str, Any],
     data: dict[str, Any],
 ) -> TrainConfig:
-    """A small image tower from random weights, aligned by InfoNCE at a batch of 128.
+    """Returns a configuration with a small image tower, trained from random weights with InfoNCE at a batch of 128.
 
-    From random weights all similarities are alike and the hardest negative is noise, so the hardest-negative hinge
-    would stall. size: side of the input image in pixels. model, data: further fields of their settings.
+    It does not use the hinge at the hardest negative, which does not learn from random weights: all similarities are
+    about equal. size: side of the input image in pixels. model, data: other fields of ModelConfig and DataConfig.
     """
     finetune = stage == "finetune"
     return TrainConfig(
@@ -39,7 +39,7 @@ def small(
         ),
         data=DataConfig(image_size=size, sparse="one", loader_workers=1, **data),
         loss=LossConfig(align="infonce", distill_weight=64.0 if finetune else 0.0),
-        # The loss is a sum stated at 128 pairs: this clips at a norm of 2 for the mean.
+        # The loss is a sum over 128 pairs: 256 here clips like a norm of 2 with a mean.
         optim=OptimConfig(lr=1e-3, backbone_lr=1e-3, schedule="cosine", warmup_steps=50, grad_clip=256.0),
         engine=EngineConfig(precision="fp32", zero_stage=0),
         validation=ValidationConfig(every_epochs=5),
