@@ -20,7 +20,7 @@ from d2s.workers.preemption import PREEMPTED, Preemption, leave_group
 
 COMMANDS = {
     "train": "d2s.train",
-    "evaluate": "d2s.evaluate.evaluation",
+    "evaluate": "d2s.evaluate.command",
     "shard": "d2s.shard",
     "check": "d2s.launchers.check",
 }

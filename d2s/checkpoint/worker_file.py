@@ -4,8 +4,6 @@ A file stores consecutive elements of flattened tensors under keys such as `weig
 tensor's name, and the index of the first element. Workers read only the ranges that they hold.
 """
 
-import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from d2s.checkpoint.zero_state import TensorSlice
+from d2s.common.files import file_sha256, sync_path
 
 
 def slices_to_write(slices: Iterable[TensorSlice], rank: int, world: int) -> Iterator[TensorSlice]:
@@ -43,9 +42,8 @@ def write_slices(path: Path, slices: Iterable[TensorSlice]) -> str:
         save_file(tensors, path)
     except SafetensorError as error:
         raise OSError(0, str(error), str(path)) from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync_path(path)
+    return file_sha256(path)
 
 
 class WorkerFiles:

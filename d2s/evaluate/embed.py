@@ -17,6 +17,7 @@ from d2s.model.d2s_model import evaluating
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.read.index import ShardIndex
 from d2s.workers.collectives import all_gather
+from d2s.workers.group import rank, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,6 @@ def embed_split(
     *,
     config: DataConfig,
     batch_size: int = 128,
-    rank: int = 0,
-    world: int = 1,
     dense: bool = True,
     poll: Callable[[], None] | None = None,
 ) -> Embeddings:
@@ -76,11 +75,10 @@ def embed_split(
                 poll()
             yield batch
 
-    rows = index.rows(split)
+    rows, worker = index.rows(split), (rank(), world_size())
     with evaluating(model):
-        images = _embed_images(
-            model, polled(eval_images(index, split, config, batch_size, rank, world)), rows
-        )
+        batches = polled(eval_images(index, split, config, batch_size, *worker))
+        images = _embed_images(model, batches, rows)
         sets: dict[str, TextSet] = {}
         for kind in ("sparse", "dense") if dense else ("sparse",):
             if not index.total(split, kind):
@@ -89,7 +87,7 @@ def embed_split(
             limit = min(limit, model.max_words)
             pipeline = TextPipeline(model.tokenizer, limit)
             # Captions are read in this process, so that the pipeline can count the captions that it cuts.
-            batches = polled(eval_texts(index, split, pipeline, kind, batch_size, rank, world))
+            batches = polled(eval_texts(index, split, pipeline, kind, batch_size, *worker))
             counts = torch.from_numpy(index.column(f"n_{kind}")[rows.start : rows.stop].astype("int64"))
             sets[kind] = _embed_texts(model, batches, pipeline, limit, counts)
     return Embeddings(images=images, sparse=sets.get("sparse"), dense=sets.get("dense"))

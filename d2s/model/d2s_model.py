@@ -157,9 +157,7 @@ class D2SModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors, config.json and the tokenizer to `folder`; creates it if missing."""
-        towers = self.image_encoder.tower, self.text_encoder.tower
-        config = saving.self_contained(self.config, *towers)
-        saving.write(Path(folder), config, self.tokenizer, saving.hub_state(self))
+        saving.write(Path(folder), self.config, self.tokenizer, self)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **changes: object) -> Self:

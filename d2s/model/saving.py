@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,27 +31,22 @@ class SavedModel(NamedTuple):
     """Path of the file with the weights, for error messages."""
 
 
-def self_contained(
-    config: ModelConfig, image_tower: PreTrainedModel, text_tower: PreTrainedModel
-) -> ModelConfig:
-    """Returns the settings with full Hugging Face configurations of both towers instead of names."""
-
-    def complete(tower: TowerConfig, built: PreTrainedModel) -> TowerConfig:
-        fields = json.loads(built.config.to_json_string(use_diff=False))
-        fields.pop("_name_or_path", None)
-        return dataclasses.replace(tower, name=None, config=fields, pretrained=False, layers=None)
-
-    return dataclasses.replace(
-        config,
-        image_encoder=complete(config.image_encoder, image_tower),
-        text_encoder=complete(config.text_encoder, text_tower),
-    )
+def _self_contained(config: TowerConfig, tower: PreTrainedModel) -> TowerConfig:
+    """Returns the settings with the tower's full Hugging Face configuration instead of a name."""
+    fields = json.loads(tower.config.to_json_string(use_diff=False))
+    fields.pop("_name_or_path", None)
+    return dataclasses.replace(config, name=None, config=fields, pretrained=False, layers=None)
 
 
-def write(
-    folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor]
-) -> None:
-    """Writes a model folder. The weights are written last, so a folder that contains them is complete."""
+def write(folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Writes a model folder. The weights are written last, so a folder that contains them is complete.
+
+    The settings are written with full configurations of both towers instead of names. The towers' weights get
+    the names that the hub uses.
+    """
+    towers = ("image_encoder", "text_encoder")
+    parts = {name: _self_contained(getattr(config, name), getattr(model, name).tower) for name in towers}
+    config = dataclasses.replace(config, **parts)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -62,7 +56,8 @@ def write(
         backend.no_padding()
         backend.no_truncation()
     tokenizer.save_pretrained(folder)
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(to_hub(model, state), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def read(name: str | Path) -> SavedModel:
@@ -102,12 +97,6 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{path}: {one_line(error)}") from error
 
 
-def hub_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the model's state on the CPU; the towers' weights have the names that the hub uses."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    return to_hub(model, state)
-
-
 def load_hub_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Loads a state with the hub's names into the model.
 
@@ -127,13 +116,8 @@ def load_hub_state(model: nn.Module, state: dict[str, Tensor], source: str | Pat
         given, wanted = state[name].shape, own[name].shape
         if given == wanted:
             continue
-        if not (name.endswith("position_embeddings") and _differ_in_rows(given, wanted)):
+        rows_differ = given[:-2] == wanted[:-2] and given[-1:] == wanted[-1:] and given[-2] > 0
+        if not (name.endswith("position_embeddings") and rows_differ):
             raise ValueError(f"{source}: {name} has shape {tuple(given)}, the model {tuple(wanted)}")
         state[name] = resize_positions(state[name], wanted[-2])
     model.load_state_dict(state)
-
-
-def _differ_in_rows(given: torch.Size, wanted: torch.Size) -> bool:
-    """Returns whether two shapes (..., n, C) are equal except possibly in n, and the given n is positive."""
-    same = (len(given), given[:-2], given[-1:]) == (len(wanted), wanted[:-2], wanted[-1:])
-    return same and len(wanted) >= 2 and given[-2] > 0

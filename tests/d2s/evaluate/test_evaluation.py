@@ -255,9 +255,7 @@ def test_settings_come_from_the_run_around_the_model(tmp_path, model):
 def _worker(rank: int, world: int, data: str, store: str, out: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    result = evaluate_model(
-        make_model(), ShardIndex.open(data), "test", data_config=CONFIG, batch_size=5, rank=rank, world=world
-    )
+    result = evaluate_model(make_model(), ShardIndex.open(data), "test", data_config=CONFIG, batch_size=5)
     with open(f"{out}/{rank}.json", "w") as file:
         json.dump({**result.to_dict(), "seconds": 0}, file)
     torch.distributed.barrier()
