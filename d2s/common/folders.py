@@ -47,7 +47,7 @@ def put_in_place(fresh: Path, folder: Path) -> None:
         sync_path(folder.parent)
         shutil.rmtree(fresh, ignore_errors=True)
     else:
-        aside = _aside(folder)
+        aside = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         fresh.rename(folder)
@@ -76,11 +76,11 @@ def exchange(one: Path, other: Path) -> bool:
 
 def discard(folder: Path) -> None:
     """Gives a folder a hidden name, then removes it, so no half-removed folder is ever visible."""
-    hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.gone")
-    if hidden != folder:
+    if not folder.name.startswith("."):
+        hidden = folder.with_name(f".{folder.name}.gone")
         shutil.rmtree(hidden, ignore_errors=True)
-        folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+        folder = folder.rename(hidden)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def recover(parent: Path) -> None:
@@ -89,7 +89,3 @@ def recover(parent: Path) -> None:
         folder = aside.with_name(aside.name[1 : -len(".old")])
         if aside.is_dir() and not folder.exists():
             aside.rename(folder)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")

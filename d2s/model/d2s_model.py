@@ -18,7 +18,7 @@ from d2s.model.config import IdleSetting, ModelConfig, idle_settings
 from d2s.model.decoder import Decoder
 from d2s.model.image_encoder import ImageEncoder
 from d2s.model.text_encoder import TextEncoder
-from d2s.model.tokenizer import load_tokenizer
+from d2s.model.tokenizer import load_tokenizer, read_tokenizer
 from d2s.model.weight_names import TOWERS
 from d2s.preprocess.pixels import Picture, pixels
 
@@ -167,15 +167,16 @@ class D2SModel(nn.Module):
         weights; if they change image_size, position embeddings are resized.
         Raises ValueError in one line if there is no such model or its files are damaged.
         """
-        saved = saving.read(name)
-        config = dataclasses.replace(saved.config, **changes)
+        folder = saving.find_folder(name)
+        config = dataclasses.replace(saving.read_config(folder), **changes)
+        tokenizer = read_tokenizer(folder, f"model {str(folder)!r}")
         with warnings.catch_warnings():
             # A warning that weights are random would be wrong: they are loaded below.
             warnings.simplefilter("ignore", IdleSetting)
-            model = cls(config, saved.tokenizer)
+            model = cls(config, tokenizer)
         for line in idle_settings(config, changes.keys()):
             warnings.warn(line, IdleSetting, stacklevel=2)
-        saving.load_hub_state(model, saved.state, saved.source)
+        saving.load_weights(model, folder)
         return model.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -12,23 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d2s.common.files import read_json
 from d2s.model.config import ModelConfig, TowerConfig
-from d2s.model.tokenizer import read_tokenizer
 from d2s.model.towers import one_line, resize_positions
 from d2s.model.weight_names import from_hub, to_hub
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-
-
-class SavedModel(NamedTuple):
-    """The content of a model folder."""
-
-    config: ModelConfig
-    tokenizer: PreTrainedTokenizerBase
-    state: dict[str, Tensor]
-    """All weights and buffers; those of the towers have the names that the hub uses."""
-    source: Path
-    """Path of the file with the weights, for error messages."""
 
 
 def _self_contained(config: TowerConfig, tower: PreTrainedModel) -> TowerConfig:
@@ -60,21 +47,16 @@ def write(folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase,
     save_file(to_hub(model, state), folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def read(name: str | Path) -> SavedModel:
-    """Reads a saved model from a local folder, or downloads it from the hub.
+def find_folder(name: str | Path) -> Path:
+    """Returns the local folder of a saved model; downloads it if `name` is one on the hub.
 
-    Raises ValueError in one line if there is no such model or a file is damaged.
+    Raises ValueError in one line if there is no such model or a file is missing.
     """
     folder = Path(name) if Path(name).is_dir() else _download(str(name))
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise ValueError(f"model {str(name)!r}: has no {file}, give a folder that save_pretrained wrote")
-    config, source = read_config(folder), folder / WEIGHTS
-    try:
-        state = load_file(source)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{source}: {one_line(error)}") from error
-    return SavedModel(config, read_tokenizer(folder, f"model {str(folder)!r}"), state, source)
+    return folder
 
 
 def _download(name: str) -> Path:
@@ -95,6 +77,16 @@ def read_config(folder: Path) -> ModelConfig:
         return ModelConfig.from_dict(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Loads the weights of the saved model in `folder`. Raises ValueError as :func:`load_hub_state` does."""
+    source = folder / WEIGHTS
+    try:
+        state = load_file(source)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{source}: {one_line(error)}") from error
+    load_hub_state(model, state, source)
 
 
 def load_hub_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
