@@ -84,12 +84,11 @@ def embed_split(
             if not index.total(split, kind):
                 continue
             limit = config.max_words_sparse if kind == "sparse" else config.max_words_dense
-            limit = min(limit, model.max_words)
-            pipeline = TextPipeline(model.tokenizer, limit)
+            pipeline = TextPipeline(model.tokenizer, min(limit, model.max_words))
             # Captions are read in this process, so that the pipeline can count the captions that it cuts.
             batches = polled(eval_texts(index, split, pipeline, kind, batch_size, *worker))
             counts = torch.from_numpy(index.column(f"n_{kind}")[rows.start : rows.stop].astype("int64"))
-            sets[kind] = _embed_texts(model, batches, pipeline, limit, counts)
+            sets[kind] = _embed_texts(model, batches, pipeline, counts)
     return Embeddings(images=images, sparse=sets.get("sparse"), dense=sets.get("dense"))
 
 
@@ -102,25 +101,17 @@ def _embed_images(model: D2SModel, batches: Iterator[tuple[Tensor, ...]], split_
 
 
 def _embed_texts(
-    model: D2SModel,
-    batches: Iterator[tuple[Tensor, ...]],
-    pipeline: TextPipeline,
-    limit: int,
-    counts: Tensor,
+    model: D2SModel, batches: Iterator[tuple[Tensor, ...]], pipeline: TextPipeline, counts: Tensor
 ) -> TextSet:
-    """Embeds captions. limit: maximum of word pieces. counts: (N,) int64, captions of each image."""
-    parts, places, truncated = [], [], 0
-    for numbers, _, ids, mask, valid in batches:
+    """Embeds captions that `pipeline` encoded. counts: (N,) int64, captions of each image."""
+    parts, places = [], []
+    for numbers, _, ids, mask, _ in batches:
         parts.append(model.forward_text(ids.to(model.device), mask.to(model.device)).embedding.float())
         places.append(numbers)
-        surplus = ~valid & (mask.sum(1) == limit)
-        # Surplus rows repeat the last caption. If it was cut, each surplus row was counted as well.
-        truncated += max(0, pipeline.truncated - int(surplus.sum()))
-        pipeline.truncated = 0
     return TextSet(
         embeddings=_in_order(parts, places, int(counts.sum())),
         owner=torch.repeat_interleave(counts).to(model.device),
-        truncated=int(all_gather(torch.tensor([truncated], device=model.device)).sum()),
+        truncated=int(all_gather(torch.tensor([pipeline.truncated], device=model.device)).sum()),
     )
 
 

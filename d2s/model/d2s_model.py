@@ -93,13 +93,9 @@ class D2SModel(nn.Module):
         """Returns the results of `forward_image`, with draw_seeds, and `forward_text`, without."""
         return self.forward_image(images, draw_seeds), self.forward_text(ids, mask)
 
-    def parameter_parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Returns the trained named parameters: those of towers as "backbone", others as "head"."""
-        parts: dict[str, list[tuple[str, nn.Parameter]]] = {"backbone": [], "head": []}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                parts["backbone" if name.startswith(TOWERS) else "head"].append((name, parameter))
-        return parts
+    def tower_parameters(self) -> list[nn.Parameter]:
+        """Returns the trained parameters of both towers."""
+        return [p for name, p in self.named_parameters() if p.requires_grad and name.startswith(TOWERS)]
 
     @torch.no_grad()
     def encode_image(
