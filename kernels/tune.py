@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
@@ -23,11 +22,10 @@ from torch import Tensor
 from d2s.common.command import Parser, positive, run, user_path
 from d2s.common.files import write_json
 from d2s.kernels import gpo_pool, implementation
+from d2s.kernels.fused import ALL_SPECS
+from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import LARGE, TABLE, Tile, default_tile, entry, tuned_tiles
 from d2s.kernels.problems import PROBLEMS, Shape, one_line
-
-if TYPE_CHECKING:
-    from d2s.kernels.fused.spec import KernelSpec
 
 # The ops that launch each kernel. The kernel hinge_few is not tuned, because only small batches use it.
 OPS = {
@@ -65,7 +63,7 @@ TOLERANCE = 0.1
 class Task:
     """One kernel to tune. width: D or, for GPO, number of tokens. half: whether embeddings have 16 bits."""
 
-    spec: "KernelSpec"
+    spec: KernelSpec
     width: int
     half: bool
     capability: tuple[int, int]
@@ -85,13 +83,13 @@ class Task:
 
     def candidates(self) -> list[Tile]:
         """Returns the tiles to try, first the default. Of several tiles that build the same code, one is returned."""
-        name, found = self.spec.name, [self.default]
-        if name not in SAME_SUMS:
-            found += [default_tile(name, self.width, self.half, other) for other in LARGE]
-        for field, (least, most) in BOUNDS.items():
-            if name in SAME_SUMS and field not in ("columns", "stages"):
-                continue
-            value = getattr(self.default, field)
+        fields, found = tuple(BOUNDS), [self.default]
+        if self.spec.name in SAME_SUMS:
+            fields = ("columns", "stages")
+        else:
+            found += [default_tile(self.spec.name, self.width, self.half, other) for other in LARGE]
+        for field in fields:
+            value, (least, most) = getattr(self.default, field), BOUNDS[field]
             steps = (value - 1, value + 1) if field == "stages" else (value // 2, value * 2)
             found += [replace(self.default, **{field: step}) for step in steps if least <= step <= most]
         by_build: dict[tuple, Tile] = {}
@@ -102,13 +100,12 @@ class Task:
 
 def tasks(kernels: Sequence[str], widths: Sequence[int], capability: tuple[int, int]) -> list[Task]:
     """Returns the tasks for all given kernels, widths and type sizes, in the order of tuning."""
-    from d2s.kernels.fused import ALL_SPECS
-
-    specs, found = {spec.name: spec for spec in ALL_SPECS}, []
-    for width, half, name in product(widths, (True, False), kernels):
-        size = TOKENS.get(width, width) if name == "gpo_forward" else width
-        found.append(Task(spec=specs[name], width=size, half=half, capability=capability))
-    return found
+    specs = {spec.name: spec for spec in ALL_SPECS}
+    sizes = {name: TOKENS if name == "gpo_forward" else {} for name in kernels}
+    return [
+        Task(spec=specs[name], width=sizes[name].get(width, width), half=half, capability=capability)
+        for width, half, name in product(widths, (True, False), kernels)
+    ]
 
 
 def make_step(op: str, width: int, dtype: torch.dtype, device: str, rows: int) -> Callable[[], list[Tensor]]:

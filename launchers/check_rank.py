@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from d2s.common.files import write_text
+
 MARK = "d2s-check "
 """Marks the lines that hold results; libraries print lines of their own."""
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "webdataset", "pyarrow", "numpy", "d2s")
@@ -85,14 +87,10 @@ def token_folder(run: Path) -> Path:
 
 def write_token(run: Path, text: str) -> str:
     """Writes this rank's token. Returns the error message if that fails, else ""."""
-    folder = token_folder(run)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{os.environ['RANK']}"
-        temporary.write_text(text, encoding="ascii")
-        temporary.rename(folder / os.environ["RANK"])
+        write_text(token_folder(run) / os.environ["RANK"], text)
     except OSError as error:
-        return f"{error.filename or folder}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}"
     return ""
 
 

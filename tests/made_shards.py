@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from d2s.shards.format.index_file import write_index
-from d2s.shards.format.manifest import schema, write_manifest
+from d2s.shards.format.index_file import IndexWriter
+from d2s.shards.format.manifest import schema, split_by_shard, write_manifest
 
 WORDS = [
     "a",
@@ -35,6 +36,16 @@ WORDS = [
     "sand",
     "water",
 ]
+
+
+def write_index(folder: Path, table: pa.Table, crc32: np.ndarray, json_home: str = "tar") -> None:
+    """Writes index.arrow for a manifest table, whose rows must be in the order of the manifest."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        writer, start = IndexWriter(table.num_rows, Path(scratch)), 0
+        for part in split_by_shard(table):
+            writer.add(part, crc32[start : start + part.num_rows])
+            start += part.num_rows
+        writer.finish(Path(folder), json_home)
 
 
 def picture(number: int, width: int = 40, height: int = 30, format: str = "JPEG") -> bytes:

@@ -22,12 +22,10 @@ def write_model(folder: Path, model: D2SModel) -> None:
             raise
         # The error of a failed write, unlike that of a failed open, does not contain the file's name.
         raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
-    except SafetensorError as error:
-        raise OSError(0, str(error), str(folder)) from error
     except Exception as error:
-        if type(error) is not Exception:
-            raise
         # The tokenizers library raises the class Exception itself if the disk is full.
+        if type(error) not in (Exception, SafetensorError):
+            raise
         raise OSError(0, str(error), str(folder)) from error
     finally:
         shutil.rmtree(folder.with_name(f".{folder.name}.new"), ignore_errors=True)

@@ -4,11 +4,9 @@
 This file needs no torch: train.py imports it before its signal handlers are installed.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
-from d2s.common.files import write_json
+from d2s.common.files import file_sha256, read_json, write_json
 
 RESTARTS = "restarts.json"
 
@@ -22,9 +20,14 @@ def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
 
     Raises StalledError if the last `limit` starts also began there and saved nothing newer; 0 never raises.
     """
-    place = _place(checkpoint)
+    place = {"from": "the beginning", "digest": ""}
+    if checkpoint is not None:
+        from d2s.checkpoint.store import MARKER
+
+        # The marker is rewritten after validation, which is progress too.
+        place = {"from": checkpoint.name, "digest": file_sha256(checkpoint / MARKER)[:16]}
     path = run / RESTARTS
-    last = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    last = read_json(path) if path.is_file() else {}
     starts = last.pop("starts", 0)
     if last != place:
         starts = 0
@@ -40,13 +43,3 @@ def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
 def forget_start(run: Path) -> None:
     """Resets the count. Called if the user interrupts the run, because the next start is then no requeue."""
     (run / RESTARTS).unlink(missing_ok=True)
-
-
-def _place(checkpoint: Path | None) -> dict[str, str]:
-    """Returns a checkpoint's name and the digest of its marker, which is rewritten after validation."""
-    if checkpoint is None:
-        return {"from": "the beginning", "digest": ""}
-    from d2s.checkpoint.store import MARKER
-
-    digest = hashlib.sha256((checkpoint / MARKER).read_bytes()).hexdigest()
-    return {"from": checkpoint.name, "digest": digest[:16]}

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from d2s.checkpoint.worker_file import WorkerFiles, slices_to_write, write_slices
 from d2s.checkpoint.zero_state import ZeroState
-from d2s.common.files import file_sha256, sync_folder, write_json
+from d2s.common.files import file_sha256, sync_path, write_json
 from d2s.common.folders import discard, put_in_place, recover
 from d2s.model.running_statistics import broadcast_running_statistics
 from d2s.workers.collectives import run_on_all
@@ -83,7 +83,7 @@ def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Work
         if workers.is_main:
             marker = {**state, "files": dict(files), "optimizer_steps": engine_state.steps}
             write_json(hidden / MARKER, marker)
-            sync_folder(hidden)
+            sync_path(hidden)
             put_in_place(hidden, final)
             _prune(final, keep)
 
@@ -177,7 +177,10 @@ def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, An
     def fill() -> None:
         engine_state = ZeroState(engine)
         with WorkerFiles(folder / name for name in sorted(state["files"])) as files:
-            _compare(files.element_counts(), engine_state.element_counts())
+            saved, wanted = files.element_counts(), engine_state.element_counts()
+            for tensor in sorted(saved.keys() | wanted.keys()):
+                if (found := saved.get(tensor, 0)) != (needed := wanted.get(tensor, 0)):
+                    raise ValueError(f"it holds {found} numbers of {tensor}, the model {needed}")
             for target in engine_state.slices():
                 files.read_into(target)
 
@@ -185,14 +188,6 @@ def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, An
     if not problems:
         ZeroState(engine).finish_restore(state["optimizer_steps"])
     return state, problems
-
-
-def _compare(saved: dict[str, int], wanted: dict[str, int]) -> None:
-    for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name, 0) != wanted.get(name, 0):
-            raise ValueError(
-                f"it holds {saved.get(name, 0)} numbers of {name}, the model {wanted.get(name, 0)}"
-            )
 
 
 def _prune(final: Path, keep: int) -> None:

@@ -4,18 +4,17 @@ A file stores consecutive elements of flattened tensors under keys such as `weig
 tensor's name, and the index of the first element. Workers read only the ranges that they hold.
 """
 
-import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from d2s.checkpoint.zero_state import TensorSlice
+from d2s.common.files import file_sha256, sync_path
 
 
 def slices_to_write(slices: Iterable[TensorSlice], rank: int, world: int) -> Iterator[TensorSlice]:
@@ -43,36 +42,29 @@ def write_slices(path: Path, slices: Iterable[TensorSlice]) -> str:
         save_file(tensors, path)
     except SafetensorError as error:
         raise OSError(0, str(error), str(path)) from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync_path(path)
+    return file_sha256(path)
 
 
-class WorkerFiles:
+class WorkerFiles(ExitStack):
     """Opens the files of all workers in one checkpoint for reading ranges.
 
     Raises ValueError with the file's name if a file is missing or is not in safetensors format.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._open = ExitStack()
+        super().__init__()
         self._runs: dict[str, list[tuple[int, int, Any, str]]] = defaultdict(list)
         for path in files:
             try:
-                file = self._open.enter_context(safe_open(path, framework="pt"))
+                file = self.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
-                self._open.close()
+                self.close()
                 raise ValueError(f"{path.name}: {error}") from error
             for key in file.keys():  # noqa: SIM118 (`file` is not a dictionary)
                 name, _, start = key.rpartition("@")
                 first = int(start)
                 self._runs[name].append((first, first + file.get_slice(key).get_shape()[0], file, key))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._open.close()
 
     def element_counts(self) -> dict[str, int]:
         """Returns, for each tensor name, the number of the tensor's elements in all files together."""

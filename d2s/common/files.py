@@ -24,13 +24,16 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder to disk, so that a rename in it survives a power cut. Does nothing except on POSIX."""
+def sync_path(path: Path | str) -> None:
+    """Flushes a file to disk, or a folder, so that a rename in it survives a power cut.
+
+    Does nothing except on POSIX.
+    """
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

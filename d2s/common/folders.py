@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from d2s.common.files import sync_folder
+from d2s.common.files import sync_path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # Error numbers if the kernel, the file system (NFS) or the C library cannot exchange two names.
@@ -21,11 +21,7 @@ def fsync_tree(folder: Path) -> None:
     """Flushes `folder`, its subfolders and all their files to disk."""
     for root, _, files in os.walk(folder):
         for name in [*files, "."]:
-            handle = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_path(os.path.join(root, name))
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -48,16 +44,16 @@ def put_in_place(fresh: Path, folder: Path) -> None:
     if not folder.exists():
         fresh.rename(folder)
     elif exchange(fresh, folder):
-        sync_folder(folder.parent)
+        sync_path(folder.parent)
         shutil.rmtree(fresh, ignore_errors=True)
     else:
-        aside = _aside(folder)
+        aside = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         fresh.rename(folder)
-        sync_folder(folder.parent)
+        sync_path(folder.parent)
         shutil.rmtree(aside, ignore_errors=True)
-    sync_folder(folder.parent)
+    sync_path(folder.parent)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -80,11 +76,11 @@ def exchange(one: Path, other: Path) -> bool:
 
 def discard(folder: Path) -> None:
     """Gives a folder a hidden name, then removes it, so no half-removed folder is ever visible."""
-    hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.gone")
-    if hidden != folder:
+    if not folder.name.startswith("."):
+        hidden = folder.with_name(f".{folder.name}.gone")
         shutil.rmtree(hidden, ignore_errors=True)
-        folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+        folder = folder.rename(hidden)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def recover(parent: Path) -> None:
@@ -93,7 +89,3 @@ def recover(parent: Path) -> None:
         folder = aside.with_name(aside.name[1 : -len(".old")])
         if aside.is_dir() and not folder.exists():
             aside.rename(folder)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")

@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=user_path, required=True, help="data set made by python -m d2s.shard")
     parser.add_argument("--split", default="test", help="split of the data set (default: test)")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="also write the numbers to FILE")
-    parser.add_argument("--batch-size", type=int, default=128, help="images or captions at a time (128)")
+    parser.add_argument(
+        "--batch-size", type=command.positive, default=128, help="images or captions at a time (128)"
+    )
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda if there)")
     parser.add_argument(
         "--folds",
@@ -38,8 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     """Checks all arguments before any long work, evaluates, prints the tables, and writes the JSON file."""
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size is {arguments.batch_size}: it must be 1 or more")
     if arguments.json is not None:
         _check_output(arguments.json)
     device = choose_device(arguments.device)

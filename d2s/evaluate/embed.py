@@ -17,6 +17,7 @@ from d2s.model.d2s_model import evaluating
 from d2s.preprocess.text import TextPipeline
 from d2s.shards.read.index import ShardIndex
 from d2s.workers.collectives import all_gather
+from d2s.workers.group import rank, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,6 @@ def embed_split(
     *,
     config: DataConfig,
     batch_size: int = 128,
-    rank: int = 0,
-    world: int = 1,
     dense: bool = True,
     poll: Callable[[], None] | None = None,
 ) -> Embeddings:
@@ -76,22 +75,20 @@ def embed_split(
                 poll()
             yield batch
 
-    rows = index.rows(split)
+    rows, worker = index.rows(split), (rank(), world_size())
     with evaluating(model):
-        images = _embed_images(
-            model, polled(eval_images(index, split, config, batch_size, rank, world)), rows
-        )
+        batches = polled(eval_images(index, split, config, batch_size, *worker))
+        images = _embed_images(model, batches, rows)
         sets: dict[str, TextSet] = {}
         for kind in ("sparse", "dense") if dense else ("sparse",):
             if not index.total(split, kind):
                 continue
             limit = config.max_words_sparse if kind == "sparse" else config.max_words_dense
-            limit = min(limit, model.max_words)
-            pipeline = TextPipeline(model.tokenizer, limit)
+            pipeline = TextPipeline(model.tokenizer, min(limit, model.max_words))
             # Captions are read in this process, so that the pipeline can count the captions that it cuts.
-            batches = polled(eval_texts(index, split, pipeline, kind, batch_size, rank, world))
+            batches = polled(eval_texts(index, split, pipeline, kind, batch_size, *worker))
             counts = torch.from_numpy(index.column(f"n_{kind}")[rows.start : rows.stop].astype("int64"))
-            sets[kind] = _embed_texts(model, batches, pipeline, limit, counts)
+            sets[kind] = _embed_texts(model, batches, pipeline, counts)
     return Embeddings(images=images, sparse=sets.get("sparse"), dense=sets.get("dense"))
 
 
@@ -104,25 +101,17 @@ def _embed_images(model: D2SModel, batches: Iterator[tuple[Tensor, ...]], split_
 
 
 def _embed_texts(
-    model: D2SModel,
-    batches: Iterator[tuple[Tensor, ...]],
-    pipeline: TextPipeline,
-    limit: int,
-    counts: Tensor,
+    model: D2SModel, batches: Iterator[tuple[Tensor, ...]], pipeline: TextPipeline, counts: Tensor
 ) -> TextSet:
-    """Embeds captions. limit: maximum of word pieces. counts: (N,) int64, captions of each image."""
-    parts, places, truncated = [], [], 0
-    for numbers, _, ids, mask, valid in batches:
+    """Embeds captions that `pipeline` encoded. counts: (N,) int64, captions of each image."""
+    parts, places = [], []
+    for numbers, _, ids, mask, _ in batches:
         parts.append(model.forward_text(ids.to(model.device), mask.to(model.device)).embedding.float())
         places.append(numbers)
-        surplus = ~valid & (mask.sum(1) == limit)
-        # Surplus rows repeat the last caption. If it was cut, each surplus row was counted as well.
-        truncated += max(0, pipeline.truncated - int(surplus.sum()))
-        pipeline.truncated = 0
     return TextSet(
         embeddings=_in_order(parts, places, int(counts.sum())),
         owner=torch.repeat_interleave(counts).to(model.device),
-        truncated=int(all_gather(torch.tensor([truncated], device=model.device)).sum()),
+        truncated=int(all_gather(torch.tensor([pipeline.truncated], device=model.device)).sum()),
     )
 
 

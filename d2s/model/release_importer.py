@@ -100,20 +100,15 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"checkpoint: weight {full!r} is not part of the release's layout")
         ours, suffix = RENAMED[theirs], name.removeprefix(theirs)
         if ours.endswith(".pool."):
-            suffix = _pool_name(suffix)
+            direction = "back" if suffix.endswith("_reverse") else "ahead"
+            gru = f"{direction}_{suffix.removeprefix('gru.').split('_l0')[0]}"
+            suffix = "weights.score" if suffix == "linear.weight" else f"weights.{gru}"
         elif ours == "decoder.blocks.":
             suffix = suffix.replace(".mlp.", ".")
         out[ours + suffix] = value
     if any(name.startswith("text_encoder.mlp.norm.") for name in out):
         out["text_encoder.mlp.norm.num_batches_tracked"] = torch.tensor(0)
     return out
-
-
-def _pool_name(name: str) -> str:
-    if name == "linear.weight":
-        return "weights.score"
-    direction = "back" if name.endswith("_reverse") else "ahead"
-    return f"weights.{direction}_{name.removeprefix('gru.').split('_l0')[0]}"
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -13,8 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d2s.common.files import read_json
 from d2s.model.config import ModelConfig, TowerConfig
-from d2s.model.hub import one_line, reason
-from d2s.model.tokenizer import read_tokenizer
 from d2s.model.towers import resize_positions
 from d2s.model.weight_names import from_hub, to_hub
 
@@ -22,38 +18,22 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
-class SavedModel(NamedTuple):
-    """The content of a model folder."""
-
-    config: ModelConfig
-    tokenizer: PreTrainedTokenizerBase
-    state: dict[str, Tensor]
-    """All weights and buffers; those of the towers have the names that the hub uses."""
-    source: Path
-    """Path of the file with the weights, for error messages."""
+def _self_contained(config: TowerConfig, tower: PreTrainedModel) -> TowerConfig:
+    """Returns the settings with the tower's full Hugging Face configuration instead of a name."""
+    fields = json.loads(tower.config.to_json_string(use_diff=False))
+    fields.pop("_name_or_path", None)
+    return dataclasses.replace(config, name=None, config=fields, pretrained=False, layers=None)
 
 
-def self_contained(
-    config: ModelConfig, image_tower: PreTrainedModel, text_tower: PreTrainedModel
-) -> ModelConfig:
-    """Returns the settings with full Hugging Face configurations of both towers instead of names."""
+def write(folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Writes a model folder. The weights are written last, so a folder that contains them is complete.
 
-    def complete(tower: TowerConfig, built: PreTrainedModel) -> TowerConfig:
-        fields = json.loads(built.config.to_json_string(use_diff=False))
-        fields.pop("_name_or_path", None)
-        return dataclasses.replace(tower, name=None, config=fields, pretrained=False, layers=None)
-
-    return dataclasses.replace(
-        config,
-        image_encoder=complete(config.image_encoder, image_tower),
-        text_encoder=complete(config.text_encoder, text_tower),
-    )
-
-
-def write(
-    folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor]
-) -> None:
-    """Writes a model folder. The weights are written last, so a folder that contains them is complete."""
+    The settings are written with full configurations of both towers instead of names. The towers' weights get
+    the names that the hub uses.
+    """
+    towers = ("image_encoder", "text_encoder")
+    parts = {name: _self_contained(getattr(config, name), getattr(model, name).tower) for name in towers}
+    config = dataclasses.replace(config, **parts)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -63,24 +43,20 @@ def write(
         backend.no_padding()
         backend.no_truncation()
     tokenizer.save_pretrained(folder)
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(to_hub(model, state), folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def read(name: str | Path) -> SavedModel:
-    """Reads a saved model from a local folder, or downloads it from the hub.
+def find_folder(name: str | Path) -> Path:
+    """Returns the local folder of a saved model; downloads it if `name` is one on the hub.
 
-    Raises ValueError in one line if there is no such model or a file is damaged.
+    Raises ValueError in one line if there is no such model or a file is missing.
     """
     folder = Path(name) if Path(name).is_dir() else _download(str(name))
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise ValueError(f"model {str(name)!r}: has no {file}, give a folder that save_pretrained wrote")
-    config, source = read_config(folder), folder / WEIGHTS
-    try:
-        state = load_file(source)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{source}: {reason(error, source)}") from error
-    return SavedModel(config, read_tokenizer(folder, f"model {str(folder)!r}"), state, source)
+    return folder
 
 
 def _download(name: str) -> Path:
@@ -103,10 +79,14 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{path}: {one_line(error)}") from error
 
 
-def hub_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the model's state on the CPU; the towers' weights have the names that the hub uses."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    return to_hub(model, state)
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Loads the weights of the saved model in `folder`. Raises ValueError as :func:`load_hub_state` does."""
+    source = folder / WEIGHTS
+    try:
+        state = load_file(source)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{source}: {reason(error, source)}") from error
+    load_hub_state(model, state, source)
 
 
 def load_hub_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
@@ -128,13 +108,8 @@ def load_hub_state(model: nn.Module, state: dict[str, Tensor], source: str | Pat
         given, wanted = state[name].shape, own[name].shape
         if given == wanted:
             continue
-        if not (name.endswith("position_embeddings") and _differ_in_rows(given, wanted)):
+        rows_differ = given[:-2] == wanted[:-2] and given[-1:] == wanted[-1:] and given[-2] > 0
+        if not (name.endswith("position_embeddings") and rows_differ):
             raise ValueError(f"{source}: {name} has shape {tuple(given)}, the model {tuple(wanted)}")
         state[name] = resize_positions(state[name], wanted[-2])
     model.load_state_dict(state)
-
-
-def _differ_in_rows(given: torch.Size, wanted: torch.Size) -> bool:
-    """Returns whether two shapes (..., n, C) are equal except possibly in n, and the given n is positive."""
-    same = (len(given), given[:-2], given[-1:]) == (len(wanted), wanted[:-2], wanted[-1:])
-    return same and len(wanted) >= 2 and given[-2] > 0

@@ -1,8 +1,7 @@
 """Loads the tokenizer that belongs to a text tower, or builds a word tokenizer from captions."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import normalizers, pre_tokenizers
@@ -55,22 +54,19 @@ def read_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
 
     Raises ValueError in one line that begins with `what`, if there is no tokenizer or its files are damaged.
     """
-    with quiet(), _damage_as_value_error(f"{what}: no tokenizer", path):
-        # A caption is data: "[MASK]" in it is a word.
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, split_special_tokens=True)
-    if tokenizer.pad_token_id is None:
-        # Batches of texts need a padding token; the mask excludes padding from every result.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
-
-
-@contextmanager
-def _damage_as_value_error(what: str, path: str | Path) -> Iterator[None]:
     try:
-        yield
+        with quiet():
+            # A caption is data: "[MASK]" in it is a word.
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=False, split_special_tokens=True
+            )
     except Exception as error:
         known = (OSError, ValueError, LookupError, TypeError, AttributeError)
         # The tokenizers library raises the class Exception itself.
         if type(error) is not Exception and not isinstance(error, known):
             raise
-        raise ValueError(f"{what}, {type(error).__name__}: {reason(error, path)}") from error
+        raise ValueError(f"{what}: no tokenizer, {type(error).__name__}: {reason(error, path)}") from error
+    if tokenizer.pad_token_id is None:
+        # Batches of texts need a padding token; the mask excludes padding from every result.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer

@@ -27,12 +27,14 @@ def hub_names(tower: PreTrainedModel) -> dict[str, str]:
 
 def to_hub(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames the entries of both towers in a model's state to the names on the hub."""
-    return _rename(state, _all_names(model))
+    names = _all_names(model)
+    return {names.get(name, name): value for name, value in state.items()}
 
 
 def from_hub(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames the entries of both towers from the names on the hub to the installed names."""
-    return _rename(state, {theirs: ours for ours, theirs in _all_names(model).items()})
+    names = {theirs: ours for ours, theirs in _all_names(model).items()}
+    return {names.get(name, name): value for name, value in state.items()}
 
 
 def _all_names(model: nn.Module) -> dict[str, str]:
@@ -41,7 +43,3 @@ def _all_names(model: nn.Module) -> dict[str, str]:
         pairs = hub_names(model.get_submodule(prefix[:-1]))
         names |= {prefix + ours: prefix + theirs for ours, theirs in pairs.items()}
     return names
-
-
-def _rename(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    return {names.get(name, name): value for name, value in state.items()}

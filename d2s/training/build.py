@@ -107,8 +107,7 @@ def _build(spec: RunSpec, workers: Workers, preemption: Preemption, lock: int | 
     pipeline = TextPipeline(model.tokenizer, config.data.max_words_dense)
     teacher = _build_teacher(spec, model, pipeline, workers, preemption)
     module = build_module(spec, model).to(workers.device)
-    backbone = [parameter for _, parameter in model.parameter_parts()["backbone"]]
-    optimizer = build_optimizer(module, backbone, config.optim)
+    optimizer = build_optimizer(module, model.tower_parameters(), config.optim)
     settings = spec.engine_settings()
     full_model = FullModel(model, settings["zero_optimization"]["stage"])  # before the engine adds its hooks
     engine = start_engine(module, optimizer, settings)

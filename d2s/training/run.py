@@ -143,8 +143,6 @@ class Run:
             self.index,
             "val",
             data_config=self.config.data,
-            rank=self.workers.rank,
-            world=self.workers.world,
             dense=self.config.stage == "pretrain",
             full=False,
             poll=self.preemption.check,

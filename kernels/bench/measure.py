@@ -5,6 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 
+import numpy as np
 import torch
 
 from d2s.kernels.bench import plan, record, timing
@@ -61,7 +62,7 @@ def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Nam
     def add(mode: str, name: str, clock: str, spent: list[float], extra: float | None = None) -> None:
         """Adds the row of a variant. spent: the time of each repeat in ms. extra: extra memory in MiB."""
         least = work(item.case, item.shape, dtype, mode)
-        p20, median, p80 = (timing.quantile(spent, q) for q in (0.2, 0.5, 0.8))
+        p20, median, p80 = np.quantile(spent, (0.2, 0.5, 0.8)).tolist()
         what = {"case": item.case, "mode": mode, "provider": name, "dtype": item.dtype, **asdict(item.shape)}
         times = {"timing": clock, "repeats": len(spent), "median_ms": median, "p20_ms": p20, "p80_ms": p80}
         row = record.Row(

@@ -34,7 +34,11 @@ def provider(name: str, case: str, device: str, width: int) -> Run:
     if not device.startswith("cuda"):
         raise Unavailable(f"{name}: measured on CUDA only")
     if name == "chunked":
-        return Chunked(CASES[case].ours)
+        # The implementation is chosen in the forward, and again in the backward.
+        chunked = patch.dict(os.environ, D2S_KERNELS="chunked")
+        run = chunked(CASES[case].ours)
+        run.gradients = chunked(lambda value, inputs: inputs.gradients(value))
+        return run
     if case != "info_nce":
         raise Unavailable(f"{name}: symmetric InfoNCE only")
     if name == "inf_cl" and width % 256:
@@ -44,22 +48,6 @@ def provider(name: str, case: str, device: str, width: int) -> Run:
     # A package that was made for another version of torch or triton can raise any exception.
     except Exception as error:
         raise Unavailable(f"{name}: {type(error).__name__}: {error}") from error
-
-
-class Chunked:
-    """Runs our op with its chunked implementation. D2S_KERNELS must be set in the forward and the backward pass."""
-
-    def __init__(self, ours: Run) -> None:
-        self.ours = ours
-
-    def __call__(self, inputs: Inputs) -> Tensor:
-        with patch.dict(os.environ, D2S_KERNELS="chunked"):
-            return self.ours(inputs)
-
-    def gradients(self, value: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Returns the gradients of `value` with respect to the leaves of `inputs`."""
-        with patch.dict(os.environ, D2S_KERNELS="chunked"):
-            return inputs.gradients(value)
 
 
 def _both(direction: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -112,11 +113,6 @@ def by_graph(run: Run, inputs: Sequence[Inputs], mode: str) -> list[float]:
     return [ms / len(steps) for ms in do_bench_cudagraph(lambda: [one() for one in steps], return_mode="all")]
 
 
-def quantile(values: Sequence[float], q: float) -> float:
-    """Returns the q-quantile (q from 0 to 1), interpolated linearly between the sorted values."""
-    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
-
-
 def release(device: str) -> None:
     """Frees the memory of a failed step. Raises RuntimeError if the CUDA device is no longer usable."""
     gc.collect()
@@ -161,7 +157,7 @@ def device_rates(dtype: torch.dtype, device: str, tiny: bool) -> tuple[float, fl
     source = torch.randn((1 << 16) if tiny else (1 << 26), device=device)
     target = torch.empty_like(source)
     product, copy = (
-        quantile([milliseconds(work, device) for _ in range(7)][2:], 0.5)
+        median([milliseconds(work, device) for _ in range(7)][2:])
         for work in (lambda: a @ b, lambda: target.copy_(source))
     )
     return 2 * size**3 / product / 1e9, 2 * source.numel() * 4 / copy / 1e6

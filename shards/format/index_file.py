@@ -5,7 +5,6 @@ file is fast, even if it has hundreds of millions of rows.
 """
 
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import pyarrow as pa
 from d2s.common.files import atomic_file
 from d2s.shards.format.file_names import INDEX
 from d2s.shards.format.keys import split_rank
-from d2s.shards.format.manifest import split_by_shard
 
 VERSION = 1
 _COLUMNS = {
@@ -87,13 +85,3 @@ class IndexWriter:
         batch = pa.record_batch([pa.array(column) for column in self._columns.values()], schema=form)
         with atomic_file(folder / INDEX) as file, pa.ipc.new_file(file, form) as writer:
             writer.write_batch(batch)
-
-
-def write_index(folder: Path, table: pa.Table, crc32: np.ndarray, json_home: str = "tar") -> None:
-    """Writes index.arrow for a manifest table, whose rows must be in the order of the manifest."""
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        writer, start = IndexWriter(table.num_rows, Path(scratch)), 0
-        for part in split_by_shard(table):
-            writer.add(part, crc32[start : start + part.num_rows])
-            start += part.num_rows
-        writer.finish(Path(folder), json_home)

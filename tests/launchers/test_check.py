@@ -125,7 +125,7 @@ def test_run_folder_that_cannot_be_written_is_a_fault(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("RANK", "0")
     (tmp_path / "runs").touch()
-    assert write_token(tmp_path / "runs", "ready") == f"{tmp_path}/runs/.check-7: Not a directory"
+    assert write_token(tmp_path / "runs", "ready") == f"{tmp_path}/runs/.check-7/0: Not a directory"
 
 
 def test_device_that_is_not_there_is_a_fault(

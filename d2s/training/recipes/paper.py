@@ -20,8 +20,8 @@ def paper(tower: Tower, size: int, stage: Stage) -> TrainConfig:
     return TrainConfig(
         stage="pretrain" if stage == "pretrain" else "finetune",
         model=ModelConfig(
-            image_encoder=presets.vit_b16() if tower == "vitb16" else presets.swin_b(size),
-            text_encoder=presets.bert_base(),
+            image_encoder=presets.VIT_B16 if tower == "vitb16" else presets.swin_b(size),
+            text_encoder=presets.BERT_BASE,
             image_size=size,
             decoder=DecoderConfig() if finetune else None,
         ),

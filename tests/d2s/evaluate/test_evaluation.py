@@ -190,7 +190,6 @@ def test_the_command_prints_a_table_and_writes_json(data, model_folder, tmp_path
         ({"--split": "tset"}, "train (3), val (4), test (12)"),
         ({"--json": "{empty}"}, "is a folder: name a file in it"),
         ({"--json": "{empty}/deep/out.json"}, "there is no folder"),
-        ({"--batch-size": "0"}, "--batch-size is 0: it must be 1 or more"),
         ({"--folds": "5"}, "--folds 5 does not divide the split's 12 images"),
         ({"--device": "abacus"}, "--device abacus: cannot be used here"),
         ({"--device": "cuda:99"}, "CUDA devices): use cpu, cuda or cuda:N"),
@@ -209,7 +208,12 @@ def test_mistakes_are_one_line(data, model_folder, tmp_path, capsys, change, mes
 
 
 def test_a_usage_error_is_one_line(capsys):
-    for arguments in ([], ["--model=a", "--data=b", "--folds=x"], ["--model=a", "--data=b", "--colour"]):
+    for arguments in (
+        [],
+        ["--model=a", "--data=b", "--folds=x"],
+        ["--model=a", "--data=b", "--batch-size=0"],
+        ["--model=a", "--data=b", "--colour"],
+    ):
         with pytest.raises(SystemExit) as stop:
             command.main(arguments)
         assert stop.value.code == 2
@@ -256,9 +260,7 @@ def test_settings_come_from_the_run_around_the_model(tmp_path, model):
 def _worker(rank: int, world: int, data: str, store: str, out: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    result = evaluate_model(
-        make_model(), ShardIndex.open(data), "test", data_config=CONFIG, batch_size=5, rank=rank, world=world
-    )
+    result = evaluate_model(make_model(), ShardIndex.open(data), "test", data_config=CONFIG, batch_size=5)
     with open(f"{out}/{rank}.json", "w") as file:
         json.dump({**result.to_dict(), "seconds": 0}, file)
     torch.distributed.barrier()

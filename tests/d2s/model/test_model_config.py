@@ -86,10 +86,10 @@ def test_every_field_is_described():
 
 def test_presets_are_valid():
     towers = [
-        presets.vit_b16(),
+        presets.VIT_B16,
         presets.swin_b(224),
         presets.swin_b(384),
-        presets.bert_base(),
+        presets.BERT_BASE,
         presets.minilm(),
     ]
     towers += [presets.small_resnet(), small_vit(), presets.small_bert()]

@@ -229,13 +229,6 @@ def test_float32_on_a_gpu_stops_at_32768_unless_asked():
     assert ("float32", 131072) in sizes(n=[131072])
 
 
-def test_quantiles_lie_between_the_sorted_values():
-    values = [5.0, 1.0, 3.0, 2.0, 4.0]
-    assert timing.quantile(values, 0.5) == 3
-    assert timing.quantile(values, 0.2) == pytest.approx(1.8)
-    assert timing.quantile([7.0], 0.8) == 7
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
 def test_peak_memory_is_that_of_the_step_without_its_gradients():
     shape = Shape(n=1024, width=64)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from made_shards import write_index
 
 from d2s.shards.cli import main
-from d2s.shards.format.index_file import write_index
 from d2s.shards.format.manifest import read_manifest, write_manifest
 from d2s.shards.inspect.verify import verify
 

@@ -11,11 +11,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_shards import make_shards
+from made_shards import make_shards, write_index
 
 from d2s.shards.bench import main as bench
 from d2s.shards.format import index_file
-from d2s.shards.format.index_file import write_index
 from d2s.shards.format.manifest import read_manifest
 from d2s.shards.read import index as index_module
 from d2s.shards.read.index import ShardIndex
