@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d2s.common.files import read_json
 from d2s.model.config import ModelConfig, TowerConfig
+from d2s.model.hub import one_line, reason
 from d2s.model.towers import resize_positions
 from d2s.model.weight_names import from_hub, to_hub
 
