@@ -1,10 +1,10 @@
 """Measures an index of 100 million invented rows, or builds (`python -m d2s.shards.bench [--sources N]`).
 
 Prints the time to open the index in a new process, the time to look up the samples of a batch in the random
-order of an epoch, and the resident memory. The index (64 bytes for each row) is written to a temporary folder.
+order of an epoch, and the resident memory. The index (64 bytes for each row) goes to a temporary folder.
 
-With `--sources N` it builds N generated photos three times instead: from JSON lines with image files, from CSV
-with image files, and from parquet that contains the images. It prints the photos per second and the peak memory.
+With `--sources N` it builds N generated photos three times instead: from JSON lines with image files, from
+CSV with image files, and from parquet that contains the images. It prints photos per second and peak memory.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def write_invented_index(folder: Path, rows: int) -> None:
 
 
 def look_up(folder: Path, batches: int, batch_size: int) -> dict[str, float]:
-    """Opens the index and looks up the samples of `batches` batches, in two orders. Returns times and memory."""
+    """Opens the index and looks up `batches` batches of samples in two orders. Returns times and memory."""
     base = psutil.Process().memory_info().rss
     start = time.perf_counter()
     index = ShardIndex.open(folder)

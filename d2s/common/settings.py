@@ -32,7 +32,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Builds settings from a dictionary as `to_dict` returns it. Raises ValueError for an invalid field."""
+        """Builds settings from the result of `to_dict`. Raises ValueError if a field is invalid."""
         from pydantic import TypeAdapter, ValidationError
 
         try:

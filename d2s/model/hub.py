@@ -42,13 +42,13 @@ def _is_no_table(record: logging.LogRecord) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the first line of an error's message, up to 300 characters, or the error's type if it is empty."""
+    """Returns the first line of an error's message, cut to 300 characters. Without a message, its type."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
 def reason(error: Exception, place: str | Path) -> str:
-    """Returns a line that says why a model cannot be read: git-lfs pointers in its folder, or else `error`."""
+    """Returns in one line why a model cannot be read: a git-lfs pointer in its folder, or else `error`."""
     place = Path(place)
     for file in sorted(place.iterdir()) if place.is_dir() else [place]:
         if file.is_file():

@@ -61,7 +61,7 @@ def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
 
 
 def _encoder(model: nn.Module, kind: str) -> nn.Module:
-    """Returns the `kind` half of a two-tower model (CLIP), an encoder-decoder's encoder, or else the model."""
+    """Returns one half of a two-tower model (CLIP), an encoder-decoder's encoder, or else the model itself."""
     half = getattr(model, f"{kind}_model", None)
     if isinstance(half, nn.Module) and hasattr(model, "logit_scale"):
         return half
@@ -165,7 +165,7 @@ def _first(names: Iterable[str]) -> str:
 
 
 def resize_input(model: PreTrainedModel, size: int) -> PreTrainedModel:
-    """Returns a tower for square images of `size` pixels: `model`, or a copy with resized position embeddings."""
+    """Returns `model`, or a copy whose position embeddings are resized for images of `size` x `size` pixels."""
     before = getattr(model.config, "image_size", None)
     if before is None or before in (size, [size, size], (size, size)):
         return model

@@ -1,7 +1,7 @@
 """Turns encoded images into square uint8 arrays. Pillow decodes, torch resizes, the model normalises.
 
-JPEGs much larger than needed are decoded at a half, quarter or eighth of their size (`Image.draft`). A crop is
-stretched to a square by antialiased bilinear interpolation in torch. This takes half the time of Pillow's
+JPEGs much larger than needed are decoded at a half, quarter or eighth of their size (`Image.draft`). A crop
+is stretched to a square by antialiased bilinear interpolation in torch. This takes half the time of Pillow's
 resize, and pixel values differ by at most 1. If simplejpeg is installed, it decodes ordinary JPEGs a fifth
 faster than Pillow, to the same pixels (both use libjpeg-turbo). Pillow decodes all other files.
 """

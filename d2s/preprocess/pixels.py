@@ -29,7 +29,7 @@ def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
 
 
 def _encoded_or_opened(picture: Picture) -> bytes | Image.Image:
-    """Converts a picture to encoded bytes or a PIL image. Raises OSError, or ValueError for a bad type or shape."""
+    """Converts a picture to encoded bytes or a PIL image. OSError, or ValueError for a bad type or shape."""
     if isinstance(picture, (str, PathLike)):
         return Path(picture).read_bytes()
     if isinstance(picture, np.ndarray):

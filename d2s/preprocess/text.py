@@ -126,7 +126,7 @@ class TextPipeline:
         return self._pack(ids[keep], np.bincount(row[keep], minlength=len(texts)), max_length)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[I64, I64, NDArray[np.bool_]]:
-        """Returns all captions' T token ids (T,), caption lengths (B,), and whether a token begins a word (T,)."""
+        """Returns joined token ids (T,), caption lengths (B,), and whether each token begins a word (T,)."""
         if self._continuing is not None:
             _, ids, lengths = self._encodings(texts)
             return ids, lengths, ~self._continuing[ids]
@@ -156,7 +156,7 @@ class TextPipeline:
         return encodings, *_flat([encoding.ids for encoding in encodings])
 
     def _pack(self, ids: I64, lengths: I64, max_length: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Truncates and pads captions, with special tokens. ids: (T,), joined. lengths: (B,). Returns as `encode`."""
+        """Truncates joined ids (T,) of captions with lengths (B,), adds special tokens, pads. As `encode`."""
         before, after = len(self._prefix), len(self._suffix)
         room = (max_length or self.max_length) - before - after
         if before + after == 0 and (lengths == 0).any():  # each caption needs at least one token

@@ -94,7 +94,7 @@ class _Names:
         return [self._order[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
     def find_in_other_folder(self, row: _Row) -> np.ndarray:
-        """Returns the images whose name equals the row's after leading folders are removed from one of both."""
+        """Returns the images whose name equals the row's once leading folders are removed from one of the two."""
         folders = row.key.replace("\\", "/").split("/")
         ends = ["/".join(folders[number:]) for number in range(1, len(folders))]
         if ends:
@@ -141,8 +141,8 @@ def join_captions(
         name_of: maps the number of an image to its name.
 
     Returns:
-        (rows, extra): int64 (images,), the number of each image's last row in `path`, or -1; and the number of
-            input rows without an image.
+        (rows, extra): int64 (images,), the number of each image's last row in `path`, or -1; and the number
+            of input rows without an image.
     """
     names = _Names(hashes, name_of)
     matched = np.full(len(hashes), -1, np.int64)

@@ -19,8 +19,8 @@ from d2s.shards.sources.faults import Faults, caption_fault, is_integer
 
 _CHECKED_AT_ONCE = 4096
 _ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
-# The types of the arrays in `ImageList.numbers`. Type Q is for 64-bit hashes of strings. `bytes` is the size of
-# the image file, or -1 if unknown; `captions` is the number of captions, or -1 if not known yet.
+# The types of the arrays in `ImageList.numbers`. Type Q is for 64-bit hashes of strings. `bytes` is the size
+# of the image file, or -1 if unknown; `captions` is the number of captions, or -1 if not known yet.
 _KINDS = dict.fromkeys(("source_id", "given", "key", "join", "order"), "Q")
 _KINDS |= {"image_id": "q", "bytes": "q", "captions": "q", "split": "h", "tar": "i"}
 
@@ -39,8 +39,8 @@ class ImageList:
     """The images of a source. Each has a row in a file on disk, and an element in each array in memory."""
 
     rows: RowFile
-    """the fields of each image's `Entry`, and two more: `join`, the key that its row of separate captions must
-    have, and `given`, the key that the source gave and that must be unique, if any"""
+    """the fields of each image's `Entry`, and two more: `join`, the key that its row of separate captions has,
+    and `given`, the key that the source gave and that must be unique, if any"""
     numbers: dict[str, np.ndarray]
     """maps each name in _KINDS to an array of shape (images,)"""
     usable: np.ndarray

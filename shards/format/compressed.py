@@ -42,7 +42,10 @@ def open_compressed(path: Path, kind: str) -> BinaryIO:
 
 
 def decompress(path: Path, kind: str, target: Path) -> str:
-    """Decompresses to `target` unless it exists. Returns "", or a fault if only part of the data is readable."""
+    """Decompresses `path` to `target`, unless `target` exists. If the data is damaged, writes the readable part.
+
+    Returns a description of the damage, or "".
+    """
     if target.exists():
         return ""
     fault = ""
@@ -63,7 +66,7 @@ def decompress(path: Path, kind: str, target: Path) -> str:
 
 
 def _next(file: BinaryIO) -> bytes | Exception:
-    """Returns (does not raise) an error of reading, so that the caller can tell it from an error of writing."""
+    """Returns the next bytes. Returns read errors instead of raising them, to tell them from write errors."""
     try:
         return file.read(_CHUNK)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:

@@ -22,7 +22,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Converts an image to 8-bit RGB, without rotation. Transparent parts become white.
 
     Values of more than 8 bits are scaled to 8. If the file does not say their range, it is taken to be the
-    smallest that contains them: 8 or 16 bits, or for floats also [0, 1]. Raises Pillow's errors for damaged files.
+    smallest that contains them: 8 or 16 bits, or for floats also [0, 1]. Damaged files raise Pillow's errors.
     """
     image.load()
     transparent = "transparency" in image.info
@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Converts an image of integers or floats to grey levels, uint8 (H, W). Transparent pixels become white."""
+    """Converts an image of integers or floats to grey uint8 (H, W). Transparent pixels become white."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     if image.mode == "F":
         values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)

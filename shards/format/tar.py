@@ -55,7 +55,7 @@ def padding(size: int) -> bytes:
 
 
 def ending(size: int) -> bytes:
-    """Returns the end of a tar with `size` bytes of members: two zero blocks, filled up to 10,240-byte records."""
+    """Returns the end of a tar with `size` bytes of members: zeros, to a multiple of 10,240 bytes in total."""
     return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
 
 
@@ -144,7 +144,7 @@ def read_headers(file: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarFile, t
                 last = info
                 if not info.isdir():
                     yield tar, info
-                # tarfile keeps every header that it reads; clearing the list bounds the memory of a long scan.
+                # tarfile keeps every header that it reads; clearing them bounds the memory of a long scan.
                 tar.members.clear()
             if not isinstance(tar.last_error, tarfile.EOFHeaderError):
                 invalid = isinstance(tar.last_error, tarfile.InvalidHeaderError)

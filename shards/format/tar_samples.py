@@ -101,8 +101,8 @@ def group(members: Iterable[tuple[str, T, str]]) -> Iterator[Group[T]]:
     """Groups adjacent members, given as (name, member, fault), with equal keys into samples.
 
     Raises:
-        CutShort: `members` raised it. The last group is yielded first, with a fault if it seems incomplete: the
-            cut member has its key, or it lacks a suffix that the tar's first group has.
+        CutShort: `members` raised it. The last group is yielded first, with a fault if it seems incomplete:
+            the cut member has its key, or it lacks a suffix that the tar's first group has.
     """
     current: Group[T] | None = None
     done: set[str] = set()

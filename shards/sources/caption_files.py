@@ -146,7 +146,7 @@ def captions_of(row: dict, columns: tuple[str, ...]) -> tuple:
 
 
 def _list_in_text(value: str) -> str | list[str]:
-    """Parses a string like `["a dog", "a cat"]`, in JSON or Python syntax. Returns other strings unchanged."""
+    """Parses a string like `["a dog", "a cat"]` as JSON or Python does. Returns other strings unchanged."""
     text = value.strip()
     if text[:1] != "[" or text[-1:] != "]" or text[1:].lstrip()[:1] not in ('"', "'"):
         return value

@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """All options of sources, named like those of the command. Each source lists which it reads: NEEDS, USES."""
+    """All options of sources, named like those of the command. NEEDS and USES list those that a source reads."""
 
     captions: Sequence[tuple[str | None, Path]] = ()
     """(split, path) of each caption file; the split is None unless the user wrote SPLIT=FILE"""

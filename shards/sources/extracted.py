@@ -13,7 +13,7 @@ class ExtractedImages:
     """Writes all images of one parquet file into one file, which gets its final name when it is complete."""
 
     def __init__(self, folder: Path | None, number: int) -> None:
-        """folder: `SourceOptions.scratch`. number: a number that makes the file's name unique in its source."""
+        """folder: `SourceOptions.scratch`. number: makes the name of the file unique in its source."""
         self._folder, self._file, self._size = folder, None, 0
         self.path = (folder or Path()) / "images" / f"{number:05d}{EXTRACTED}"
         # Another machine of the same build (--part) may be writing the same file.

@@ -67,7 +67,7 @@ def whole_number(value: object) -> object:
 
 
 def text_field(row: dict, name: str) -> str:
-    """Returns field `name` of a row. Raises KeyError without it, TypeError unless it is a non-empty string."""
+    """Returns field `name`. Raises KeyError if it is missing, TypeError if it is not a non-empty string."""
     value = row[name]
     if not isinstance(value, str) or not value:
         raise TypeError(f"field {name!r} is {shorten(repr(value))}, not text")
@@ -77,7 +77,7 @@ def text_field(row: dict, name: str) -> str:
 
 
 def integer_field(row: dict, name: str) -> int:
-    """Returns field `name` of a row. Raises KeyError if it is missing, TypeError if it is not an integer."""
+    """Returns field `name`. Raises KeyError if it is missing, TypeError if it is not an integer."""
     value = row[name]
     if not is_integer(value):
         raise TypeError(f"field {name!r} is {shorten(repr(value))}, not a whole number")

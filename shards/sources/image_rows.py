@@ -24,8 +24,8 @@ def entries_of_rows(rows: Iterable[dict], scratch: Path | None, faults: Faults) 
     """Yields an entry for each image. Images are ordered by their first rows.
 
     Rows with equal `source_id`, `split`, `image_id`, `key` and `sha256` describe the same image. Equal dense
-    captions of an image are kept once. If a row only repeats one sparse caption, that caption is kept twice, and
-    a message counts such rows. Any other row without a new caption is a fault.
+    captions of an image are kept once. If a row only repeats one sparse caption, that caption is kept twice,
+    and a message counts such rows. Any other row without a new caption is a fault.
 
     Args:
         rows: dictionaries with the fields of an entry.
@@ -78,7 +78,7 @@ def _groups(hashes: np.ndarray) -> Iterator[list[int]]:
 
 
 def _repeated(hashes: array, names: array) -> set[int]:
-    """Returns the hashes of names that several images have. hashes, names: each row's hash of identity, name."""
+    """Returns hashes of names that several images share. hashes, names: of the identity and name of each row."""
     first = np.unique(np.array(hashes, np.uint64), return_index=True)[1]
     values, counts = np.unique(np.array(names, np.uint64)[first], return_counts=True)
     return set(values[counts > 1].tolist())

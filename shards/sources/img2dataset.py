@@ -88,7 +88,7 @@ def _read_tar(
 
 
 def _plain_tar(options: SourceOptions, path: Path, home: str, faults: Faults) -> Path | None:
-    """Returns `path`. Unpacks a compressed tar to the scratch folder and returns that path; None for a fault."""
+    """Returns `path`, or the path of an unpacked copy if the tar is compressed. None if that is impossible."""
     try:
         kind = compression(path)
     except OSError as error:
@@ -148,7 +148,7 @@ def _captions(
 ) -> tuple[tuple, tuple, str, dict]:
     """Returns (sparse captions, dense captions, sha256 of the downloaded image, parsed JSON).
 
-    Captions come from the fields in `columns`, else from `sparse` and `dense` in the JSON (as in shards of D2S),
+    Captions come from the fields in `columns`, else from `sparse` and `dense` in the JSON (in shards of D2S),
     else from the text members, else from `caption` in the JSON. Empty strings are skipped. Raises ValueError.
     """
     facts = member_json(texts.get(suffixes.json, b"{}"))
@@ -172,7 +172,7 @@ def _captions(
 
 
 def _texts(facts: dict, names: list[str]) -> tuple[str, ...]:
-    """Returns the captions in fields `names`. ValueError unless each is null, a string or a list of strings."""
+    """Returns the captions in fields `names`. ValueError unless each is null, a string or list of strings."""
     found: list[str] = []
     for name in names:
         value = facts.get(name)

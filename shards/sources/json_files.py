@@ -14,7 +14,7 @@ _BETWEEN = re.compile(r"\s*(,?)\s*")
 
 
 def layout_of(row: dict) -> tuple[str, str] | None:
-    """Returns (name of layout, name of source) if `row` is a whole Karpathy or COCO file; None for a normal row."""
+    """Returns (layout, source), two names, if `row` is a whole Karpathy or COCO file; None for a normal row."""
     images = row.get("images")
     if not isinstance(images, list) or not images or not isinstance(images[0], dict):
         return None
@@ -55,7 +55,7 @@ def _parse_row(line: str) -> tuple[dict, str]:
 
 
 def array_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: row 3", row) from a JSON array, counted from 0. Items that are no objects go to `faults`.
+    """Yields ("file: row 3", row) from a JSON array, counted from 0. Other items than objects go to `faults`.
 
     Raises:
         ValueError: the file is not JSON from some line on. All rows before that line have been yielded.

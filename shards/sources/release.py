@@ -103,7 +103,10 @@ def _dense_captions(line: str, columns: tuple[str, ...]) -> tuple:
 
 
 def _dense_lines(files: dict[str, Path], name: str, images: int, ids: int) -> tuple[Path | None, list[str]]:
-    """Returns (path, lines) of a split's dense captions, or (None, []). ValueError unless it has `images` lines."""
+    """Returns (path, lines) of a split's file of dense captions; (None, []) if there is none.
+
+    Raises ValueError if there are two files, or if the number of lines is not `images`.
+    """
     ends = (f"_{name}.jsonl", f"/{name}.jsonl")
     found = sorted(path for plain, path in files.items() if f"/{plain}".endswith(ends))
     if not found:

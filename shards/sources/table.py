@@ -22,11 +22,11 @@ _OTHER_NAMES = {
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    """Yields an entry for each image, with the captions of all its rows. Raises ValueError for wrong --columns.
+    """Yields an entry for each image, with the captions of all its rows. ValueError for wrong --columns.
 
     Only the column `path` is required. Paths are relative to `options.images`, or else to the caption file's
-    folder. In parquet, `path` may also contain the image: its bytes, or {bytes, path}. Captions are a string or
-    a list of strings. If `id` is a whole number, it is the image id, else the key. Every column that
+    folder. In parquet, `path` may also contain the image: its bytes, or {bytes, path}. Captions are a string
+    or a list of strings. If `id` is a whole number, it is the image id, else the key. Every column that
     `options.columns` names must be in every row, but its value may be null.
     """
     unknown = sorted(set(options.columns) - set(_FIELDS))
@@ -131,7 +131,7 @@ def _columns(file: Path, there: list[str], given: dict[str, str]) -> dict[str, t
 
 
 def _image(row: dict, column: str, home: Path, images: ExtractedImages) -> dict:
-    """Returns the entry's fields that locate a row's image. Raises KeyError or TypeError like `text_field`."""
+    """Returns the fields of an entry that locate the image. Raises KeyError or TypeError like `text_field`."""
     value = row[column]
     data, name = value, ""
     if isinstance(value, dict) and "bytes" in value:

@@ -24,7 +24,7 @@ def plain_name(path: Path) -> str:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file, decompressed. Read errors, also inside the `with` block, become ValueError with the path."""
+    """Opens a file, decompressed. Read errors, also in the `with` block, become ValueError with the path."""
     try:
         kind = compression(path)
         with open_compressed(path, kind) if kind else open(path, "rb") as file:
@@ -57,7 +57,7 @@ def not_utf8(path: Path, place: str) -> ValueError:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a text file without line ends. Raises ValueError if it is unreadable or not UTF-8."""
+    """Returns the lines of a text file without line ends. Raises ValueError if that fails or it is not UTF-8."""
     try:
         with open_bytes(path) as file:
             lines = file.read().decode("utf-8-sig").split("\n")
