@@ -61,7 +61,7 @@ def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
 
 
 def _encoder(model: nn.Module, kind: str) -> nn.Module:
-    """Returns one half of a two-tower model (CLIP), an encoder-decoder's encoder, or else the model itself."""
+    """Returns half of a two-tower model (CLIP), the encoder of an encoder-decoder, or else the model itself."""
     half = getattr(model, f"{kind}_model", None)
     if isinstance(half, nn.Module) and hasattr(model, "logit_scale"):
         return half
@@ -165,7 +165,7 @@ def _first(names: Iterable[str]) -> str:
 
 
 def resize_input(model: PreTrainedModel, size: int) -> PreTrainedModel:
-    """Returns `model`, or a copy whose position embeddings are resized for images of `size` x `size` pixels."""
+    """Returns `model`, or a copy with position embeddings resized for images of `size` x `size` pixels."""
     before = getattr(model.config, "image_size", None)
     if before is None or before in (size, [size, size], (size, size)):
         return model

@@ -53,7 +53,7 @@ def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume:
 
 
 def _differs(name: str, saved: dict[str, Any], now: str | None) -> bool:
-    """Returns whether field `name` of the origin changed. A data set may move: its fingerprint is compared."""
+    """Returns whether field `name` of the origin changed. Data sets may move: their fingerprint counts."""
     was = saved.get(name)
     if name == "val_data" or (name == "data" and was and not is_pattern(was) and not is_pattern(now)):
         return False

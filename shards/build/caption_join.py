@@ -94,7 +94,7 @@ class _Names:
         return [self._order[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
     def find_in_other_folder(self, row: _Row) -> np.ndarray:
-        """Returns the images whose name equals the row's once leading folders are removed from one of the two."""
+        """Returns images whose name equals the row's once leading folders are removed from one of the two."""
         folders = row.key.replace("\\", "/").split("/")
         ends = ["/".join(folders[number:]) for number in range(1, len(folders))]
         if ends:

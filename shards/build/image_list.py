@@ -39,7 +39,7 @@ class ImageList:
     """The images of a source. Each has a row in a file on disk, and an element in each array in memory."""
 
     rows: RowFile
-    """the fields of each image's `Entry`, and two more: `join`, the key that its row of separate captions has,
+    """the fields of each image's `Entry`, and two more: `join`, the key of its row of separate captions,
     and `given`, the key that the source gave and that must be unique, if any"""
     numbers: dict[str, np.ndarray]
     """maps each name in _KINDS to an array of shape (images,)"""

@@ -42,7 +42,7 @@ def open_compressed(path: Path, kind: str) -> BinaryIO:
 
 
 def decompress(path: Path, kind: str, target: Path) -> str:
-    """Decompresses `path` to `target`, unless `target` exists. If the data is damaged, writes the readable part.
+    """Decompresses `path` to `target`, unless `target` exists. Writes only the readable part of damaged data.
 
     Returns a description of the damage, or "".
     """

@@ -55,7 +55,7 @@ def padding(size: int) -> bytes:
 
 
 def ending(size: int) -> bytes:
-    """Returns the end of a tar with `size` bytes of members: zeros, to a multiple of 10,240 bytes in total."""
+    """Returns the end of a tar with `size` bytes of members: zeros up to a multiple of 10,240 bytes."""
     return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
 
 

@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """All options of sources, named like those of the command. NEEDS and USES list those that a source reads."""
+    """All options of sources, named like those of the command. A source reads its `NEEDS` and `USES`."""
 
     captions: Sequence[tuple[str | None, Path]] = ()
     """(split, path) of each caption file; the split is None unless the user wrote SPLIT=FILE"""

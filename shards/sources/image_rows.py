@@ -78,7 +78,7 @@ def _groups(hashes: np.ndarray) -> Iterator[list[int]]:
 
 
 def _repeated(hashes: array, names: array) -> set[int]:
-    """Returns hashes of names that several images share. hashes, names: of the identity and name of each row."""
+    """Returns hashes of names that several images have. Takes hashes of each row's identity and name."""
     first = np.unique(np.array(hashes, np.uint64), return_index=True)[1]
     values, counts = np.unique(np.array(names, np.uint64)[first], return_counts=True)
     return set(values[counts > 1].tolist())

@@ -88,7 +88,7 @@ def _read_tar(
 
 
 def _plain_tar(options: SourceOptions, path: Path, home: str, faults: Faults) -> Path | None:
-    """Returns `path`, or the path of an unpacked copy if the tar is compressed. None if that is impossible."""
+    """Returns `path`, or the path of an unpacked copy if the tar is compressed. None if that fails."""
     try:
         kind = compression(path)
     except OSError as error:

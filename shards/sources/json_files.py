@@ -14,7 +14,7 @@ _BETWEEN = re.compile(r"\s*(,?)\s*")
 
 
 def layout_of(row: dict) -> tuple[str, str] | None:
-    """Returns (layout, source), two names, if `row` is a whole Karpathy or COCO file; None for a normal row."""
+    """Returns the names (layout, source) if `row` is a whole Karpathy or COCO file; None for a normal row."""
     images = row.get("images")
     if not isinstance(images, list) or not images or not isinstance(images[0], dict):
         return None

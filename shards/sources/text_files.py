@@ -57,7 +57,7 @@ def not_utf8(path: Path, place: str) -> ValueError:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a text file without line ends. Raises ValueError if that fails or it is not UTF-8."""
+    """Returns the lines of a text file without line ends. ValueError if it is unreadable or not UTF-8."""
     try:
         with open_bytes(path) as file:
             lines = file.read().decode("utf-8-sig").split("\n")
