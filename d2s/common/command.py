@@ -25,7 +25,7 @@ def positive(text: str) -> int:
 
 
 def user_path(text: str) -> Path:
-    """Parses a path and expands a leading ~, which shells leave in `--run=~/x`. A `type` for argparse."""
+    """Parses a path. Expands a leading ~, which shells do not do in `--run=~/x`. A `type` for argparse."""
     return Path(text).expanduser()
 
 

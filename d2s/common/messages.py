@@ -19,7 +19,7 @@ def shorten(text: str, limit: int = LIMIT) -> str:
 
 
 def one_line(text: str, limit: int = LINE_LIMIT) -> str:
-    """Returns the text in one line: joins white space to one space, shortens long words and quoted values."""
+    """Returns the text as one line, without repeated white space, and with long words and values shortened."""
     # Saves time: the middle of a very long text is cut out anyway.
     if len(text) > 100 * limit:
         text = shorten(text, 100 * limit)

@@ -1,4 +1,4 @@
-"""Defines settings: frozen dataclasses that pydantic checks. Each mistake gives one line.
+"""Defines settings: frozen dataclasses that pydantic checks. A mistake raises ValueError with a one-line message.
 
     @settings("optim")
     class OptimConfig(Settings):
@@ -36,7 +36,7 @@ class Settings:
         from pydantic import TypeAdapter, ValidationError
 
         try:
-            # As JSON, because pydantic then accepts lists for tuples, and dictionaries for nested settings.
+            # For JSON, pydantic accepts lists for tuples, and dictionaries for nested settings.
             return TypeAdapter(cls).validate_json(json.dumps(values))
         except ValidationError as error:
             raise ValueError(_one_line(error, cls.name_on_command_line or cls.__name__)) from None
@@ -78,7 +78,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 def _one_line(error: "ValidationError", prefix: str) -> str:
     """Returns a line about the first mistake that pydantic found: dotted field name, value and remedy."""
     first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":  # from a class's own check; its message names the fields
+    if first["type"] == "value_error":  # raised by the class's own check; its message already names the fields
         return str(first["ctx"]["error"])
     path = [part for part in first["loc"] if isinstance(part, str)]  # leaves out positions in a tuple
     remedy = first["msg"].replace("Input should be", "it must be")

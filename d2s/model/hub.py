@@ -42,7 +42,7 @@ def _is_no_table(record: logging.LogRecord) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the first line of an error's message, cut to 300 characters. Without a message, its type."""
+    """Returns the first line of an error's message, cut to 300 characters, or else the error's type."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
@@ -61,7 +61,7 @@ def reason(error: Exception, place: str | Path) -> str:
 
 
 def locate(name: str) -> str:
-    """Returns the path of `package:<module>/<folder>`. In other names, only expands a leading ~.
+    """Returns the path of `package:<module>/<folder>`, or any other name with a leading ~ expanded.
 
     Raises ValueError if the package is not installed or has no such folder.
     """
@@ -78,7 +78,7 @@ def locate(name: str) -> str:
 
 
 def reachable(name: str) -> str:
-    """Returns `locate(name)` if that is a folder, is in the hub's cache, or the hub can be reached.
+    """Returns `locate(name)` if it is a folder or in the hub's cache, or if the hub can be reached.
 
     Else raises ValueError at once. Without this check, the hub's client would fail only after half a minute.
     """

@@ -61,7 +61,7 @@ def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
 
 
 def _encoder(model: nn.Module, kind: str) -> nn.Module:
-    """Returns half of a two-tower model (CLIP), the encoder of an encoder-decoder, or else the model itself."""
+    """Returns one half of a CLIP-like model, the encoder of an encoder-decoder, or else the model itself."""
     half = getattr(model, f"{kind}_model", None)
     if isinstance(half, nn.Module) and hasattr(model, "logit_scale"):
         return half

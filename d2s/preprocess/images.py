@@ -33,7 +33,7 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
     """Decodes an image file (JPEG, PNG, WebP, ...) to RGB and rotates it by its EXIF orientation.
 
     Args:
-        at_least: (width, height) in pixels. A larger JPEG may be decoded at reduced size, but not below this.
+        at_least: (width, height) in pixels. A larger JPEG may be decoded smaller, but at least at this size.
     Raises:
         ValueError: the bytes are not an image, are truncated, or describe an absurdly large image.
     """

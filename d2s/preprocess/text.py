@@ -97,7 +97,7 @@ class TextPipeline:
         all words of a caption would be deleted, its first word stays unchanged.
 
         Args:
-            samples: (B,), a number for each caption. Its augmentation depends only on seed, epoch and number.
+            samples: (B,), a number for each caption. Augmentation depends only on seed, epoch and this number.
         Returns:
             The same as `encode`.
         """
@@ -156,7 +156,7 @@ class TextPipeline:
         return encodings, *_flat([encoding.ids for encoding in encodings])
 
     def _pack(self, ids: I64, lengths: I64, max_length: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Truncates joined ids (T,) of captions with lengths (B,), adds special tokens, pads. As `encode`."""
+        """Truncates and pads joined ids (T,) of captions with lengths (B,). Returns the same as `encode`."""
         before, after = len(self._prefix), len(self._suffix)
         room = (max_length or self.max_length) - before - after
         if before + after == 0 and (lengths == 0).any():  # each caption needs at least one token

@@ -24,7 +24,7 @@ def check_arguments(options: argparse.Namespace, overrides: list[str]) -> RunSpe
     """Reads and checks the recipe, the overrides and the index of the data. Returns the description of a run.
 
     options, overrides: as :func:`d2s.training.arguments.parse` returns them.
-    Raises ValueError for any mistake; its message names the argument or field, the value and the remedy in one line.
+    Raises ValueError for any mistake. The message names the argument or field, its value and the remedy.
     """
     config = override(find_recipe(options.recipe), overrides)
     if options.run is None and not options.dry_run:
@@ -69,7 +69,7 @@ def _find_model(path: Path) -> Path:
 
 
 def _find_data(options: argparse.Namespace) -> str:
-    """Returns --data, else the data of the run to resume or at --init. Raises ValueError if there is none."""
+    """Returns --data, else the data of the run at --run (to resume) or --init. ValueError if there is none."""
     if options.data:
         return options.data
     for folder in (options.run if options.resume else None, options.init):

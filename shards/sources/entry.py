@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """All options of sources, named like those of the command. A source reads its `NEEDS` and `USES`."""
+    """The options of all sources, named like those of the command. Each source reads only some of them."""
 
     captions: Sequence[tuple[str | None, Path]] = ()
     """(split, path) of each caption file; the split is None unless the user wrote SPLIT=FILE"""
@@ -59,7 +59,7 @@ class SourceOptions:
     forced_split: str = ""
     """the value of --split, or ""; it also replaces a split that is guessed from a file's name"""
     split_lists: dict[str, Path] = field(default_factory=dict)
-    """flickr: the file that lists the images of each split"""
+    """flickr: maps each split to the file that lists its images"""
     columns: dict[str, str] = field(default_factory=dict)
     """jsonl, csv, parquet: maps our names (path, sparse, dense, split, id) to column names of the file;
     img2dataset: maps sparse and dense to fields of the JSON. Several names are separated by commas."""

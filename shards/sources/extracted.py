@@ -20,7 +20,7 @@ class ExtractedImages:
         self._temporary = self.path.with_name(f"{self.path.stem}-{uuid.uuid4().hex}")
 
     def add(self, data: bytes) -> dict:
-        """Appends an image. Returns the values of its entry's fields path, offset, size and sha256."""
+        """Appends an image. Returns the fields path, offset, size and sha256 for the image's entry."""
         if self._file is None:
             if self._folder is None:
                 raise ValueError(

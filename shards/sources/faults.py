@@ -8,13 +8,13 @@ from d2s.common.messages import shorten
 
 @dataclass
 class Faults:
-    """Collects faults of the input in `rows` if `quarantine` is True. Else the first raises ValueError."""
+    """Collects faults of the input in `rows`. Without `quarantine`, the first fault raises ValueError."""
 
     quarantine: bool = False
     rows: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, where: str, reason: str, key: str = "") -> None:
-        """Records a fault, or raises ValueError with it. Each argument is shortened to 300 characters."""
+        """Records a fault, or raises it as ValueError. Each argument is shortened to 300 characters."""
         # Names in a source may hold line breaks and unpaired surrogates, which a terminal cannot print.
         where, reason, key = (_one_line(text) for text in (where, reason, key))
         if not self.quarantine:

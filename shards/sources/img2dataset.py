@@ -167,7 +167,7 @@ def _captions(
     dense = _texts(found, fields.get("dense", ["dense"] if own else []))
     if "dense" not in columns and suffixes.dense in members:
         dense = _texts(members, [suffixes.dense])
-    # Shards of D2S have the stored image's sha256, not the original's. Separate captions may need the latter.
+    # In shards of D2S, sha256 is that of the stored image. Captions for the original would not match it.
     return sparse, dense, "" if own else str(facts.get("sha256") or ""), facts
 
 

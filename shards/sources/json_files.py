@@ -55,7 +55,7 @@ def _parse_row(line: str) -> tuple[dict, str]:
 
 
 def array_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: row 3", row) from a JSON array, counted from 0. Other items than objects go to `faults`.
+    """Yields ("file: row 3", row) from a JSON array, counted from 0. Items of other types go to `faults`.
 
     Raises:
         ValueError: the file is not JSON from some line on. All rows before that line have been yielded.

@@ -131,7 +131,7 @@ def _columns(file: Path, there: list[str], given: dict[str, str]) -> dict[str, t
 
 
 def _image(row: dict, column: str, home: Path, images: ExtractedImages) -> dict:
-    """Returns the fields of an entry that locate its image. Raises errors like `text_field`."""
+    """Returns the fields of an entry that locate its image. Raises KeyError or TypeError for a bad field."""
     value = row[column]
     data, name = value, ""
     if isinstance(value, dict) and "bytes" in value:
