@@ -19,7 +19,7 @@ def shorten(text: str, limit: int = LIMIT) -> str:
 
 
 def one_line(text: str, limit: int = LINE_LIMIT) -> str:
-    """Returns the text as one line, without repeated white space, and with long words and values shortened."""
+    """Returns the text as one line. Shortens long words, long quoted values, and then the whole line."""
     # Saves time: the middle of a very long text is cut out anyway.
     if len(text) > 100 * limit:
         text = shorten(text, 100 * limit)

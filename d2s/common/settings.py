@@ -1,4 +1,4 @@
-"""Defines settings: frozen dataclasses that pydantic checks. A mistake raises ValueError with a one-line message.
+"""Defines settings: frozen dataclasses, checked by pydantic. Mistakes raise ValueError with a one-line text.
 
     @settings("optim")
     class OptimConfig(Settings):
@@ -78,7 +78,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 def _one_line(error: "ValidationError", prefix: str) -> str:
     """Returns a line about the first mistake that pydantic found: dotted field name, value and remedy."""
     first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":  # raised by the class's own check; its message already names the fields
+    if first["type"] == "value_error":  # raised by a check in the class; its message names the fields
         return str(first["ctx"]["error"])
     path = [part for part in first["loc"] if isinstance(part, str)]  # leaves out positions in a tuple
     remedy = first["msg"].replace("Input should be", "it must be")

@@ -97,7 +97,7 @@ class TextPipeline:
         all words of a caption would be deleted, its first word stays unchanged.
 
         Args:
-            samples: (B,), a number for each caption. Augmentation depends only on seed, epoch and this number.
+            samples: (B,), the number of each caption. Random draws depend only on it, `seed` and `epoch`.
         Returns:
             The same as `encode`.
         """

@@ -69,7 +69,7 @@ def _find_model(path: Path) -> Path:
 
 
 def _find_data(options: argparse.Namespace) -> str:
-    """Returns --data, else the data of the run at --run (to resume) or --init. ValueError if there is none."""
+    """Returns --data, else the data of the run to resume or of --init. Raises ValueError if there is none."""
     if options.data:
         return options.data
     for folder in (options.run if options.resume else None, options.init):

@@ -66,7 +66,7 @@ def decompress(path: Path, kind: str, target: Path) -> str:
 
 
 def _next(file: BinaryIO) -> bytes | Exception:
-    """Returns the next bytes. Returns read errors instead of raising them, to tell them from write errors."""
+    """Returns the next bytes. Returns a read error too, so that the caller can tell it from a write error."""
     try:
         return file.read(_CHUNK)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:

@@ -1,4 +1,4 @@
-"""Stores rows on disk as JSON lines. They are memory-mapped, so that many processes share the memory."""
+"""Stores rows on disk as JSON lines, which many processes can read with little memory (memory-mapped)."""
 
 import json
 import mmap

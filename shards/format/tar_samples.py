@@ -19,7 +19,7 @@ _ROLES = ("image", "caption", "dense", "json")
 
 @dataclass(frozen=True, kw_only=True)
 class Suffixes:
-    """The suffix of each member of a sample; several are possible for `image`; "" means no such member."""
+    """The suffixes that a sample's members have in the tar. "" means that samples have no such member."""
 
     image: tuple[str, ...] = IMAGE_SUFFIXES
     caption: str = "txt"

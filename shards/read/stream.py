@@ -83,7 +83,7 @@ class Stream:
         self.notes: list[str] = []
 
     def samples(self, epoch: int, usable: Callable[[Record], str | None]) -> Iterator[tuple[int, Record]]:
-        """Yields (number, sample) without end. The number seeds the sample's random draws. Its `row` is -1.
+        """Yields (number, sample) without end. The number seeds the random draws. `row` of a sample is -1.
 
         Args:
             usable: returns the reason why a sample cannot be used, or None if it can.

@@ -12,7 +12,7 @@ from d2s.shards.sources.faults import Faults
 from d2s.shards.sources.text_files import not_utf8, open_text, plain_name
 
 _SEPARATORS = ",\t|;"
-# The header of Kaggle's results.csv for Flickr30K. One row of that file lacks the | after its number.
+# Header of Kaggle's results.csv for Flickr30K. One row of that file lacks the | after its number.
 _KAGGLE = ["image_name", "comment_number", "comment"]
 _IMAGE = re.compile(
     r"""(?:^|[,\t|;])"?[^"',\t|;]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)"?[,\t|;]""", re.IGNORECASE
