@@ -1,4 +1,4 @@
-"""The command line of `python -m d2s.shard`: its commands, their options, and the types of the options."""
+"""Defines the commands of `python -m d2s.shard`, their options, and functions that parse option values."""
 
 import argparse
 import re
@@ -16,7 +16,7 @@ _Fault = argparse.ArgumentTypeError
 
 
 def _shard_size(text: str) -> ShardSize:
-    """`1000` samples, or `500MB` of images."""
+    """Parses `1000` (samples) or `500MB` (of images)."""
     match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", text.strip(), re.IGNORECASE)
     if not match or not int(match[1]):
         raise _Fault(f"{shorten(repr(text))} is neither a number of samples (1000) nor of bytes (500MB)")
@@ -26,7 +26,7 @@ def _shard_size(text: str) -> ShardSize:
 
 
 def _counts(text: str) -> dict[str, int]:
-    """`train=2000,val=200`: at least one each."""
+    """Parses `train=2000,val=200`; each number must be at least 1."""
     found = _pairs(text)
     for name, value in found.items():
         if not value.isdigit():
@@ -37,7 +37,7 @@ def _counts(text: str) -> dict[str, int]:
 
 
 def _pairs(text: str) -> dict[str, str]:
-    """`a=x,b=y`."""
+    """Parses `a=x,b=y` to {a: x, b: y}."""
     found: dict[str, str] = {}
     for part in text.split(","):
         name, _, value = (side.strip() for side in part.partition("="))
@@ -50,7 +50,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _column_pairs(text: str) -> dict[str, str]:
-    """`path=x,sparse=a,sparse=b` as {path: x, sparse: "a,b"}."""
+    """Parses `path=x,sparse=a,sparse=b` to {path: x, sparse: "a,b"}."""
     found: dict[str, str] = {}
     for part in text.split(","):
         for name, value in _pairs(part).items():
@@ -59,23 +59,23 @@ def _column_pairs(text: str) -> dict[str, str]:
 
 
 def _path_pairs(text: str) -> dict[str, Path]:
-    """`train=FILE,val=FILE`."""
+    """Parses `train=FILE,val=FILE` to {train: path, val: path}."""
     return {name: user_path(value) for name, value in _pairs(text).items()}
 
 
 def _caption_file(text: str) -> tuple[str | None, Path]:
-    """`FILE`, or `val=FILE`."""
+    """Parses `FILE` to (None, path), and `val=FILE` to ("val", path)."""
     match = re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", text)
     return (match[1], user_path(match[2])) if match and not Path(text).exists() else (None, user_path(text))
 
 
 def _columns(text: str) -> tuple[str, ...]:
-    """`a,b`."""
+    """Parses `a,b` to (a, b)."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _part(text: str) -> tuple[int, int]:
-    """`3/8` as (3, 8)."""
+    """Parses `3/8` to (3, 8)."""
     number, slash, parts = text.partition("/")
     if not (slash and number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
         raise _Fault(f"{shorten(repr(text))} is not I/N with I from 1 to N, such as 3/8")
@@ -83,7 +83,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `command` in its result names the one that was given."""
+    """Builds the parser for all commands. The field `command` of its result is the name of the command."""
     top = Parser(prog="python -m d2s.shard", description="Data sets as tar shards.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -166,7 +166,7 @@ def _add_suffixes(command: argparse.ArgumentParser) -> None:
 
 
 def _add_input_options(command: argparse.ArgumentParser) -> None:
-    """The options of `build` and `index`: workers, bad input, separate captions."""
+    """Adds the options that `build` and `index` share: workers, bad input, separate captions."""
     add, choices = command.add_argument, ("stop", "quarantine")
     add("--workers", type=positive, default=1, metavar="N", help="processes; the bytes do not depend on it")
     text = "bad input: stop at it, or list it in quarantine.jsonl and leave it out (default: stop)"
@@ -192,7 +192,7 @@ def _add_input_options(command: argparse.ArgumentParser) -> None:
 
 
 def join_options(args: argparse.Namespace) -> JoinOptions | None:
-    """The options of separate captions, None without `--dense`. Raises ValueError for a contradiction."""
+    """Returns the options for separate captions; None without --dense. ValueError if options contradict."""
     if args.dense is None:
         if args.sparse_columns:
             raise ValueError("--sparse-columns names columns of the --dense file; give one")
@@ -212,7 +212,7 @@ def join_options(args: argparse.Namespace) -> JoinOptions | None:
 
 
 def warnings(args: argparse.Namespace, options: SourceOptions) -> list[str]:
-    """A line for each option of `build` or `index` that was given but has no effect."""
+    """Returns a warning for each option of `build` or `index` that the user gave but that has no effect."""
     found = []
     if args.command == "build":
         for name in unused_options(args.source, options):

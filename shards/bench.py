@@ -1,10 +1,10 @@
 """Measures an index of 100 million invented rows, or builds (`python -m d2s.shards.bench [--sources N]`).
 
-Prints the seconds to open it in a fresh process, the time to look up the samples of thousands of batches in the
-random order of an epoch, and the resident memory. The file (64 bytes a row) lies in a temporary folder meanwhile.
+Prints the time to open the index in a new process, the time to look up the samples of a batch in the random
+order of an epoch, and the resident memory. The index (64 bytes for each row) goes to a temporary folder.
 
-With `--sources N` it builds N made-up photos from JSON lines over files, from CSV over files and from parquet with
-images, each in a fresh process, and prints their rates and peak memory.
+With `--sources N` it builds N generated photos three times instead: from JSON lines with image files, from
+CSV with image files, and from parquet that contains the images. It prints photos per second and peak memory.
 """
 
 import argparse
@@ -45,7 +45,7 @@ _IMAGE, _JSON = 40_000, 1_000
 
 
 def write_invented_index(folder: Path, rows: int) -> None:
-    """Writes an index of `rows` rows in shards of 10,000, with 5 sparse and 1 dense caption each."""
+    """Writes an index of `rows` rows in shards of 10,000 rows. Each row has 5 sparse captions and 1 dense."""
     (folder / "train").mkdir()
     sample = _IMAGE + _JSON + 1024
     sparse, dense = (pa.array([[""] * count] * _SHARD_ROWS) for count in (5, 1))
@@ -66,16 +66,16 @@ def write_invented_index(folder: Path, rows: int) -> None:
                 "dense": dense[: len(row)],
             }
             writer.add(pa.table(columns), row)
-            # Opening checks that shards have their full length; truncate gives it without using the disk.
+            # Opening an index checks the size of each shard; truncate sets it without using disk space.
             with open(folder / shard, "wb") as file:
                 file.truncate(_SHARD_ROWS * sample)
         writer.finish(folder)
-    # Opening checks that there is a manifest; an empty one is enough, since no key is looked up.
+    # Opening an index requires a manifest. It may be empty, since no key is looked up.
     manifest.write_manifest(folder, manifest.schema().empty_table())
 
 
 def look_up(folder: Path, batches: int, batch_size: int) -> dict[str, float]:
-    """Opens the index and looks up all samples of some batches; returns seconds, ms a batch, and MB of memory."""
+    """Opens the index and looks up `batches` batches of samples in two orders. Returns times and memory."""
     base = psutil.Process().memory_info().rss
     start = time.perf_counter()
     index = ShardIndex.open(folder)
@@ -95,7 +95,7 @@ def look_up(folder: Path, batches: int, batch_size: int) -> dict[str, float]:
 
 
 def write_sources(folder: Path, photos: int, pixels: int) -> dict[str, list[str]]:
-    """Writes made-up photos and five captions of each in three forms; returns the options that build each form."""
+    """Writes photos with five captions each in three formats. Maps each format to its build options."""
     (folder / "photos").mkdir()
     schema = pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("caption", pa.string())]
@@ -120,7 +120,7 @@ def write_sources(folder: Path, photos: int, pixels: int) -> dict[str, list[str]
                     lines.write(json.dumps({"image": name, "caption": caption}) + "\n")
                     writer.writerow((name, caption))
                     rows.append({"image": {"bytes": file.getvalue(), "path": name}, "caption": caption})
-            # One row of parquet for each photo, as hubs have them.
+            # In parquet, each photo has only one row, as is usual on the Hugging Face hub.
             parquet.write_table(pa.Table.from_pylist(rows[::_CAPTIONS], schema=schema))
     photos = ["--images", str(folder / "photos")]
     forms = {"jsonl": photos, "csv": photos, "parquet": []}
@@ -128,7 +128,7 @@ def write_sources(folder: Path, photos: int, pixels: int) -> dict[str, list[str]
 
 
 def build_source(form: str, arguments: list[str], folder: Path, only_list: bool) -> dict[str, float]:
-    """Builds from one form, or only assigns its images to shards; returns seconds and MB of memory."""
+    """Builds from one format. With `only_list`, only assigns images to shards. Returns time and memory."""
     columns = {"path": "image", "sparse": "caption"}
     paths = dict(zip(arguments[::2], map(Path, arguments[1::2]), strict=True))
     options = SourceOptions(
@@ -153,7 +153,7 @@ def build_source(form: str, arguments: list[str], folder: Path, only_list: bool)
 
 
 def measure_sources(folder: Path, photos: int, pixels: int, only_list: bool) -> None:
-    """Prints rate and memory of each form, JSON lines over files first."""
+    """Prints the rate and peak memory of building from each format."""
     forms = write_sources(folder, photos, pixels)
     print(
         f"{photos:,} photos of {pixels} x {pixels} pixels; {_CAPTIONS} rows each in jsonl and csv", flush=True
@@ -167,7 +167,7 @@ def measure_sources(folder: Path, photos: int, pixels: int, only_list: bool) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the measurements and returns 0."""
+    """Runs the benchmark, prints its measurements, and returns 0."""
     parser = argparse.ArgumentParser(prog="python -m d2s.shards.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=100_000_000, help="rows of the index (64 bytes each)")
     parser.add_argument("--batches", type=int, default=3000, help="batches to look up in either order")

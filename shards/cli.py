@@ -1,4 +1,4 @@
-"""The commands of `python -m d2s.shard`: build, index, verify, stats, show."""
+"""Runs the commands of `python -m d2s.shard`: build, index, verify, stats, show."""
 
 import argparse
 import os
@@ -104,7 +104,7 @@ def _run(
 
 
 def _facts(source: str, options: SourceOptions, join: JoinOptions | None) -> dict:
-    """What build.json says about the input: names and numbers, but no path of this machine."""
+    """Returns a description of the input for build.json: names and numbers, but no paths of this machine."""
     facts = {"source": source, "captions": [path.name for _, path in options.captions], "dense": None}
     if join is not None:
         facts["dense"] = asdict(replace(join, key_column=join.key_column or join.key)) | {
@@ -112,7 +112,7 @@ def _facts(source: str, options: SourceOptions, join: JoinOptions | None) -> dic
         }
         del facts["dense"]["path"]
         if join.repeated == "stop":
-            # Data sets of earlier versions do not have it; they stay comparable.
+            # The default is left out, because build.json of earlier versions does not have this field.
             del facts["dense"]["repeated"]
     if source == "img2dataset":
         facts |= {name: given for name in ("columns", "suffixes") if (given := getattr(options, name))}
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0; 1 if `verify` found faults; 2 for a mistake of the user, with one line; 130 if interrupted.
+        The exit code: 0; 1 if `verify` found faults; 2 for an error, printed in one line; 130 after Ctrl-C.
     """
     args = arguments.parser().parse_args(argv)
     remedy = "; the same command with --resume goes on" if args.command == "build" else ""
@@ -170,9 +170,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_scenes(folder: Path, count: str, size: int) -> Path:
-    """Builds a data set of procedural scenes for another command and returns its folder.
+    """Builds a data set of drawn scenes in `folder`, for use by other commands. Returns `folder`.
 
-    count: as in train=4000,val=500. size: pixels. Raises ValueError if it could not be built.
+    count: images in each split, such as "train=4000,val=500". size: width and height of an image in pixels.
+    Raises ValueError if the build fails.
     """
     if main([*f"build --source scenes --count {count} --size {size} --out".split(), str(folder)]):
         raise ValueError(f"the scenes could not be built in {folder}: give --data")

@@ -1,16 +1,16 @@
-"""Text in messages: values of any length on one line of bounded length."""
+"""Shortens text for messages, so that each message is one line of bounded length."""
 
 import re
 
 LIMIT = 300
-"""The most characters of a value that a message repeats."""
+"""Maximum number of characters of a value in a message."""
 LINE_LIMIT = 800
-"""The most characters of a whole message: its parts are shortened one by one, and this is the last resort."""
+"""Maximum number of characters of a whole message, after its values have been shortened."""
 _LONG_VALUE = re.compile(rf"'[^']{{{LIMIT},}}'|\S{{{LIMIT},}}")
 
 
 def shorten(text: str, limit: int = LIMIT) -> str:
-    """The text, or its beginning and end around "... (N characters) ..." if it is longer than `limit`."""
+    """Returns the text. If it is longer than `limit`, replaces its middle by "... (N characters) ..."."""
     if len(text) <= limit:
         return text
     middle = f" ... ({len(text):,} characters) ... "
@@ -19,8 +19,8 @@ def shorten(text: str, limit: int = LIMIT) -> str:
 
 
 def one_line(text: str, limit: int = LINE_LIMIT) -> str:
-    """The text with every run of white space as one blank, shortened, and so is each long word or quoted value."""
-    # Only both ends can remain, so the middle of a very long text need not be split into words.
+    """Returns the text as one line. Shortens long words, long quoted values, and then the whole line."""
+    # Saves time: the middle of a very long text is cut out anyway.
     if len(text) > 100 * limit:
         text = shorten(text, 100 * limit)
     return shorten(_LONG_VALUE.sub(lambda found: shorten(found[0]), " ".join(text.split())), limit)

@@ -1,10 +1,10 @@
-"""Settings are frozen dataclasses that pydantic checks. Each mistake is reported in one line.
+"""Defines settings: frozen dataclasses, checked by pydantic. Mistakes raise ValueError with a one-line text.
 
     @settings("optim")
     class OptimConfig(Settings):
         lr: NonNegativeFloat = 2e-4
 
-A value must already have its field's type: `True` is no integer, and nor is `"8"`. Numbers must be finite.
+Values are not converted to their field's type: `True` and `"8"` are no integers. Numbers must be finite.
 Only functions import pydantic, so machines without it can import `d2s.common`.
 """
 
@@ -21,7 +21,7 @@ T = TypeVar("T", bound="Settings")
 
 
 class Settings:
-    """Base class of the settings that :func:`settings` decorates. Converts them to JSON types and back."""
+    """Base class of all classes that :func:`settings` decorates. Converts settings to JSON types and back."""
 
     name_on_command_line: ClassVar[str] = ""
     """Prefix of the fields' names on the command line, as `optim` in --optim.lr."""
@@ -32,11 +32,11 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Builds settings from the dictionary of `to_dict`. Raises ValueError if a field does not fit."""
+        """Builds settings from the result of `to_dict`. Raises ValueError if a field is invalid."""
         from pydantic import TypeAdapter, ValidationError
 
         try:
-            # Validated as JSON: pydantic then takes lists for tuples and dictionaries for nested settings.
+            # For JSON, pydantic accepts lists for tuples, and dictionaries for nested settings.
             return TypeAdapter(cls).validate_json(json.dumps(values))
         except ValidationError as error:
             raise ValueError(_one_line(error, cls.name_on_command_line or cls.__name__)) from None
@@ -46,7 +46,7 @@ class Settings:
 def settings(name: str = "") -> Callable[[type[T]], type[T]]:
     """Makes a class a frozen, keyword-only dataclass whose constructor checks every value.
 
-    name: prefix of the fields' names on the command line. The constructor raises ValueError in one line.
+    name: prefix of the fields' names on the command line. The constructor raises ValueError for a bad value.
     """
     from pydantic import ConfigDict, ValidationError
     from pydantic.dataclasses import dataclass
@@ -76,9 +76,9 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def _one_line(error: "ValidationError", prefix: str) -> str:
-    """Formats the first mistake that pydantic found: dotted field name, value and remedy."""
+    """Returns a line about the first mistake that pydantic found: dotted field name, value and remedy."""
     first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":  # from a class's own check; its message names the fields
+    if first["type"] == "value_error":  # raised by a check in the class; its message names the fields
         return str(first["ctx"]["error"])
     path = [part for part in first["loc"] if isinstance(part, str)]  # leaves out positions in a tuple
     remedy = first["msg"].replace("Input should be", "it must be")

@@ -1,4 +1,4 @@
-"""Folders and names of models as the Hugging Face hub has them: where they are, and why one cannot be read."""
+"""Finds models by folder, package or name on the Hugging Face hub, and explains why one cannot be read."""
 
 import logging
 import os
@@ -22,9 +22,9 @@ _REPORTER = logging.getLogger("transformers.modeling_utils")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Switch off transformers' progress bars and its table of missing weights, which `towers` reports itself.
+    """Hides transformers' progress bars and its table of missing weights inside the `with` block.
 
-    All its other warnings stay.
+    `towers` reports missing weights itself. Other warnings of transformers stay visible.
     """
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
@@ -42,13 +42,13 @@ def _is_no_table(record: logging.LogRecord) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's message, 300 characters of it at most, or its type if it has none."""
+    """Returns the first line of an error's message, cut to 300 characters, or else the error's type."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
 def reason(error: Exception, place: str | Path) -> str:
-    """Why a file or folder of a model could not be read, in one line: `error`, or a git-lfs pointer in its place."""
+    """Returns in one line why a model cannot be read: a git-lfs pointer in its folder, or else `error`."""
     place = Path(place)
     for file in sorted(place.iterdir()) if place.is_dir() else [place]:
         if file.is_file():
@@ -61,7 +61,7 @@ def reason(error: Exception, place: str | Path) -> str:
 
 
 def locate(name: str) -> str:
-    """Returns the path of `package:<module>/<folder>`, and other names with a leading ~ as the home folder.
+    """Returns the path of `package:<module>/<folder>`, or any other name with a leading ~ expanded.
 
     Raises ValueError if the package is not installed or has no such folder.
     """
@@ -78,9 +78,9 @@ def locate(name: str) -> str:
 
 
 def reachable(name: str) -> str:
-    """`locate(name)`, after a quick check that it is a folder, in the cache, or on a hub that can be reached.
+    """Returns `locate(name)` if it is a folder or in the hub's cache, or if the hub can be reached.
 
-    Without a network the hub's own client fails only after half a minute. Raises ValueError if the check fails.
+    Else raises ValueError at once. Without this check, the hub's client would fail only after half a minute.
     """
     path, host = locate(name), urlsplit(ENDPOINT).hostname
     if Path(path).is_dir() or HF_HUB_OFFLINE or "https" in getproxies():

@@ -17,11 +17,11 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def build_word_tokenizer(
     captions: Iterable[str], *, min_count: int = 2, max_words: int = 30_000
 ) -> BertTokenizer:
-    """Builds a lower-case word tokenizer for random text towers; equal captions give equal tokenizers.
+    """Builds a lower-case word tokenizer for text towers with random weights, the same for equal captions.
 
-    Each of the `max_words` most frequent words that occur at least `min_count` times becomes one piece. Other
-    words are split into the longest pieces that fit, down to single characters (marked ## inside a word). A
-    word with a character that occurs in no caption becomes [UNK].
+    Words that occur at least `min_count` times become one token each, but only the `max_words` most frequent.
+    Other words are split into the longest tokens that fit, down to single characters (with ## inside a word).
+    A word with a character that occurs in no caption becomes [UNK].
     Raises ValueError if no caption has a word.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -39,7 +39,7 @@ def build_word_tokenizer(
 
 
 def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that the text tower names. Raises ValueError if it names none or loading fails."""
+    """Loads the tokenizer that `tower` names. Raises ValueError if there is no name or loading fails."""
     name = tower.tokenizer or tower.name
     if name is None or name == WORDS:
         raise ValueError(
@@ -50,13 +50,13 @@ def load_tokenizer(tower: TowerConfig) -> PreTrainedTokenizerBase:
 
 
 def read_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder, or by its name from the hub.
+    """Loads a tokenizer from a folder, or by its name from the Hugging Face hub.
 
-    Raises ValueError in one line that begins with `what`, if there is no tokenizer or its files are damaged.
+    Raises ValueError, in one line that begins with `what`, if there is no tokenizer or its files are damaged.
     """
     try:
         with quiet():
-            # A caption is data: "[MASK]" in it is a word.
+            # The text "[MASK]" in a caption must not become a special token.
             tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=False, split_special_tokens=True
             )

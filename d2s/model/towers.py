@@ -15,17 +15,17 @@ from d2s.model.config import TowerConfig
 from d2s.model.hub import locate, one_line, quiet, reachable, reason
 from d2s.workers.group import rank
 
-# Errors that transformers and torch raise if the sizes in a configuration do not fit each other.
+# Errors that transformers and torch raise if the sizes in a configuration contradict each other.
 _BUILD_ERRORS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
 )  # fmt: skip
 _LOAD_ERRORS = (*_BUILD_ERRORS, OSError, ImportError, EOFError, SafetensorError, pickle.UnpicklingError)
 _NAMED = 3
-"""How many weights a message names. It only counts the others."""
+"""Number of weights that an error message lists by name."""
 
 
 def _named_config(tower: TowerConfig) -> PreTrainedConfig:
-    """Returns the configuration that `tower.config` or `tower.name` describes, without changes."""
+    """Returns the unchanged configuration that `tower.config` or `tower.name` selects. Raises ValueError."""
     if tower.config is not None:
         fields = {key: value for key, value in tower.config.items() if key != "model_type"}
         try:
@@ -44,7 +44,7 @@ def _named_config(tower: TowerConfig) -> PreTrainedConfig:
 def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
     """Returns the full Hugging Face configuration of a tower.
 
-    `changes` (image_size, vocab_size) apply only to random weights, and to fields that the configuration has.
+    `changes` (image_size, vocab_size) replace fields that the configuration has, but only for random weights.
     Raises ValueError on an unknown name, model type or field, or on fewer layers than `tower.layers`.
     """
     config = _named_config(tower)
@@ -61,7 +61,7 @@ def tower_config(tower: TowerConfig, **changes: int) -> PreTrainedConfig:
 
 
 def _encoder(model: nn.Module, kind: str) -> nn.Module:
-    """Returns the encoder in a two-tower model (CLIP, SigLIP) or an encoder-decoder, else the model."""
+    """Returns one half of a CLIP-like model, the encoder of an encoder-decoder, or else the model itself."""
     half = getattr(model, f"{kind}_model", None)
     if isinstance(half, nn.Module) and hasattr(model, "logit_scale"):
         return half
@@ -71,7 +71,7 @@ def _encoder(model: nn.Module, kind: str) -> nn.Module:
 
 
 def _has_effect(name: str, value: Tensor) -> bool:
-    """Returns whether a checkpoint must hold this weight of an encoder; integers (counters) may be missing."""
+    """Returns whether a checkpoint must contain this weight: it is a float that affects the tokens."""
     return value.is_floating_point() and not name.startswith("pooler.") and not name.endswith("mask_token")
 
 
@@ -87,7 +87,7 @@ def _remove_unused(model: nn.Module) -> nn.Module:
 
 
 def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedModel:
-    """Builds the encoder that `tower` describes. kind: "vision" or "text". changes: see `tower_config`.
+    """Builds the encoder that `tower` describes. kind: "vision" or "text". changes: as in `tower_config`.
 
     The position embeddings of a pretrained vision tower are resized to `changes["image_size"]` pixels.
     Raises ValueError on an unknown name, model type or field, or on sizes that do not fit each other.
@@ -111,7 +111,7 @@ def build_tower(tower: TowerConfig, kind: str, **changes: int) -> PreTrainedMode
 
 
 def _load(tower: TowerConfig, kind: str, config: PreTrainedConfig) -> nn.Module:
-    """Loads a tower with the weights of its folder, and prints on stderr how many they are.
+    """Loads a tower with its pretrained weights, and prints their number on stderr.
 
     Raises ValueError if a weight that the tower needs is missing or has another shape, or if a file is damaged.
     """
@@ -154,7 +154,7 @@ def _load(tower: TowerConfig, kind: str, config: PreTrainedConfig) -> nn.Module:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and buffers by name, not copied. A shared tensor appears under each of its names."""
+    """Maps names to parameters and buffers, not copied. A shared tensor appears under each of its names."""
     return model.state_dict(keep_vars=True)
 
 
@@ -165,7 +165,7 @@ def _first(names: Iterable[str]) -> str:
 
 
 def resize_input(model: PreTrainedModel, size: int) -> PreTrainedModel:
-    """Returns the tower for square images of `size` pixels, with resized position embeddings."""
+    """Returns `model`, or a copy with position embeddings resized for images of `size` x `size` pixels."""
     before = getattr(model.config, "image_size", None)
     if before is None or before in (size, [size, size], (size, size)):
         return model
@@ -181,9 +181,10 @@ def resize_input(model: PreTrainedModel, size: int) -> PreTrainedModel:
 
 
 def resize_positions(table: Tensor, count: int) -> Tensor:
-    """Resizes position embeddings (..., n, C), extra tokens (CLS) and then a square grid, to (..., count, C).
+    """Resizes position embeddings of shape (..., n, C) to shape (..., count, C).
 
-    The grid is resized bicubically; the extra tokens stay. Raises ValueError if the grid cannot be square.
+    The n rows are those of extra tokens (such as CLS), which stay, then of a square grid, which is resized
+    bicubically. Raises ValueError unless n and count are a square plus the same number of extra tokens.
     """
     rows, channels = table.shape[-2:]
     old, new = int(rows**0.5), int(count**0.5)
@@ -198,7 +199,7 @@ def resize_positions(table: Tensor, count: int) -> Tensor:
 
 
 def tower_width(model: PreTrainedModel) -> int:
-    """Returns the width C of the tower's output tokens. Raises ValueError if the configuration lacks it."""
+    """Returns the width of the tower's output tokens. Raises ValueError if the configuration has no width."""
     config = model.config
     sizes = getattr(config, "hidden_sizes", None) or getattr(config, "channels", None)
     width = sizes[-1] if isinstance(sizes, (list, tuple)) else getattr(config, "hidden_size", None)

@@ -1,4 +1,4 @@
-"""Turns an image in any form that users have (file, bytes, array, PIL image) into pixels for the model."""
+"""Turns an image (path, bytes, array or PIL image) into pixels for the model."""
 
 from os import PathLike
 from pathlib import Path
@@ -16,7 +16,7 @@ Picture = Image.Image | str | PathLike | bytes | np.ndarray
 def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
     """Loads a picture and stretches it to a square, as evaluation does. Returns uint8 (3, size, size).
 
-    Raises ValueError if the picture cannot be read. The message has its path, or else `name`.
+    Raises ValueError if the picture cannot be read. The message begins with the path, or else with `name`.
     """
     if isinstance(picture, (str, PathLike)):
         name = f"image {str(picture)!r}"
@@ -29,7 +29,7 @@ def pixels(picture: Picture, size: int, name: str = "image") -> Tensor:
 
 
 def _encoded_or_opened(picture: Picture) -> bytes | Image.Image:
-    """Converts a picture for `eval_image`. Raises OSError, or ValueError for a bad type or shape."""
+    """Converts a picture to encoded bytes or a PIL image. OSError, or ValueError for a bad type or shape."""
     if isinstance(picture, (str, PathLike)):
         return Path(picture).read_bytes()
     if isinstance(picture, np.ndarray):

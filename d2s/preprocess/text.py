@@ -1,6 +1,6 @@
-"""From captions to token ids, a batch at a time: the tokenizer's Rust core, and numpy for the rest.
+"""Turns batches of captions into token ids, with the tokenizer's Rust core and numpy.
 
-A caption is data: words in it that look like special tokens ("[MASK]", "</s>") stay words.
+Words in a caption that look like special tokens ("[MASK]", "</s>") are treated as ordinary words.
 """
 
 import json
@@ -23,14 +23,14 @@ _MASKED, _REPLACED = 0.5, 0.1
 
 
 class TextPipeline:
-    """Tokenises, augments, truncates and pads captions. It copies the tokenizer and can be pickled.
+    """Tokenises, augments, truncates and pads captions. Works on a copy of the tokenizer; can be pickled.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer (PreTrainedTokenizerFast).
         max_length: default maximum number of tokens in a caption, including special tokens.
     Attributes:
         truncated: number of captions truncated so far in this process.
-        pad_id: token id that fills up short captions; the mask is False there.
+        pad_id: token id that pads short captions.
     Raises:
         ValueError: `tokenizer` is not fast, or `max_length` leaves no room for words.
     """
@@ -56,7 +56,7 @@ class TextPipeline:
         fallback = unk if unk is not None else (special[0] if special else 0)
         self._unk_id = fallback
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else fallback
-        # If the tokenizer has no mask token, as most byte-level ones, its unknown token is used.
+        # Most byte-level tokenizers have no mask token. Then the unknown token replaces it.
         self._mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else fallback
         self._continuing = _continuing_pieces(self._core)
         added = {
@@ -97,7 +97,7 @@ class TextPipeline:
         all words of a caption would be deleted, its first word stays unchanged.
 
         Args:
-            samples: (B,); a caption's augmentation depends only on seed, epoch and its number in `samples`.
+            samples: (B,), the number of each caption. Random draws depend only on it, `seed` and `epoch`.
         Returns:
             The same as `encode`.
         """
@@ -126,7 +126,7 @@ class TextPipeline:
         return self._pack(ids[keep], np.bincount(row[keep], minlength=len(texts)), max_length)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[I64, I64, NDArray[np.bool_]]:
-        """Returns ids of all captions (T,), tokens per caption (B,), and whether an id begins a word (T,)."""
+        """Returns joined token ids (T,), caption lengths (B,), and whether each token begins a word (T,)."""
         if self._continuing is not None:
             _, ids, lengths = self._encodings(texts)
             return ids, lengths, ~self._continuing[ids]
@@ -139,16 +139,16 @@ class TextPipeline:
     def _encodings(
         self, texts: Sequence[str], *, word_numbers: bool = False
     ) -> tuple[list[Encoding], I64, I64]:
-        """The captions' encodings without special tokens, their ids concatenated (T,), and the lengths (B,)."""
-        self._core.encode_special_tokens = True  # as text; pickling forgets it
-        # encode_batch_fast is a quarter faster, but does not number the words.
+        """Returns encodings of captions without special tokens, their joined ids (T,), and lengths (B,)."""
+        self._core.encode_special_tokens = True  # as ordinary text; pickling loses this setting
+        # encode_batch_fast takes a quarter less time, but does not number the words.
         encode = self._core.encode_batch if word_numbers else self._core.encode_batch_fast
         encodings = encode(list(texts), add_special_tokens=False)
         ids, lengths = _flat([encoding.ids for encoding in encodings])
         special = np.isin(ids, self._special)
         if not special.any():
             return encodings, ids, lengths
-        # Some vocabularies hold special tokens among their words: a space inside such a word makes it text again.
+        # Some vocabularies have special tokens among their words. A space inside such a word makes it text.
         for row in np.unique(np.repeat(np.arange(len(texts)), lengths)[special]):
             text = self._special_words.sub(lambda word: f"{word[0][0]} {word[0][1:]}", texts[row])
             if text != texts[row]:
@@ -156,7 +156,7 @@ class TextPipeline:
         return encodings, *_flat([encoding.ids for encoding in encodings])
 
     def _pack(self, ids: I64, lengths: I64, max_length: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns padded ids and mask (B, L), cut and with special tokens, for ids (T,) and lengths (B,)."""
+        """Truncates and pads joined ids (T,) of captions with lengths (B,). Returns the same as `encode`."""
         before, after = len(self._prefix), len(self._suffix)
         room = (max_length or self.max_length) - before - after
         if before + after == 0 and (lengths == 0).any():  # each caption needs at least one token
@@ -178,15 +178,15 @@ class TextPipeline:
 
 
 def _flat(lists: list[list[int]]) -> tuple[I64, I64]:
-    """Concatenates lists of numbers. Returns all T numbers (T,) and the length of each list (B,)."""
+    """Joins B lists of numbers. Returns all T numbers (T,), and the length of each list (B,), both int64."""
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
     return np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum())), lengths
 
 
 def _continuing_pieces(core: Tokenizer) -> NDArray[np.bool_] | None:
-    """Returns, for each token id, whether it continues a word; None unless the tokenizer is of BERT's kind.
+    """Returns bool (vocabulary size,): whether each token continues a word. None if it is no BERT tokenizer.
 
-    BERT's pre-tokenizer makes a word of each "#", so tokens that begin a word never start with "##".
+    In BERT tokenizers only continuing tokens start with "##", because "#" in a text is a word of its own.
     """
     description = json.loads(core.to_str())
     model, splitter = description["model"], description["pre_tokenizer"] or {}
@@ -199,7 +199,7 @@ def _continuing_pieces(core: Tokenizer) -> NDArray[np.bool_] | None:
 
 
 def _special_tokens(core: Tokenizer) -> tuple[list[int], list[int]]:
-    """Returns the token ids that the tokenizer adds before a text and after it."""
+    """Returns two lists of token ids: those that the tokenizer adds before a text, and those after it."""
     bare = core.encode("a", add_special_tokens=False).ids
     full = core.encode("a", add_special_tokens=True).ids
     for start in range(len(full) - len(bare) + 1):

@@ -1,4 +1,4 @@
-"""Checks everything that a user can get wrong about a run, before any work starts and before any file is written."""
+"""Checks all of a user's arguments, settings and data for a run, before any file is written."""
 
 import argparse
 import dataclasses
@@ -21,10 +21,10 @@ from d2s.workers.group import local_batch
 
 
 def check_arguments(options: argparse.Namespace, overrides: list[str]) -> RunSpec:
-    """Reads the recipe, the overrides and the data's index, and checks them.
+    """Reads and checks the recipe, the overrides and the index of the data. Returns the description of a run.
 
     options, overrides: as :func:`d2s.training.arguments.parse` returns them.
-    Raises ValueError for any mistake; its message names the argument or field, the value and the remedy in one line.
+    Raises ValueError for any mistake. The message names the argument or field, its value and the remedy.
     """
     config = override(find_recipe(options.recipe), overrides)
     if options.run is None and not options.dry_run:
@@ -59,7 +59,7 @@ def check_arguments(options: argparse.Namespace, overrides: list[str]) -> RunSpe
 
 
 def _find_model(path: Path) -> Path:
-    """Returns the best/ folder of the run at `path`, or `path` if it is a model folder. Else raises ValueError."""
+    """Returns path/best if it has a model, or else `path` if it is a model folder. Else raises ValueError."""
     for candidate in (path / "best", path):
         if (candidate / "model.safetensors").is_file():
             return candidate
@@ -69,7 +69,7 @@ def _find_model(path: Path) -> Path:
 
 
 def _find_data(options: argparse.Namespace) -> str:
-    """Returns --data, or else the data of the resumed run or of the run at --init. Raises ValueError without any."""
+    """Returns --data, else the data of the run to resume or of --init. Raises ValueError if there is none."""
     if options.data:
         return options.data
     for folder in (options.run if options.resume else None, options.init):
@@ -80,7 +80,7 @@ def _find_data(options: argparse.Namespace) -> str:
 
 
 def _open_data(data: str, val_data: str | None, config: TrainConfig) -> ShardIndex:
-    """Opens the index of `data`, or of --val-data if `data` is a stream, and checks its captions and splits."""
+    """Opens and checks the index of `data`, or of `val_data` if `data` is a stream of tars."""
     if not is_pattern(data):
         if val_data:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Checks whether a run may use its run folder, reads and writes config.json in it, and locks it.
 
 runs/<name>/config.json contains the resolved configuration, the data and the initial model. It is written after
-everything has been built. So if a command fails before, the next command can still use the folder.
+the model and data have been set up. So if a command fails before, another command can still use the folder.
 """
 
 import errno
@@ -20,9 +20,9 @@ from d2s.shards.read.stream import is_pattern
 from d2s.training.config import TrainConfig, differences
 
 CONFIG, LOCK = "config.json", ".lock"
-# Files that a command may leave if it fails before training. A folder with no other files counts as empty.
+# Names that a failed command may leave in a run folder. A folder that contains only these counts as empty.
 HARMLESS = {LOCK, RESTARTS, "teacher"}
-# Fields that may change when a run is resumed, because they do not change a loss.
+# Fields (or prefixes) that may change when a run is resumed, because they do not affect the loss.
 RESUMABLE = (
     *("log.", "checkpoint.", "validation.", "data.loader_workers", "data.damage_budget", "nonfinite_limit"),
     *("engine.zero_stage", "engine.offload_optimizer", "engine.activation_checkpointing"),
@@ -33,7 +33,7 @@ def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume:
     """Returns the checkpoint to resume from, or None for a new run.
 
     origin: as `RunSpec.origin` returns it.
-    Raises ValueError if the command would overwrite an earlier run, or resume it with other settings or data.
+    Raises ValueError if the command would overwrite an earlier run, or resume it with new settings or data.
     """
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run {run} is a file: name a folder")
@@ -53,21 +53,21 @@ def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume:
 
 
 def _differs(name: str, saved: dict[str, Any], now: str | None) -> bool:
-    """Returns whether a resumed run would have another origin. A data set may have moved: its fingerprint decides."""
+    """Returns whether field `name` of the origin changed. Data sets may move: their fingerprint counts."""
     was = saved.get(name)
     if name == "val_data" or (name == "data" and was and not is_pattern(was) and not is_pattern(now)):
         return False
-    # Older runs noted the initial model relative to the working directory.
+    # Older versions stored the initial model's path relative to the working directory.
     return was != now and not (name == "init" and was and now and os.path.abspath(was) == now)
 
 
 def _harmless(name: str) -> bool:
-    # A process that was killed may leave a hidden temporary file.
+    # A killed process may leave a hidden temporary file.
     return name in HARMLESS or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def read(run: Path) -> dict[str, Any]:
-    """Returns the content of the run's config.json. Raises ValueError, in one line, if it is missing or broken."""
+    """Returns the content of the run's config.json. Raises ValueError if it is missing or damaged."""
     path = run / CONFIG
     if not path.is_file():
         raise ValueError(f"{run} holds no run (no {CONFIG}): choose another folder")
@@ -91,13 +91,13 @@ def data_of(run: Path) -> str | None:
 
 
 def write(run: Path, config: TrainConfig, origin: dict[str, Any], world: int) -> None:
-    """Writes config.json completely or, if that fails, not at all. world: number of workers."""
+    """Writes config.json atomically. origin: as `RunSpec.origin` returns it. world: number of workers."""
     content = {"config": config.to_dict(), **origin, "workers": world, "torch": torch.__version__}
     write_json(run / CONFIG, content)
 
 
 def claim(run: Path) -> int:
-    """Creates the run folder and locks it for this process. Returns a file descriptor that keeps the lock while open.
+    """Creates the run folder and locks it for this process until the returned file descriptor is closed.
 
     Raises ValueError if another process uses the folder.
     """
@@ -110,7 +110,7 @@ def claim(run: Path) -> int:
             f"--run {run} is in use by another process: wait for it, or choose another folder"
         ) from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks: train without one
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # the file system has no locks: go on without
             raise
     recover(run)
     return handle

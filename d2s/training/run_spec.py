@@ -1,4 +1,4 @@
-"""The description of a run: what the user asked for, and numbers computed from that."""
+"""Describes a run: the user's arguments and settings, and numbers computed from them."""
 
 import os
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from d2s.training.engine import engine_settings
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """A checked description of a run, created by :func:`d2s.training.checks.check_arguments`."""
+    """Describes a run whose arguments :func:`d2s.training.checks.check_arguments` has checked."""
 
     config: TrainConfig
     data: str
     """The --data argument: the folder of a data set, or a URL pattern of tars to stream."""
     index: ShardIndex
-    """Index of the data set; if `data` is a stream, index of the data set to validate on."""
+    """Index of the data set. If `data` is a stream, index of the data set to validate on."""
     run: Path | None
     """The run folder; None for a dry run without --run."""
     init: Path | None
@@ -65,7 +65,7 @@ class RunSpec:
 
     @property
     def local_batch(self) -> int:
-        """How many pairs of the global batch one worker gets."""
+        """Number of pairs of the global batch that each worker gets."""
         return self.config.batch_size // self.world
 
     def engine_settings(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class RunSpec:
         return engine_settings(self.config.engine, self.local_batch, self.config.optim.grad_clip)
 
     def origin(self) -> dict[str, Any]:
-        """Returns the data, their fingerprint and the initial model. A resumed run must have the same.
+        """Returns the data, its fingerprint and the initial model. A resumed run must have the same values.
 
         Folders are absolute, so that the run can be resumed from another working directory.
         """

@@ -1,7 +1,7 @@
 """Joins captions from separate files (JSON, CSV or parquet) to images by an exact key.
 
-The files are read once, as a stream. However large they are, memory holds only 24 bytes for each image:
-matching captions are written to a memory-mapped file, from which the workers read them.
+The files are read once, as a stream. Matching captions go to a memory-mapped file, which the workers read. So
+memory holds only 24 bytes for each image, however large the files are.
 """
 
 import sys
@@ -29,19 +29,19 @@ class JoinOptions:
     path: Path
     """a file, or a folder of files"""
     key: str = "filename"
-    """the property of an image that is compared with the key of a row, one of KEYS"""
+    """one of KEYS: the property of an image that must equal the key of its row"""
     key_column: str = ""
-    """the column that contains the key; "" means the column with the name `key`"""
+    """name of the column that contains the key; "" means the same name as `key`"""
     columns: tuple[str, ...] = ("text",)
-    """columns with dense captions"""
+    """names of the columns with dense captions"""
     sparse_columns: tuple[str, ...] = ()
-    """columns with sparse captions, which replace those of the source"""
+    """names of the columns with sparse captions. They replace the sparse captions of the source."""
     missing: str = "stop"
     """"stop" or "allow": what to do if an image has no row"""
     extra: str = "stop"
     """"stop" or "allow": what to do if a row has no image"""
     repeated: str = "stop"
-    """"stop" or "allow": what to do with further rows of an image; "allow" adds their captions"""
+    """"stop" or "allow": what to do if an image has several rows; "allow" adds the captions of all"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def _fault(options: JoinOptions, row: _Row) -> str | None:
 
 
 class _Names:
-    """Finds images by what they are joined by; by file names also where only one side writes the folders."""
+    """Finds images by join key. Can also match file names if only one of image and row includes folders."""
 
     def __init__(self, hashes: np.ndarray, name_of: Callable[[int], str]) -> None:
         self._order = np.argsort(hashes, kind="stable")
@@ -89,12 +89,12 @@ class _Names:
         self._found, self._first = 0, ""
 
     def find(self, wanted: np.ndarray) -> list[np.ndarray]:
-        """The numbers of the images of each hash."""
+        """Returns, for each hash in `wanted`, the numbers of the images with that join key."""
         starts, stops = (np.searchsorted(self._ordered, wanted, side) for side in ("left", "right"))
         return [self._order[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
     def find_in_other_folder(self, row: _Row) -> np.ndarray:
-        """The images whose name ends that of the row behind a slash; or, for one without folder, the other way."""
+        """Returns images whose name equals the row's once leading folders are removed from one of the two."""
         folders = row.key.replace("\\", "/").split("/")
         ends = ["/".join(folders[number:]) for number in range(1, len(folders))]
         if ends:
@@ -112,11 +112,11 @@ class _Names:
         return images
 
     def example(self) -> str:
-        """How the images here are named, as the end of a message."""
+        """Returns the end of an error message: the name of one image, as an example."""
         return f"; an image here is {shorten(repr(self._name_of(0)), 80)}" if len(self._order) else ""
 
     def report(self, path: Path) -> None:
-        """Prints how many rows were found in another folder."""
+        """Prints how many rows `find_in_other_folder` matched. path: the caption file."""
         if self._found:
             print(
                 f"{path}: {self._found:,} names were joined without their folders ({self._first})",
@@ -132,16 +132,17 @@ def join_captions(
     faults: Faults,
     name_of: Callable[[int], str],
 ) -> tuple[np.ndarray, int]:
-    """Finds the row with the captions of each image.
+    """Finds the row of captions for each image, and reports rows and images without a match.
 
     Args:
         hashes: uint64 (images,), `hash64` of each image's join key.
-        usable: bool (images,), False for excluded images. Images that are excluded here become False.
-        path: file to which the matching captions are written, each with its key.
-        name_of: returns an image's name for error messages, given its number.
+        usable: bool (images,), False for excluded images. Is set to False for images excluded here.
+        path: file to write; gets a row for each matching input row: its captions and key.
+        name_of: maps the number of an image to its name.
 
     Returns:
-        int64 (images,), each image's row in `path`, or -1; and the number of input rows that have no image.
+        (rows, extra): int64 (images,), the number of each image's last row in `path`, or -1; and the number
+            of input rows without an image.
     """
     names = _Names(hashes, name_of)
     matched = np.full(len(hashes), -1, np.int64)

@@ -1,4 +1,4 @@
-"""Lists the images of a source, and finds all faults that can be found without decoding every image."""
+"""Lists the images of a source, and finds the faults that do not require decoding every image."""
 
 import hashlib
 from array import array
@@ -19,8 +19,8 @@ from d2s.shards.sources.faults import Faults, caption_fault, is_integer
 
 _CHECKED_AT_ONCE = 4096
 _ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
-# Columns: 64-bit hashes of strings (type Q), and numbers. `bytes` is the size of the image file, or -1 if
-# unknown; `captions` is the number of captions, or -1 if not known yet.
+# The types of the arrays in `ImageList.numbers`. Type Q is for 64-bit hashes of strings. `bytes` is the size
+# of the image file, or -1 if unknown; `captions` is the number of captions, or -1 if not known yet.
 _KINDS = dict.fromkeys(("source_id", "given", "key", "join", "order"), "Q")
 _KINDS |= {"image_id": "q", "bytes": "q", "captions": "q", "split": "h", "tar": "i"}
 
@@ -36,22 +36,22 @@ def read_bytes(entry: Entry) -> bytes:
 
 @dataclass
 class ImageList:
-    """The images of a source. Each has a row in a file on disk, and an entry in several arrays in memory."""
+    """The images of a source. Each has a row in a file on disk, and an element in each array in memory."""
 
     rows: RowFile
-    """the fields of each image's entry; and `join`, the key that its row of separate captions must have, and
-    `given`, a key that the source gave and that must be unique"""
+    """the fields of each image's `Entry`, and two more: `join`, the key of its row of separate captions,
+    and `given`, the key that the source gave and that must be unique, if any"""
     numbers: dict[str, np.ndarray]
-    """maps each name in _KINDS to an array (images,)"""
+    """maps each name in _KINDS to an array of shape (images,)"""
     usable: np.ndarray
-    """bool (images,); becomes False if an image is excluded later"""
+    """bool (images,); False for images that have been excluded"""
     splits: list[str]
-    """names of the splits; column `split` holds positions in this list"""
+    """names of the splits; numbers["split"] has positions in this list"""
     tars: list[str]
-    """paths of the tars; column `tar` holds positions in this list, or -1"""
+    """paths of the tars; numbers["tar"] has positions in this list, or -1 for an image in no tar"""
 
     def groups(self) -> dict[str, np.ndarray]:
-        """Returns, for each split, the numbers of its usable images, int64."""
+        """Maps each split with a valid name to the numbers of its usable images, as an int64 array."""
         named = [(code, name) for code, name in enumerate(self.splits) if not _split_fault(name)]
         return {name: np.flatnonzero(self.usable & (self.numbers["split"] == code)) for code, name in named}
 
@@ -59,7 +59,7 @@ class ImageList:
 def list_images(
     entries: Iterable[Entry], path: Path, join: JoinOptions | None, seed: int, faults: Faults
 ) -> ImageList:
-    """Lists the images and writes their rows to `path`. Unusable ones are also added to `faults`."""
+    """Lists all images and writes their rows to `path`. Unusable images are listed and added to `faults`."""
     secret = str(seed).encode()
     columns = {name: array(kind) for name, kind in _KINDS.items()}
     usable, splits, tars = array("b"), {}, {}
@@ -101,7 +101,7 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
     row["key"] = clean_key(entry.key or entry.source_id)
     if entry.image_id is None or _id_fault(entry.image_id):
         row["image_id"] = number
-    # Keys of tars may repeat and are made unique later; a key that a table gives must be unique.
+    # Keys from tars may repeat; `unique_keys` changes them later. Keys from a table must be unique.
     row["given"] = entry.key if entry.key and not entry.in_tar else ""
     row["join"] = _join_value(entry, row, join, readable)
     if usable:
@@ -110,9 +110,9 @@ def _row(entry: Entry, number: int, join: JoinOptions | None, readable: bool, us
 
 
 def _join_value(entry: Entry, row: dict, join: JoinOptions | None, readable: bool) -> str:
-    """Returns the key that links an image to its row of separate captions, "" without `join`.
+    """Returns the key that an image's row of separate captions must have; "" if `join` is None.
 
-    Unusable images need one too: otherwise their captions would be reported as rows without an image.
+    Unusable images need a key too. Otherwise their rows would be reported as rows without an image.
     """
     if join is None:
         return ""
@@ -143,9 +143,9 @@ def _id_fault(image_id: object) -> str | None:
 
 
 def _name_fault(entry: Entry) -> str | None:
-    """Returns a fault if a name is not valid Unicode, else None.
+    """Returns a fault if a name of the entry is not valid Unicode, else None.
 
-    Names in tars may have any bytes and names in JSON unpaired surrogates, but only Unicode can be stored.
+    Names in tars may have any bytes, and names in JSON may have unpaired surrogates. Neither can be stored.
     """
     for name in (entry.source_id, entry.key or "", entry.path, entry.filename, entry.sha256):
         if name and not name.isascii() and caption_fault((name,)):
@@ -154,7 +154,7 @@ def _name_fault(entry: Entry) -> str | None:
 
 
 def _check_file(entry: Entry) -> tuple[int, str | None]:
-    """Returns the file's size, and its fault or None. Decodes it only if its ends look wrong."""
+    """Returns (size in bytes or -1, fault or None). Decodes an image only if its ends look damaged."""
     if not entry.path:
         return -1, None
     if "\0" in entry.path:
@@ -181,7 +181,7 @@ def _check_file(entry: Entry) -> tuple[int, str | None]:
 
 
 def _repeated(values: np.ndarray) -> Iterator[list[int]]:
-    """Yields groups of images that have equal values: lists of image numbers in ascending order."""
+    """Yields a list of positions, in ascending order, for each value that occurs more than once."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     for group in np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1):
@@ -205,7 +205,7 @@ def exclude_duplicates(images: ImageList, faults: Faults) -> None:
 
 
 def exclude_ambiguous(images: ImageList, join: JoinOptions, faults: Faults) -> None:
-    """Excludes images whose join key also belongs to an image of another name: captions would fit both."""
+    """Excludes images that have the same join key as an image of another name: captions would fit both."""
     if join.key == "sha256":
         # Images with the same checksum are equal, so the same captions describe them.
         return
@@ -223,7 +223,7 @@ def exclude_ambiguous(images: ImageList, join: JoinOptions, faults: Faults) -> N
 
 
 def unique_keys(images: ImageList) -> dict[int, str]:
-    """Maps each image with a repeated key to a new key: the old one and a hash of the image's name."""
+    """Maps the number of each image with a repeated key to a new key: old key plus a hash of its name."""
     renamed = {}
     for number in (number for group in _repeated(images.numbers["key"]) for number in group):
         row = images.rows.row(number)

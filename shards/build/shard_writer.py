@@ -1,4 +1,4 @@
-"""Writes one shard: a new tar, or only the captions and manifest rows of a tar that stays unchanged."""
+"""Writes a shard: a new tar, or (for `index`) only the captions and manifest rows of an existing tar."""
 
 import hashlib
 import json
@@ -33,23 +33,23 @@ class _Job:
     config: BuildConfig
 
 
-# The job of this process. It is set by `start_worker`.
+# What this process works on; `start_worker` sets it.
 _job: _Job | None = None
 
 
 def start_worker(out: Path, assignment: Path, config: BuildConfig) -> None:
-    """Prepares this process to write shards into `out`. assignment: the folder that stores it."""
+    """Prepares this process to write shards into `out`. assignment: folder of the stored `Assignment`."""
     global _job
     _job = _Job(out, Assignment(assignment), config)
 
 
 def part_path(out: Path, shard: Shard) -> Path:
-    """Returns the file for a finished shard's manifest rows, which are joined at the end."""
+    """Returns the path for a shard's manifest rows. At the end of the build all such files are joined."""
     return out / SCRATCH / "parts" / (shard.name.removesuffix(".tar").replace("/", "-") + ".parquet")
 
 
 def is_done(out: Path, shard: Shard) -> bool:
-    """Returns whether the shard was finished before an interruption and its tar has the same size."""
+    """Returns whether an interrupted build finished this shard, and its tar still has the same size."""
     marker = part_path(out, shard).with_suffix(".json")
     if not marker.exists():
         return False
@@ -59,7 +59,7 @@ def is_done(out: Path, shard: Shard) -> bool:
 
 
 def write_shard(shard: Shard) -> None:
-    """Writes the shard, then its manifest rows, then a marker file that says that both are complete.
+    """Writes the shard, then its manifest rows, then a marker file that shows that both are complete.
 
     Raises ValueError if an image cannot be used, unless faults are quarantined.
     """
@@ -75,7 +75,7 @@ def write_shard(shard: Shard) -> None:
 
 
 def _images(shard: Shard, faults: Faults) -> Iterator[tuple[Entry, EncodedImage]]:
-    """Yields the entries of a shard with their images. Unusable ones are added to `faults` instead."""
+    """Yields (entry, image) for each usable image of a shard. The others are added to `faults`."""
     assert _job is not None
     config = _job.config
     for entry in _job.assignment.entries(shard):
@@ -122,7 +122,7 @@ def _offsets(image: Member, captions: Member, checksum: int) -> dict:
 def _write_tar(
     out: Path, shard: Shard, images: Iterator[tuple[Entry, EncodedImage]]
 ) -> tuple[list[dict], int, str]:
-    """Writes the tar. Returns the manifest rows, the size of the tar in bytes, and its sha256."""
+    """Writes the tar. Returns its manifest rows, its size in bytes, and its sha256."""
     path = out / shard.name
     rows = []
     with atomic_file(path) as file:
@@ -141,7 +141,7 @@ def _write_tar(
 def _describe_tar(
     out: Path, shard: Shard, images: Iterator[tuple[Entry, EncodedImage]]
 ) -> tuple[list[dict], int, str]:
-    """Writes the captions of a tar that stays unchanged. Offsets count from this file's start."""
+    """Writes the captions of an existing tar to a JSON lines file. Returns the same as `_write_tar`."""
     rows, position = [], 0
     with atomic_file(part_path(out, shard).with_suffix(".jsonl")) as file:
         for entry, image in images:

@@ -1,4 +1,4 @@
-"""Compressed files: known by their first bytes, read as a stream."""
+"""Detects compressed files by their first bytes, and reads them as streams."""
 
 import bz2
 import gzip
@@ -30,24 +30,27 @@ _KINDS: dict[str, tuple[bytes, Callable[[Path], BinaryIO]]] = {
 
 
 def compression(path: Path) -> str:
-    """How a file is compressed: "gzip", "bzip2", "xz", "zstd", or "" if it is not. Raises OSError."""
+    """Returns "gzip", "bzip2", "xz" or "zstd"; "" for an uncompressed file. Raises OSError."""
     with open(path, "rb") as file:
         head = file.read(6)
     return next((name for name, (magic, _) in _KINDS.items() if head.startswith(magic)), "")
 
 
 def open_compressed(path: Path, kind: str) -> BinaryIO:
-    """Opens a file of this compression; reading it gives the bytes that were compressed."""
+    """Opens a compressed file for reading decompressed bytes. kind: as `compression` returns it."""
     return _KINDS[kind][1](path)
 
 
 def decompress(path: Path, kind: str, target: Path) -> str:
-    """Writes the bytes that were compressed to `target`, unless it exists. Returns why there are not all, or ""."""
+    """Decompresses `path` to `target`, unless `target` exists. Writes only the readable part of damaged data.
+
+    Returns a description of the damage, or "".
+    """
     if target.exists():
         return ""
     fault = ""
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own, because another process may be writing the same file.
+    # The temporary name is unique, because another process may be writing the same target.
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as copy:
         try:
             with open_compressed(path, kind) as file:
@@ -63,7 +66,7 @@ def decompress(path: Path, kind: str, target: Path) -> str:
 
 
 def _next(file: BinaryIO) -> bytes | Exception:
-    """The next bytes, or why they cannot be read. (Errors of writing are raised where they happen.)"""
+    """Returns the next bytes. Returns a read error too, so that the caller can tell it from a write error."""
     try:
         return file.read(_CHUNK)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:

@@ -28,8 +28,8 @@ IMAGE_SUFFIXES = (
     "ppm",
     "pgm",
 )
-"""What the members of a tar that hold images are called; which format they have, their bytes say."""
-# What Pillow's decoders raise on broken input. The list is no wider, so our own bugs still surface.
+"""Suffixes of the members of a tar that are images. The real format is detected from their bytes."""
+# Errors that Pillow's decoders raise on broken files. Others are not caught, because they are bugs of ours.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, Image.DecompressionBombError)
 
 
@@ -76,12 +76,12 @@ def _stored_as_it_is(image: Image.Image) -> str:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Opens an image without decoding it. Turns errors of its decoder in the `with` block into ValueError."""
+    """Opens an image without decoding it. Decoder errors inside the `with` block become ValueError."""
     if not data:
         raise ValueError("the image file is empty")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of metadata and of large images; it raises where it cannot read the pixels.
+            # Pillow warns about metadata and large images. If it cannot read the pixels, it raises an error.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 yield image
@@ -96,10 +96,10 @@ def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImag
     if resize is not None and min(width, height) > resize:
         scale = resize / min(width, height)
         target = max(1, round(width * scale)), max(1, round(height * scale))
-        # The JPEG decoder can shrink by 2, 4 or 8. At least twice the target size is left for the filter.
+        # The JPEG decoder can shrink by 2, 4 or 8. It stops at twice the target size; resize does the rest.
         image.draft("RGB", (2 * target[0], 2 * target[1]))
         image = to_rgb(image).resize(target, Image.Resampling.BICUBIC)
-    # The new file has no orientation tag, so the pixels are rotated as the tag of the old one says.
+    # The JPEG gets no orientation tag, so the pixels themselves must be rotated.
     image = upright(to_rgb(image))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
@@ -107,7 +107,7 @@ def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImag
 
 
 def has_valid_ends(head: bytes, tail: bytes, size: int) -> bool:
-    """Returns whether the first and last 12 bytes look intact. If False, only decoding can tell."""
+    """Returns whether an image's first and last 12 bytes look intact. If not, it must be decoded to know."""
     if head[:2] == b"\xff\xd8":
         return tail[-2:] == b"\xff\xd9"
     if head[:8] == b"\x89PNG\r\n\x1a\n":

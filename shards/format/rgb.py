@@ -1,4 +1,4 @@
-"""From an opened image of any mode to 8-bit RGB: one rule for the builder, for training and for `encode_image`."""
+"""Converts images of any Pillow mode to 8-bit RGB. The builder, training and `encode_image` all use it."""
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -7,22 +7,22 @@ _ORIENTATION = 0x0112
 # TIFF tags.
 _BITS, _PHOTOMETRIC = 258, 262
 _WHITE_IS_ZERO = 0
-# Where Pillow finds an orientation. Most images have none of them, and reading an orientation takes time.
+# Entries of `Image.info` that may contain an orientation. Checking them first saves a slow search.
 _ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image rotated and mirrored as its metadata (EXIF or XMP) say. Pillow itself does so with TIFF."""
+    """Rotates and mirrors an image as its EXIF or XMP orientation says. For TIFF, Pillow itself does so."""
     if any(name in image.info for name in _ORIENTED) and image.getexif().get(_ORIENTATION, 1) != 1:
         return ImageOps.exif_transpose(image)
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB, not yet rotated: on white where it is transparent, more than 8 bits scaled to 8.
+    """Converts an image to 8-bit RGB, without rotation. Transparent parts become white.
 
-    Integers and floats without a stated range are taken for 8 or 16 bits, floats also for [0, 1], whichever is the
-    smallest range that holds them. Raises what Pillow raises on a damaged file.
+    Values of more than 8 bits are scaled to 8. If the file does not say their range, it is taken to be the
+    smallest that contains them: 8 or 16 bits, or for floats also [0, 1]. Damaged files raise Pillow's errors.
     """
     image.load()
     transparent = "transparency" in image.info
@@ -44,13 +44,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Grey levels uint8 (H, W) of an image of integers or floats, on white where it is transparent."""
+    """Converts an image of integers or floats to grey uint8 (H, W). Transparent pixels become white."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     if image.mode == "F":
         values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         top = values.max(initial=0)
         grey = values * (255 if top <= 1 else 1 if top <= 255 else 1 / 256 if top < 65536 else 255 / top)
-    elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # those two have 16 bits
+    elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # these two have 16 bits
         top = int(values.max(initial=0))
         grey = values >> max(0, (top > 255) * 8, top.bit_length() - 8 if top > 65535 else 0)
     else:

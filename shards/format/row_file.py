@@ -1,4 +1,4 @@
-"""Stores rows on disk as memory-mapped JSON lines. Many processes can read them with little memory."""
+"""Stores rows on disk as JSON lines, which many processes can read with little memory (memory-mapped)."""
 
 import json
 import mmap
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class RowFileWriter:
-    """Appends rows (dictionaries) to a file. On closing, writes the rows' offsets to a file beside it."""
+    """Appends rows (dictionaries) to a file. Closing it writes the offsets of all rows to a .npy file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -35,7 +35,7 @@ class RowFileWriter:
 
 
 class RowFile:
-    """Reads rows by number. All processes share the pages of the file."""
+    """Reads rows by number. Processes that open the same file share its memory."""
 
     def __init__(self, path: Path) -> None:
         self._offsets = np.load(path.with_suffix(".npy"), mmap_mode="r")
@@ -47,5 +47,5 @@ class RowFile:
         return len(self._offsets) - 1
 
     def row(self, number: int) -> dict:
-        """Returns the row as a dictionary. Tuples have become lists."""
+        """Returns row `number` as a dictionary. Tuples were stored as lists."""
         return json.loads(self._data[self._offsets[number] : self._offsets[number + 1]])

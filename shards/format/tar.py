@@ -1,4 +1,4 @@
-"""Writes tar files whose bytes depend only on their content, and reads the members of any tar to its end."""
+"""Writes tars whose bytes depend only on the members. Reads any tar, and reports if it is incomplete."""
 
 import hashlib
 import lzma
@@ -19,7 +19,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file in a tar: its bytes are `size` bytes from `offset`; `fault` says why they cannot be used, if so."""
+    """A file in a tar, `size` bytes from `offset`. `fault` is the reason why it cannot be used, else ""."""
 
     name: str
     offset: int
@@ -28,10 +28,10 @@ class Member:
 
 
 class CutShort(ValueError):
-    """A tar that ends too early or cannot be read on. What came before is whole, but perhaps the last sample.
+    """The tar ends too early or is damaged. Earlier members are complete, but the last sample may not be.
 
     Attributes:
-        member: the name of the member that is incomplete; "" if the tar ends between two members.
+        member: name of the incomplete member; "" if the tar ends between two members.
     """
 
     def __init__(self, reason: str, member: str = "") -> None:
@@ -40,7 +40,7 @@ class CutShort(ValueError):
 
 
 def header(name: str, size: int) -> bytes:
-    """Returns the 512 bytes before a member: plain ustar with time 0, owner 0 and mode 0644."""
+    """Returns the 512-byte ustar header of a member, with time 0, owner 0 and mode 0644."""
     info = tarfile.TarInfo(name)
     info.size = size
     info.mode = 0o644
@@ -50,12 +50,12 @@ def header(name: str, size: int) -> bytes:
 
 
 def padding(size: int) -> bytes:
-    """Returns the zeros that fill up the last block of a member of `size` bytes."""
+    """Returns the zeros that follow a member of `size` bytes, up to a multiple of 512 bytes."""
     return bytes(-size % BLOCK)
 
 
 def ending(size: int) -> bytes:
-    """Returns the end of a tar of `size` bytes: two empty blocks, then zeros up to 10,240-byte records."""
+    """Returns the end of a tar with `size` bytes of members: zeros up to a multiple of 10,240 bytes."""
     return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
 
 
@@ -87,14 +87,14 @@ class TarFile:
 
 
 def printable_name(name: str) -> str:
-    """The name of a member as text. Names are bytes; those that are not UTF-8 are percent-encoded."""
+    """Returns the name of a member as valid Unicode. Percent-encodes names that are not UTF-8."""
     if name.isascii() or name == name.encode("utf-8", "replace").decode():
         return name
     return quote(name.encode("utf-8", "surrogateescape"), safe="/ !#$&'()+,;=@[]~:{}")
 
 
 def member_fault(info: tarfile.TarInfo) -> str:
-    """Why a member cannot be used; "" if it is a regular file within the tar."""
+    """Returns why a member cannot be used, or "" if it is a regular file with a safe name."""
     if _leads_outside(info.name):
         reason = "leads outside of the tar; refused"
     elif not info.isreg():
@@ -107,7 +107,7 @@ def member_fault(info: tarfile.TarInfo) -> str:
 
 
 def _leads_outside(name: str) -> bool:
-    """True where unpacking the name could write outside of the folder it is unpacked to."""
+    """Returns whether unpacking a member of this name could write outside the target folder."""
     if name.startswith(("/", "\\")) or name[1:3] in (":", ":/", ":\\"):
         return True
     return ".." in name and ".." in name.replace("\\", "/").split("/")
@@ -118,7 +118,7 @@ def _quoted(name: str) -> str:
 
 
 class _Header(tarfile.TarInfo):
-    """Keeps the reason why no further header could be read: `tarfile` ends in silence, whatever it is."""
+    """Stores the error of the next header in `tar.last_error`, since `tarfile` only stops iterating."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
@@ -130,12 +130,12 @@ class _Header(tarfile.TarInfo):
 
 
 def read_headers(file: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yields the headers of all members but folders, in order, with the tar that reads their data.
+    """Yields (tar, header) for each member that is not a folder, in order. `tar` reads the member's data.
 
     Args:
-        mode: "r:" for a file with random access, "r|*" for a stream, compressed or not.
+        mode: "r:" for a file with random access; "r|*" for a stream, compressed or not.
     Raises:
-        CutShort: the tar is none, cannot be read on, has no end, or has further data behind its end.
+        CutShort: not a tar, or it is damaged, lacks its end, or has data after its end.
     """
     last = None
     try:
@@ -160,11 +160,11 @@ def read_headers(file: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarFile, t
 
 
 def scan(path: Path) -> Iterator[Member]:
-    """Yields the files of an uncompressed tar, in their order.
+    """Yields the files in an uncompressed tar, in order, without reading their data.
 
     Raises:
-        CutShort: not a tar, or its end is missing.
-        OSError: it cannot be opened.
+        CutShort: as in `read_headers`.
+        OSError: the tar cannot be opened.
     """
     with open(path, "rb") as file:
         length = path.stat().st_size
@@ -180,10 +180,10 @@ def scan(path: Path) -> Iterator[Member]:
 
 
 def read_members(stream: BinaryIO) -> Iterator[tuple[str, bytes, str]]:
-    """Yields (name, data, fault) of the files of a tar, compressed or not, that can only be read forward.
+    """Yields (name, data, fault) for each file in a tar from a stream, compressed or not.
 
     Raises:
-        CutShort: not a tar, or its end is missing.
+        CutShort: as in `read_headers`.
     """
     for tar, info in read_headers(stream, "r|*"):
         name, fault = printable_name(info.name), member_fault(info)

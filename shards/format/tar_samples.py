@@ -1,4 +1,4 @@
-"""Which members of a tar make a sample, and which of them is its image: the same for the indexer and for a stream."""
+"""Groups the members of a tar into samples and finds each sample's image, for the builder and for streams."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.format.tar import CutShort
 
 T = TypeVar("T")
-# Hidden files (macOS writes a `._` companion beside each file) and what webdataset keeps for itself.
+# Hidden files (macOS creates a `._` file beside each file), and names like __meta__, reserved by webdataset.
 _HIDDEN = re.compile(r"(^|/)(\.[^/]*$|__MACOSX/|__[^/]*__($|/|\.[^/]*$))")
 _DOCUMENTS = ("readme", "license", "licence", "copying", "notice", "authors", "changelog", "citation")
 _ROLES = ("image", "caption", "dense", "json")
@@ -19,7 +19,7 @@ _ROLES = ("image", "caption", "dense", "json")
 
 @dataclass(frozen=True, kw_only=True)
 class Suffixes:
-    """The suffixes of the members of a sample by their role."""
+    """The suffixes that a sample's members have in the tar. "" means that samples have no such member."""
 
     image: tuple[str, ...] = IMAGE_SUFFIXES
     caption: str = "txt"
@@ -28,7 +28,7 @@ class Suffixes:
 
     @classmethod
     def of(cls, given: Mapping[str, str]) -> "Suffixes":
-        """From `--suffixes image=input.jpg,caption=output.txt`. Raises ValueError for an unknown role."""
+        """Builds suffixes from a mapping such as {"image": "input.jpg"}. ValueError for an unknown name."""
         for role in given:
             if role not in _ROLES:
                 raise ValueError(f"--suffixes: {shorten(repr(role))} is none of {', '.join(_ROLES)}")
@@ -38,17 +38,17 @@ class Suffixes:
 
 @dataclass
 class Group(Generic[T]):
-    """A sample: members of a tar that stand together and have one key. `members` has them by suffix."""
+    """A sample: adjacent members of a tar with the same key. `members` maps their suffixes to them."""
 
     key: str
     members: dict[str, T] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    """why its members cannot be used; a group with faults may lack members"""
+    """reasons why the sample cannot be used; if there are any, `members` may be incomplete"""
     apart: bool = False
-    """whether other members of this key stand elsewhere in the tar, in an earlier group"""
+    """whether an earlier group of the same tar has the same key"""
 
     def image(self, suffixes: Suffixes) -> T:
-        """The one image. Raises ValueError, with what there is, if there is none or a second one."""
+        """Returns the image. Raises ValueError, listing the members, if there is none or more than one."""
         found = [suffix for suffix in self.members if suffix in suffixes.image]
         if len(found) == 1:
             return self.members[found[0]]
@@ -59,21 +59,21 @@ class Group(Generic[T]):
 
     @property
     def is_document(self) -> bool:
-        """Whether this is no sample but a README or a licence."""
+        """Whether this group is a README, a licence or the like, and not a sample."""
         return self.key.rpartition("/")[2].lower() in _DOCUMENTS and not any(
             suffix in IMAGE_SUFFIXES for suffix in self.members
         )
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and suffix by the WebDataset rule: the suffix begins at the first dot of the last path component."""
+    """Splits a name into (key, suffix) at the first dot of its last path component, as webdataset does."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()
 
 
 def member_text(data: bytes, suffix: str) -> str:
-    """The text of a member. Raises ValueError if it is not UTF-8."""
+    """Decodes a text member. Raises ValueError, naming `suffix`, if it is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -81,7 +81,7 @@ def member_text(data: bytes, suffix: str) -> str:
 
 
 def member_json(data: bytes) -> dict:
-    """The JSON object of a member. Raises ValueError if it holds anything else."""
+    """Parses a JSON member. Raises ValueError if it is not a JSON object."""
     try:
         found = parse_json(data)
     except UnicodeDecodeError as error:
@@ -92,17 +92,17 @@ def member_json(data: bytes) -> dict:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a member is a hidden file, or is named `__meta__` or the like."""
+    """Returns whether a member is a hidden file, or has a name like `__meta__`."""
     may_be = name.startswith(".") or "/." in name or "__" in name
     return may_be and _HIDDEN.search(name) is not None
 
 
 def group(members: Iterable[tuple[str, T, str]]) -> Iterator[Group[T]]:
-    """Groups members (name, member, fault) into samples: runs of members with equal keys.
+    """Groups adjacent members, given as (name, member, fault), with equal keys into samples.
 
     Raises:
-        CutShort: as `members` does, after the last group. That group has a fault if it is not whole: if the missing
-            member belongs to it, or it lacks a suffix that the first one had.
+        CutShort: `members` raised it. The last group is yielded first, with a fault if it seems incomplete:
+            the cut member has its key, or it lacks a suffix that the tar's first group has.
     """
     current: Group[T] | None = None
     done: set[str] = set()
@@ -110,7 +110,7 @@ def group(members: Iterable[tuple[str, T, str]]) -> Iterator[Group[T]]:
     try:
         for name, member, fault in members:
             key, suffix = split_name(name)
-            # Like webdataset, without a word: these belong to no sample.
+            # Skips hidden files and names without a suffix silently, as webdataset does.
             if not fault and (not suffix or is_hidden(name)):
                 continue
             if current is None or key != current.key:

@@ -1,10 +1,10 @@
 """Streams samples from the tars of a URL pattern, with webdataset and without an index.
 
-It is for shards too large or too far away to index. Compared with an index it has three drawbacks:
+Streaming is for shards that are too large or too far away to index. It has three drawbacks:
 
-- An epoch is not every sample once. The user sets its number of samples, some of which may come twice.
+- An epoch has as many samples as the user sets. It may miss some samples of the tars and repeat others.
 - The order depends on the number of workers and loader processes.
-- A resumed epoch does not continue where it stopped, but starts on other shards.
+- An epoch that is resumed does not continue at the same sample, but starts on other shards.
 
 Still, every worker makes the same number of training steps, and all random choices follow from the seed.
 """
@@ -30,7 +30,7 @@ _EMPTY_PASSES = 8
 
 
 def is_pattern(data: str) -> bool:
-    """Returns whether --data names tars to stream (a URL, braces, a .tar). An existing folder never does."""
+    """Returns whether --data names tars to stream: a URL, braces or a .tar. False for an existing folder."""
     if os.path.isdir(data):
         return False
     return "://" in data or "{" in data or data.startswith("pipe:") or data.endswith(".tar")
@@ -54,14 +54,14 @@ class Stream:
     Args:
         urls: the tars, at least one.
         seed: seed for the order of the tars and for the shuffle buffer.
-        reader, readers: number of this reader, and number of all readers (workers times loader processes). If
-            there are fewer tars than readers, each reads all tars and uses every `readers`-th sample.
+        reader, readers: index of this reader, and number of readers (workers times loader processes). If
+            there are fewer tars than readers, each reader reads all tars and uses every `readers`-th sample.
         buffer: number of samples in the shuffle buffer.
-        budget: maximum number of lines in `notes`.
+        budget: maximum number of entries in `notes`.
         sparse_columns, dense_columns: names of fields in a sample's JSON (a string or a list of strings) or
             suffixes of its text files ("txt") that contain captions. Duplicate captions are used once.
     Attributes:
-        notes: a line for each sample or tar that could not be used. The caller removes reported lines.
+        notes: a message for each sample or tar that could not be used. The caller prints and removes them.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Stream:
         self.notes: list[str] = []
 
     def samples(self, epoch: int, usable: Callable[[Record], str | None]) -> Iterator[tuple[int, Record]]:
-        """Yields (number, sample). Random draws identify the sample by its number. Its row is -1.
+        """Yields (number, sample) without end. The number seeds the random draws. `row` of a sample is -1.
 
         Args:
             usable: returns the reason why a sample cannot be used, or None if it can.
         Raises:
-            ValueError: eight passes over the tars gave no usable sample, or `notes` is full.
+            ValueError: eight passes over the tars in a row gave no usable sample, or `notes` is full.
         """
         empty = 0
         for number in count():
@@ -109,10 +109,10 @@ class Stream:
                 raise ValueError(f"data has no usable sample in {len(self.urls)} tars{last}")
 
     def note(self, line: str) -> None:
-        """Adds a line to `notes` about a sample or tar that could not be used.
+        """Adds a message to `notes` about a sample or tar that could not be used.
 
         Raises:
-            ValueError: `notes` has more than `budget` lines, and no batch was made that could report them.
+            ValueError: `notes` has more than `budget` entries, which no batch has reported yet.
         """
         line = one_line(line)
         if line not in self.notes:
@@ -121,7 +121,7 @@ class Stream:
             raise ValueError(f"damage_budget is {self.budget} but more is damaged, the last: {line}")
 
     def one_pass(self, epoch: int, number: int) -> Iterator[tuple[str, Group[bytes]]]:
-        """Yields (tar, sample) from pass `number` over this reader's tars."""
+        """Returns an iterator of shuffled (tar, sample) for pass `number` over this reader's tars."""
         order = Permutation(len(self.urls), self.seed, epoch, part=number)(np.arange(len(self.urls)))
         enough = len(order) >= self.readers
         mine = [self.urls[i] for i in (order[self.reader :: self.readers] if enough else order)]
@@ -133,7 +133,7 @@ class Stream:
         return iter(shuffle(samples))
 
     def _samples_of(self, url: str) -> Iterator[tuple[str, Group[bytes]]]:
-        """The samples of one tar, as far as it can be read; what is wrong with it is noted."""
+        """Yields (tar, sample) from one tar. If the tar cannot be read to its end, adds a note."""
 
         def note(error: Exception) -> bool:
             self.note(f"{url}: {type(error).__name__}: {error}")

@@ -1,9 +1,9 @@
-"""Where captions and images come from. Each module turns one input layout into a stream of entries.
+"""Reads captions and images. Each module turns one input layout into a stream of entries, one for each image.
 
 A source module has
 
-- `NEEDS`: the options of `SourceOptions` that must be given;
-- `USES`: further options that have an effect;
+- `NEEDS`: the fields of `SourceOptions` that the user must give;
+- `USES`: further fields that have an effect;
 - `entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]`.
 """
 
@@ -17,12 +17,12 @@ _MODULES = dict.fromkeys(("jsonl", "csv", "parquet"), "table")
 
 
 def source(name: str) -> ModuleType:
-    """The module of a source by its name."""
+    """Returns the module that reads the source `name`, one of NAMES."""
     return import_module(f"d2s.shards.sources.{_MODULES.get(name, name)}")
 
 
 def check_options(name: str, options: SourceOptions) -> None:
-    """Raises ValueError if an option that the source needs was not given, or a file or folder does not exist."""
+    """Raises ValueError if an option that the source needs is missing, or if a given path does not exist."""
     for need in source(name).NEEDS:
         if not getattr(options, need):
             raise ValueError(f"source {name} needs {'--count' if need == 'counts' else f'--{need}'}")
@@ -36,7 +36,7 @@ def check_options(name: str, options: SourceOptions) -> None:
 
 
 def unused_options(name: str, options: SourceOptions) -> list[str]:
-    """The options that were given but have no effect with this source."""
+    """Returns the names of the options that the user gave but that source `name` ignores."""
     module, default = source(name), SourceOptions()
     choices = ("captions", "images", "split", "split_lists", "columns", "suffixes", "counts", "size")
     given = [option for option in choices if getattr(options, option) != getattr(default, option)]

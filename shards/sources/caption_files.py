@@ -1,4 +1,4 @@
-"""Reads files of rows: JSON lines, a JSON array, CSV or parquet, told apart by their content."""
+"""Reads caption files as rows. It detects the format (JSON lines, JSON array, CSV or parquet) by content."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ _SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jso
 
 
 def form_of(path: Path) -> str:
-    """What a file of rows holds: "parquet", "csv", "json" (an array) or "jsonl"."""
+    """Returns the format of a file: "parquet", "csv", "json" (one array) or "jsonl". ValueError for a zip."""
     with open_bytes(path) as file:
         head = file.read(1 << 16)
     suffix = Path(plain_name(path)).suffix.lower()
@@ -34,10 +34,10 @@ def form_of(path: Path) -> str:
 
 
 def remedy(path: Path, value: object = None) -> str:
-    """Where another source reads the file, the words that say so at the end of a message; "" where none does.
+    """Returns the end of an error message: which --source can read the file. Returns "" if none can.
 
     Args:
-        value: what the file holds, if it was read as JSON.
+        value: the parsed content of the file, if the caller has parsed it as JSON.
     """
     if isinstance(value, dict):
         layout = json_files.layout_of(value)
@@ -57,9 +57,10 @@ def remedy(path: Path, value: object = None) -> str:
 
 
 def list_files(path: Path) -> list[Path]:
-    """The file itself, or the files of rows in a folder by name, of one form. Raises ValueError if there are none.
+    """Returns [path] for a file; for a folder, its caption files of one format, sorted by name.
 
-    Of a folder with metadata.jsonl, metadata.csv or metadata.parquet (the image folders of the Hub) only that file.
+    If the folder has metadata.jsonl, .csv or .parquet (as image folders on the Hugging Face hub do), returns
+    only that file. Raises ValueError if there is no caption file.
     """
     if path.is_file():
         return [path]
@@ -80,10 +81,10 @@ def list_files(path: Path) -> list[Path]:
 
 
 def column_names(path: Path, named: Sequence[str] = ()) -> list[str]:
-    """The columns of a file: those of parquet, the header of CSV, the fields of the first row of JSON.
+    """Returns the column names of a file. For JSON they are the fields of its first row.
 
     Args:
-        named: the columns that the user asked for; numbers mean that a CSV file has no header.
+        named: columns that the user asked for. If all are numbers, a CSV file is taken to have no header.
     """
     form = form_of(path)
     if form == "parquet":
@@ -101,15 +102,15 @@ def read_rows(
     only: Sequence[str] | None = None,
     named: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: line 3", row), or ("file: row 3", row) from parquet and JSON arrays, counted from 0.
+    """Yields (place, row). A place is "file: line 3", or "file: row 3" (from 0) for parquet and JSON arrays.
 
     Args:
-        columns: columns that every row must have (of parquet only these are read); None takes all there are.
-        faults: receives the rows that cannot be used.
-        only: where `columns` is None, the columns of parquet to read, as far as there are; None reads all.
-        named: as in `column_names`; `columns` are always among them.
+        columns: columns that every row must have. From parquet, only these are read. None means any columns.
+        faults: collects the rows that cannot be used.
+        only: if `columns` is None, the parquet columns to read if they exist; None reads all.
+        named: as in `column_names`. `columns` are added to it.
     Raises:
-        ValueError: the file cannot be read, is not UTF-8, or is parquet or CSV without one of the columns.
+        ValueError: the file cannot be read or is not UTF-8, or a parquet or CSV file lacks one of `columns`.
     """
     form = form_of(path)
     if form == "parquet":
@@ -131,10 +132,10 @@ def _json_rows(path: Path, form: str, columns: list[str], faults: Faults) -> Ite
 
 
 def captions_of(row: dict, columns: tuple[str, ...]) -> tuple:
-    """The captions in these columns, in order and stripped.
+    """Returns the captions in `columns` of a row, in order, without surrounding white space.
 
-    A column holds one text or a list of texts, which may itself be written as text; or a conversation, of which the
-    answers are taken.
+    A column may contain a string, a list of strings, such a list written as a string, or a conversation (only
+    its answers are taken). Values that are not strings are returned unchanged.
     """
     found: list = []
     for name in columns:
@@ -145,7 +146,7 @@ def captions_of(row: dict, columns: tuple[str, ...]) -> tuple:
 
 
 def _list_in_text(value: str) -> str | list[str]:
-    """The list that a text like `["a dog", "a cat"]` writes out as JSON or Python would; any other text as it is."""
+    """Parses a string like `["a dog", "a cat"]` as JSON or Python does. Returns other strings unchanged."""
     text = value.strip()
     if text[:1] != "[" or text[-1:] != "]" or text[1:].lstrip()[:1] not in ('"', "'"):
         return value
@@ -156,14 +157,14 @@ def _list_in_text(value: str) -> str | list[str]:
             found = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return value
-        # Python joins neighbouring texts, so a comma that is missing would join two captions.
+        # Python joins adjacent string literals, so a missing comma would join two captions.
         if repr(found) != text:
             return value
     return found if all(isinstance(part, str) for part in found) else value
 
 
 def _without_questions(value: list) -> list:
-    """The turns of a conversation that are no human's; of another list, all of it."""
+    """Returns the list without the human and system turns of a conversation. Other lists stay complete."""
     human = ("human", "user", "system")
     turns = (part if isinstance(part, dict) else {} for part in value)
     return [
@@ -174,7 +175,7 @@ def _without_questions(value: list) -> list:
 
 
 def _answer(part: object) -> object:
-    """The text of a turn of a conversation ({from, value} or {role, content}); anything else as it is."""
+    """Returns the text of a model's turn ({from, value} or {role, content}), or another value unchanged."""
     if isinstance(part, dict) and part.get("from", part.get("role")) in ("gpt", "assistant"):
         return part.get("value", part.get("content"))
     return part

@@ -1,4 +1,4 @@
-"""COCO's own captions_*.json files: one file a split; captions in the order of their annotation ids."""
+"""Reads COCO's own captions_*.json files, one for each split. Captions are ordered by annotation id."""
 
 import sys
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ USES = ("split",)
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    """Reads images[].{id, file_name} and annotations[].{id, image_id, caption} of each file.
+    """Yields entries from each file's images[].{id, file_name} and annotations[].{id, image_id, caption}.
 
-    The split of a file is the one it was given with (`val=FILE`), else that of --split, else the one in its name.
+    The split of a file comes from `val=FILE`, else from --split, else from the file's name, else it is train.
     """
     for split, path in options.captions:
         named = next((name for name in SPLIT_ORDER if name in path.stem), None)
@@ -76,7 +76,7 @@ def _entries_of_file(split: str, path: Path, images: Path, faults: Faults) -> It
 
 
 def _file_names(path: Path, images: list, faults: Faults) -> dict[int, str]:
-    """The file name of each image id."""
+    """Maps each image id to its file name. Unusable images go to `faults`."""
     names: dict[int, str] = {}
     for number, image in enumerate(images):
         where = f"{path}: images[{number}]"
@@ -93,7 +93,7 @@ def _file_names(path: Path, images: list, faults: Faults) -> dict[int, str]:
 
 
 def _folder_of(captions: Path, images: Path, name: str) -> Path:
-    """images/, or the folder in it that COCO's archives unpack to: val2014/, train2017/."""
+    """Returns the subfolder that COCO's archives create (such as val2014) if it exists, else `images`."""
     for part in (
         name.split("_")[1] if name.startswith("COCO_") else "",
         plain_name(captions).removesuffix(".json").rsplit("_", 1)[-1],

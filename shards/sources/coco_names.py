@@ -1,4 +1,4 @@
-"""Where COCO's images lie: its releases of 2014 and 2017 hold the same photographs under other names and folders."""
+"""Finds COCO's images, which have different names and folders in the releases of 2014 and 2017."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ _YEARS = {"2014": ("COCO_train2014_", "COCO_val2014_"), "2017": ("", "")}
 
 
 def find_image(expected: Path, images: Path) -> Path:
-    """`expected`, or the same photograph of the other release where `expected` is not there."""
+    """Returns `expected` if it exists, else the same photograph in another release, else `expected`."""
     match = _NAME.fullmatch(expected.name)
     if match is None or expected.exists():
         return expected

@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files: with a header or without, quoted or not, separated by comma, tab, bar or semicolon."""
+"""Reads rows of CSV and TSV files, with or without header, separated by comma, tab, | or semicolon."""
 
 import csv
 import re
@@ -12,28 +12,28 @@ from d2s.shards.sources.faults import Faults
 from d2s.shards.sources.text_files import not_utf8, open_text, plain_name
 
 _SEPARATORS = ",\t|;"
-# Kaggle's results.csv of Flickr30K; in one of its rows the bar behind the number is missing.
+# Header of Kaggle's results.csv for Flickr30K. One row of that file lacks the | after its number.
 _KAGGLE = ["image_name", "comment_number", "comment"]
 _IMAGE = re.compile(
     r"""(?:^|[,\t|;])"?[^"',\t|;]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)"?[,\t|;]""", re.IGNORECASE
 )
-# Longer than any caption; what a quote without its end swallows is named at the latest here.
+# No caption is this long. So a quote that is never closed raises csv.Error after at most 1 MiB.
 csv.field_size_limit(1 << 20)
 
 
 def separator(line: str) -> str:
-    """The first character of a line that separates fields, outside of a quoted first field; "" if there is none."""
+    """Returns the first separator in a line, ignoring a quoted first field; "" if there is no separator."""
     line = re.sub(r'^"[^"]*"', "", line)
     return next((character for character in line if character in _SEPARATORS), "")
 
 
 def column_names(path: Path, named: Sequence[str]) -> list[str]:
-    """The names in the header. Where the user named columns by numbers, counted from 1, there is no header."""
+    """Returns the names in the header; or "1", "2", ... if the user named columns by number."""
     return _header(path, named)[0]
 
 
 def _header(path: Path, named: Sequence[str]) -> tuple[list[str], bool]:
-    """The names of the columns, and whether they stand in the file."""
+    """Returns the column names, and whether the first line of the file is a header."""
     first = next(_records(path), (0, [], []))[2]
     if named and all(name.isdigit() for name in named) and not set(named) <= set(first):
         return [str(number) for number in range(1, len(first) + 1)], False
@@ -43,7 +43,7 @@ def _header(path: Path, named: Sequence[str]) -> tuple[list[str], bool]:
 def rows(
     path: Path, columns: list[str] | None, faults: Faults, named: Sequence[str]
 ) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: line 3", row): the text of each field by the name of its column."""
+    """Yields ("file: line 3", row). A row maps column names to strings. ValueError for a bad header."""
     names, in_file = _header(path, named)
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{path}: line 1: two columns are named {shorten(repeated[0])!r}; rename one")
@@ -69,14 +69,14 @@ def rows(
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
-    """(number of its first line, its lines, its fields) of every record that is not blank."""
+    """Yields (number of the first line, lines, fields) for each record. Skips blank records."""
     lines: list[str] = []
     number = 0
     try:
         with open_text(path) as file:
             first = file.readline()
             split = "\t" if plain_name(path).lower().endswith(".tsv") else separator(first) or ","
-            # Fields between bars are not quoted, and blanks stand around them.
+            # Files that use | as separator have no quotes, and have spaces around the fields.
             quoting = csv.QUOTE_NONE if split == "|" else csv.QUOTE_MINIMAL
 
             source = (lines.append(line) or line for line in chain((first,), file))

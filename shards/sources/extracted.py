@@ -1,4 +1,4 @@
-"""Images that lie inside of parquet files, copied to plain files, from which the workers read them in any order."""
+"""Copies images out of parquet files into plain files, so that workers can read them in any order."""
 
 import hashlib
 import os
@@ -10,17 +10,17 @@ from d2s.shards.sources.entry import EXTRACTED
 
 
 class ExtractedImages:
-    """Writes the images of one parquet file one behind the other. It appears when it is complete."""
+    """Writes all images of one parquet file into one file, which gets its final name when it is complete."""
 
     def __init__(self, folder: Path | None, number: int) -> None:
-        """`folder` is that of `SourceOptions.scratch`; `number` tells the files of one source apart."""
+        """folder: `SourceOptions.scratch`. number: makes the name of the file unique in its source."""
         self._folder, self._file, self._size = folder, None, 0
         self.path = (folder or Path()) / "images" / f"{number:05d}{EXTRACTED}"
-        # Another part of the build may be writing the same file, with the same bytes.
+        # Another machine of the same build (--part) may be writing the same file.
         self._temporary = self.path.with_name(f"{self.path.stem}-{uuid.uuid4().hex}")
 
     def add(self, data: bytes) -> dict:
-        """Appends an image. Returns the fields path, offset, size and sha256 of its entry."""
+        """Appends an image. Returns the fields path, offset, size and sha256 for the image's entry."""
         if self._file is None:
             if self._folder is None:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Faults in the input: collected by `Faults`, found by the checks of fields and captions below."""
+"""Checks fields and captions of the input, and collects their faults."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ from d2s.common.messages import shorten
 
 @dataclass
 class Faults:
-    """Collects faults of the input if `quarantine` is set; otherwise the first one raises ValueError."""
+    """Collects faults of the input in `rows`. Without `quarantine`, the first fault raises ValueError."""
 
     quarantine: bool = False
     rows: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, where: str, reason: str, key: str = "") -> None:
-        """Records one fault, or raises ValueError with it; each part is shortened to 300 characters."""
+        """Records a fault, or raises it as ValueError. Each argument is shortened to 300 characters."""
         # Names in a source may hold line breaks and unpaired surrogates, which a terminal cannot print.
         where, reason, key = (_one_line(text) for text in (where, reason, key))
         if not self.quarantine:
@@ -22,7 +22,7 @@ class Faults:
         self.rows.append({"where": where, "key": key, "reason": reason})
 
     def summary(self) -> str:
-        """How many faults there are, and the first of them."""
+        """Returns a line with the number of faults and the first two."""
         first = "; ".join(
             f"{shorten(row['where'], 80)}: {shorten(row['reason'], 200)}" for row in self.rows[:2]
         )
@@ -36,7 +36,7 @@ def _one_line(text: str) -> str:
 
 
 def caption_fault(captions: tuple) -> str | None:
-    """Why these captions cannot be stored; None if each is a non-empty string of valid Unicode."""
+    """Returns why the captions cannot be stored, or None if each is a non-empty string of valid Unicode."""
     for number, caption in enumerate(captions):
         if not isinstance(caption, str):
             return f"caption {number} is {type(caption).__name__}, not text"
@@ -50,14 +50,14 @@ def caption_fault(captions: tuple) -> str | None:
 
 
 def is_integer(value: object) -> bool:
-    """True for an int that is no bool."""
+    """Returns whether `value` is an int but not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def whole_number(value: object) -> object:
-    """The whole number that a float (pandas makes them of ids), or a text of CSV, holds; None for nan.
+    """Converts 7.0 or "7" to an int, and NaN to None. (pandas turns ids into floats.)
 
-    Any other value comes back as it is, a text with a leading zero too: it is a name.
+    Returns any other value unchanged. This includes strings with a leading zero, because they are names.
     """
     if isinstance(value, float):
         return None if value != value else int(value) if value.is_integer() else value
@@ -67,7 +67,7 @@ def whole_number(value: object) -> object:
 
 
 def text_field(row: dict, name: str) -> str:
-    """A field that must hold text. Raises KeyError if it is missing, TypeError if it holds anything else."""
+    """Returns field `name`. Raises KeyError if it is missing, TypeError if it is not a non-empty string."""
     value = row[name]
     if not isinstance(value, str) or not value:
         raise TypeError(f"field {name!r} is {shorten(repr(value))}, not text")
@@ -77,7 +77,7 @@ def text_field(row: dict, name: str) -> str:
 
 
 def integer_field(row: dict, name: str) -> int:
-    """A field that must hold an integer. Raises KeyError or TypeError as `text_field` does."""
+    """Returns field `name`. Raises KeyError if it is missing, TypeError if it is not an integer."""
     value = row[name]
     if not is_integer(value):
         raise TypeError(f"field {name!r} is {shorten(repr(value))}, not a whole number")
@@ -85,5 +85,5 @@ def integer_field(row: dict, name: str) -> int:
 
 
 def field_fault(error: KeyError | TypeError) -> str:
-    """The reason of a fault, from an error of `text_field` or `integer_field`."""
+    """Turns an error of `text_field` or `integer_field` into the text of a fault."""
     return f"no field {error}" if isinstance(error, KeyError) else str(error)

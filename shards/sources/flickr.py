@@ -1,7 +1,7 @@
-"""The token file of Flickr8k and Flickr30K (`name.jpg#0<TAB>caption`), with a list of image names for each split.
+"""Reads the token file of Flickr8k or Flickr30K (`name.jpg#0<TAB>caption`), and lists of each split's images.
 
-Kaggle's forms of it are read as well: captions.txt (`image,caption`) and results.csv (`image_name| comment_number|
-comment`).
+It also reads Kaggle's versions of the token file: captions.txt (with the header `image,caption`) and
+results.csv (with the header `image_name| comment_number| comment`).
 """
 
 import sys
@@ -20,9 +20,9 @@ _KAGGLE = (["image", "caption"], ["image_name", "comment_number", "comment"])
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    """Reads the captions, then the split lists. Without lists every image belongs to `options.split`.
+    """Yields the entries of each split list, in order. Without lists, all images are in `options.split`.
 
-    Flickr8k has captions of some images that no list names: they are left out, and their number is printed.
+    In Flickr8k, some images with captions are in no list. They are left out, and their number is printed.
     """
     path = options.caption_file
     captions, line_numbers = _captions(path, faults)
@@ -47,7 +47,7 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
 
 
 def _captions(path: Path, faults: Faults) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """The captions of each image, and the number of the line where its first one stands."""
+    """Maps image names, in two dictionaries, to all captions and to the line number of the first one."""
     captions: dict[str, list[str]] = {}
     line_numbers: dict[str, int] = {}
     for number, name, caption in _token_lines(path, faults):
@@ -57,9 +57,9 @@ def _captions(path: Path, faults: Faults) -> tuple[dict[str, list[str]], dict[st
 
 
 def _token_lines(path: Path, faults: Faults) -> Iterator[tuple[int, str, str]]:
-    """(line number, image name, caption) of each line."""
+    """Yields (line number, image name, caption) for each line."""
     form = form_of(path)
-    # The lines of a token file look like CSV without a header.
+    # `form_of` returns "csv" for a token file too: it looks like CSV without a header.
     columns = column_names(path) if form == "csv" else []
     if columns in _KAGGLE:
         for where, row in read_rows(path, None, faults):
@@ -83,7 +83,7 @@ def _token_lines(path: Path, faults: Faults) -> Iterator[tuple[int, str, str]]:
 
 
 def _listed_names(split: str, path: Path) -> list[tuple[str, str]]:
-    """(place, image name) of every line that is not blank."""
+    """Returns ("file: line 3", image name) for each non-blank line. Raises ValueError if there are none."""
     lines = enumerate(read_lines(path), 1)
     names = [(f"{path}: line {number}", line.strip()) for number, line in lines if line.strip()]
     if not names:

@@ -1,6 +1,6 @@
-"""Rows of captions become images: all rows of an image are one entry, wherever they stand.
+"""Joins all rows of an image into one entry, even if they are not adjacent.
 
-The rows go to a file on disk first, so memory holds about 40 bytes a row, whatever the length of the captions.
+The rows are first written to a file on disk, so memory holds only about 40 bytes for each row.
 """
 
 import json
@@ -21,15 +21,15 @@ _KINDS = ("sparse", "dense")
 
 
 def entries_of_rows(rows: Iterable[dict], scratch: Path | None, faults: Faults) -> Iterator[Entry]:
-    """Yields an entry for each image, in the order of their first rows.
+    """Yields an entry for each image. Images are ordered by their first rows.
 
-    Rows are of one image where `source_id`, `split`, `image_id`, `key` and `sha256` agree. A dense caption that
-    stands in several rows counts once. A row of one sparse caption that its image has already is kept, and counted
-    in a message; any other row that says nothing new is a fault.
+    Rows with equal `source_id`, `split`, `image_id`, `key` and `sha256` describe the same image. Equal dense
+    captions of an image are kept once. If a row only repeats one sparse caption, that caption is kept twice,
+    and a message counts such rows. Any other row without a new caption is a fault.
 
     Args:
-        rows: the fields of an entry.
-        scratch: folder for the temporary file; None takes that of the system.
+        rows: dictionaries with the fields of an entry.
+        scratch: folder for the temporary file; None means the system's temporary folder.
     """
     hashes, names = array("Q"), array("Q")
     if scratch is not None:
@@ -53,7 +53,7 @@ def entries_of_rows(rows: Iterable[dict], scratch: Path | None, faults: Faults) 
                     _add(image, row, repeats, faults)
             for image in images.values():
                 if image.get("sha256") and names[numbers[0]] in repeated:
-                    # The same name in another row was given to another picture.
+                    # Another picture has the same name; the checksum makes the names differ.
                     image["source_id"] = f"{image['sha256'][:16]}/{image['source_id']}"
                 yield Entry(**image | {kind: tuple(image[kind]) for kind in _KINDS})
     if repeats:
@@ -69,7 +69,7 @@ def _identity(row: dict) -> str:
 
 
 def _groups(hashes: np.ndarray) -> Iterator[list[int]]:
-    """The numbers of equal hashes together, in the order of the first of each group."""
+    """Yields the positions of equal hashes as a list. The lists are ordered by their first position."""
     order = np.argsort(hashes, kind="stable")
     starts = np.flatnonzero(np.diff(hashes[order], prepend=hashes[order[:1]] + np.uint64(1)))
     stops = np.append(starts[1:], len(order))
@@ -78,14 +78,14 @@ def _groups(hashes: np.ndarray) -> Iterator[list[int]]:
 
 
 def _repeated(hashes: array, names: array) -> set[int]:
-    """The hashes of names that stand for more than one image."""
+    """Returns hashes of names that several images have. Takes hashes of each row's identity and name."""
     first = np.unique(np.array(hashes, np.uint64), return_index=True)[1]
     values, counts = np.unique(np.array(names, np.uint64)[first], return_counts=True)
     return set(values[counts > 1].tolist())
 
 
 def _add(image: dict, row: dict, repeats: list[str], faults: Faults) -> None:
-    """Adds the captions of a further row to an image."""
+    """Adds the captions of a later row to an image, or reports the row if it has no new caption."""
     new = {kind: [text for text in row[kind] if text not in image[kind]] for kind in _KINDS}
     if not new["sparse"] and not new["dense"]:
         if len(row["sparse"]) != 1:

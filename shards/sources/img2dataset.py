@@ -1,4 +1,4 @@
-"""Tars of webdataset or img2dataset: each sample is an image, its caption (`.txt`) and its metadata (`.json`)."""
+"""Reads tars of webdataset or img2dataset. A sample is an image, a caption (`.txt`) and facts (`.json`)."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -22,15 +22,15 @@ _COLUMNS = ("sparse", "dense")
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    """Reads the headers and captions of DIR/*.tar, or of DIR/<split>/*.tar, tar after tar by name.
+    """Yields an entry for each sample in DIR/*.tar and DIR/<split>/*.tar, in the order of the tars' names.
 
-    Captions come from the text members that `options.suffixes` names, or from the fields of the JSON that
-    `options.columns` names (sparse, dense). Compressed tars are unpacked into `options.scratch`.
+    `options.suffixes` selects the text members that contain captions; `options.columns` selects fields of the
+    JSON instead. Images are not read. Compressed tars are unpacked into `options.scratch`.
     """
     for name in options.columns:
         if name not in _COLUMNS:
             raise ValueError(f"--columns: {shorten(repr(name))} is none of {', '.join(_COLUMNS)}")
-    Suffixes.of(options.suffixes)  # raises for an unknown role
+    Suffixes.of(options.suffixes)  # raises ValueError for an unknown role
     tars = find_tars(options.images, options.split)
     for _, (found, rows) in map_ordered(
         partial(_read_tar, options, faults.quarantine), tars, options.workers
@@ -40,12 +40,12 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
 
 
 def find_tars(folder: Path, split: str) -> list[tuple[str, Path]]:
-    """(split, path) of every tar. The split of a tar in a subfolder is the name of the subfolder."""
+    """Returns (split, path) of each tar; for a tar in a subfolder, the subfolder's name replaces `split`."""
 
     def tars(pattern: str) -> list[Path]:
-        # macOS writes a `._` companion beside each file.
+        # macOS creates a hidden `._` file beside each file.
         found = {p for p in folder.glob(pattern) if p.name.endswith(_ENDS) and p.name[0] != "."}
-        # A compressed tar beside the same one unpacked is a copy.
+        # A compressed tar is skipped if the unpacked tar lies beside it.
         return sorted(p for p in found if p.suffix == ".tar" or p.with_name(f"{_stem(p)}.tar") not in found)
 
     found = [(split, path) for path in tars("*")] + [(path.parent.name, path) for path in tars("*/*")]
@@ -61,10 +61,10 @@ def _stem(path: Path) -> str:
 def _read_tar(
     options: SourceOptions, quarantine: bool, tar: tuple[str, Path]
 ) -> tuple[list[Entry], list[dict]]:
-    """The entries of one tar (split, path), and its faults."""
+    """Returns the entries and the faults of a tar. tar: (split, path), as `find_tars` returns it."""
     split, path = tar
     faults = Faults(quarantine)
-    # Tars repeat each other's keys, so the name of the tar is part of the id of a sample.
+    # Several tars may use the same key, so a sample's `source_id` includes the name of its tar.
     home = path.relative_to(options.images).with_name(_stem(path)).as_posix()
     plain = _plain_tar(options, path, home, faults)
     suffixes = Suffixes.of(options.suffixes)
@@ -88,7 +88,7 @@ def _read_tar(
 
 
 def _plain_tar(options: SourceOptions, path: Path, home: str, faults: Faults) -> Path | None:
-    """The tar itself, or, if it is compressed, a plain copy in the scratch folder. None for a fault."""
+    """Returns `path`, or the path of an unpacked copy if the tar is compressed. None if that fails."""
     try:
         kind = compression(path)
     except OSError as error:
@@ -113,7 +113,7 @@ def _entry(
     where: str,
     faults: Faults,
 ) -> Entry | None:
-    """The entry of a sample, still without its tar; None for a fault."""
+    """Returns the entry of a sample, or None for a fault. The caller fills in split, path and `source_id`."""
     try:
         if sample.faults:
             raise ValueError(sample.faults[0])
@@ -146,10 +146,10 @@ def _entry(
 def _captions(
     texts: dict[str, bytes], suffixes: Suffixes, columns: dict[str, str]
 ) -> tuple[tuple, tuple, str, dict]:
-    """Sparse and dense captions, the sha256 of the image as it was downloaded, and the JSON.
+    """Returns (sparse captions, dense captions, sha256 of the downloaded image, parsed JSON).
 
-    Captions come from the fields in `columns`, else from `sparse` and `dense` in the JSON (our own shards have them),
-    else from the text members, else from `caption` in the JSON. An empty text means that there is no caption.
+    Captions come from the fields in `columns`, else from `sparse` and `dense` in the JSON (in shards of D2S),
+    else from the text members, else from `caption` in the JSON. Empty strings are skipped. Raises ValueError.
     """
     facts = member_json(texts.get(suffixes.json, b"{}"))
     fields = {kind: names.split(",") for kind, names in columns.items()}
@@ -167,12 +167,12 @@ def _captions(
     dense = _texts(found, fields.get("dense", ["dense"] if own else []))
     if "dense" not in columns and suffixes.dense in members:
         dense = _texts(members, [suffixes.dense])
-    # In our own shards, sha256 is that of the stored image, so captions of the original cannot be joined by it.
+    # In shards of D2S, sha256 is that of the stored image. Captions for the original would not match it.
     return sparse, dense, "" if own else str(facts.get("sha256") or ""), facts
 
 
 def _texts(facts: dict, names: list[str]) -> tuple[str, ...]:
-    """The captions in some fields: null, a text, or a list of texts. Raises ValueError if one holds anything else."""
+    """Returns the captions in fields `names`. ValueError unless each is null, a string or list of strings."""
     found: list[str] = []
     for name in names:
         value = facts.get(name)
@@ -196,7 +196,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _remedy(sample: Group[Member]) -> str:
-    """What to give for a sample that has no image, or several."""
+    """Returns the end of an error message: the --suffixes to use if the image is unclear, else ""."""
     images = [suffix for suffix in sample.members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
     if sample.faults or not images:
         return ""
@@ -211,12 +211,12 @@ def _remedy(sample: Group[Member]) -> str:
 
 
 def _hint(sample: Group[Member], facts: dict) -> str:
-    """Where a caption may be, for a sample in which none was found."""
+    """Returns `Entry.hint` for a sample without captions: which option may select a caption, or ""."""
     if facts:
         words = {
             name: value[0] if isinstance(value, list) and value else value for name, value in facts.items()
         }
-        # A caption has several words, other than a name or a checksum.
+        # A caption has several words; a name or a checksum has one.
         texts = [name for name, value in words.items() if isinstance(value, str) and " " in value.strip()]
         column = max(texts, key=lambda name: len(words[name]), default="FIELD")
         return f"; its JSON has {_names(facts)}: --columns sparse={shorten(column, 50)} takes one"

@@ -1,4 +1,4 @@
-"""Rows of JSON: an object in each line, or one array of objects, which is decoded piece by piece."""
+"""Reads rows from JSON lines, or from one JSON array, which is decoded in parts to save memory."""
 
 import json
 import re
@@ -14,7 +14,7 @@ _BETWEEN = re.compile(r"\s*(,?)\s*")
 
 
 def layout_of(row: dict) -> tuple[str, str] | None:
-    """(name, source) of the layout of a file whose only object this is; None if it is a row as any other."""
+    """Returns the names (layout, source) if `row` is a whole Karpathy or COCO file; None for a normal row."""
     images = row.get("images")
     if not isinstance(images, list) or not images or not isinstance(images[0], dict):
         return None
@@ -24,7 +24,7 @@ def layout_of(row: dict) -> tuple[str, str] | None:
 
 
 def line_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: line 3", row) of JSON lines. Lines that are no object go to `faults`."""
+    """Yields ("file: line 3", row) from JSON lines. Lines that are not JSON objects go to `faults`."""
     number = 0
     try:
         with open_text(path) as file:
@@ -46,7 +46,7 @@ def line_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
 
 
 def _parse_row(line: str) -> tuple[dict, str]:
-    """The JSON object of a line, and "" or why it cannot be used."""
+    """Returns (the JSON object, ""); or ({}, reason) if the line is not a JSON object."""
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -55,10 +55,10 @@ def _parse_row(line: str) -> tuple[dict, str]:
 
 
 def array_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: row 3", row), counted from 0, of a JSON array with one part of it in memory at a time.
+    """Yields ("file: row 3", row) from a JSON array, counted from 0. Items of other types go to `faults`.
 
     Raises:
-        ValueError: the file is not JSON; what is behind the place cannot be read.
+        ValueError: the file is not JSON from some line on. All rows before that line have been yielded.
     """
     try:
         for number, row in enumerate(_items(path)):
@@ -71,7 +71,7 @@ def array_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
 
 
 def _items(path: Path) -> Iterator[object]:
-    """The items of a JSON array. Memory holds the piece of the file in which the next one lies."""
+    """Yields the items of a JSON array. Memory holds only the part of the file that is being decoded."""
     decode = json.JSONDecoder().raw_decode
     with open_text(path) as file:
         text, lines, first = file.read(_CHUNK), 1, True
@@ -95,7 +95,7 @@ def _items(path: Path) -> Iterator[object]:
                 first = False
                 yield item
                 continue
-            # Either the item is not JSON, or it goes on in the next piece.
+            # Either the item is not JSON, or it continues in the next part of the file.
             if not (more := file.read(max(_CHUNK, len(text) - at))):
                 raise _not_json(path, lines + text.count("\n", 0, start), problem)
             lines += text.count("\n", 0, at)

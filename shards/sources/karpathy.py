@@ -1,4 +1,4 @@
-"""Karpathy's JSON: captions and splits of Flickr8k, Flickr30K and COCO in one file, images in a folder."""
+"""Reads Karpathy's JSON file, which has the captions and splits of Flickr8k, Flickr30K or COCO."""
 
 from collections.abc import Iterator
 
@@ -11,12 +11,12 @@ from d2s.shards.sources.text_files import read_json_file
 
 NEEDS = ("captions", "images")
 USES = ()
-# `restval` is the part of COCO's validation images that papers have trained on since 2014.
+# `restval` contains COCO validation images that papers have used for training since 2014.
 _SPLITS = {"restval": "train"}
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    """Reads images[].{filename, filepath?, split, cocoid|imgid, sentences[].raw}."""
+    """Yields entries from images[].{filename, filepath?, split, cocoid|imgid, sentences[].raw}."""
     path = options.caption_file
     value = read_json_file(path, remedy)
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):

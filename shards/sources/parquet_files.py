@@ -1,4 +1,4 @@
-"""Rows of parquet files, read a few at a time, so that images in them need little memory."""
+"""Reads rows of parquet files, a few at a time, so that files with images need little memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +22,13 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def column_names(path: Path) -> list[str]:
-    """The columns of a file."""
+    """Returns the column names of a file."""
     with _opened(path) as file:
         return file.schema_arrow.names
 
 
 def rows(path: Path, columns: list[str] | None, only: list[str] | None) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: row 3", row), counted from 0. Without `columns`, reads those of `only` that are there."""
+    """Yields ("file: row 3", row), counted from 0. columns, only: as in `caption_files.read_rows`."""
     with _opened(path) as file:
         schema = file.schema_arrow
         for name in columns or ():

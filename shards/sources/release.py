@@ -1,12 +1,12 @@
-"""The layout of the authors' release: a folder of files in which line n of one belongs to line n of another.
+"""Reads the folder layout of the authors' release. Its files are matched by line numbers:
 
-- `<split>_ids.txt`: an image id in each line. An id may stand there several times, as in VSE++'s files, where each
-  caption has a line with the id of its image: all its captions belong to that image.
-- `<split>_caps.txt`: the captions, the same number for each line of ids, in their order.
-- `id_mapping.json`: the path of the image of each id.
-- `<data set>_<split>.jsonl`: one dense caption for each image, in the order in which they first appear (optional).
+- `<split>_ids.txt` has an image id in each line. An id may be repeated (VSE++'s files have a line for each
+  caption). The image then gets the captions of all its lines.
+- `<split>_caps.txt` has k captions for each line of ids, in the same order; k is the same for all lines.
+- `id_mapping.json` maps each id to the path of its image.
+- `<data set>_<split>.jsonl` (optional) has a dense caption for each image, in the order of their first ids.
 
-Only the position of a line says where it belongs, so a missing or surplus line is always an error.
+Since only line numbers link the files, a missing or surplus line is always an error.
 """
 
 import re
@@ -28,11 +28,11 @@ _SPLITS = {"testall": "test", "dev": "val"}
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    """Reads every split that has ids in the folder. `dev` becomes val; `testall` (all of COCO's) becomes test."""
+    """Yields the entries of each split with an ids file. Renames `dev` to val, `testall` (COCO) to test."""
     folder = options.caption_file
     if not folder.is_dir():
         raise ValueError(f"--captions {folder}: not a folder; the release keeps its *_ids.txt files in one")
-    # A plain file goes before a compressed one of the same name.
+    # A plain file replaces a compressed file of the same name, because it comes later in this order.
     files = {plain_name(path): path for path in sorted(folder.iterdir(), reverse=True)}
     names = {name.removesuffix("_ids.txt") for name in files if name.endswith("_ids.txt")}
     if not names:
@@ -103,7 +103,10 @@ def _dense_captions(line: str, columns: tuple[str, ...]) -> tuple:
 
 
 def _dense_lines(files: dict[str, Path], name: str, images: int, ids: int) -> tuple[Path | None, list[str]]:
-    """The file of dense captions of a split and its lines; the release has one for train only."""
+    """Returns (path, lines) of a split's file of dense captions; (None, []) if there is none.
+
+    Raises ValueError if there are two files, or if the number of lines is not `images`.
+    """
     ends = (f"_{name}.jsonl", f"/{name}.jsonl")
     found = sorted(path for plain, path in files.items() if f"/{plain}".endswith(ends))
     if not found:

@@ -1,4 +1,4 @@
-"""Drawn scenes, see `d2s.shards.scenes`: nothing to download."""
+"""Yields entries of scenes that `d2s.shards.scenes` draws, so that nothing must be downloaded."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +12,7 @@ USES = ("size",)
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    """One entry for each scene, without picture or captions: a worker draws them when it writes the shard."""
+    """Yields an entry for each scene, without captions. The worker that writes the shard draws the scene."""
     for number, split in scenes.scene_numbers(options.counts, options.size):
         key = f"scene-{number:07d}"
         yield Entry(
@@ -27,6 +27,6 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
 
 
 def draw(entry: Entry) -> tuple[Entry, bytes]:
-    """Draws the scene of an entry: returns the entry with its captions, and the encoded picture."""
+    """Draws the scene of an entry. Returns a copy of the entry with captions, and the encoded picture."""
     scene = scenes.scene(entry.number, entry.seed, entry.size)
     return replace(entry, sparse=scene.sparse, dense=scene.dense), scene.encoded()

@@ -1,4 +1,4 @@
-"""CSV, JSON lines, a JSON array or parquet: path or image, sparse captions, dense captions, split, id in each row."""
+"""Reads CSV, JSON or parquet. Rows have an image or its path, captions, and optionally a split and an id."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from d2s.shards.sources.image_rows import entries_of_rows
 NEEDS = ("captions",)
 USES = ("images", "split", "columns")
 _FIELDS = ("path", "sparse", "dense", "split", "id")
-# What others call these columns. They are taken only where there is no column `path`.
+# Other names for our columns. They are tried only if a file has no column `path`.
 _OTHER_NAMES = {
     "path": "image file_name filename filepath image_name image_path img img_path image_file file jpg".split(),
     "sparse": "caption captions text comment title sentence sentences raw".split(),
@@ -22,12 +22,12 @@ _OTHER_NAMES = {
 
 
 def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    """Reads the rows of each file; all rows of an image become one entry.
+    """Yields an entry for each image, with the captions of all its rows. ValueError for wrong --columns.
 
-    Only `path` must be there; captions are a text or a list of texts. Paths are relative to `options.images`, or
-    else to the folder of the file. In parquet the image itself may stand in the column: its bytes, or {bytes, path}.
-    A whole number as `id` is the image id; any other `id` becomes the key. A column named by `options.columns` must
-    be in every row, but may be null.
+    Only the column `path` is required. Paths are relative to `options.images`, or else to the caption file's
+    folder. In parquet, `path` may also contain the image: its bytes, or {bytes, path}. Captions are a string
+    or a list of strings. If `id` is a whole number, it is the image id, else the key. Every column that
+    `options.columns` names must be in every row, but its value may be null.
     """
     unknown = sorted(set(options.columns) - set(_FIELDS))
     if unknown:
@@ -49,7 +49,7 @@ def _rows(options: SourceOptions, faults: Faults) -> Iterator[dict]:
 
 
 def _files(captions: Path) -> Iterator[tuple[str, Path]]:
-    """(split or "", file): the files of `list_files`, or those of each folder with metadata in a folder."""
+    """Yields (split or "", path) for each caption file. Subfolders with a metadata file are splits."""
     folders = sorted(path.parent for path in captions.glob("*/metadata.*")) if captions.is_dir() else []
     if folders and not any(captions.glob("metadata.*")):
         for folder in dict.fromkeys(folders):
@@ -61,7 +61,7 @@ def _files(captions: Path) -> Iterator[tuple[str, Path]]:
 def _rows_of_file(
     file: Path, split: str, options: SourceOptions, images: ExtractedImages, faults: Faults
 ) -> Iterator[dict]:
-    """The fields of an entry for each row of a file."""
+    """Yields, for each row of a file, a dictionary with the fields of an entry."""
     named = [name for names in options.columns.values() for name in names.split(",")]
     there = column_names(file, named)
     column = _columns(file, there, options.columns)
@@ -112,7 +112,7 @@ def _no_field(name: str, row: Sequence[str] | dict) -> str:
 
 
 def _columns(file: Path, there: list[str], given: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """The names of the columns of each of our fields. Prints which ones it takes under other names."""
+    """Maps each name in _FIELDS to column names of the file. ValueError if several _OTHER_NAMES would fit."""
     column = {name: tuple(given.get(name, name).split(",")) for name in _FIELDS}
     if "path" in there or "path" in given or not there:
         return column
@@ -131,14 +131,14 @@ def _columns(file: Path, there: list[str], given: dict[str, str]) -> dict[str, t
 
 
 def _image(row: dict, column: str, home: Path, images: ExtractedImages) -> dict:
-    """Name and place of the image of a row. Raises KeyError or TypeError as `text_field` does."""
+    """Returns the fields of an entry that locate its image. Raises KeyError or TypeError for a bad field."""
     value = row[column]
     data, name = value, ""
     if isinstance(value, dict) and "bytes" in value:
         data, name = value["bytes"], value.get("path")
     if isinstance(data, bytes):
         place = images.add(data)
-        # Rows of equal bytes are of one image, even without a name.
+        # Without a name, equal bytes get equal names, so that their rows describe one image.
         name = name if isinstance(name, str) and name else f"{place['sha256'][:16]}.jpg"
         return place | {"source_id": name, "filename": name}
     path = text_field({column: name} if isinstance(value, dict) and name else row, column)
@@ -150,9 +150,9 @@ def _image(row: dict, column: str, home: Path, images: ExtractedImages) -> dict:
 
 
 def _id_field(row: dict, column: str, in_text: bool) -> tuple[int | None, str | None]:
-    """Image id and key of a row: a whole number is the id, a text the key."""
+    """Returns (image id, key): a whole number is the id, any other string the key. Raises TypeError."""
     value = row.get(column)
-    # Only CSV has no numbers but in text.
+    # In CSV, numbers are strings.
     if isinstance(value, float) or in_text:
         value = whole_number(value)
     if value is None or is_integer(value):

@@ -1,4 +1,4 @@
-"""Text files of a source: UTF-8 with or without a byte-order mark, plain or compressed (gzip, bzip2, xz, zstd)."""
+"""Reads text files of a source: UTF-8, with or without byte-order mark, plain or gzip, bzip2, xz or zstd."""
 
 import io
 import lzma
@@ -14,17 +14,17 @@ from d2s.shards.format.compressed import compression, open_compressed
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""The suffixes of compressed files."""
+"""Suffixes of compressed files."""
 
 
 def plain_name(path: Path) -> str:
-    """The name of a file without the suffix of its compression: rows.jsonl for rows.jsonl.gz."""
+    """Returns the name of a file without .gz or the like: rows.jsonl for rows.jsonl.gz."""
     return path.stem if path.suffix.lower() in COMPRESSED else path.name
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file, decompressed. Raises ValueError that names it if it cannot be read, also while it is read."""
+    """Opens a file, decompressed. Read errors, also in the `with` block, become ValueError with the path."""
     try:
         kind = compression(path)
         with open_compressed(path, kind) if kind else open(path, "rb") as file:
@@ -37,10 +37,10 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Opens a text file, decompressed, without its byte-order mark; only "\\n" ends a line.
+    """Opens a text file, decompressed, without its byte-order mark. Lines end only at "\\n".
 
-    `str.splitlines` would also split at form feeds and U+2028, which captions contain; and a lone carriage return may
-    stand between the parts of a JSON value.
+    `str.splitlines` would also split at form feeds and U+2028, which captions may contain. Lone carriage
+    returns must not split either, because JSON allows them inside a value.
     """
     with (
         open_bytes(path) as file,
@@ -50,14 +50,14 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def not_utf8(path: Path, place: str) -> ValueError:
-    """The error for a file that is not UTF-8."""
+    """Returns (does not raise) the error for a file that is not UTF-8 at `place`."""
     with open_bytes(path) as file:
         remedy = " but UTF-16; save it as UTF-8" if file.read(2) in _UTF16 else ""
     return ValueError(f"{path}: {place}: not UTF-8 text{remedy}")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file without their ends. Raises ValueError naming the file if it is not UTF-8."""
+    """Returns the lines of a text file without line ends. ValueError if it is unreadable or not UTF-8."""
     try:
         with open_bytes(path) as file:
             lines = file.read().decode("utf-8-sig").split("\n")
@@ -69,10 +69,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_json_file(path: Path, remedy: Callable[[Path], str] | None = None) -> object:
-    """Reads a JSON file that may be compressed. Raises ValueError, with file and line, if it is missing or not JSON.
+    """Reads a JSON file, plain or compressed. Raises ValueError, with path and line, if that fails.
 
     Args:
-        remedy: gives the end of that message.
+        remedy: given the path, returns the end of the error message.
     """
     try:
         return read_json(path, _text_of)
