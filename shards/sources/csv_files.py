@@ -89,4 +89,4 @@ def _records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
     except csv.Error as error:
         raise ValueError(f"{path}: line {number + 1}: not CSV: {error}") from None
     except UnicodeDecodeError:
-        raise not_utf8(path, f"after line {number}") from None
+        raise not_utf8(path) from None

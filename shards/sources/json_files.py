@@ -25,7 +25,6 @@ def layout_of(row: dict) -> tuple[str, str] | None:
 
 def line_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
     """Yields ("file: line 3", row) of JSON lines. Lines that are no object go to `faults`."""
-    number = 0
     try:
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
@@ -42,7 +41,7 @@ def line_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
                     else:
                         yield f"{path}: line {number}", row
     except UnicodeDecodeError:
-        raise not_utf8(path, f"after line {number}") from None
+        raise not_utf8(path) from None
 
 
 def _parse_row(line: str) -> tuple[dict, str]:
@@ -67,7 +66,7 @@ def array_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
             else:
                 faults.add(f"{path}: row {number}", f"not a JSON object but {type(row).__name__}")
     except UnicodeDecodeError:
-        raise not_utf8(path, "JSON array") from None
+        raise not_utf8(path) from None
 
 
 def _items(path: Path) -> Iterator[object]:
