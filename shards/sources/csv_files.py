@@ -81,6 +81,8 @@ def _records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
 
             source = (lines.append(line) or line for line in chain((first,), file))
             for record in csv.reader(source, delimiter=split, quoting=quoting):
+                if quoting == csv.QUOTE_MINIMAL and any('"' in line for line in lines):
+                    record = _with_quotes_of_words("".join(lines), split, record)
                 fields = [field.strip() for field in record] if split == "|" or not number else record
                 if any(fields):
                     yield number + 1, lines.copy(), fields
@@ -90,3 +92,21 @@ def _records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
         raise ValueError(f"{path}: line {number + 1}: not CSV: {error}") from None
     except UnicodeDecodeError:
         raise not_utf8(path) from None
+
+
+def _with_quotes_of_words(text: str, split: str, record: list[str]) -> list[str]:
+    """The fields of a record, of which a field like `"Hi" she says` keeps the quotes.
+
+    The reader of CSV drops them. Quotes around a separator, as in `"a dog, fast" .`, are those of CSV.
+    """
+    if not re.search(rf'(^|{split})"[^"{split}\r\n]*"[^{split}"\r\n]', text):
+        return record
+    field = re.compile(
+        rf'"(?:[^"]|"")*"(?={split}|$)|(?P<words>"[^"{split}\r\n]*"[^{split}"][^{split}]*)|[^{split}]*'
+    )
+    text, fields, at = text.rstrip("\r\n"), [], 0
+    while at <= len(text) and len(fields) < len(record):
+        found = field.match(text, at)
+        fields.append(found["words"] or record[len(fields)])
+        at = found.end() + 1
+    return fields if at > len(text) and len(fields) == len(record) else record

@@ -1,0 +1,49 @@
+"""Files as people have them: each is read as it was meant, or refused in a line that names the file and a remedy."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from shard_sources import picture
+
+from d2s.shards.cli import main
+from d2s.shards.format.manifest import read_manifest
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., list[str]]:
+    """The command that builds a file of rows with two photos, 1.jpg and 2.jpg."""
+    for number in (1, 2):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / f"images/{number}.jpg").write_bytes(picture(number))
+
+    def write(name: str, text: str | bytes, *more: str) -> list[str]:
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        paths = {"--captions": path, "--images": tmp_path / "images", "--out": tmp_path / "out"}
+        return ["build", "--source", "csv", *(str(part) for pair in paths.items() for part in pair), *more]
+
+    return write
+
+
+def _sparse(out: Path) -> dict[str, list[str]]:
+    return {row["source_id"]: row["sparse"] for row in read_manifest(out).to_pylist()}
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.csv", 'path,sparse\r\n1.jpg,"Hi" she says\r\n"2.jpg","a, ""b"" c"\r\n'),
+        ("a.tsv", 'path\tsparse\n1.jpg\t"Hi" she says\n2.jpg\ta, "b" c'),
+    ],
+)
+def test_quotes_of_words_stay_in_the_caption(
+    name: str, text: str, arguments: Callable, tmp_path: Path
+) -> None:
+    assert main(arguments(name, text)) == 0
+    assert _sparse(tmp_path / "out") == {"1.jpg": ['"Hi" she says'], "2.jpg": ['a, "b" c']}
+
+
+def test_text_of_another_encoding_is_named_with_its_line(arguments: Callable, refused: Callable) -> None:
+    line = refused(arguments("a.csv", "path,sparse\n1.jpg,a\n2.jpg,caf\xe9\n".encode("latin-1")))
+    assert line.endswith("a.csv: line 3: byte 9 (0xe9) is not UTF-8 text; save it as UTF-8")
