@@ -72,6 +72,8 @@ def _rows_of_file(
         if column["path"][0] not in there:
             names = shorten(", ".join(there)) or "none, the file is empty"
             raise ValueError(f"{file}: no column 'path'; there are {names}: --columns path=NAME,sparse=NAME")
+    captioned = any(name in there for name in (*column["sparse"], *column["dense"]))
+    hint = "" if captioned else f"; there are {_names(there)}: --columns sparse=NAME"
     home = options.images or file.parent
     taken = [name for names in column.values() for name in names]
     for where, row in read_rows(file, None, faults, only=taken, named=named):
@@ -100,6 +102,7 @@ def _rows_of_file(
             "dense": _captions(row, column["dense"]),
             "image_id": image_id,
             "key": key,
+            "hint": hint,
         }
 
 

@@ -47,3 +47,10 @@ def test_quotes_of_words_stay_in_the_caption(
 def test_text_of_another_encoding_is_named_with_its_line(arguments: Callable, refused: Callable) -> None:
     line = refused(arguments("a.csv", "path,sparse\n1.jpg,a\n2.jpg,caf\xe9\n".encode("latin-1")))
     assert line.endswith("a.csv: line 3: byte 9 (0xe9) is not UTF-8 text; save it as UTF-8")
+
+
+def test_file_without_captions_is_told_which_columns_there_are(
+    arguments: Callable, refused: Callable
+) -> None:
+    line = refused(arguments("a.csv", "path,alt\n1.jpg,a\n2.jpg,b\n"))
+    assert "line 2: image '1.jpg' has no caption; there are alt, path: --columns sparse=NAME" in line
