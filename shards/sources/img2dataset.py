@@ -32,11 +32,15 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
             raise ValueError(f"--columns: {shorten(repr(name))} is none of {', '.join(_COLUMNS)}")
     Suffixes.of(options.suffixes)  # raises for an unknown role
     tars = find_tars(options.images, options.split)
+    there_is_one = False
     for _, (found, rows) in map_ordered(
         partial(_read_tar, options, faults.quarantine), tars, options.workers
     ):
         faults.rows.extend(rows)
+        there_is_one = there_is_one or bool(found)
         yield from found
+    if not there_is_one and not faults.rows:
+        raise ValueError(f"{options.images}: no sample in any of its tars ({len(tars)}); nothing to build")
 
 
 def find_tars(folder: Path, split: str) -> list[tuple[str, Path]]:

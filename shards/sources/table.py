@@ -39,13 +39,18 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
 
 
 def _rows(options: SourceOptions, faults: Faults) -> Iterator[dict]:
-    number = 0
+    number, there_is_one = 0, False
     for given, captions in options.captions:
         for split, file in _files(captions):
             with ExtractedImages(options.scratch, number) as images:
                 split = given or options.forced_split or split or options.split
-                yield from _rows_of_file(file, split, options, images, faults)
+                for row in _rows_of_file(file, split, options, images, faults):
+                    there_is_one = True
+                    yield row
             number += 1
+    if not there_is_one and not faults.rows:
+        names = shorten(", ".join(str(path) for _, path in options.captions))
+        raise ValueError(f"{names}: no rows in it; nothing to build")
 
 
 def _files(captions: Path) -> Iterator[tuple[str, Path]]:

@@ -1,5 +1,6 @@
 """Files as people have them: each is read as it was meant, or refused in a line that names the file and a remedy."""
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,3 +55,12 @@ def test_file_without_captions_is_told_which_columns_there_are(
 ) -> None:
     line = refused(arguments("a.csv", "path,alt\n1.jpg,a\n2.jpg,b\n"))
     assert "line 2: image '1.jpg' has no caption; there are alt, path: --columns sparse=NAME" in line
+
+
+def test_input_without_rows_or_samples_is_named(
+    arguments: Callable, refused: Callable, tmp_path: Path
+) -> None:
+    assert "a.csv: no rows in it; nothing to build" in refused(arguments("a.csv", "path,sparse\n"))
+    (tmp_path / "tars").mkdir()
+    tarfile.open(tmp_path / "tars/0.tar", "w").close()
+    assert "tars: no sample in any of its tars (1)" in refused(["index", str(tmp_path / "tars")])
