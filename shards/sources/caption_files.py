@@ -2,13 +2,12 @@
 
 import ast
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from d2s.common.files import parse_json
-from d2s.common.messages import shorten
 from d2s.shards.sources import csv_files, json_files, parquet_files
-from d2s.shards.sources.faults import Faults
+from d2s.shards.sources.faults import Faults, no_column
 from d2s.shards.sources.text_files import COMPRESSED, open_bytes, plain_name
 
 _FORMS = {"csv": "CSV", "parquet": "parquet", "json": "a JSON array of rows", "jsonl": "JSON lines"}
@@ -90,13 +89,13 @@ def column_names(path: Path, named: Sequence[str] = ()) -> list[str]:
         return parquet_files.column_names(path)
     if form == "csv":
         return csv_files.column_names(path, named)
-    first = next(_json_rows(path, form, [], Faults(quarantine=True)), None)
+    first = next(_json_rows(path, form, {}, Faults(quarantine=True)), None)
     return list(first[1]) if first else []
 
 
 def read_rows(
     path: Path,
-    columns: list[str] | None,
+    columns: Mapping[str, str] | None,
     faults: Faults,
     only: Sequence[str] | None = None,
     named: Sequence[str] = (),
@@ -104,7 +103,8 @@ def read_rows(
     """Yields ("file: line 3", row), or ("file: row 3", row) from parquet and JSON arrays, counted from 0.
 
     Args:
-        columns: columns that every row must have (of parquet only these are read); None takes all there are.
+        columns: columns that every row must have (of parquet only these are read), each with the option that names
+            it; None takes all there are.
         faults: receives the rows that cannot be used.
         only: where `columns` is None, the columns of parquet to read, as far as there are; None reads all.
         named: as in `column_names`; `columns` are always among them.
@@ -117,17 +117,19 @@ def read_rows(
     elif form == "csv":
         yield from csv_files.rows(path, columns, faults, (*named, *(columns or ())))
     else:
-        yield from _json_rows(path, form, columns or [], faults)
+        yield from _json_rows(path, form, columns or {}, faults)
 
 
-def _json_rows(path: Path, form: str, columns: list[str], faults: Faults) -> Iterator[tuple[str, dict]]:
+def _json_rows(
+    path: Path, form: str, columns: Mapping[str, str], faults: Faults
+) -> Iterator[tuple[str, dict]]:
     reader = json_files.array_rows if form == "json" else json_files.line_rows
     for where, row in reader(path, faults):
         missing = next((name for name in columns if name not in row), None)
         if missing is None:
             yield where, row
         else:
-            faults.add(where, f"no field {missing!r}; there are {shorten(', '.join(sorted(row)))}")
+            faults.add(where, no_column(missing, sorted(row), columns[missing], "field"))
 
 
 def captions_of(row: dict, columns: tuple[str, ...]) -> tuple:

@@ -3,12 +3,12 @@
 import csv
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 from d2s.common.messages import shorten
-from d2s.shards.sources.faults import Faults
+from d2s.shards.sources.faults import Faults, no_column
 from d2s.shards.sources.text_files import not_utf8, open_text, plain_name
 
 _SEPARATORS = ",\t|;"
@@ -41,15 +41,15 @@ def _header(path: Path, named: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def rows(
-    path: Path, columns: list[str] | None, faults: Faults, named: Sequence[str]
+    path: Path, columns: Mapping[str, str] | None, faults: Faults, named: Sequence[str]
 ) -> Iterator[tuple[str, dict]]:
     """Yields ("file: line 3", row): the text of each field by the name of its column."""
     names, in_file = _header(path, named)
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{path}: line 1: two columns are named {shorten(repeated[0])!r}; rename one")
-    for name in columns or ():
+    for name, option in (columns or {}).items():
         if name not in names:
-            raise ValueError(f"{path}: no column {name!r}; there are {shorten(', '.join(names))}")
+            raise ValueError(f"{path}: {no_column(name, names, option)}")
     records = _records(path)
     if in_file:
         next(records, None)

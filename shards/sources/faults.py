@@ -1,6 +1,7 @@
 """Faults in the input: collected by `Faults`, found by the checks of fields and captions below."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from d2s.common.messages import shorten
@@ -47,6 +48,12 @@ def caption_fault(captions: tuple) -> str | None:
         except UnicodeEncodeError:
             return f"caption {number} is not valid Unicode"
     return None
+
+
+def no_column(name: str, there: Iterable[str], option: str, what: str = "column") -> str:
+    """The reason of a fault: a column is missing that `option` of the command may name."""
+    names = shorten(", ".join(there)) or "none, the file is empty"
+    return f"no {what} {name!r}; there are {names}: {option} NAME"
 
 
 def is_integer(value: object) -> bool:

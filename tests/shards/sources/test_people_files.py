@@ -64,3 +64,23 @@ def test_input_without_rows_or_samples_is_named(
     (tmp_path / "tars").mkdir()
     tarfile.open(tmp_path / "tars/0.tar", "w").close()
     assert "tars: no sample in any of its tars (1)" in refused(["index", str(tmp_path / "tars")])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            "filename,caption\n1.jpg,a\n",
+            "no column 'text'; there are filename, caption: --dense-columns NAME",
+        ),
+        ("image,text\n1.jpg,a\n", "no column 'filename'; there are image, text: --dense-key-column NAME"),
+        ("", "no column 'filename'; there are none, the file is empty"),
+        ("filename,text\n3.jpg,a\n", "; an image here is '1.jpg'; --dense-extra allow skips such rows"),
+    ],
+)
+def test_dense_captions_that_do_not_fit_name_the_option(
+    text: str, expected: str, arguments: Callable, refused: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "dense.csv").write_text(text)
+    command = arguments("a.csv", "path,sparse\n1.jpg,a\n2.jpg,b\n", "--dense", str(tmp_path / "dense.csv"))
+    assert expected in refused(command)
