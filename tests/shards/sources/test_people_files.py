@@ -84,3 +84,23 @@ def test_dense_captions_that_do_not_fit_name_the_option(
     (tmp_path / "dense.csv").write_text(text)
     command = arguments("a.csv", "path,sparse\n1.jpg,a\n2.jpg,b\n", "--dense", str(tmp_path / "dense.csv"))
     assert expected in refused(command)
+
+
+@pytest.mark.parametrize(
+    "name", ["x\\1.jpg", "images/x/1.jpg", "images\\x\\1.JPG", "x/1.JPG", "x/1", "x/1.Jpg"]
+)
+def test_missing_image_that_is_there_under_another_name(
+    name: str, arguments: Callable, refused: Callable, tmp_path: Path
+) -> None:
+    command = arguments("a.csv", f"path,sparse\n{name},a\n")
+    (tmp_path / "images/x").mkdir()
+    (tmp_path / "images/1.jpg").rename(tmp_path / "images/x/1.jpg")
+    assert refused(command).endswith(
+        " does not exist; " + f"{tmp_path / 'images/x/1.jpg'} does: write its name so"
+    )
+
+
+def test_missing_image_is_told_what_names_are_relative_to(arguments: Callable, refused: Callable) -> None:
+    assert "does not exist; names are relative to --images" in refused(
+        arguments("a.csv", "path,sparse\n3.jpg,a\n")
+    )
