@@ -136,7 +136,14 @@ def _print_report(report: BuildReport, out: Path) -> None:
             print(f"{out}: note: no split {split!r}: {use}")
 
 
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        what = f"is a file; give its folder, {folder.parent}" if folder.exists() else "no such folder"
+        raise ValueError(f"{folder}: {what}")
+
+
 def _verify(args: argparse.Namespace) -> int:
+    _check_folder(args.folder)
     count = 0
     for fault in verify(args.folder, args.workers, decode=not args.no_decode):
         print(fault, flush=True)
@@ -146,10 +153,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> None:
+    _check_folder(args.folder)
     print(table(stats(args.folder)))
 
 
 def _show(args: argparse.Namespace) -> None:
+    _check_folder(args.folder)
     row = find(args.folder, args.key)
     print(describe(row))
     print(f"image      {save_image(args.folder, row, args.out)}")
