@@ -49,7 +49,8 @@ def _parse_row(line: str) -> tuple[dict, str]:
     try:
         row = parse_json(line)
     except ValueError as error:
-        return {}, f"not JSON: {getattr(error, 'msg', error)}"
+        comma = "; delete the comma at its end" if line.rstrip().endswith("},") else ""
+        return {}, f"not JSON: {getattr(error, 'msg', error)}{comma}"
     return (row, "") if isinstance(row, dict) else ({}, f"not a JSON object but {type(row).__name__}")
 
 
@@ -78,6 +79,8 @@ def _items(path: Path) -> Iterator[object]:
         while True:
             between = _BETWEEN.match(text, at)
             start, problem = between.end(), "Expecting value"
+            if text.startswith("]", start) and between[1]:
+                raise _not_json(path, lines + text.count("\n", 0, start), "a comma before the ]; delete it")
             if text.startswith("]", start) and not between[1]:
                 if (text[start + 1 :] + file.read(_CHUNK)).strip():
                     raise ValueError(f"{path}: more text stands behind the end of the JSON array")
@@ -90,6 +93,9 @@ def _items(path: Path) -> Iterator[object]:
                 raise _not_json(path, lines + text.count("\n", 0, start), "nested too deeply") from None
             except json.JSONDecodeError as error:
                 start, problem = error.pos, error.msg
+            except ValueError as error:
+                # A number of thousands of digits.
+                raise _not_json(path, lines + text.count("\n", 0, start), str(error)) from None
             else:
                 first = False
                 yield item

@@ -104,3 +104,17 @@ def test_missing_image_is_told_what_names_are_relative_to(arguments: Callable, r
     assert "does not exist; names are relative to --images" in refused(
         arguments("a.csv", "path,sparse\n3.jpg,a\n")
     )
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('[{"path": "1.jpg", "sparse": "a"},\n]', "line 2: not JSON: a comma before the ]; delete it"),
+        ('{"path": "1.jpg", "sparse": "a"},\n', "line 1: not JSON: Extra data; delete the comma at its end"),
+        ('[{"path": "1.jpg", "x": ' + "9" * 5000 + "}]", "a.json: line 1: not JSON: Exceeds the limit"),
+    ],
+)
+def test_json_with_a_comma_too_many_or_a_huge_number(
+    text: str, expected: str, arguments: Callable, refused: Callable
+) -> None:
+    assert expected in refused(arguments("a.json", text))
