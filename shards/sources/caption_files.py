@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from d2s.common.files import parse_json
+from d2s.shards.format.image_file import GIT_LFS
 from d2s.shards.sources import csv_files, json_files, parquet_files
 from d2s.shards.sources.faults import Faults, no_column
 from d2s.shards.sources.text_files import COMPRESSED, open_bytes, plain_name
@@ -18,6 +19,8 @@ def form_of(path: Path) -> str:
     """What a file of rows holds: "parquet", "csv", "json" (an array) or "jsonl"."""
     with open_bytes(path) as file:
         head = file.read(1 << 16)
+    if head.startswith(GIT_LFS):
+        raise ValueError(f"{path}: a pointer of Git LFS, not the file itself: `git lfs pull` fetches it")
     suffix = Path(plain_name(path)).suffix.lower()
     if suffix == ".parquet" or head.startswith(b"PAR1"):
         return "parquet"

@@ -118,3 +118,27 @@ def test_json_with_a_comma_too_many_or_a_huge_number(
     text: str, expected: str, arguments: Callable, refused: Callable
 ) -> None:
     assert expected in refused(arguments("a.json", text))
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "`git lfs pull` fetches the file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC: convert it to JPEG"),
+        (b'<?xml version="1.0"?>\n<svg width="4"/>', "it seems to be SVG: convert it to PNG"),
+        (b"<!DOCTYPE html><html>404</html>", "it is HTML: download it again"),
+    ],
+)
+def test_file_that_is_no_image_is_told_what_it_is(
+    data: bytes, expected: str, arguments: Callable, refused: Callable, tmp_path: Path
+) -> None:
+    command = arguments("a.csv", "path,sparse\n1.jpg,a\n")
+    (tmp_path / "images/1.jpg").write_bytes(data)
+    line = refused(command)
+    assert "1.jpg: the image does not decode: no known image format; " in line
+    assert line.endswith(expected)
+
+
+def test_pointer_of_git_lfs_is_no_parquet(arguments: Callable, refused: Callable) -> None:
+    line = refused(arguments("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:ab\n"))
+    assert "a.parquet: a pointer of Git LFS, not the file itself: `git lfs pull` fetches it" in line
