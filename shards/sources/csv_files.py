@@ -76,6 +76,10 @@ def _records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
         with open_text(path) as file:
             first = file.readline()
             split = "\t" if plain_name(path).lower().endswith(".tsv") else separator(first) or ","
+            at_header = True
+            if excel := re.fullmatch(r'"?sep=([,\t|;])"?\s*', first):
+                # Excel's own first line; the header follows.
+                number, split, first = 1, excel[1], file.readline()
             # Fields between bars are not quoted, and blanks stand around them.
             quoting = csv.QUOTE_NONE if split == "|" else csv.QUOTE_MINIMAL
 
@@ -83,13 +87,17 @@ def _records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
             for record in csv.reader(source, delimiter=split, quoting=quoting):
                 if quoting == csv.QUOTE_MINIMAL and any('"' in line for line in lines):
                     record = _with_quotes_of_words("".join(lines), split, record)
-                fields = [field.strip() for field in record] if split == "|" or not number else record
+                fields = [field.strip() for field in record] if split == "|" or at_header else record
                 if any(fields):
                     yield number + 1, lines.copy(), fields
+                    at_header = False
                 number += len(lines)
                 lines.clear()
     except csv.Error as error:
-        raise ValueError(f"{path}: line {number + 1}: not CSV: {error}") from None
+        reason = str(error)
+        if "new-line character" in reason:
+            reason = "a carriage return alone ends a line here; save it with line ends of Unix or Windows"
+        raise ValueError(f"{path}: line {number + 1}: not CSV: {reason}") from None
     except UnicodeDecodeError:
         raise not_utf8(path) from None
 

@@ -142,3 +142,13 @@ def test_file_that_is_no_image_is_told_what_it_is(
 def test_pointer_of_git_lfs_is_no_parquet(arguments: Callable, refused: Callable) -> None:
     line = refused(arguments("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:ab\n"))
     assert "a.parquet: a pointer of Git LFS, not the file itself: `git lfs pull` fetches it" in line
+
+
+def test_first_line_of_excel_names_the_separator(arguments: Callable, tmp_path: Path) -> None:
+    assert main(arguments("a.csv", "\ufeffsep=;\r\npath; sparse\r\n1.jpg;a, b\r\n2.jpg;b\r\n")) == 0
+    assert _sparse(tmp_path / "out") == {"1.jpg": ["a, b"], "2.jpg": ["b"]}
+
+
+def test_lines_that_end_with_a_carriage_return_alone(arguments: Callable, refused: Callable) -> None:
+    line = refused(arguments("a.csv", "path,sparse\r1.jpg,a\r"))
+    assert "a.csv: line 1: not CSV: a carriage return alone ends a line here; save it with" in line
