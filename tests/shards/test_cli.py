@@ -85,6 +85,17 @@ def test_folder_that_is_not_there_or_a_file_is_named(dataset: Path, refused: Cal
     assert line.endswith(f"manifest.parquet: is a file; give its folder, {dataset}")
 
 
+def test_digits_of_another_kind_are_no_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    scenes = ["build", "--source", "scenes", "--out", str(tmp_path)]
+    for more, expected in (
+        (["--count", "train=\u00b2"], "is not a number"),
+        (["--part", "\u00b9/2"], "such as 3/8"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*scenes, *more])
+        assert expected in capsys.readouterr().err
+
+
 def test_usage_error_is_one_line(capsys: pytest.CaptureFixture) -> None:
     for arguments in (["build", "--source", "karpaty", "--out", "x"], ["verify"], ["shuffle"]):
         with pytest.raises(SystemExit) as error:
