@@ -18,6 +18,7 @@ from d2s.shards.sources.faults import Faults
 NEEDS = ("images",)
 USES = ("split", "columns", "suffixes")
 _ENDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_DOTS = " (a key ends at the first dot of a name: rename members of several samples)"
 _COLUMNS = ("sparse", "dense")
 
 
@@ -202,8 +203,12 @@ def _names(names: Iterable[str]) -> str:
 def _remedy(sample: Group[Member]) -> str:
     """What to give for a sample that has no image, or several."""
     images = [suffix for suffix in sample.members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
-    if sample.faults or not images:
+    if sample.faults:
         return ""
+    if not images:
+        nested = next((suffix for suffix in sample.members if f".{suffix}".endswith(_ENDS)), "")
+        return f"; {sample.key}.{nested} is a tar inside of the tar: unpack it" if nested else ""
+    dots = len({suffix.rpartition(".")[0] for suffix in images}) > 1
     roles = {"image": images[0]}
     if len(images) == 1:
         for suffix in sample.members:
@@ -211,7 +216,7 @@ def _remedy(sample: Group[Member]) -> str:
             if role:
                 roles.setdefault(role, suffix)
     given = ",".join(f"{role}={suffix}" for role, suffix in roles.items())
-    return f"; --suffixes {shorten(given, 100)} says which to take"
+    return f"; --suffixes {shorten(given, 100)} says which to take{_DOTS if dots else ''}"
 
 
 def _hint(sample: Group[Member], facts: dict) -> str:

@@ -1,5 +1,6 @@
 """Files as people have them: each is read as it was meant, or refused in a line that names the file and a remedy."""
 
+import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -152,3 +153,25 @@ def test_first_line_of_excel_names_the_separator(arguments: Callable, tmp_path: 
 def test_lines_that_end_with_a_carriage_return_alone(arguments: Callable, refused: Callable) -> None:
     line = refused(arguments("a.csv", "path,sparse\r1.jpg,a\r"))
     assert "a.csv: line 1: not CSV: a carriage return alone ends a line here; save it with" in line
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["in.tar"], "in: has no image, only .tar; in.tar is a tar inside of the tar: unpack it"),
+        (
+            ["a.v1.0.jpg", "a.v1.0.txt", "a.v2.0.jpg"],
+            "--suffixes image=v1.0.jpg says which to take (a key ends at the first dot of a name: rename",
+        ),
+        (["a.jpg", "a.png"], "; --suffixes image=jpg says which to take"),
+    ],
+)
+def test_members_of_a_tar_that_make_no_sample(
+    names: list[str], expected: str, refused: Callable, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    assert expected in refused(["index", str(tmp_path)])
