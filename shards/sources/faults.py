@@ -40,7 +40,7 @@ def caption_fault(captions: tuple) -> str | None:
     """Why these captions cannot be stored; None if each is a non-empty string of valid Unicode."""
     for number, caption in enumerate(captions):
         if not isinstance(caption, str):
-            return f"caption {number} is {type(caption).__name__}, not text"
+            return f"caption {number} is {type(caption).__name__}, not text: {shorten(repr(caption), 80)}"
         if not caption.strip():
             return f"caption {number} is empty"
         try:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from d2s.common.messages import shorten
+from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.sources.caption_files import captions_of, column_names, form_of, list_files, read_rows
 from d2s.shards.sources.entry import Entry, SourceOptions
 from d2s.shards.sources.extracted import ExtractedImages
@@ -14,6 +15,8 @@ from d2s.shards.sources.image_rows import entries_of_rows
 NEEDS = ("captions",)
 USES = ("images", "split", "columns")
 _FIELDS = ("path", "sparse", "dense", "split", "id")
+_IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+_ROW = '{"path": "1.jpg", "sparse": ["a dog"]}'
 # What others call these columns. They are taken only where there is no column `path`.
 _OTHER_NAMES = {
     "path": "image file_name filename filepath image_name image_path img img_path image_file file jpg".split(),
@@ -88,10 +91,10 @@ def _rows_of_file(
             image = _image(row, column["path"][0], home, images)
             image_id, key = _id_field(row, column["id"][0], form == "csv")
         except KeyError as error:
-            faults.add(
-                where,
-                f"caption without an image: {field_fault(error)}; there are {_names(row)}: --columns path=NAME",
-            )
+            reason = f"caption without an image: {field_fault(error)}; there are {_names(row)}: --columns path=NAME"
+            if row and all(name.lower().endswith(_IMAGES) for name in row):
+                reason = f"maps names to captions; write rows {_ROW}"
+            faults.add(where, reason)
             continue
         except TypeError as error:
             faults.add(where, field_fault(error))
@@ -144,6 +147,8 @@ def _image(row: dict, column: str, home: Path, images: ExtractedImages) -> dict:
     data, name = value, ""
     if isinstance(value, dict) and "bytes" in value:
         data, name = value["bytes"], value.get("path")
+    elif isinstance(value, dict) and "0" in value:
+        raise TypeError("pandas wrote columns; rows come of to_json(path, orient='records', lines=True)")
     if isinstance(data, bytes):
         place = images.add(data)
         # Rows of equal bytes are of one image, even without a name.

@@ -175,3 +175,19 @@ def test_members_of_a_tar_that_make_no_sample(
             info.size = 3
             tar.addfile(info, io.BytesIO(b"abc"))
     assert expected in refused(["index", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('[{"path": "1.jpg", "sparse": NaN}]', "row 0: caption 0 is float, not text: nan"),
+        ('{"path": "1.jpg", "sparse": [["a"]]}', "line 1: caption 0 is list, not text: ['a']"),
+        (
+            '{"path": {"0": "1.jpg"}, "sparse": {"0": "a"}}',
+            "line 1: pandas wrote columns; rows come of to_json(",
+        ),
+        ('{"1.jpg": ["a"], "2.JPG": ["b"]}', "line 1: maps names to captions; write rows {"),
+    ],
+)
+def test_json_of_other_shapes(text: str, expected: str, arguments: Callable, refused: Callable) -> None:
+    assert expected in refused(arguments("a.json", text))
