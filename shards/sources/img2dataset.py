@@ -55,7 +55,8 @@ def find_tars(folder: Path, split: str) -> list[tuple[str, Path]]:
 
     found = [(split, path) for path in tars("*")] + [(path.parent.name, path) for path in tars("*/*")]
     if not found:
-        raise ValueError(f"{folder}: no .tar in it")
+        upper = next((p.name for p in folder.glob("*") if p.name.lower().endswith(_ENDS)), "")
+        raise ValueError(f"{folder}: no .tar in it{f'; {upper}: write .tar in lower case' if upper else ''}")
     return found
 
 

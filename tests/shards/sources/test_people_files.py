@@ -191,3 +191,8 @@ def test_members_of_a_tar_that_make_no_sample(
 )
 def test_json_of_other_shapes(text: str, expected: str, arguments: Callable, refused: Callable) -> None:
     assert expected in refused(arguments("a.json", text))
+
+
+def test_tar_in_upper_case_is_named(refused: Callable, tmp_path: Path) -> None:
+    tarfile.open(tmp_path / "0.TAR", "w").close()
+    assert "no .tar in it; 0.TAR: write .tar in lower case" in refused(["index", str(tmp_path)])
