@@ -234,4 +234,5 @@ def _hint(sample: Group[Member], facts: dict) -> str:
     if not others:
         return ""
     there = _names(f".{suffix}" for suffix in others)
-    return f"; beside the image there is {there}: --suffixes caption={shorten(others[0], 50)} takes one"
+    best = next((suffix for suffix in others if "cap" in suffix or "txt" in suffix), others[0])
+    return f"; beside the image there is {there}: --suffixes caption={shorten(best, 50)} takes one"

@@ -196,3 +196,14 @@ def test_json_of_other_shapes(text: str, expected: str, arguments: Callable, ref
 def test_tar_in_upper_case_is_named(refused: Callable, tmp_path: Path) -> None:
     tarfile.open(tmp_path / "0.TAR", "w").close()
     assert "no .tar in it; 0.TAR: write .tar in lower case" in refused(["index", str(tmp_path)])
+
+
+def test_member_that_seems_to_be_a_caption_is_offered(refused: Callable, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (("a.jpg", picture(1)), ("a.cls", b"3"), ("a.caption", b"a dog")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert "there is .cls, .caption: --suffixes caption=caption takes one" in refused(
+        ["index", str(tmp_path)]
+    )
