@@ -207,3 +207,10 @@ def test_member_that_seems_to_be_a_caption_is_offered(refused: Callable, tmp_pat
     assert "there is .cls, .caption: --suffixes caption=caption takes one" in refused(
         ["index", str(tmp_path)]
     )
+
+
+def test_split_of_another_name_is_no_val(arguments: Callable, capsys: pytest.CaptureFixture) -> None:
+    assert main(arguments("a.csv", "path,sparse,split\n1.jpg,a,Train\n2.jpg,b,validation\n")) == 0
+    told = capsys.readouterr().out
+    assert "no split 'train': nothing to train on; 'Train' is another: write 'train' in the source" in told
+    assert "best checkpoint; 'validation' is another: write 'val' in the source" in told
