@@ -29,7 +29,7 @@ def _counts(text: str) -> dict[str, int]:
     """Parses `train=2000,val=200`; each number must be at least 1."""
     found = _pairs(text)
     for name, value in found.items():
-        if not value.isdigit():
+        if not value.isdecimal():
             raise _Fault(f"{name}={value} is not a number; write train=2000,val=200,test=200")
         if not int(value):
             raise _Fault(f"split {name!r} is empty; give it at least 1, or leave it out")
@@ -77,7 +77,7 @@ def _columns(text: str) -> tuple[str, ...]:
 def _part(text: str) -> tuple[int, int]:
     """Parses `3/8` to (3, 8)."""
     number, slash, parts = text.partition("/")
-    if not (slash and number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+    if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise _Fault(f"{shorten(repr(text))} is not I/N with I from 1 to N, such as 3/8")
     return int(number), int(parts)
 

@@ -23,6 +23,9 @@ from d2s.shards.sources.entry import SourceOptions
 from d2s.shards.sources.faults import Faults
 from d2s.shards.sources.img2dataset import find_tars
 
+# How others call these splits.
+_ALIKE = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev")}
+
 
 def _build(args: argparse.Namespace) -> None:
     given = {field.name: getattr(args, field.name) for field in fields(SourceOptions) if field.name in args}
@@ -133,10 +136,19 @@ def _print_report(report: BuildReport, out: Path) -> None:
     for split in ("train", "val"):
         if split not in report.samples:
             use = "nothing to train on" if split == "train" else "training cannot choose its best checkpoint"
-            print(f"{out}: note: no split {split!r}: {use}")
+            meant = next((name for name in report.samples if name.lower() in _ALIKE[split]), "")
+            rename = f"; {meant!r} is another: write {split!r} in the source" if meant else ""
+            print(f"{out}: note: no split {split!r}: {use}{rename}")
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        what = f"is a file; give its folder, {folder.parent}" if folder.exists() else "no such folder"
+        raise ValueError(f"{folder}: {what}")
 
 
 def _verify(args: argparse.Namespace) -> int:
+    _check_folder(args.folder)
     count = 0
     for fault in verify(args.folder, args.workers, decode=not args.no_decode):
         print(fault, flush=True)
@@ -146,10 +158,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> None:
+    _check_folder(args.folder)
     print(table(stats(args.folder)))
 
 
 def _show(args: argparse.Namespace) -> None:
+    _check_folder(args.folder)
     row = find(args.folder, args.key)
     print(describe(row))
     print(f"image      {save_image(args.folder, row, args.out)}")

@@ -54,7 +54,8 @@ class _Row:
 
 def _read(options: JoinOptions, faults: Faults) -> Iterator[_Row]:
     key_column = options.key_column or options.key
-    columns = list(dict.fromkeys([key_column, *options.columns, *options.sparse_columns]))
+    columns = {key_column: "--dense-key-column"} | dict.fromkeys(options.columns, "--dense-columns")
+    columns |= dict.fromkeys(options.sparse_columns, "--sparse-columns")
     for path in list_files(options.path):
         for where, row in read_rows(path, columns, faults):
             key = row[key_column]
@@ -159,7 +160,8 @@ def join_captions(
                 if not len(images):
                     extra += 1
                     if options.extra == "stop":
-                        faults.add(row.where, f"{name} belongs to no image{names.example()}", row.key)
+                        remedy = "; --dense-extra allow skips such rows"
+                        faults.add(row.where, f"{name} belongs to no image{names.example()}{remedy}", row.key)
                 elif key != row.key and any(name_of(image) != key for image in images):
                     faults.add(row.where, f"{name} fits several images; write it with its folder", row.key)
                 elif matched[images[0]] >= 0 and options.repeated == "stop":

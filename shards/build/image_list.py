@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from d2s.shards.build import missing_file
 from d2s.shards.build.caption_join import JoinOptions
 from d2s.shards.format.image_file import check_image, has_valid_ends
 from d2s.shards.format.keys import clean_key, hash64
@@ -168,7 +169,7 @@ def _check_file(entry: Entry) -> tuple[int, str | None]:
             file.seek(start + max(0, size - 12))
             tail = file.read(min(12, size))
     except FileNotFoundError:
-        return -1, f"image {entry.path} does not exist"
+        return -1, f"image {entry.path} does not exist{missing_file.remedy(entry.path)}"
     except OSError as error:
         return -1, f"image {entry.path}: {error.strerror}"
     if has_valid_ends(head, tail, size):

@@ -33,6 +33,10 @@ IMAGE_SUFFIXES = (
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, Image.DecompressionBombError)
 
 
+GIT_LFS = b"version https://git-lfs"
+"""How a file begins that only stands for another one in Git LFS."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
     """An image file (JPEG, PNG or WebP) that passed a check. Width and height are in pixels."""
@@ -86,9 +90,21 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             with Image.open(io.BytesIO(data)) as image:
                 yield image
     except UnidentifiedImageError:
-        raise ValueError("the image does not decode: no known image format") from None
+        raise ValueError(f"the image does not decode: no known image format{_guess(data)}") from None
     except _BROKEN as error:
         raise ValueError(f"the image does not decode: {error}") from None
+
+
+def _guess(data: bytes) -> str:
+    """What a file that is no image seems to be, as the end of a message."""
+    head = data[:512].lstrip().lower()
+    if head.startswith(GIT_LFS):
+        return "; a pointer of Git LFS: `git lfs pull` fetches the file"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"hevc", b"msf1"):
+        return "; HEIC: convert it to JPEG"
+    if head.startswith((b"<svg", b"<?xml")):
+        return "; it seems to be SVG: convert it to PNG" if b"<svg" in head else "; it is XML"
+    return "; it is HTML: download it again" if head.startswith((b"<!doctype html", b"<html")) else ""
 
 
 def _encode(image: Image.Image, resize: int | None, quality: int) -> EncodedImage:

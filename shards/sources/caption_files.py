@@ -2,13 +2,13 @@
 
 import ast
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from d2s.common.files import parse_json
-from d2s.common.messages import shorten
+from d2s.shards.format.image_file import GIT_LFS
 from d2s.shards.sources import csv_files, json_files, parquet_files
-from d2s.shards.sources.faults import Faults
+from d2s.shards.sources.faults import Faults, no_column
 from d2s.shards.sources.text_files import COMPRESSED, open_bytes, plain_name
 
 _FORMS = {"csv": "CSV", "parquet": "parquet", "json": "a JSON array of rows", "jsonl": "JSON lines"}
@@ -19,6 +19,8 @@ def form_of(path: Path) -> str:
     """Returns the format of a file: "parquet", "csv", "json" (one array) or "jsonl". ValueError for a zip."""
     with open_bytes(path) as file:
         head = file.read(1 << 16)
+    if head.startswith(GIT_LFS):
+        raise ValueError(f"{path}: a pointer of Git LFS, not the file itself: `git lfs pull` fetches it")
     suffix = Path(plain_name(path)).suffix.lower()
     if suffix == ".parquet" or head.startswith(b"PAR1"):
         return "parquet"
@@ -91,13 +93,13 @@ def column_names(path: Path, named: Sequence[str] = ()) -> list[str]:
         return parquet_files.column_names(path)
     if form == "csv":
         return csv_files.column_names(path, named)
-    first = next(_json_rows(path, form, [], Faults(quarantine=True)), None)
+    first = next(_json_rows(path, form, {}, Faults(quarantine=True)), None)
     return list(first[1]) if first else []
 
 
 def read_rows(
     path: Path,
-    columns: list[str] | None,
+    columns: Mapping[str, str] | None,
     faults: Faults,
     only: Sequence[str] | None = None,
     named: Sequence[str] = (),
@@ -105,7 +107,8 @@ def read_rows(
     """Yields (place, row). A place is "file: line 3", or "file: row 3" (from 0) for parquet and JSON arrays.
 
     Args:
-        columns: columns that every row must have. From parquet, only these are read. None means any columns.
+        columns: columns that every row must have, each with the option that names it. From parquet, only these are
+            read. None means any columns.
         faults: collects the rows that cannot be used.
         only: if `columns` is None, the parquet columns to read if they exist; None reads all.
         named: as in `column_names`. `columns` are added to it.
@@ -118,17 +121,19 @@ def read_rows(
     elif form == "csv":
         yield from csv_files.rows(path, columns, faults, (*named, *(columns or ())))
     else:
-        yield from _json_rows(path, form, columns or [], faults)
+        yield from _json_rows(path, form, columns or {}, faults)
 
 
-def _json_rows(path: Path, form: str, columns: list[str], faults: Faults) -> Iterator[tuple[str, dict]]:
+def _json_rows(
+    path: Path, form: str, columns: Mapping[str, str], faults: Faults
+) -> Iterator[tuple[str, dict]]:
     reader = json_files.array_rows if form == "json" else json_files.line_rows
     for where, row in reader(path, faults):
         missing = next((name for name in columns if name not in row), None)
         if missing is None:
             yield where, row
         else:
-            faults.add(where, f"no field {missing!r}; there are {shorten(', '.join(sorted(row)))}")
+            faults.add(where, no_column(missing, sorted(row), columns[missing], "field"))
 
 
 def captions_of(row: dict, columns: tuple[str, ...]) -> tuple:

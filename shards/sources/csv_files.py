@@ -3,12 +3,12 @@
 import csv
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 from d2s.common.messages import shorten
-from d2s.shards.sources.faults import Faults
+from d2s.shards.sources.faults import Faults, no_column
 from d2s.shards.sources.text_files import not_utf8, open_text, plain_name
 
 _SEPARATORS = ",\t|;"
@@ -41,15 +41,15 @@ def _header(path: Path, named: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def rows(
-    path: Path, columns: list[str] | None, faults: Faults, named: Sequence[str]
+    path: Path, columns: Mapping[str, str] | None, faults: Faults, named: Sequence[str]
 ) -> Iterator[tuple[str, dict]]:
     """Yields ("file: line 3", row). A row maps column names to strings. ValueError for a bad header."""
     names, in_file = _header(path, named)
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{path}: line 1: two columns are named {shorten(repeated[0])!r}; rename one")
-    for name in columns or ():
+    for name, option in (columns or {}).items():
         if name not in names:
-            raise ValueError(f"{path}: no column {name!r}; there are {shorten(', '.join(names))}")
+            raise ValueError(f"{path}: {no_column(name, names, option)}")
     records = _records(path)
     if in_file:
         next(records, None)
@@ -76,17 +76,45 @@ def _records(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
         with open_text(path) as file:
             first = file.readline()
             split = "\t" if plain_name(path).lower().endswith(".tsv") else separator(first) or ","
+            at_header = True
+            if excel := re.fullmatch(r'"?sep=([,\t|;])"?\s*', first):
+                # Excel's own first line; the header follows.
+                number, split, first = 1, excel[1], file.readline()
             # Files that use | as separator have no quotes, and have spaces around the fields.
             quoting = csv.QUOTE_NONE if split == "|" else csv.QUOTE_MINIMAL
 
             source = (lines.append(line) or line for line in chain((first,), file))
             for record in csv.reader(source, delimiter=split, quoting=quoting):
-                fields = [field.strip() for field in record] if split == "|" or not number else record
+                if quoting == csv.QUOTE_MINIMAL and any('"' in line for line in lines):
+                    record = _with_quotes_of_words("".join(lines), split, record)
+                fields = [field.strip() for field in record] if split == "|" or at_header else record
                 if any(fields):
                     yield number + 1, lines.copy(), fields
+                    at_header = False
                 number += len(lines)
                 lines.clear()
     except csv.Error as error:
-        raise ValueError(f"{path}: line {number + 1}: not CSV: {error}") from None
+        reason = str(error)
+        if "new-line character" in reason:
+            reason = "a carriage return alone ends a line here; save it with line ends of Unix or Windows"
+        raise ValueError(f"{path}: line {number + 1}: not CSV: {reason}") from None
     except UnicodeDecodeError:
-        raise not_utf8(path, f"after line {number}") from None
+        raise not_utf8(path) from None
+
+
+def _with_quotes_of_words(text: str, split: str, record: list[str]) -> list[str]:
+    """The fields of a record, of which a field like `"Hi" she says` keeps the quotes.
+
+    The reader of CSV drops them. Quotes around a separator, as in `"a dog, fast" .`, are those of CSV.
+    """
+    if not re.search(rf'(^|{split})"[^"{split}\r\n]*"[^{split}"\r\n]', text):
+        return record
+    field = re.compile(
+        rf'"(?:[^"]|"")*"(?={split}|$)|(?P<words>"[^"{split}\r\n]*"[^{split}"][^{split}]*)|[^{split}]*'
+    )
+    text, fields, at = text.rstrip("\r\n"), [], 0
+    while at <= len(text) and len(fields) < len(record):
+        found = field.match(text, at)
+        fields.append(found["words"] or record[len(fields)])
+        at = found.end() + 1
+    return fields if at > len(text) and len(fields) == len(record) else record

@@ -1,6 +1,7 @@
 """Checks fields and captions of the input, and collects their faults."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from d2s.common.messages import shorten
@@ -39,7 +40,7 @@ def caption_fault(captions: tuple) -> str | None:
     """Returns why the captions cannot be stored, or None if each is a non-empty string of valid Unicode."""
     for number, caption in enumerate(captions):
         if not isinstance(caption, str):
-            return f"caption {number} is {type(caption).__name__}, not text"
+            return f"caption {number} is {type(caption).__name__}, not text: {shorten(repr(caption), 80)}"
         if not caption.strip():
             return f"caption {number} is empty"
         try:
@@ -47,6 +48,12 @@ def caption_fault(captions: tuple) -> str | None:
         except UnicodeEncodeError:
             return f"caption {number} is not valid Unicode"
     return None
+
+
+def no_column(name: str, there: Iterable[str], option: str, what: str = "column") -> str:
+    """The reason of a fault: a column is missing that `option` of the command may name."""
+    names = shorten(", ".join(there)) or "none, the file is empty"
+    return f"no {what} {name!r}; there are {names}: {option} NAME"
 
 
 def is_integer(value: object) -> bool:

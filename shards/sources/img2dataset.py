@@ -18,6 +18,7 @@ from d2s.shards.sources.faults import Faults
 NEEDS = ("images",)
 USES = ("split", "columns", "suffixes")
 _ENDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_DOTS = " (a key ends at the first dot of a name: rename members of several samples)"
 _COLUMNS = ("sparse", "dense")
 
 
@@ -32,11 +33,15 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
             raise ValueError(f"--columns: {shorten(repr(name))} is none of {', '.join(_COLUMNS)}")
     Suffixes.of(options.suffixes)  # raises ValueError for an unknown role
     tars = find_tars(options.images, options.split)
+    there_is_one = False
     for _, (found, rows) in map_ordered(
         partial(_read_tar, options, faults.quarantine), tars, options.workers
     ):
         faults.rows.extend(rows)
+        there_is_one = there_is_one or bool(found)
         yield from found
+    if not there_is_one and not faults.rows:
+        raise ValueError(f"{options.images}: no sample in any of its tars ({len(tars)}); nothing to build")
 
 
 def find_tars(folder: Path, split: str) -> list[tuple[str, Path]]:
@@ -50,7 +55,8 @@ def find_tars(folder: Path, split: str) -> list[tuple[str, Path]]:
 
     found = [(split, path) for path in tars("*")] + [(path.parent.name, path) for path in tars("*/*")]
     if not found:
-        raise ValueError(f"{folder}: no .tar in it")
+        upper = next((p.name for p in folder.glob("*") if p.name.lower().endswith(_ENDS)), "")
+        raise ValueError(f"{folder}: no .tar in it{f'; {upper}: write .tar in lower case' if upper else ''}")
     return found
 
 
@@ -198,8 +204,12 @@ def _names(names: Iterable[str]) -> str:
 def _remedy(sample: Group[Member]) -> str:
     """Returns the end of an error message: the --suffixes to use if the image is unclear, else ""."""
     images = [suffix for suffix in sample.members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
-    if sample.faults or not images:
+    if sample.faults:
         return ""
+    if not images:
+        nested = next((suffix for suffix in sample.members if f".{suffix}".endswith(_ENDS)), "")
+        return f"; {sample.key}.{nested} is a tar inside of the tar: unpack it" if nested else ""
+    dots = len({suffix.rpartition(".")[0] for suffix in images}) > 1
     roles = {"image": images[0]}
     if len(images) == 1:
         for suffix in sample.members:
@@ -207,7 +217,7 @@ def _remedy(sample: Group[Member]) -> str:
             if role:
                 roles.setdefault(role, suffix)
     given = ",".join(f"{role}={suffix}" for role, suffix in roles.items())
-    return f"; --suffixes {shorten(given, 100)} says which to take"
+    return f"; --suffixes {shorten(given, 100)} says which to take{_DOTS if dots else ''}"
 
 
 def _hint(sample: Group[Member], facts: dict) -> str:
@@ -224,4 +234,5 @@ def _hint(sample: Group[Member], facts: dict) -> str:
     if not others:
         return ""
     there = _names(f".{suffix}" for suffix in others)
-    return f"; beside the image there is {there}: --suffixes caption={shorten(others[0], 50)} takes one"
+    best = next((suffix for suffix in others if "cap" in suffix or "txt" in suffix), others[0])
+    return f"; beside the image there is {there}: --suffixes caption={shorten(best, 50)} takes one"

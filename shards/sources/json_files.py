@@ -25,7 +25,6 @@ def layout_of(row: dict) -> tuple[str, str] | None:
 
 def line_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
     """Yields ("file: line 3", row) from JSON lines. Lines that are not JSON objects go to `faults`."""
-    number = 0
     try:
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
@@ -42,7 +41,7 @@ def line_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
                     else:
                         yield f"{path}: line {number}", row
     except UnicodeDecodeError:
-        raise not_utf8(path, f"after line {number}") from None
+        raise not_utf8(path) from None
 
 
 def _parse_row(line: str) -> tuple[dict, str]:
@@ -50,7 +49,8 @@ def _parse_row(line: str) -> tuple[dict, str]:
     try:
         row = parse_json(line)
     except ValueError as error:
-        return {}, f"not JSON: {getattr(error, 'msg', error)}"
+        comma = "; delete the comma at its end" if line.rstrip().endswith("},") else ""
+        return {}, f"not JSON: {getattr(error, 'msg', error)}{comma}"
     return (row, "") if isinstance(row, dict) else ({}, f"not a JSON object but {type(row).__name__}")
 
 
@@ -67,7 +67,7 @@ def array_rows(path: Path, faults: Faults) -> Iterator[tuple[str, dict]]:
             else:
                 faults.add(f"{path}: row {number}", f"not a JSON object but {type(row).__name__}")
     except UnicodeDecodeError:
-        raise not_utf8(path, "JSON array") from None
+        raise not_utf8(path) from None
 
 
 def _items(path: Path) -> Iterator[object]:
@@ -79,6 +79,8 @@ def _items(path: Path) -> Iterator[object]:
         while True:
             between = _BETWEEN.match(text, at)
             start, problem = between.end(), "Expecting value"
+            if text.startswith("]", start) and between[1]:
+                raise _not_json(path, lines + text.count("\n", 0, start), "a comma before the ]; delete it")
             if text.startswith("]", start) and not between[1]:
                 if (text[start + 1 :] + file.read(_CHUNK)).strip():
                     raise ValueError(f"{path}: more text stands behind the end of the JSON array")
@@ -91,6 +93,9 @@ def _items(path: Path) -> Iterator[object]:
                 raise _not_json(path, lines + text.count("\n", 0, start), "nested too deeply") from None
             except json.JSONDecodeError as error:
                 start, problem = error.pos, error.msg
+            except ValueError as error:
+                # A number of thousands of digits.
+                raise _not_json(path, lines + text.count("\n", 0, start), str(error)) from None
             else:
                 first = False
                 yield item

@@ -1,13 +1,13 @@
 """Reads rows of parquet files, a few at a time, so that files with images need little memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2s.common.messages import shorten
+from d2s.shards.sources.faults import no_column
 
 _ROWS, _ROWS_OF_IMAGES = 8192, 32
 
@@ -27,19 +27,22 @@ def column_names(path: Path) -> list[str]:
         return file.schema_arrow.names
 
 
-def rows(path: Path, columns: list[str] | None, only: list[str] | None) -> Iterator[tuple[str, dict]]:
+def rows(
+    path: Path, columns: Mapping[str, str] | None, only: Sequence[str] | None
+) -> Iterator[tuple[str, dict]]:
     """Yields ("file: row 3", row), counted from 0. columns, only: as in `caption_files.read_rows`."""
     with _opened(path) as file:
         schema = file.schema_arrow
-        for name in columns or ():
+        for name, option in (columns or {}).items():
             if name not in schema.names:
-                raise ValueError(f"{path}: no column {name!r}; there are {shorten(', '.join(schema.names))}")
-        if columns is None and only is not None:
-            columns = [name for name in schema.names if name in only]
-        taken = schema.names if columns is None else columns
+                raise ValueError(f"{path}: {no_column(name, schema.names, option)}")
+        if columns is None:
+            taken = [name for name in schema.names if only is None or name in only]
+        else:
+            taken = list(columns)
         size = _ROWS_OF_IMAGES if any(_holds_bytes(schema.field(name).type) for name in taken) else _ROWS
         number = 0
-        for batch in file.iter_batches(batch_size=size, columns=columns, use_threads=False):
+        for batch in file.iter_batches(batch_size=size, columns=taken, use_threads=False):
             for row in batch.to_pylist():
                 yield f"{path}: row {number}", row
                 number += 1

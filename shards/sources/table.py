@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from d2s.common.messages import shorten
+from d2s.shards.format.image_file import IMAGE_SUFFIXES
 from d2s.shards.sources.caption_files import captions_of, column_names, form_of, list_files, read_rows
 from d2s.shards.sources.entry import Entry, SourceOptions
 from d2s.shards.sources.extracted import ExtractedImages
@@ -14,6 +15,8 @@ from d2s.shards.sources.image_rows import entries_of_rows
 NEEDS = ("captions",)
 USES = ("images", "split", "columns")
 _FIELDS = ("path", "sparse", "dense", "split", "id")
+_IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+_ROW = '{"path": "1.jpg", "sparse": ["a dog"]}'
 # Other names for our columns. They are tried only if a file has no column `path`.
 _OTHER_NAMES = {
     "path": "image file_name filename filepath image_name image_path img img_path image_file file jpg".split(),
@@ -39,13 +42,18 @@ def entries(options: SourceOptions, faults: Faults) -> Iterator[Entry]:
 
 
 def _rows(options: SourceOptions, faults: Faults) -> Iterator[dict]:
-    number = 0
+    number, there_is_one = 0, False
     for given, captions in options.captions:
         for split, file in _files(captions):
             with ExtractedImages(options.scratch, number) as images:
                 split = given or options.forced_split or split or options.split
-                yield from _rows_of_file(file, split, options, images, faults)
+                for row in _rows_of_file(file, split, options, images, faults):
+                    there_is_one = True
+                    yield row
             number += 1
+    if not there_is_one and not faults.rows:
+        names = shorten(", ".join(str(path) for _, path in options.captions))
+        raise ValueError(f"{names}: no rows in it; nothing to build")
 
 
 def _files(captions: Path) -> Iterator[tuple[str, Path]]:
@@ -72,6 +80,8 @@ def _rows_of_file(
         if column["path"][0] not in there:
             names = shorten(", ".join(there)) or "none, the file is empty"
             raise ValueError(f"{file}: no column 'path'; there are {names}: --columns path=NAME,sparse=NAME")
+    captioned = any(name in there for name in (*column["sparse"], *column["dense"]))
+    hint = "" if captioned else f"; there are {_names(there)}: --columns sparse=NAME"
     home = options.images or file.parent
     taken = [name for names in column.values() for name in names]
     for where, row in read_rows(file, None, faults, only=taken, named=named):
@@ -81,10 +91,10 @@ def _rows_of_file(
             image = _image(row, column["path"][0], home, images)
             image_id, key = _id_field(row, column["id"][0], form == "csv")
         except KeyError as error:
-            faults.add(
-                where,
-                f"caption without an image: {field_fault(error)}; there are {_names(row)}: --columns path=NAME",
-            )
+            reason = f"caption without an image: {field_fault(error)}; there are {_names(row)}: --columns path=NAME"
+            if row and all(name.lower().endswith(_IMAGES) for name in row):
+                reason = f"maps names to captions; write rows {_ROW}"
+            faults.add(where, reason)
             continue
         except TypeError as error:
             faults.add(where, field_fault(error))
@@ -100,6 +110,7 @@ def _rows_of_file(
             "dense": _captions(row, column["dense"]),
             "image_id": image_id,
             "key": key,
+            "hint": hint,
         }
 
 
@@ -136,6 +147,8 @@ def _image(row: dict, column: str, home: Path, images: ExtractedImages) -> dict:
     data, name = value, ""
     if isinstance(value, dict) and "bytes" in value:
         data, name = value["bytes"], value.get("path")
+    elif isinstance(value, dict) and "0" in value:
+        raise TypeError("pandas wrote columns; rows come of to_json(path, orient='records', lines=True)")
     if isinstance(data, bytes):
         place = images.add(data)
         # Without a name, equal bytes get equal names, so that their rows describe one image.

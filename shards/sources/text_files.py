@@ -49,11 +49,19 @@ def open_text(path: Path) -> Iterator[TextIO]:
         yield text
 
 
-def not_utf8(path: Path, place: str) -> ValueError:
-    """Returns (does not raise) the error for a file that is not UTF-8 at `place`."""
+def not_utf8(path: Path) -> ValueError:
+    """Returns (does not raise) the error for a file that is not UTF-8, with the first such line."""
+    number, remedy = 0, "save it as UTF-8"
     with open_bytes(path) as file:
-        remedy = " but UTF-16; save it as UTF-8" if file.read(2) in _UTF16 else ""
-    return ValueError(f"{path}: {place}: not UTF-8 text{remedy}")
+        for number, line in enumerate(file, 1):
+            if number == 1 and line[:2] in _UTF16:
+                return ValueError(f"{path}: not UTF-8 text but UTF-16; {remedy}")
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = f"line {number}: byte {error.start} (0x{line[error.start]:02x})"
+                return ValueError(f"{path}: {place} is not UTF-8 text; {remedy}")
+    return ValueError(f"{path}: not UTF-8 text; {remedy}")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -61,8 +69,8 @@ def read_lines(path: Path) -> list[str]:
     try:
         with open_bytes(path) as file:
             lines = file.read().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, f"byte {error.start}") from None
+    except UnicodeDecodeError:
+        raise not_utf8(path) from None
     if not lines[-1]:
         lines.pop()
     return [line.removesuffix("\r") for line in lines]

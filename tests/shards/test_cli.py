@@ -78,6 +78,24 @@ def test_option_without_effect_warns(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
 
 
+def test_folder_that_is_not_there_or_a_file_is_named(dataset: Path, refused: Callable[..., str]) -> None:
+    for command, *more in (["verify"], ["stats"], ["show", "key"]):
+        assert refused([command, "nosuch", *more]) == "error: nosuch: no such folder"
+    line = refused(["verify", str(dataset / "manifest.parquet")])
+    assert line.endswith(f"manifest.parquet: is a file; give its folder, {dataset}")
+
+
+def test_digits_of_another_kind_are_no_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    scenes = ["build", "--source", "scenes", "--out", str(tmp_path)]
+    for more, expected in (
+        (["--count", "train=\u00b2"], "is not a number"),
+        (["--part", "\u00b9/2"], "such as 3/8"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*scenes, *more])
+        assert expected in capsys.readouterr().err
+
+
 def test_usage_error_is_one_line(capsys: pytest.CaptureFixture) -> None:
     for arguments in (["build", "--source", "karpaty", "--out", "x"], ["verify"], ["shuffle"]):
         with pytest.raises(SystemExit) as error:

@@ -220,7 +220,9 @@ def test_caption_file_that_is_no_text(
     assert "captions.json: byte 0: not UTF-8 text" in refused(karpathy.arguments(tmp_path / "out"))
     karpathy.write()
     karpathy.dense.write_bytes(b'{"filename": "photo.0.jpg", "text": "\xff"}\n')
-    assert "dense.jsonl: after line 0: not UTF-8 text" in refused(karpathy.arguments(tmp_path / "out"))
+    assert "dense.jsonl: line 1: byte 37 (0xff) is not UTF-8 text; save it as UTF-8" in refused(
+        karpathy.arguments(tmp_path / "out")
+    )
 
 
 def test_dense_line_that_is_not_json(karpathy: Karpathy, tmp_path: Path, refused: Callable[..., str]) -> None:
