@@ -1,7 +1,7 @@
 """Counts starts of a run without progress. Too many end the run, so it is not requeued for ever.
 
 `restarts.json` in the run folder stores the checkpoint of the last start, and how many starts in a row began
-at this checkpoint. This module needs no torch, because train.py imports it before it handles signals.
+at this checkpoint. The module imports no torch, because train.py handles no signals until its imports end.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ class StalledError(Exception):
 def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
     """Counts a start at `checkpoint`, or at the first training step if None. Only one worker calls this.
 
-    Raises StalledError if the last `limit` starts began at the same checkpoint. If `limit` is 0, never raises.
+    Raises StalledError if the last `limit` starts began at the same checkpoint. 0 means no limit.
     """
     place = {"from": "the beginning", "digest": ""}
     if checkpoint is not None:
