@@ -6,9 +6,8 @@
     best/, last/                  D2SModel folders (safetensors), for use and evaluation
 
 A checkpoint is written under a hidden name, flushed to disk, marked as complete and renamed. Then old
-checkpoints are removed. A checkpoint contains weights, AdamW's moments and buffers by name. Each worker writes
-a part of them to its file (:mod:`d2s.checkpoint.zero_state`), so no worker needs the full state in memory. No
-file is a pickle.
+checkpoints are removed. A checkpoint contains weights, AdamW's moments and buffers by name. No worker needs
+all of them, because each worker writes a part (:mod:`d2s.checkpoint.zero_state`). No file is a pickle.
 """
 
 import json
@@ -43,7 +42,7 @@ def _folder(run: Path, step: int) -> Path:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Returns all complete checkpoints. Includes old ones that a killed process renamed but did not replace."""
+    """Returns all complete checkpoints, also if a killed process renamed but did not replace them."""
     aside = [path for path in folder.glob(".step-*.old") if not path.with_name(path.name[1:-4]).exists()]
     named = [path for path in [*folder.glob("step-*"), *aside] if _number(path).isdigit()]
     return [path for path in named if (path / MARKER).is_file()]
@@ -60,8 +59,7 @@ def _step(path: Path) -> int:
 def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Workers, *, keep: int) -> None:
     """Writes checkpoint `step`, then removes all but the newest `keep`. All workers must call this together.
 
-    All workers get the running statistics of worker 0, which is the only change to the model.
-
+    All workers get the running statistics of worker 0.
     state: JSON values under the keys in `STATE`.
     Raises ValueError on all workers if any worker cannot write. Older checkpoints then stay unchanged.
     """

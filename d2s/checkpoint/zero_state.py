@@ -3,7 +3,7 @@
 ZeRO divides weights and AdamW's moments among W workers. Stage 0 divides nothing. Stages 1 and 2 concatenate
 the parameters of a group and divide the result. Stage 3 divides each parameter. A :class:`TensorSlice` is a
 view of the engine's memory, with the name of the tensor and the index of the first element. A checkpoint of
-such slices does not depend on the stage or on W, so a run can resume with others. Nothing is gathered.
+such slices fits any stage and any W, so a run can resume with another stage or W. Nothing is gathered.
 
 Before a save, worker 0 broadcasts its BatchNorm buffers (:mod:`d2s.model.running_statistics`).
 """
