@@ -1,4 +1,4 @@
-"""D2S: image-text embeddings trained by dense-to-sparse feature distillation.
+"""Trains image-text embeddings by dense-to-sparse feature distillation (D2S).
 
 The names in `__all__` are imported on first use. So `import d2s.shards` does not import torch, and
 `import d2s.kernels` imports only torch and triton.

@@ -28,7 +28,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_path(path: Path | str) -> None:
-    """Flushes a file or a folder to disk. After a flush, renames in the folder survive a power cut.
+    """Flushes a file or a folder to disk. Renames in a flushed folder survive a power cut.
 
     Does nothing on systems other than POSIX.
     """
@@ -76,7 +76,7 @@ def read_json(path: Path, read: Callable[[Path], str] | None = None) -> object:
 def input_sha256(paths: list[Path]) -> str:
     """Computes one sha256 over the names and contents of files.
 
-    For a folder, this covers text, JSON, table and compressed files in it, and `metadata.*` in its subfolders.
+    A folder counts with its text, JSON, table and compressed files, and `metadata.*` in its subfolders.
     """
     digest = hashlib.sha256()
     for path in paths:

@@ -1,4 +1,4 @@
-"""Runs a function on many tasks in several processes. Results are the same for any number."""
+"""Runs a function on many tasks in several processes. Results do not depend on the number of processes."""
 
 import multiprocessing
 import os
@@ -36,9 +36,9 @@ def map_ordered(
 ) -> Iterator[tuple[Any, Any]]:
     """Calls `function` on each task. Yields pairs (task, result) in the order of the tasks.
 
-    `workers` is the number of processes. Each process first calls `initializer(*arguments)`. One worker runs
-    in this process. More are spawned, not forked, because threads of numpy and pyarrow do not survive a fork.
-    Only a few tasks are queued at a time, to limit memory.
+    `workers` is the number of processes. Each process first calls `initializer(*arguments)`. If there is only
+    one worker or one task, everything runs in this process. Otherwise processes are spawned, not forked,
+    because threads of numpy and pyarrow do not survive a fork. To limit memory, only a few tasks are queued.
     Raises ValueError if a process dies. An error in `function` is raised in place of the task's result.
     """
     if workers <= 1 or len(tasks) <= 1:

@@ -18,7 +18,7 @@ def clock(seconds: float) -> str:
 
 
 def track(items: Iterable[tuple[int, T]], label: str, total: int, unit: str = "images") -> Iterator[T]:
-    """Yields the item of each pair (count, item). Shows `label`, sum of counts, `total` and `unit`."""
+    """Yields the item of each pair (count, item). Shows on stderr how many of `total` are done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

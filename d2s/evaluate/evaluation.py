@@ -116,8 +116,8 @@ def evaluate_model(
         data_config: the `config` of `embed_split`. See there also for `batch_size`, `dense` and `poll`.
         full: if True, the folds and the information capacity are measured too.
         folds: number of folds. 0 means none. None means folds of 1,000 images if the split has 2,000, 3,000,
-            ... images, else none. A fold contains images with consecutive ids. The Karpathy file of COCO is
-            not ordered by image id, so its folds for COCO 1K are different.
+            ... images, else none. The images are sorted by id and then cut into folds. The Karpathy file of
+            COCO has another order, so its folds for COCO 1K are different.
 
     Raises ValueError if the split does not exist or has no caption, if `folds` does not divide the number of
     images, or if an embedding is not finite.
@@ -179,7 +179,7 @@ def _by_folds(embedded: Embeddings, index: ShardIndex, split: str, folds: int) -
 
 
 def choose_folds(images: int, folds: int | None) -> int:
-    """Returns the number of folds for a number of images. `evaluate_model` explains `folds`.
+    """Returns the number of folds for a split of `images` images. `evaluate_model` explains `folds`.
 
     Raises ValueError if `folds` does not divide `images`.
     """

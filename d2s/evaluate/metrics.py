@@ -104,9 +104,9 @@ def hit_rates(ranks: Tensor, ks: tuple[int, ...] = KS) -> tuple[float, ...]:
 def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tuple[float, ...]:
     """Returns, for each K in `ks`, the expected value of R@K if candidates are ordered at random.
 
-    It is the mean over queries of 100 * (1 - C(M - P, K) / C(M, K)), where C is the binomial coefficient. If
-    P = 1, it is 100 * K / M.
-    right: int64, one for each query: its number P of right candidates. candidates: their number M.
+    It is the mean over queries of 100 * (1 - C(M - P, K) / C(M, K)). C(a, b) is a binomial coefficient, M is
+    `candidates`, the number of candidates, and P is the query's entry in `right`, its number of right
+    candidates. If P = 1, the expected value is 100 * K / M.
 
     Source: hypergeometric distribution.
     """
@@ -122,7 +122,7 @@ def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tu
 
 
 def summarize(ranks: Tensor, right: Tensor, candidates: int) -> Recall:
-    """Computes the measures of one direction. For `ranks`, see `hit_rates`; else see `chance_rates`."""
+    """Computes the measures of one direction. `hit_rates` and `chance_rates` explain the arguments."""
     assert len(ranks) == len(right) > 0
     ordered = torch.sort(ranks.double()).values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

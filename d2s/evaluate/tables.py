@@ -20,7 +20,7 @@ CAPACITY = {
 def recall_table(rows: Sequence[tuple[str, Retrieval | None]], title: str = "", chance: bool = True) -> Table:
     """Returns a table with a row for each pair (name, retrieval). A retrieval of None adds a ruled line.
 
-    i->t means image -> text, and t->i means text -> image. If `chance`, each row is followed by chance rates.
+    i->t means image -> text, and t->i means text -> image. If `chance`, rates of a random order are added.
     """
     table = Table(title=title or None, title_justify="left", header_style="bold")
     table.add_column("", no_wrap=True)

@@ -9,7 +9,7 @@ from d2s.workers.group import several_workers
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """Sums a tensor over workers. The gradient is summed too: each worker's loss depends on all addends."""
+    """Sums a tensor over workers. The backward sums gradients, as every worker's loss uses the sum."""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
@@ -24,9 +24,9 @@ class _SumOverWorkers(torch.autograd.Function):
 def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (count, mean, variance) of the rows of `values`, a tensor of shape (n, C) with C channels.
 
-    The count has shape (1,); the mean and the biased variance have shape (C,). If `across_workers`, they
-    cover the rows of all workers. The squares are summed in a second pass, after the mean is subtracted,
-    because sums of raw squares lose digits in float32.
+    The count is the number of rows, of shape (1,). The mean and the biased variance have shape (C,). If
+    `across_workers` is true, all three cover the rows of all workers. A second pass sums the squares of
+    values minus mean, because sums of raw squares lose digits in float32.
     """
     total = _SumOverWorkers.apply if across_workers and several_workers() else (lambda value: value)
     count = values.new_full((1,), float(values.shape[0]))
@@ -44,7 +44,7 @@ class _WorkerBatchNorm:
     across_workers = True
 
     def _normalise(self, values: Tensor) -> Tensor:
-        """Normalises n rows of C channels by their statistics, and updates the running statistics."""
+        """Normalises `values`, of shape (n, C), by their mean and variance. Updates running statistics."""
         with torch.autocast(values.device.type, enabled=False):
             wide = values if values.dtype == torch.float64 else values.float()
             count, mean, variance = moments(wide, self.across_workers)
@@ -61,7 +61,7 @@ class _WorkerBatchNorm:
 
 
 class WordBatchNorm(_WorkerBatchNorm, nn.BatchNorm1d):
-    """Applies BatchNorm to words: in training with statistics of all workers, else with running ones."""
+    """Applies BatchNorm to words. In training, the statistics cover the words of all workers."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises n words of C channels. The `input` has shape (n, C) and must not contain padding."""

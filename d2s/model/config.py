@@ -1,4 +1,4 @@
-"""Defines the settings of a model, and finds settings that have no effect beside the other settings."""
+"""Defines the settings of a model, and finds settings that have no effect because of other settings."""
 
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @settings("tower")
 class TowerConfig(Settings):
-    """Selects an encoder ("tower"). Command line: model.image_encoder or model.text_encoder."""
+    """Selects an encoder ("tower"). On the command line it is model.image_encoder or model.text_encoder."""
 
     name: str | None = None
     """Name on the hub, a folder, or `package:<module>/<folder>` for a folder in an installed package."""
@@ -32,7 +32,7 @@ class TowerConfig(Settings):
     layers: PositiveInt | None = None
     """Number of layers to keep, counted from the tower's input; None keeps all."""
     tokenizer: str | None = None
-    """Text towers only: name or folder of the tokenizer; None: as `name`; "words": built from captions."""
+    """Tokenizer of a text tower: a name or folder; None uses `name`; "words" builds one from captions."""
 
     def __post_init__(self) -> None:
         if (self.name is None) == (self.config is None):
@@ -85,9 +85,9 @@ class ModelConfig(Settings):
     token_dropout: Share = 0.8
     """Share of the training images that lose tokens (size augmentation); 0 turns this off."""
     token_dropout_min: Share = 0.04
-    """Smallest share of its tokens that such an image loses on average."""
+    """Smallest rate at which an image that `token_dropout` selects loses its tokens."""
     token_dropout_max: Share = 0.2
-    """Largest share of its tokens that such an image loses on average."""
+    """Largest rate at which an image that `token_dropout` selects loses its tokens."""
     text_dropout: Share = 0.2
     """Dropout rate on the text tower's output in training."""
     text_norm: bool = True
@@ -97,7 +97,7 @@ class ModelConfig(Settings):
     gpo_width: EvenWidth = 32
     """Width of the pooling operator's position code and GRU."""
     gpo_temperature: PositiveFloat = 0.1
-    """Temperature of the softmax over pooling positions."""
+    """Temperature of the softmax that computes the pooling weights."""
     compat_decoder_padding: bool = False
     """Let the decoder attend also to padding, as the authors' released code does."""
     compat_unit_prompt: bool = False

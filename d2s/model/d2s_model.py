@@ -1,4 +1,4 @@
-"""Defines `D2SModel`. Training calls its `forward` methods with tensors; users call its `encode` methods."""
+"""Defines `D2SModel`. Training calls its `forward` methods with tensors. Users call its `encode` methods."""
 
 import dataclasses
 import tempfile
@@ -39,7 +39,7 @@ class D2SModel(nn.Module):
     """Embeds images and texts in one space. Source: Liu et al., ICCV 2025 (D2S-VSE), arXiv 2503.14953.
 
     `tokenizer` is required if the text tower has neither name nor tokenizer, or has the tokenizer "words".
-    Raises ValueError if a tower cannot be built. Warns with `IdleSetting` of settings that have no effect.
+    Raises ValueError if a tower cannot be built. Warns with `IdleSetting` about settings without effect.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -109,8 +109,8 @@ class D2SModel(nn.Module):
         Returns float32 embeddings of shape (n, D) on `device`, each scaled to length 1.
         A picture is a PIL image, a path, the bytes of an image file, or a uint8 array of shape (H, W) or
         (H, W, 3). `batch_size` changes only the speed.
-        Raises ValueError if `batch_size` is not a positive integer, or if a picture is unreadable. Then the
-        message contains the path or the position of the picture.
+        Raises ValueError if `batch_size` is not a positive integer, or if a picture is unreadable. In
+        the second case, the message contains the path or the position of the picture.
         """
         _check_batch_size(batch_size)
         if not isinstance(images, (list, tuple)):
@@ -142,7 +142,7 @@ class D2SModel(nn.Module):
         are t + p (see `TextOutput`), which training aligns with images. Texts are cut after `max_words` word
         pieces. `batch_size` changes only the speed.
         Raises ValueError if `texts` is a dictionary or a set, or if `batch_size` is not a positive integer.
-        Raises ValueError, with the position, if an item is not a string or cannot be encoded in UTF-8.
+        Raises ValueError, with an item's position, if the item is no string or cannot be encoded in UTF-8.
         """
         _check_batch_size(batch_size)
         texts = _text_list(texts)

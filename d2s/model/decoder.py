@@ -20,7 +20,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Lets each of K tokens attend to all tokens for which `mask` is true. Returns shape (B, K, D).
+        """Lets each of K tokens attend to all tokens for which `mask` is true. Returns their new features.
 
         x: token features of shape (B, K, D). mask: boolean, of shape (B, 1, 1, K); None allows all tokens.
         """
@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Applies a pre-norm transformer block: attention, then an MLP with GELU, each with a residual."""
+    """Applies a pre-norm transformer block: attention, then an MLP with GELU, each with a skip connection."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()

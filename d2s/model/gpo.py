@@ -21,7 +21,7 @@ GRU_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 @lru_cache(maxsize=64)
 def position_code(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns sine (even channels) and cosine codes of positions, as a tensor of shape (length, width)."""
+    """Returns position codes of shape (length, width): sines in even channels, cosines in odd channels."""
     position = torch.arange(length, dtype=torch.float64)[:, None]
     rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10000.0) / width))
     code = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=2)
@@ -29,11 +29,11 @@ def position_code(length: int, width: int, device: torch.device, dtype: torch.dt
 
 
 class LengthWeights(nn.Module):
-    """Computes pooling weights for sequences: bidirectional GRU over positions, linear score, softmax.
+    """Computes pooling weights from lengths: bidirectional GRU over positions, linear score, softmax.
 
-    The forward GRU runs only over the longest sequence, because a shorter sequence has the same first states.
-    The backward GRU runs over each sequence, because its states depend on where the sequence ends. All
-    parameters belong to this module itself: ZeRO 3 gathers only parameters of the module whose forward runs.
+    The forward GRU runs only over the longest sequence, because its first states are also the states of a
+    shorter sequence. The backward GRU runs over each sequence, because its states depend on the sequence's end.
+    This module has no submodules, because ZeRO 3 gathers only parameters of the module whose forward runs.
     """
 
     def __init__(self, width: int, temperature: float) -> None:
@@ -52,9 +52,9 @@ class LengthWeights(nn.Module):
         return position_gru(data, counts, *weights)
 
     def forward(self, lengths: list[int]) -> Tensor:
-        """Returns a row of pooling weights for each of the distinct `lengths`, which start with the longest.
+        """Returns a row of pooling weights for each length. `lengths` must be distinct, longest first.
 
-        A row has max(lengths) entries; entries after the row's length are 0. The rows are float64 if the
+        A row has max(lengths) entries. The entries after the row's length are 0. The rows are float64 if the
         parameters are float64, and float32 otherwise.
         """
         assert lengths == sorted(set(lengths), reverse=True), "distinct lengths, longest first"

