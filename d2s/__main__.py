@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command with its arguments. Returns the command's exit code, or 2 if it is unknown."""
+    """Runs a command with its arguments. Returns the command's exit code, or 2 if COMMAND is unknown."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: d2s COMMAND ...\n")

@@ -39,7 +39,7 @@ class FullModel:
         """Yields the model in eval mode with all weights. All workers must enter the `with` block together.
 
         Under ZeRO 3, each worker holds all weights during the block. All workers use the running statistics
-        of worker 0. (With model.compat_batch_norm, each worker computes its own.)
+        of worker 0, because with model.compat_batch_norm the statistics differ between workers.
         """
         broadcast_running_statistics(self._model)
         if self._copy is None:

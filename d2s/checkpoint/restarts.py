@@ -1,7 +1,7 @@
-"""Counts starts of a run without progress. Too many end the run, so it is not requeued for ever.
+"""Counts starts of a run without progress. If there are too many, the run ends with an error.
 
 `restarts.json` in the run folder stores the checkpoint of the last start, and how many starts in a row began
-at this checkpoint. The module imports no torch, because train.py handles no signals until its imports end.
+at this checkpoint. This module imports no torch, so that train.py can install its signal handlers early.
 """
 
 from pathlib import Path
@@ -41,5 +41,5 @@ def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
 
 
 def forget_start(run: Path) -> None:
-    """Resets the count. It is called if the user stops a run, because the next start is then no requeue."""
+    """Resets the count. Call it if the user stops a run, because the user will start the next one."""
     (run / RESTARTS).unlink(missing_ok=True)

@@ -42,7 +42,7 @@ def _folder(run: Path, step: int) -> Path:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Returns all complete checkpoints, also if a killed process renamed but did not replace them."""
+    """Returns all complete checkpoints, also `.step-*.old` folders that no new checkpoint has replaced."""
     aside = [path for path in folder.glob(".step-*.old") if not path.with_name(path.name[1:-4]).exists()]
     named = [path for path in [*folder.glob("step-*"), *aside] if _number(path).isdigit()]
     return [path for path in named if (path / MARKER).is_file()]
@@ -150,7 +150,7 @@ def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
 
 
 def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, Any], list[str]]:
-    """Verifies a checkpoint and restores it. Returns (saved state, messages about problems of all workers).
+    """Verifies a checkpoint and restores it. Returns (saved state, error messages of all workers).
 
     If there is a problem, the state may be incomplete. If a file is damaged, the engine stays unchanged.
     """

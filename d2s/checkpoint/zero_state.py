@@ -25,7 +25,7 @@ class TensorSlice:
     name: str
     start: int
     values: Tensor
-    """View of the engine's memory, of shape (length,). Writing to this view changes the engine's state."""
+    """Flat view of the engine's memory. Writing to this view changes the engine's state."""
     replicated: bool
     """True if every worker holds the same slice. If False, no other worker holds any of these elements."""
 
@@ -68,7 +68,7 @@ class ZeroState:
 
     @property
     def steps(self) -> int:
-        """Returns the number of AdamW's updates: the maximum over parameters, as some have no gradient."""
+        """Returns how many updates AdamW made. Takes the maximum, as some parameters may lack gradients."""
         return max(int(state["step"]) for state in self._adamw.state.values())
 
     def element_counts(self) -> dict[str, int]:
@@ -96,7 +96,7 @@ class ZeroState:
             yield TensorSlice(f"buffer/{name}", 0, _flat(buffer), True)
 
     def _undivided(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Returns a dictionary from "weight" and the moments' names to (0, all elements). For stage 0."""
+        """Returns all elements of a parameter and its moments, as `_part_of_group` does. For stage 0."""
         tensors = {"weight": parameter.data}
         if parameter.requires_grad:
             tensors |= {key: self._adamw.state[parameter][key] for key in MOMENTS}
@@ -120,7 +120,7 @@ class ZeroState:
         return {kind: (first, values.narrow(0, place.start, place.numel)) for kind, values in tensors.items()}
 
     def _part_of_tensor(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Returns a dictionary like `_part_of_group`. For stage 3.
+        """Returns this worker's part of a parameter as `_part_of_group` does. For stage 3.
 
         Each parameter is padded and divided into W equal parts, of which worker r holds part r. The result
         does not contain the padding.

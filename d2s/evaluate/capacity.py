@@ -78,7 +78,7 @@ def alignment(images: Tensor, texts: Tensor, owner: Tensor) -> float:
 
 
 def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
-    """Returns the log of the mean of exp(-2 |x_i - x_j|^2) over pairs i < j of rows of x = `embeddings`.
+    """Returns the log of the mean of exp(-2 |x_i - x_j|^2) over pairs i < j of rows of `embeddings`.
 
     The result is 0 if all rows are equal. It is lower if the rows spread more evenly over the unit sphere. In
     many dimensions it approaches -4. The cost is quadratic. So if there are more than `limit` rows, only
@@ -101,7 +101,9 @@ def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
 
 
 def modality_gap(images: Tensor, texts: Tensor) -> float:
-    """Returns the distance between the mean of `images`, of shape (N, D), and of `texts`, of shape (M, D).
+    """Returns the distance between the mean image embedding and the mean caption embedding.
+
+    images: shape (N, D). texts: shape (M, D).
 
     Source: Liang et al., "Mind the gap" (NeurIPS 2022).
     """

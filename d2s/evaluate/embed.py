@@ -28,7 +28,7 @@ class TextSet:
     embeddings: Tensor
     """float32, of shape (M, D), not scaled to length 1."""
     owner: Tensor
-    """int64, of shape (M,), ascending. Entry j is the position (0 to N - 1) in the split of j's image."""
+    """int64, of shape (M,), ascending. Entry j is the position of caption j's image in the split."""
     truncated: int
     """Number of captions that were cut, because they had too many word pieces."""
 

@@ -31,8 +31,8 @@ def position_code(length: int, width: int, device: torch.device, dtype: torch.dt
 class LengthWeights(nn.Module):
     """Computes pooling weights from lengths: bidirectional GRU over positions, linear score, softmax.
 
-    The forward GRU runs only over the longest sequence, because its first states are also the states of a
-    shorter sequence. The backward GRU runs over each sequence, because its states depend on the sequence's end.
+    The forward GRU runs only over the longest sequence, because its first states are also the states of
+    shorter ones. The backward GRU runs over each sequence, because its states depend on the sequence's end.
     This module has no submodules, because ZeRO 3 gathers only parameters of the module whose forward runs.
     """
 

@@ -58,7 +58,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads the release's `model_best.pth` without executing code from the file.
 
     Raises ValueError, with a message of one line, if the file is missing or damaged, if it contains a type
-    that the loader does not admit (see above), or if it does not have the release's layout.
+    that the loader does not admit, or if it does not have the release's layout.
     """
     what = f"checkpoint {str(path)!r}"
     if not path.is_file():
@@ -160,7 +160,7 @@ def _swin(state: dict[str, Tensor], at: str) -> dict:
 def model_config(state: dict[str, Tensor], size: int, tokenizer: str, *, ours: bool = False) -> ModelConfig:
     """Derives the configuration from the shapes in a state that `rename` returned.
 
-    size: side of the input image, in pixels. tokenizer: name or folder. ours: leave the compat switches off.
+    size: side of the input image, in pixels. tokenizer: name or folder. ours: turn the compat switches off.
     Raises ValueError with the weight's name if a weight is missing or has an impossible shape.
     """
     vision, text, decoder = "image_encoder.tower.", "text_encoder.tower.", None

@@ -1,7 +1,8 @@
 """Protects the running statistics of BatchNorm, which change in each training forward.
 
 The forward runs before we know whether the training step will be skipped, so a skipped training step must
-restore the statistics. Workers that compute their own statistics (model.compat_batch_norm) drift apart.
+restore the statistics. With model.compat_batch_norm, each worker computes its own statistics, so these must
+be made equal before they are used.
 """
 
 import torch

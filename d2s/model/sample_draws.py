@@ -46,8 +46,8 @@ def uniforms(seeds: Tensor, count: int) -> Tensor:
 def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
     """Applies dropout at `rate` to values of shape (B, ...). Row b depends only on seeds[b], an int64 number.
 
-    The position of an entry in its row decides whether the entry is dropped. The length of the row does not
-    matter. One 64-bit hash serves four entries, so the rate is rounded to a multiple of 1 / 65536.
+    Whether an entry is dropped depends on the seed and on the entry's position in its row. It does not depend
+    on the row's length. One 64-bit hash serves four entries, so rates are rounded to multiples of 1 / 65536.
     """
     if rate <= 0:
         return values
@@ -62,7 +62,7 @@ def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
 
 
 def token_mask(seeds: Tensor, tokens: int, config: ModelConfig) -> Tensor:
-    """Draws the tokens that size augmentation keeps: a boolean mask of shape (B, tokens).
+    """Draws a boolean mask of shape (B, tokens) from B seeds. Size augmentation drops the false tokens.
 
     An image loses tokens with probability `token_dropout`. Each of its tokens is then dropped at a rate drawn
     between `token_dropout_min` and `token_dropout_max`. One token always stays. Source: Chen et al. (2021).

@@ -12,7 +12,7 @@ from d2s.model.text_encoder import TextEncoder
 class Teacher(nn.Module):
     """Holds a frozen copy of a text encoder. The copy always stays in eval mode.
 
-    With `train_mode=True`, the copy stays in training mode, as in the release, and its statistics change.
+    With `train_mode=True`, the copy stays in training mode, and its BatchNorm statistics change.
     """
 
     def __init__(self, text_encoder: TextEncoder, *, train_mode: bool = False) -> None:
