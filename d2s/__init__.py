@@ -1,6 +1,6 @@
-"""D2S: image-text embeddings trained by dense-to-sparse feature distillation.
+"""Trains image-text embeddings by dense-to-sparse feature distillation (D2S).
 
-The names below are imported on first use. So `import d2s.shards` does not import torch, and
+The names in `__all__` are imported on first use. So `import d2s.shards` does not import torch, and
 `import d2s.kernels` imports only torch and triton.
 """
 
@@ -15,8 +15,8 @@ _LAZY = {
 }
 __all__ = list(_LAZY)
 
-# In a checkout, packages such as `kernels` lie beside this folder, not in it. Adding their folder to the path
-# makes imports work without an install, and also if Python finds this checkout before an installed d2s.
+# In a checkout, packages such as `kernels` lie beside this folder and not in it. Because the parent folder is
+# on the path, d2s.kernels can be imported without an install, or if the checkout hides an installed d2s.
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "setup.py").is_file() and (_ROOT / "kernels").is_dir():
     __path__.append(str(_ROOT))

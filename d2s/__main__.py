@@ -1,9 +1,9 @@
-"""The console command `d2s COMMAND ...`. Each command's module is imported only when that command runs."""
+"""Implements the console command `d2s COMMAND ...`. A command's module is imported when the command runs."""
 
 import sys
 from importlib import import_module
 
-# Maps each command to its module and its line in the help text.
+# Maps a command to its module and to its line in the help text.
 COMMANDS = {
     "shard": ("d2s.shards.cli", "build, index, verify and inspect data sets"),
     "train": ("d2s.train", "train a stage of a recipe"),
@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command with its arguments. Returns the command's exit code, 2 for an unknown command."""
+    """Runs a command with its arguments. Returns the command's exit code, or 2 if COMMAND is unknown."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: d2s COMMAND ...\n")

@@ -11,7 +11,7 @@ from d2s.model.release_importer import TOKENIZER, convert
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its exit code: 0, or 2 after an error, which is printed in one line."""
+    """Runs the command. Returns its exit code: 0, or 2 after an error. An error is printed in one line."""
     parser = command.Parser(prog="python -m d2s.compat", description=__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", type=user_path, help="the release's model_best.pth")
     parser.add_argument(
@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import(options: argparse.Namespace) -> None:
-    """Converts the checkpoint and writes the model atomically. Raises ValueError or OSError."""
+    """Converts the checkpoint and writes the model atomically.
+
+    Raises ValueError if an option or the checkpoint is invalid, and OSError if the model cannot be written.
+    """
     out: Path = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {str(out)!r}: exists and is not an empty folder, name a new one")

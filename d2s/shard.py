@@ -1,4 +1,4 @@
-"""Makes and checks data sets: `python -m d2s.shard build | index | verify | stats | show`. Needs no torch."""
+"""Builds and checks data sets: `python -m d2s.shard build | index | verify | stats | show`."""
 
 from d2s.shards.cli import main
 

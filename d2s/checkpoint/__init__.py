@@ -1,1 +1,1 @@
-"""Writes and reads the models of a run: checkpoints to resume from, and model folders to use."""
+"""Writes and reads the checkpoints of a run, and writes its model folders."""

@@ -1,4 +1,4 @@
-"""Writes the model folders of a run, `best` and `last`, atomically."""
+"""Writes model folders atomically, such as `best` and `last` of a run."""
 
 import shutil
 from pathlib import Path
@@ -10,17 +10,17 @@ from d2s.model import D2SModel
 
 
 def write_model(folder: Path, model: D2SModel) -> None:
-    """Writes the model to `folder` and replaces an older one.
+    """Writes the model to `folder`. If the folder exists, it is replaced.
 
-    Raises OSError, with the name of the file or of `folder`, if the disk is full or cannot be written. The
-    unfinished folder is removed then, because it may be the reason why the disk is full.
+    Raises OSError, with the name of the file or of `folder`, if the disk is full or cannot be written. In
+    that case the unfinished new folder is removed, to free the disk.
     """
     try:
         replace_folder(folder, model.save_pretrained)
     except OSError as error:
         if error.filename:
             raise
-        # The error of a failed write, unlike that of a failed open, does not contain the file's name.
+        # If a write fails (not an open), the error does not contain the file's name.
         raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
     except Exception as error:
         # The tokenizers library raises the class Exception itself if the disk is full.

@@ -1,8 +1,8 @@
 """Gives evaluation and export a model with all of its weights, under any ZeRO stage.
 
-Under ZeRO 3, every forward of a module gathers its weights from all workers, so all workers must run the same
-modules equally often. Evaluation does not: how often the pooling operator computes its weights, for example,
-depends on a worker's caption lengths. So evaluation runs on a copy of the model that borrows all weights.
+Under ZeRO 3, every forward of a module gathers the module's weights from all workers. So all workers must run
+the same modules equally often. In evaluation they do not. For example, the pooling operator runs its GRU more
+often on a worker with more caption lengths. So evaluation uses a copy of the model that borrows all weights.
 """
 
 import copy
@@ -18,9 +18,10 @@ from d2s.model.running_statistics import broadcast_running_statistics
 
 
 class FullModel:
-    """Gives access to all weights of a model in training. Create it before the engine adds hooks.
+    """Gives access to all weights of a model in training.
 
-    model: the D2SModel inside the module that the engine gets. stage: the ZeRO stage, 0 to 3.
+    Create it before the DeepSpeed engine, because the engine adds hooks to the model.
+    model: the D2SModel inside the module that the engine trains. stage: the ZeRO stage, 0 to 3.
     """
 
     def __init__(self, model: D2SModel, stage: int) -> None:
@@ -35,10 +36,10 @@ class FullModel:
 
     @contextmanager
     def gathered(self) -> Iterator[D2SModel]:
-        """Yields the model in eval mode with all weights; all workers enter the `with` block together.
+        """Yields the model in eval mode with all weights. All workers must enter the `with` block together.
 
-        Under ZeRO 3, each worker holds all weights during the block. If workers compute their own running
-        statistics (model.compat_batch_norm), those of worker 0 replace the others.
+        Under ZeRO 3, each worker holds all weights during the block. All workers use the running statistics
+        of worker 0, because with model.compat_batch_norm the statistics differ between workers.
         """
         broadcast_running_statistics(self._model)
         if self._copy is None:

@@ -1,7 +1,7 @@
-"""Counts starts without progress, so that a run that the scheduler requeues again and again ends at last.
+"""Counts starts of a run without progress. If there are too many, the run ends with an error.
 
-`restarts.json` in the run folder stores where the last start began, and how many starts in a row began there.
-This file needs no torch: train.py imports it before its signal handlers are installed.
+`restarts.json` in the run folder stores the checkpoint of the last start, and how many starts in a row began
+at this checkpoint. This module imports no torch, so that train.py can install its signal handlers early.
 """
 
 from pathlib import Path
@@ -12,19 +12,19 @@ RESTARTS = "restarts.json"
 
 
 class StalledError(Exception):
-    """Raised if several starts in a row began at the same checkpoint and saved nothing newer."""
+    """Says that several starts in a row began at the same checkpoint and saved nothing newer."""
 
 
 def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
-    """Counts a start at `checkpoint` (None: at the first training step). Only one worker calls it.
+    """Counts a start at `checkpoint`, or at the first training step if None. Only one worker calls this.
 
-    Raises StalledError if the last `limit` starts also began there and saved nothing newer; 0 never raises.
+    Raises StalledError if the last `limit` starts began at the same checkpoint. 0 means no limit.
     """
     place = {"from": "the beginning", "digest": ""}
     if checkpoint is not None:
         from d2s.checkpoint.store import MARKER
 
-        # The marker is rewritten after validation, which is progress too.
+        # Validation rewrites the marker. So a finished validation also counts as progress.
         place = {"from": checkpoint.name, "digest": file_sha256(checkpoint / MARKER)[:16]}
     path = run / RESTARTS
     last = read_json(path) if path.is_file() else {}
@@ -41,5 +41,5 @@ def count_start(run: Path, checkpoint: Path | None, limit: int) -> None:
 
 
 def forget_start(run: Path) -> None:
-    """Resets the count. Called if the user interrupts the run, because the next start is then no requeue."""
+    """Resets the count. Call it if the user stops a run, because the user will start the next one."""
     (run / RESTARTS).unlink(missing_ok=True)

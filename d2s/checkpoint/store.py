@@ -1,13 +1,13 @@
 """Saves and loads the checkpoints of a run, for any number of workers and any ZeRO stage.
 
-    checkpoints/step-00000120/    worker-00000.safetensors, one file for each worker that wrote it, then the marker
-                                  `complete.json` with the run's state and the sha256 of every file
-    checkpoints/.step-00000120/   unfinished: being written, or left by a killed process; never read
+    checkpoints/step-00000120/    complete: one file for each worker (worker-00000.safetensors, ...), and the
+                                  marker `complete.json` with the run's state and the sha256 of every file
+    checkpoints/.step-00000120/   unfinished: being written, or left by a killed process. It is never read.
     best/, last/                  D2SModel folders (safetensors), for use and evaluation
 
-A checkpoint is written under a hidden name, flushed to disk, marked as complete and renamed. Only then are
-old checkpoints removed. It holds weights, AdamW's moments and buffers by name. Each worker writes its own
-part to its own file (:mod:`d2s.checkpoint.zero_state`), so none holds the full state. No file is a pickle.
+A checkpoint is written under a hidden name, flushed to disk, marked as complete and renamed. Then old
+checkpoints are removed. A checkpoint contains weights, AdamW's moments and buffers by name. No worker needs
+all of them, because each worker writes a part (:mod:`d2s.checkpoint.zero_state`). No file is a pickle.
 """
 
 import json
@@ -33,7 +33,7 @@ _CONTENT = {"files", "optimizer_steps"}
 
 
 def newest(run: Path) -> Path | None:
-    """Returns the newest complete checkpoint of a run, intact or damaged, or None if there is none."""
+    """Returns the newest complete checkpoint of a run, or None. Does not check whether it is damaged."""
     return max(_complete(run / "checkpoints"), key=_step, default=None)
 
 
@@ -42,7 +42,7 @@ def _folder(run: Path, step: int) -> Path:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Returns all complete checkpoints, also one that a killed process set aside and did not replace."""
+    """Returns all complete checkpoints, also `.step-*.old` folders that no new checkpoint has replaced."""
     aside = [path for path in folder.glob(".step-*.old") if not path.with_name(path.name[1:-4]).exists()]
     named = [path for path in [*folder.glob("step-*"), *aside] if _number(path).isdigit()]
     return [path for path in named if (path / MARKER).is_file()]
@@ -57,12 +57,11 @@ def _step(path: Path) -> int:
 
 
 def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Workers, *, keep: int) -> None:
-    """Writes checkpoint `step` and keeps only the newest `keep`; all workers call it together.
+    """Writes checkpoint `step`, then removes all but the newest `keep`. All workers must call this together.
 
-    If workers compute their own running statistics, those of worker 0 replace the others.
-
-    state: JSON values under the keys of `STATE`. If any worker cannot write, all workers raise ValueError in
-    one line; older checkpoints are unchanged then.
+    All workers get the running statistics of worker 0.
+    state: JSON values under the keys in `STATE`.
+    Raises ValueError on all workers if any worker cannot write. Older checkpoints then stay unchanged.
     """
     final = _folder(run, step)
     hidden = final.with_name(f".{final.name}")
@@ -93,7 +92,7 @@ def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Work
         run_on_all(finish)
     except ValueError as error:
         if workers.is_main:
-            shutil.rmtree(hidden, ignore_errors=True)  # it may be why the disk is full
+            shutil.rmtree(hidden, ignore_errors=True)  # frees the disk, which may be full
         older = newest(run)
         next_start = (
             f"then --resume goes on from {older.name}" if older else "there is no older one to resume"
@@ -104,9 +103,9 @@ def save(run: Path, step: int, state: dict[str, Any], engine: Any, workers: Work
 
 
 def update(run: Path, step: int, state: dict[str, Any], *, is_main: bool) -> None:
-    """Replaces the run's state in a complete checkpoint; all workers call it together.
+    """Replaces the run's state in a complete checkpoint. All workers must call this together.
 
-    state: as in `save`. All workers raise ValueError in one line if it cannot be written.
+    state: as in `save`. Raises ValueError on all workers if the state cannot be written.
     """
     path = _folder(run, step) / MARKER
 
@@ -124,10 +123,10 @@ def update(run: Path, step: int, state: dict[str, Any], *, is_main: bool) -> Non
 
 
 def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
-    """Restores the newest intact checkpoint and returns its `state`; all workers call it together.
+    """Restores the newest intact checkpoint. All workers must call this together.
 
-    Returns None if there is no checkpoint. For each damaged checkpoint, a line on stderr names the damage and
-    the older checkpoint that is used instead. Raises ValueError in one line if all are damaged.
+    Returns the `state` that was given to `save`, or None if there is no checkpoint. Skips damaged checkpoints
+    and prints a line to stderr for each. Raises ValueError if all checkpoints are damaged.
     """
 
     def choose() -> list[Path]:
@@ -151,9 +150,9 @@ def load(run: Path, engine: Any, workers: Workers) -> dict[str, Any] | None:
 
 
 def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, Any], list[str]]:
-    """Verifies a checkpoint and restores it. Returns the saved state and the problems of all workers.
+    """Verifies a checkpoint and restores it. Returns (saved state, error messages of all workers).
 
-    If there are problems, the state may be incomplete. If files are damaged, the engine is unchanged.
+    If there is a problem, the state may be incomplete. If a file is damaged, the engine stays unchanged.
     """
     state: dict[str, Any] = {}
 
@@ -170,7 +169,7 @@ def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, An
         if not state.keys() >= STATE | _CONTENT:
             raise ValueError(f"{MARKER} lacks some of {', '.join(sorted(STATE | _CONTENT))}")
         for number, (name, digest) in enumerate(sorted(state["files"].items())):
-            # Each file is checked by one worker only; `run_on_all` shares the results.
+            # Each worker checks a part of the files. `run_on_all` shares the results.
             if number % workers.world == workers.rank and file_sha256(folder / name) != digest:
                 raise ValueError(f"{name} differs from its checksum")
 
@@ -191,7 +190,7 @@ def _try_load(folder: Path, engine: Any, workers: Workers) -> tuple[dict[str, An
 
 
 def _prune(final: Path, keep: int) -> None:
-    """Removes all checkpoints but the newest `keep` up to `final`; newer ones were found damaged."""
+    """Keeps `final` and the `keep` - 1 checkpoints before it. Removes all others: later ones are damaged."""
     folder = final.parent
     complete = sorted(_complete(folder), key=_step)
     up_to_final = [path for path in complete if _step(path) <= _step(final)]

@@ -1,7 +1,7 @@
-"""Reads and writes one worker's file of a checkpoint: slices of named tensors in safetensors format.
+"""Reads and writes one worker's file of a checkpoint, in safetensors format.
 
-A file stores consecutive elements of flattened tensors under keys such as `weight/model.norm.bias@128`: the
-tensor's name, and the index of the first element. Workers read only the ranges that they hold.
+A file contains slices, which are consecutive elements of flattened tensors. The key of a slice, such as
+`weight/model.norm.bias@128`, contains the tensor's name and the index of the slice's first element.
 """
 
 from collections import defaultdict
@@ -18,9 +18,10 @@ from d2s.common.files import file_sha256, sync_path
 
 
 def slices_to_write(slices: Iterable[TensorSlice], rank: int, world: int) -> Iterator[TensorSlice]:
-    """Yields the slices that worker `rank` of `world` writes.
+    """Yields the slices that worker `rank` writes. `world` is the number of workers.
 
-    Of a slice that all workers hold, each writes one of `world` equal parts; others are written in full.
+    A slice that all workers hold is divided into `world` equal parts, and each worker writes one part. A
+    slice that only this worker holds is written in full.
     """
     for one in slices:
         if not one.replicated:
@@ -33,9 +34,9 @@ def slices_to_write(slices: Iterable[TensorSlice], rank: int, world: int) -> Ite
 
 
 def write_slices(path: Path, slices: Iterable[TensorSlice]) -> str:
-    """Writes slices to a new safetensors file, flushes it to disk, and returns its sha256.
+    """Writes slices to a new safetensors file and flushes it to disk. Returns the file's sha256.
 
-    Raises OSError with the path if the disk is full or the file cannot be written.
+    Raises OSError, with the path, if the disk is full or the file cannot be written.
     """
     tensors = {f"{one.name}@{one.start}": one.values.detach().cpu() for one in slices}
     try:
@@ -47,9 +48,9 @@ def write_slices(path: Path, slices: Iterable[TensorSlice]) -> str:
 
 
 class WorkerFiles(ExitStack):
-    """Opens the files of all workers in one checkpoint for reading ranges.
+    """Opens the files of all workers in one checkpoint, and reads slices from them.
 
-    Raises ValueError with the file's name if a file is missing or is not in safetensors format.
+    Raises ValueError, with the file's name, if a file is missing or is not in safetensors format.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -67,11 +68,11 @@ class WorkerFiles(ExitStack):
                 self._runs[name].append((first, first + file.get_slice(key).get_shape()[0], file, key))
 
     def element_counts(self) -> dict[str, int]:
-        """Returns, for each tensor name, the number of the tensor's elements in all files together."""
+        """Returns a dictionary from tensor names to numbers of elements, counted over all files."""
         return {name: sum(end - start for start, end, *_ in runs) for name, runs in self._runs.items()}
 
     def read_into(self, target: TensorSlice) -> None:
-        """Fills `target.values` from the files. Raises ValueError if the files lack some of its elements."""
+        """Fills `target.values` from the files. Raises ValueError if the files lack some elements."""
         first, last = target.start, target.start + len(target.values)
         filled = 0
         for start, end, file, key in self._runs.get(target.name, ()):

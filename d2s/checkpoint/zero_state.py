@@ -1,11 +1,11 @@
-"""Shows the state of a DeepSpeed engine as slices of named flat tensors, in one form for all ZeRO stages.
+"""Gives access to the state of a DeepSpeed engine as slices of named flat tensors, for any ZeRO stage.
 
-ZeRO divides weights and moments among W workers. Stages 1 and 2 divide each group of parameters,
-concatenated; stage 3 divides each parameter by itself; stage 0 divides nothing. A :class:`TensorSlice` says
-which elements of which named tensor a view of the engine's memory holds. A checkpoint therefore stores only
-names and positions. Any number of workers, at any stage, can read their elements, and nothing is gathered.
+ZeRO divides weights and AdamW's moments among W workers. Stage 0 divides nothing. Stages 1 and 2 concatenate
+the parameters of a group and divide the result. Stage 3 divides each parameter. A :class:`TensorSlice` is a
+view of the engine's memory, with the name of the tensor and the index of the first element. A checkpoint of
+such slices fits any stage and any W, so a run can resume with another stage or W. Nothing is gathered.
 
-Before a save, the BatchNorm buffers of worker 0 are broadcast (:mod:`d2s.model.running_statistics`).
+Before a save, worker 0 broadcasts its BatchNorm buffers (:mod:`d2s.model.running_statistics`).
 """
 
 from collections.abc import Iterator
@@ -20,20 +20,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Elements start .. start + len(values) - 1 of the flattened tensor called `name`."""
+    """Holds the elements from index `start` to start + len(values) - 1 of the flattened tensor `name`."""
 
     name: str
     start: int
     values: Tensor
-    """(n,), a view of the engine's own memory: writing into this tensor restores the engine."""
+    """Flat view of the engine's memory. Writing to this view changes the engine's state."""
     replicated: bool
-    """True if every worker holds the same slice; otherwise the slices of different workers do not overlap."""
+    """True if every worker holds the same slice. If False, no other worker holds any of these elements."""
 
 
 class ZeroState:
-    """Accesses the weights, AdamW's moments and the buffers of a DeepSpeed engine of ZeRO stage 0, 1, 2 or 3.
+    """Accesses the weights, the moments of AdamW, and the buffers of a DeepSpeed engine of any ZeRO stage.
 
-    Raises ValueError if engine.deepspeed_json gave the engine an optimizer whose state cannot be saved.
+    Raises ValueError if this class cannot access the optimizer that engine.deepspeed_json selects.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -56,9 +56,9 @@ class ZeroState:
         self._create_moments()
 
     def _create_moments(self) -> None:
-        """Adds zero moments for all parameters that AdamW has not updated yet."""
+        """Sets the moments to zero for all parameters that AdamW has not updated yet."""
         stepped = [flat for group in self._adamw.param_groups for flat in group["params"]]
-        if self.stage == 3:  # param_groups hold the flat tensors only during a step
+        if self.stage == 3:  # param_groups contain flat tensors only during an update
             stepped = self._optimizer.fp32_partitioned_groups_flat
         for flat in stepped:
             state = self._adamw.state[flat]
@@ -68,11 +68,11 @@ class ZeroState:
 
     @property
     def steps(self) -> int:
-        """Number of AdamW's steps: the maximum over parameters, as those without gradient count none."""
+        """Returns how many updates AdamW made. Takes the maximum, as some parameters may lack gradients."""
         return max(int(state["step"]) for state in self._adamw.state.values())
 
     def element_counts(self) -> dict[str, int]:
-        """Returns the number of elements of each tensor in a checkpoint, by name; equal on all workers."""
+        """Returns a dictionary from the tensors' names in a checkpoint to their numbers of elements."""
         counts = {}
         for name, parameter in self._module.named_parameters():
             count = getattr(parameter, "ds_numel", parameter.numel())
@@ -85,7 +85,7 @@ class ZeroState:
         return ((name, buffer) for name, buffer in self._module.named_buffers() if name in persistent)
 
     def slices(self) -> Iterator[TensorSlice]:
-        """Yields this worker's slices, in the order of the parameters. Valid until the next training step."""
+        """Yields this worker's slices: parameters, then buffers. A training step makes the slices invalid."""
         parts = {0: self._undivided, 1: self._part_of_group, 3: self._part_of_tensor}[self.stage]
         for name, parameter in self._module.named_parameters():
             replicated = self.stage == 0 or (self.stage == 1 and not parameter.requires_grad)
@@ -96,14 +96,17 @@ class ZeroState:
             yield TensorSlice(f"buffer/{name}", 0, _flat(buffer), True)
 
     def _undivided(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stage 0: maps "weight" and each moment to (0, all elements of the parameter)."""
+        """Returns all elements of a parameter and its moments, as `_part_of_group` does. For stage 0."""
         tensors = {"weight": parameter.data}
         if parameter.requires_grad:
             tensors |= {key: self._adamw.state[parameter][key] for key in MOMENTS}
         return {kind: (0, _flat(values)) for kind, values in tensors.items()}
 
     def _part_of_group(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stages 1 and 2: maps "weight" and each moment to (first index, elements) of this worker's part."""
+        """Returns this worker's part of a parameter and of its moments. For stages 1 and 2.
+
+        The keys are "weight" and the moments' names. The values are (index of the first element, elements).
+        """
         if not parameter.requires_grad:
             return {"weight": (0, _flat(parameter.data))}
         mapping = parameter._hp_mapping
@@ -117,10 +120,10 @@ class ZeroState:
         return {kind: (first, values.narrow(0, place.start, place.numel)) for kind, values in tensors.items()}
 
     def _part_of_tensor(self, parameter: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """Stage 3: returns the same as `_part_of_group`.
+        """Returns this worker's part of a parameter as `_part_of_group` does. For stage 3.
 
-        Worker r holds the r-th of W equal parts of each parameter. The last parts end with padding, which is
-        left out.
+        Each parameter is padded and divided into W equal parts, of which worker r holds part r. The result
+        does not contain the padding.
         """
         size = parameter.partition_numel()
         first = size * torch.distributed.get_rank()
@@ -132,13 +135,13 @@ class ZeroState:
         return {kind: (first, values.narrow(0, place, count)) for kind, values in tensors.items()}
 
     def _flat_tensors(self, flat: Tensor) -> dict[str, Tensor]:
-        """Returns the weights and the moments of one flat group of parameters."""
+        """Returns the weights and moments of a parameter group. `flat` is the group's flat tensor."""
         return {"weight": flat.data} | {key: self._adamw.state[flat][key] for key in MOMENTS}
 
     def finish_restore(self, steps: int) -> None:
-        """Copies the restored state to the module; all workers call it together once their slices are filled.
+        """Copies the restored weights to the module. All workers call this together after filling all slices.
 
-        steps: the number of AdamW's steps in the checkpoint.
+        steps: the number of AdamW's updates when the checkpoint was saved.
         """
         for state in self._adamw.state.values():
             state["step"].fill_(steps)
@@ -149,7 +152,7 @@ class ZeroState:
             for group in range(len(self._optimizer.fp16_groups)):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
             persistent = self._optimizer.persistent_parameters
-            if persistent:  # small parameters stay gathered between steps, with their old values
+            if persistent:  # small parameters stay gathered and still have their old values
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
 

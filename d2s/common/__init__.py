@@ -1,1 +1,1 @@
-"""Helpers for all packages of d2s, without torch: command lines, files and folders, progress, processes."""
+"""Contains helpers that need no torch: for command lines, files, folders, progress and processes."""

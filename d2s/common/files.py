@@ -1,4 +1,4 @@
-"""Writes files atomically: under another name, flushed to disk, then renamed. Also JSON and checksums."""
+"""Writes files atomically, reads and writes JSON, and computes checksums."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ _TEXT = (".txt", ".json", ".jsonl", ".parquet", ".csv", ".tsv", ".gz", ".bz2", "
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file for writing, and renames it to `path` if the `with` block succeeds."""
+    """Opens a temporary file for writing. Flushes and renames it to `path` if the `with` block succeeds."""
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -28,9 +28,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_path(path: Path | str) -> None:
-    """Flushes a file to disk, or a folder, so that a rename in it survives a power cut.
+    """Flushes a file or a folder to disk. Renames in a flushed folder survive a power cut.
 
-    Does nothing except on POSIX.
+    Does nothing on systems other than POSIX.
     """
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
@@ -41,7 +41,7 @@ def sync_path(path: Path | str) -> None:
 
 
 def parse_json(text: str | bytes) -> object:
-    """Parses JSON like `json.loads`. Raises ValueError also if the text is nested too deeply."""
+    """Parses JSON. Raises ValueError, as `json.loads` does, and also if values are nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -49,16 +49,15 @@ def parse_json(text: str | bytes) -> object:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file atomically, with sorted keys, so that equal values give equal bytes."""
+    """Writes a JSON file atomically. Sorts keys, so that equal values give equal bytes."""
     with atomic_file(path) as file:
         file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
 
 def read_json(path: Path, read: Callable[[Path], str] | None = None) -> object:
-    """Reads a JSON file. Raises ValueError, with the file and the line, if it is missing or not JSON.
+    """Reads a JSON file. Raises ValueError, with the path, if the file is missing or is not JSON.
 
-    Args:
-        read: gives the text of the file; None reads it as UTF-8.
+    read: function that returns the text of a file. If None, the file is read as UTF-8.
     """
     try:
         return parse_json(read(path) if read else path.read_text(encoding="utf-8"))
@@ -75,7 +74,10 @@ def read_json(path: Path, read: Callable[[Path], str] | None = None) -> object:
 
 
 def input_sha256(paths: list[Path]) -> str:
-    """Computes one sha256 over names and bytes of files, and of text, JSON and parquet files in folders."""
+    """Computes one sha256 over the names and contents of files.
+
+    A folder counts with its text, JSON, table and compressed files, and `metadata.*` in its subfolders.
+    """
     digest = hashlib.sha256()
     for path in paths:
         parts = (*path.iterdir(), *path.glob("*/metadata.*")) if path.is_dir() else ()
@@ -86,13 +88,13 @@ def input_sha256(paths: list[Path]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the sha256 of a file in hexadecimal digits."""
+    """Returns the sha256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically. Raises OSError with the file's name."""
+    """Writes a UTF-8 text file atomically. If that fails, raises OSError with the file's name."""
     try:
         with atomic_file(path) as file:
             file.write(text.encode())

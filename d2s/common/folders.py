@@ -1,6 +1,6 @@
 """Replaces folders atomically: a folder is filled under a hidden name, flushed to disk, then renamed.
 
-If the process is killed meanwhile, the old or new folder is complete; the next write removes hidden ones.
+If the process is killed, the old or the new folder is complete. The next write removes hidden folders.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from pathlib import Path
 from d2s.common.files import sync_path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# Error numbers if the kernel, the file system (NFS) or the C library cannot exchange two names.
+# The kernel, the file system (NFS) or the C library reports these errors if it cannot exchange two names.
 _UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -25,7 +25,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Creates a new folder, lets `write` fill it, and replaces `folder` with it."""
+    """Creates a new folder, calls `write` with its path to fill it, and renames it to `folder`."""
     fresh = folder.with_name(f".{folder.name}.new")
     recover(folder.parent)
     shutil.rmtree(fresh, ignore_errors=True)
@@ -36,10 +36,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def put_in_place(fresh: Path, folder: Path) -> None:
-    """Renames `fresh` to `folder`, replaces an existing `folder`, and flushes the change to disk.
+    """Renames the folder `fresh` to `folder` and flushes the change to disk. Removes an old `folder`.
 
-    If the system cannot exchange two names in one operation, the old folder has a temporary name for a
-    moment. If the process is killed then, :func:`recover` restores the old folder.
+    If the system cannot exchange two names in one operation, the old folder gets a temporary name first. If
+    the process is killed before `fresh` is renamed, :func:`recover` restores the old folder.
     """
     if not folder.exists():
         fresh.rename(folder)
@@ -59,7 +59,7 @@ def put_in_place(fresh: Path, folder: Path) -> None:
 def exchange(one: Path, other: Path) -> bool:
     """Swaps the names of two folders in one operation.
 
-    Returns False if the system does not support that. Raises OSError on other errors.
+    Returns True on success and False if the system does not support this. Raises OSError on other errors.
     """
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
@@ -75,7 +75,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Gives a folder a hidden name, then removes it, so no half-removed folder is ever visible."""
+    """Removes a folder. The folder gets a hidden name first, so that no visible folder is incomplete."""
     if not folder.name.startswith("."):
         hidden = folder.with_name(f".{folder.name}.gone")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -84,7 +84,7 @@ def discard(folder: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Restores old folders that `put_in_place` had set aside when the process was killed."""
+    """Renames old folders in `parent` back, if a process was killed in `put_in_place`."""
     for aside in sorted(parent.glob(".*.old")):
         folder = aside.with_name(aside.name[1 : -len(".old")])
         if aside.is_dir() and not folder.exists():

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> None:
-    # The terminal sends Ctrl-C to the parent and all workers; only the parent shall react.
+    # The terminal sends Ctrl-C to the parent and to all workers, but only the parent must react.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if initializer:
@@ -20,7 +20,7 @@ def _start_worker(initializer: Callable[..., None] | None, arguments: tuple) -> 
 
 
 def _end_with_parent() -> None:
-    """Ends this worker if its parent is killed. It would wait forever, as it holds the task queue open."""
+    """Ends this worker process if its parent is killed. Otherwise it would wait for tasks for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -34,13 +34,12 @@ def map_ordered(
     initializer: Callable[..., None] | None = None,
     arguments: tuple = (),
 ) -> Iterator[tuple[Any, Any]]:
-    """Yields (task, result) in the order of the tasks. Each process first calls `initializer(*arguments)`.
+    """Calls `function` on each task. Yields pairs (task, result) in the order of the tasks.
 
-    With one worker, everything runs in this process. Processes are spawned, not forked, because the threads
-    of numpy and pyarrow do not survive a fork. Only a few tasks are queued at a time, to limit memory.
-
-    Raises:
-        ValueError: a process died. An error that `function` raises for a task is raised at that task's turn.
+    `workers` is the number of processes. Each process first calls `initializer(*arguments)`. If there is only
+    one worker or one task, everything runs in this process. Otherwise processes are spawned, not forked,
+    because threads of numpy and pyarrow do not survive a fork. To limit memory, only a few tasks are queued.
+    Raises ValueError if a process dies. An error in `function` is raised in place of the task's result.
     """
     if workers <= 1 or len(tasks) <= 1:
         if initializer:

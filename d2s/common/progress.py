@@ -1,4 +1,4 @@
-"""Shows the progress of a long job: as a bar on a terminal, elsewhere as a line of text every few seconds."""
+"""Shows the progress of a long job, as a bar on a terminal, or else as a line of text every few seconds."""
 
 import sys
 import time
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 def clock(seconds: float) -> str:
-    """Formats seconds, rounded down, as h:mm:ss or m:ss."""
+    """Formats a time as h:mm:ss, or as m:ss if it is less than an hour. Rounds seconds down."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def track(items: Iterable[tuple[int, T]], label: str, total: int, unit: str = "images") -> Iterator[T]:
-    """Yields the item of each pair (count, item). Shows the sum of counts so far and `total` on stderr."""
+    """Yields the item of each pair (count, item). Shows on stderr how many of `total` are done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

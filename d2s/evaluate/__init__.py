@@ -1,1 +1,1 @@
-"""Evaluates a model on a split: embeddings, recall and ranks, information capacity."""
+"""Evaluates a model on a split: embeds it, then measures recall, ranks and information capacity."""

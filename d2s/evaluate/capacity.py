@@ -1,8 +1,8 @@
 """Measures information capacity: how much of the embedding space a set of embeddings uses.
 
-Sizes: N images, M captions, D width. `owner` is explained in `d2s.evaluate.metrics`. All functions but
-`effective_rank` and `measure_capacity` require rows of length 1. Use the measures to compare models on the
-same split. No measure alone shows quality: random embeddings have the best rank and uniformity.
+Sizes: N images, M captions, D width. `owner` is explained in `d2s.evaluate.metrics`. Rows must have length 1,
+except in `effective_rank` and `measure_capacity`. Use the measures to compare models on the same split. No
+measure alone shows quality: random embeddings have the best rank and uniformity.
 """
 
 import math
@@ -17,10 +17,10 @@ _CHUNK = 1024
 
 
 def measure_capacity(embedded: Embeddings) -> dict[str, float]:
-    """Returns all measures below that the embeddings allow, under names such as `alignment_sparse`.
+    """Returns a dictionary of all measures below, with names such as `alignment_sparse`.
 
-    Raises:
-        ValueError: embeddings that are not finite.
+    If there are no sparse or no dense captions, the measures that need them are left out.
+    Raises ValueError if an embedding is not finite.
     """
     images = normalize(embedded.images)
     result = {"effective_rank_images": effective_rank(images)}
@@ -43,11 +43,11 @@ def measure_capacity(embedded: Embeddings) -> dict[str, float]:
 
 
 def effective_rank(embeddings: Tensor) -> float:
-    """Returns exp(-sum p_k log p_k), p = s / sum(s), s the singular values of the uncentred (N, D) matrix.
+    """Returns exp(-sum p_k log p_k). Here p = s / sum(s), and s are the singular values of `embeddings`.
 
-    The result lies between 1 (all rows on one line) and min(N, D); it is 0 if all rows are zero. It is
-    computed from the D x D Gram matrix in float64: O(N D^2) work, O(D^2) memory.
-
+    The embeddings have shape (N, D) and are not centred. The result lies between 1 (all rows on one line) and
+    min(N, D). It is 0 if all rows are zero. It is computed from the D x D Gram matrix in float64, with
+    O(N D^2) work and O(D^2) memory.
     Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007); on embeddings: RankMe (ICML 2023).
     """
     gram = torch.zeros(
@@ -56,7 +56,7 @@ def effective_rank(embeddings: Tensor) -> float:
     for part in embeddings.split(_CHUNK):
         gram += part.double().T @ part.double()
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
-    # Eigenvalues have errors of about eps times the largest, whose square root would count as a direction.
+    # Eigenvalues have rounding errors of about eps * max. Their square roots would count as directions.
     noise = values.max() * torch.finfo(torch.float64).eps * len(values)
     values = values[values > noise].sqrt()
     if len(values) == 0:
@@ -66,27 +66,25 @@ def effective_rank(embeddings: Tensor) -> float:
 
 
 def alignment(images: Tensor, texts: Tensor, owner: Tensor) -> float:
-    """Returns the mean over captions j of |x_owner(j) - y_j|^2: 0 is best, 2 orthogonal, 4 opposite.
+    """Returns the mean squared distance between the embeddings of a caption and its image.
 
-    Args:
-        images: x, (N, D) of length 1; texts: y, (M, D) of length 1; owner: (M,) int64.
+    0 is best. 2 means orthogonal and 4 means opposite embeddings.
+    images: shape (N, D). texts: shape (M, D). owner: int64, of shape (M,).
 
     Source: Wang and Isola, "Understanding contrastive representation learning through alignment and
-    uniformity on the hypersphere" (ICML 2020), alpha = 2, positive pairs = image and caption.
+    uniformity on the hypersphere" (ICML 2020), with alpha = 2. A positive pair is an image and its caption.
     """
     return float((images[owner] - texts).double().square().sum(1).mean())
 
 
 def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
-    """Returns the log of the mean over pairs i < j of exp(-2 |x_i - x_j|^2) on the unit sphere.
+    """Returns the log of the mean of exp(-2 |x_i - x_j|^2) over pairs i < j of rows of `embeddings`.
 
-    The result is 0 if all rows are equal, and lower the more evenly they spread (-4 in the limit of many
-    dimensions). The cost is quadratic, so of more than `limit` rows only `limit` evenly spaced ones are used.
+    The result is 0 if all rows are equal. It is lower if the rows spread more evenly over the unit sphere. In
+    many dimensions it approaches -4. The cost is quadratic. So if there are more than `limit` rows, only
+    `limit` evenly spaced rows are used.
 
-    Args:
-        embeddings: (N, D) of length 1.
-
-    Source: Wang and Isola (ICML 2020), t = 2.
+    Source: Wang and Isola (ICML 2020), with t = 2.
     """
     rows = len(embeddings)
     if rows < 2:
@@ -103,7 +101,9 @@ def uniformity(embeddings: Tensor, limit: int = 8192) -> float:
 
 
 def modality_gap(images: Tensor, texts: Tensor) -> float:
-    """Returns the distance between the means of images (N, D) and texts (M, D), all of length 1.
+    """Returns the distance between the mean image embedding and the mean caption embedding.
+
+    images: shape (N, D). texts: shape (M, D).
 
     Source: Liang et al., "Mind the gap" (NeurIPS 2022).
     """
@@ -113,13 +113,14 @@ def modality_gap(images: Tensor, texts: Tensor) -> float:
 def sparse_to_dense(
     sparse: Tensor, sparse_owner: Tensor, dense: Tensor, dense_owner: Tensor, images: int
 ) -> float:
-    """Returns the mean over images of the mean cosine between an image's sparse and its dense captions.
+    """Returns the mean cosine between an image's sparse and dense captions, averaged over images.
 
-    The mean cosine over all pairs of two sets of unit vectors is the dot product of the sets' means. Images
-    without a sparse or without a dense caption are left out; the result is NaN if no image has both.
+    Images without a sparse or without a dense caption are left out. If no image has both, the result is NaN.
+    The mean cosine over all pairs from two sets of unit vectors is the dot product of the sets' means.
 
     Args:
-        sparse: (M, D) of length 1; dense: (M', D) of length 1; their owners: (M,) and (M',) int64.
+        sparse, dense: embeddings of M sparse and M' dense captions, of shapes (M, D) and (M', D).
+        sparse_owner, dense_owner: int64, of shapes (M,) and (M',).
         images: N, the number of images.
     """
 

@@ -1,4 +1,4 @@
-"""The command `python -m d2s.evaluate --model DIR --data DIR --split test [--json FILE]`."""
+"""Implements the command `python -m d2s.evaluate --model DIR --data DIR --split test [--json FILE]`."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ from d2s.shards.read.index import ShardIndex
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its exit code: 0, or 2 after an error, which is printed in one line."""
+    """Runs the command. Returns its exit code: 0, or 2 after an error. An error is printed in one line."""
     parser = command.Parser(prog="python -m d2s.evaluate", description="Evaluate a model on a split.")
     parser.add_argument("--model", type=user_path, required=True, help="model folder, such as runs/NAME/best")
     parser.add_argument("--data", type=user_path, required=True, help="data set made by python -m d2s.shard")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    """Checks all arguments before any long work, evaluates, prints the tables, and writes the JSON file."""
+    """Checks all arguments before any long work. Then evaluates, prints tables, and writes the JSON file."""
     if arguments.json is not None:
         _check_output(arguments.json)
     device = choose_device(arguments.device)
@@ -64,7 +64,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(path: Path) -> None:
-    """Raises ValueError if `path` cannot be written."""
+    """Raises ValueError if no file can be written at `path`."""
     if path.is_dir():
         raise ValueError(f"--json {path} is a folder: name a file in it")
     if not path.parent.is_dir():

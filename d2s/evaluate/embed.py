@@ -1,7 +1,8 @@
 """Embeds each image and each caption of a split once, on one worker or on several.
 
-All workers process equally many batches, filled up with surplus rows. All rows are gathered and sorted into
-the split's order, so the result does not depend on the number of workers or the batch size.
+All workers process the same number of batches. If there are too few items, surplus rows fill the batches.
+Afterwards all workers gather all rows in the split's order. So the result does not depend on the number of
+workers or on the batch size.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,26 +23,26 @@ from d2s.workers.group import rank, world_size
 
 @dataclass(frozen=True, kw_only=True)
 class TextSet:
-    """The embeddings of all sparse or of all dense captions in a split. Sizes: M captions, D width."""
+    """Holds embeddings of the M sparse captions or of the M dense captions of a split. D is the width."""
 
     embeddings: Tensor
-    """(M, D) float32, not normalised."""
+    """float32, of shape (M, D), not scaled to length 1."""
     owner: Tensor
-    """(M,) int64, ascending: position in the split, 0..N-1, of each caption's image."""
+    """int64, of shape (M,), ascending. Entry j is the position of caption j's image in the split."""
     truncated: int
-    """How many captions were cut at the limit of word pieces."""
+    """Number of captions that were cut, because they had too many word pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """The embeddings of a split, the same on every worker. Sizes: N images, D width."""
+    """Holds the embeddings of a split with N images. All workers hold the same. D is the width."""
 
     images: Tensor
-    """(N, D) float32, in the order of the split's rows."""
+    """float32, of shape (N, D), in the order of the split's rows."""
     sparse: TextSet | None
-    """None if the split has no sparse captions."""
+    """Sparse captions. None if the split has none."""
     dense: TextSet | None
-    """None if the split has no dense captions, or they were not requested."""
+    """Dense captions. None if the split has none, or if `embed_split` got `dense=False`."""
 
 
 @torch.no_grad()
@@ -57,16 +58,16 @@ def embed_split(
 ) -> Embeddings:
     """Embeds a split in eval mode. Afterwards the model is in its previous mode.
 
-    All workers must call this together. Each worker gets all (N + M) x D numbers.
+    All workers must call this together. Each worker gets all embeddings.
 
     Args:
         config: image size and limits of word pieces.
         batch_size: number of images or captions in a batch of one worker.
-        dense: whether to embed also dense captions, if the split has any.
-        poll: called before each batch, equally often on every worker; an exception in it ends the embedding.
+        dense: if False, only images and sparse captions are embedded.
+        poll: function that is called before each batch, for example to check for stop signals. All workers
+            call it the same number of times. An exception that it raises ends the embedding.
 
-    Raises:
-        ValueError: the split does not exist or is empty, or a sample is damaged.
+    Raises ValueError if the split does not exist or is empty, or if a sample is damaged.
     """
 
     def polled(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
@@ -85,7 +86,7 @@ def embed_split(
                 continue
             limit = config.max_words_sparse if kind == "sparse" else config.max_words_dense
             pipeline = TextPipeline(model.tokenizer, min(limit, model.max_words))
-            # Captions are read in this process, so that the pipeline can count the captions that it cuts.
+            # This process reads the captions, so that `pipeline.truncated` counts the cut captions here.
             batches = polled(eval_texts(index, split, pipeline, kind, batch_size, *worker))
             counts = torch.from_numpy(index.column(f"n_{kind}")[rows.start : rows.stop].astype("int64"))
             sets[kind] = _embed_texts(model, batches, pipeline, counts)
@@ -103,7 +104,7 @@ def _embed_images(model: D2SModel, batches: Iterator[tuple[Tensor, ...]], split_
 def _embed_texts(
     model: D2SModel, batches: Iterator[tuple[Tensor, ...]], pipeline: TextPipeline, counts: Tensor
 ) -> TextSet:
-    """Embeds captions that `pipeline` encoded. counts: (N,) int64, captions of each image."""
+    """Embeds captions that `pipeline` encoded. counts: int64, number of captions of each image."""
     parts, places = [], []
     for numbers, _, ids, mask, _ in batches:
         parts.append(model.forward_text(ids.to(model.device), mask.to(model.device)).embedding.float())
@@ -116,7 +117,10 @@ def _embed_texts(
 
 
 def _in_order(parts: list[Tensor], places: list[Tensor], total: int) -> Tensor:
-    """Gathers all workers' rows, sorted by place 0..total-1: (total, D). Surplus rows have place -1."""
+    """Gathers the rows of all workers and sorts them by place. Returns a tensor of shape (total, D).
+
+    parts, places: for each batch, its rows and their places. Surplus rows have place -1 and are left out.
+    """
     rows, place = all_gather(torch.cat(parts)), all_gather(torch.cat(places).to(parts[0].device))
     real = place >= 0
     assert int(real.sum()) == total, "an item was embedded twice or not at all"

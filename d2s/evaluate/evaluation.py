@@ -1,7 +1,7 @@
 """Measures a model on a split: retrieval with sparse and with dense captions, folds, information capacity.
 
-Each image and each caption is embedded once, by the same functions as in `encode_image` and `encode_text`, so
-the measures hold for the embeddings that users get.
+Each image and each caption is embedded once. The embeddings come from the functions that `encode_image` and
+`encode_text` use, so the measures hold for the embeddings that users get.
 """
 
 import math
@@ -26,38 +26,38 @@ FOLD = 1000  # number of images in a fold, as in COCO 1K
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The measures that `evaluate_model` computes on one split."""
+    """Holds the measures that `evaluate_model` computes on one split."""
 
     split: str
     images: int
     captions: int
     """Number of sparse captions."""
     dense_captions: int
-    """Number of dense captions; 0 if there are none or they were not requested."""
+    """Number of dense captions. It is 0 if the split has none, or if they were not requested."""
     without_captions: int
-    """Images without a sparse caption: no queries of image -> text, but candidates of text -> image."""
+    """Number of images without a sparse caption. They are candidates for captions, but not queries."""
     truncated: int
-    """How many sparse and dense captions were cut at the limit of word pieces."""
+    """Number of sparse and dense captions that were cut, because they had too many word pieces."""
     sparse: Retrieval | None
-    """Retrieval with sparse captions; None if the split has no sparse caption."""
+    """Retrieval with sparse captions. None if the split has no sparse caption."""
     dense: Retrieval | None
-    """Retrieval with dense captions; None if `dense_captions` is 0."""
+    """Retrieval with dense captions. None if `dense_captions` is 0."""
     folds: int
     """Number of folds in `folded`, or 0 if there are none."""
     folded: Retrieval | None
-    """Mean over the folds, with sparse captions. It is COCO 1K if `images` is 5,000 and `folds` is 5."""
+    """Mean over the folds, with sparse captions. On COCO's 5,000 test images, 5 folds give "COCO 1K"."""
     capacity: dict[str, float]
-    """Measures of information capacity by name (`d2s.evaluate.capacity`); empty unless requested."""
+    """Measures of information capacity by name (`d2s.evaluate.capacity`). Empty if not requested."""
     seconds: float
     """Wall-clock time in seconds, including embedding."""
 
     @property
     def rsum(self) -> float:
-        """rSum with sparse captions, at most 600; NaN if the split has no sparse caption."""
+        """Returns rSum with sparse captions, at most 600. It is NaN if the split has no sparse caption."""
         return self.sparse.rsum if self.sparse else math.nan
 
     def to_dict(self) -> dict:
-        """Returns numbers, lists and dictionaries for JSON. Measures that are None are left out."""
+        """Returns a dictionary that can be written as JSON. Measures that are None are left out."""
         counts = ("split", "images", "captions", "dense_captions", "without_captions", "truncated")
         result = {name: getattr(self, name) for name in counts} | {"seconds": round(self.seconds, 3)}
         if self.sparse:
@@ -67,7 +67,7 @@ class Evaluation:
         if self.folded:
             result["folds"] = {"number": self.folds, **self.folded.to_dict()}
         if self.capacity:
-            # JSON has no NaN.
+            # JSON cannot store NaN, so None replaces it.
             finite = {name: value if math.isfinite(value) else None for name, value in self.capacity.items()}
             result["capacity"] = finite
         return result
@@ -113,14 +113,14 @@ def evaluate_model(
     All workers must call this together. Afterwards the model is in its previous mode (training or eval).
 
     Args:
-        data_config, batch_size, dense, poll: see `embed_split` (`data_config` is its `config`).
-        full: whether to measure also the folds and the information capacity.
-        folds: number of folds; 0 means none. None means folds of 1,000 images, if the split has 2,000, 3,000,
-            ... images. Folds are cut in the order of ascending image ids, not in that of the shards. The
-            Karpathy file of COCO has another order, so its COCO 1K comes from other folds.
+        data_config: the `config` of `embed_split`. See there also for `batch_size`, `dense` and `poll`.
+        full: if True, the folds and the information capacity are measured too.
+        folds: number of folds. 0 means none. None means folds of 1,000 images if the split has 2,000, 3,000,
+            ... images, else none. The images are sorted by id and then cut into folds. The Karpathy file of
+            COCO has another order, so its folds for COCO 1K are different.
 
-    Raises:
-        ValueError: no such split, no caption in it, `folds` does not divide it, or embeddings not finite.
+    Raises ValueError if the split does not exist or has no caption, if `folds` does not divide the number of
+    images, or if an embedding is not finite.
     """
     start = time.monotonic()
     if full:
@@ -141,7 +141,7 @@ def evaluate_model(
 def evaluate_embeddings(
     embedded: Embeddings, index: ShardIndex, split: str, *, full: bool = True, folds: int | None = None
 ) -> Evaluation:
-    """Measures a split that is already embedded. Arguments and errors are those of `evaluate_model`."""
+    """Measures a split that is already embedded. For arguments and errors, see `evaluate_model`."""
     start = time.monotonic()
     sets = {"sparse": embedded.sparse, "dense": embedded.dense}
     sets = {kind: texts for kind, texts in sets.items() if texts is not None}
@@ -169,7 +169,7 @@ def evaluate_embeddings(
 
 
 def _by_folds(embedded: Embeddings, index: ShardIndex, split: str, folds: int) -> Retrieval:
-    """Returns `fold_report` of the sparse captions, with the images ordered by their ids."""
+    """Orders the images by their ids, and returns `fold_report` for the sparse captions."""
     rows, texts, device = index.rows(split), embedded.sparse, embedded.images.device
     order = torch.argsort(torch.tensor(index.column("image_id")[rows.start : rows.stop]))
     place = torch.empty_like(order)
@@ -179,10 +179,9 @@ def _by_folds(embedded: Embeddings, index: ShardIndex, split: str, folds: int) -
 
 
 def choose_folds(images: int, folds: int | None) -> int:
-    """Returns the number of folds for `images` images, or 0 for none; see `evaluate_model` for `folds`.
+    """Returns the number of folds for a split of `images` images. `evaluate_model` explains `folds`.
 
-    Raises:
-        ValueError: `folds` does not divide the number of images.
+    Raises ValueError if `folds` does not divide `images`.
     """
     if folds is None:
         return images // FOLD if images > FOLD and images % FOLD == 0 else 0

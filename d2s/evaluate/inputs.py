@@ -1,4 +1,4 @@
-"""Prepares the inputs of an evaluation: device, trained model, and its data settings from training."""
+"""Prepares the inputs of an evaluation: the device, the trained model, and its data settings."""
 
 from pathlib import Path
 
@@ -11,10 +11,9 @@ from d2s.workers.devices import in_full_precision
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the named device; for an empty name, CUDA if available, else the CPU. Turns TF32 off.
+    """Turns TF32 off and returns the device `name`. "" means CUDA if available, else the CPU.
 
-    Raises:
-        ValueError: the device does not exist or cannot be used.
+    Raises ValueError if the device does not exist or cannot be used.
     """
     in_full_precision()
     if not name:
@@ -31,10 +30,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(folder: Path) -> D2SModel:
-    """Loads the model, in eval mode, from a folder that `save_pretrained` wrote.
+    """Loads a model, in eval mode, from a folder that `save_pretrained` wrote.
 
-    Raises:
-        ValueError: the folder does not contain a model. If it is a run, the message says so.
+    Raises ValueError if the folder contains no model. If it is a run folder, the message says so.
     """
     if (folder / "best" / "config.json").is_file():
         raise ValueError(f"--model {folder} is a run, not a model: use {folder / 'best'}")
@@ -45,12 +43,12 @@ def load_model(folder: Path) -> D2SModel:
 
 
 def data_config_of(folder: Path, model: D2SModel) -> DataConfig:
-    """Returns the word limits and the number of loader processes of the run that contains the model's folder.
+    """Returns data settings that suit a model. `folder` is the model's folder, such as runs/NAME/best.
 
-    Settings that the run lacks have their defaults. The image size is always the model's own.
+    The image size comes from the model. The limits of word pieces and the number of loader processes come
+    from config.json in the run folder that contains `folder`. Missing values have their defaults.
 
-    Raises:
-        ValueError: the run's config.json is not JSON or has an impossible value.
+    Raises ValueError if the run's config.json is not JSON or has an invalid value.
     """
     path = folder.resolve().parent / "config.json"
     values = read_json(path).get("config", {}).get("data", {}) if path.is_file() else {}

@@ -1,16 +1,16 @@
-"""Retrieval metrics, as pure functions of embeddings.
+"""Computes retrieval metrics from embeddings, as pure functions.
 
-Sizes: N images, M captions, D width, F folds. For each caption, `owner` (M,) int64 holds the position in
-0..N-1 of the image that the caption describes. An image may have any number of captions, or none.
+Sizes: N images, M captions, D width, F folds. `owner` is an int64 tensor of shape (M,). For each caption it
+holds the position (0 to N - 1) of the image that the caption describes. An image may have no caption.
 
-Conventions, tested with matrices computed by hand:
+The tests check these conventions on matrices computed by hand:
 
 * R@K is a *hit rate*: the percentage of queries that have at least one right candidate among the first K. It
   is not the recall of information retrieval, which divides by the number of right candidates.
-* Ties count against the model: a query's rank is the number of wrong candidates that are at least as similar
-  as its best right candidate. A collapsed model, with all embeddings equal, therefore scores 0 and not 100.
-* An image without captions is no query of image -> text, but a wrong candidate of text -> image.
-* Embeddings that are not finite are an error: no number exceeds NaN, so NaN would rank first.
+* Ties count against the model. A query's rank is the number of wrong candidates that are at least as similar
+  to the query as the best right candidate. If all embeddings are equal, the model scores 0 and not 100.
+* An image without captions is not a query of image -> text, but it is a wrong candidate of text -> image.
+* An embedding with NaN or inf is an error. No number is greater than NaN, so NaN would rank first.
 """
 
 from collections.abc import Iterable
@@ -27,43 +27,43 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """The measures of one direction of retrieval, from queries to candidates."""
+    """Holds the measures of one direction of retrieval, from queries to candidates."""
 
     hits: tuple[float, float, float]
-    """R@1, R@5, R@10 in percent."""
+    """R@1, R@5 and R@10, in percent."""
     chance: tuple[float, float, float]
-    """Expected R@1, R@5, R@10 in percent if the candidates were ordered at random."""
+    """Expected values of R@1, R@5 and R@10, in percent, if the candidates were ordered at random."""
     median_rank: float
     """Median over queries of the rank of the best right candidate, counted from 1."""
     mean_rank: float
     """Mean over queries of the rank of the best right candidate, counted from 1."""
     queries: int
-    """Number of queries that have a right candidate."""
+    """Number of queries that have at least one right candidate."""
     candidates: int
-    """Number of candidates that each query is compared with."""
+    """Number of candidates. Each query is compared with all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Both directions of retrieval on one set of images and captions, or the mean over folds."""
+    """Holds the measures of both directions on one set of images and captions, or their mean over folds."""
 
     i2t: Recall
-    """Image -> text."""
+    """Measures of image -> text: images are queries, and captions are candidates."""
     t2i: Recall
-    """Text -> image."""
+    """Measures of text -> image: captions are queries, and images are candidates."""
 
     @property
     def rsum(self) -> float:
-        """Sum of the six recalls, at most 600."""
+        """Returns the sum of R@1, R@5 and R@10 in both directions, at most 600."""
         return sum(self.i2t.hits) + sum(self.t2i.hits)
 
     @property
     def chance_rsum(self) -> float:
-        """Expected rSum if candidates were ordered at random."""
+        """Returns the expected value of rSum if the candidates were ordered at random."""
         return sum(self.i2t.chance) + sum(self.t2i.chance)
 
     def to_dict(self) -> dict:
-        """Returns numbers and lists for JSON."""
+        """Returns a dictionary that can be written as JSON."""
         ways = {"i2t": self.i2t, "t2i": self.t2i}
         result = {"rsum": self.rsum, **{way: list(recall.hits) for way, recall in ways.items()}}
         for name in ("median_rank", "mean_rank", "queries"):
@@ -73,14 +73,12 @@ class Retrieval:
 
 
 def normalize(embeddings: Tensor, name: str = "embeddings") -> Tensor:
-    """Returns x / |x| of each row x as float32, (N, D), for cosine similarity. A zero row stays zero.
+    """Scales rows to length 1, so that dot products are cosine similarities. Returns float32.
 
-    Args:
-        embeddings: (N, D), any float type.
-        name: name of the embeddings in error messages.
+    A row of zeros stays zero. The result has the shape of the input.
+    embeddings: shape (N, D), any float type. name: name of the embeddings in error messages.
 
-    Raises:
-        ValueError: not a matrix, or some rows are not finite; the message gives the number of such rows.
+    Raises ValueError if `embeddings` is not a matrix, or if a row contains inf or NaN.
     """
     if embeddings.ndim != 2:
         raise ValueError(f"{name} must have the shape (number, width), not {tuple(embeddings.shape)}")
@@ -94,24 +92,23 @@ def normalize(embeddings: Tensor, name: str = "embeddings") -> Tensor:
 
 
 def hit_rates(ranks: Tensor, ks: tuple[int, ...] = KS) -> tuple[float, ...]:
-    """Returns R@K = 100 * mean over queries of [rank < K], for each K in `ks`.
+    """Returns R@K for each K in `ks`: the percentage of queries with rank < K.
 
-    Args:
-        ranks: (N,) int64, rank of each query's best right candidate, counted from 0.
+    ranks: int64, one for each query: the rank of the best right candidate, counted from 0.
 
-    Source: as in Karpathy and Fei-Fei (CVPR 2015) and VSE++ (BMVC 2018) for Flickr30K and COCO.
+    Source: Karpathy and Fei-Fei (CVPR 2015) and VSE++ (BMVC 2018), for Flickr30K and COCO.
     """
     return tuple(100.0 * float((ranks < k).double().mean()) for k in ks)
 
 
 def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tuple[float, ...]:
-    """Returns the expected R@K of a random order: 100 * mean over queries of 1 - C(M - P, K) / C(M, K).
+    """Returns, for each K in `ks`, the expected value of R@K if candidates are ordered at random.
 
-    Args:
-        right: (N,) int64, the number P of right candidates for each query.
-        candidates: the number M of all candidates.
+    It is the mean over queries of 100 * (1 - C(M - P, K) / C(M, K)). C(a, b) is a binomial coefficient, M is
+    `candidates`, the number of candidates, and P is the query's entry in `right`, its number of right
+    candidates. If P = 1, the expected value is 100 * K / M.
 
-    Source: hypergeometric distribution; with P = 1 the expectation is 100 * K / M.
+    Source: hypergeometric distribution.
     """
     rates = []
     missed = torch.ones(len(right), dtype=torch.float64)
@@ -125,7 +122,7 @@ def chance_rates(right: Tensor, candidates: int, ks: tuple[int, ...] = KS) -> tu
 
 
 def summarize(ranks: Tensor, right: Tensor, candidates: int) -> Recall:
-    """Computes the measures. ranks: (N,), counted from 0. right: (N,), right candidates of each query."""
+    """Computes the measures of one direction. `hit_rates` and `chance_rates` explain the arguments."""
     assert len(ranks) == len(right) > 0
     ordered = torch.sort(ranks.double()).values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
@@ -145,12 +142,11 @@ def recall_report(images: Tensor, texts: Tensor, owner: Tensor) -> Retrieval:
     Similarities are computed in chunks, so this needs only O(N + M) memory besides the embeddings.
 
     Args:
-        images: (N, D), not yet normalised.
-        texts: (M, D), not yet normalised.
-        owner: (M,) int64, position in `images` of each caption's image.
+        images, texts: embeddings of shapes (N, D) and (M, D). They need not have length 1.
+        owner: int64, of shape (M,): the row in `images` of each caption's image.
 
-    Raises:
-        ValueError: no image or caption, shapes that do not fit, an owner outside 0..N-1, or rows not finite.
+    Raises ValueError if there is no image or no caption, if the shapes do not fit together, if an owner is
+    outside 0 to N - 1, or if an embedding is not finite.
     """
     images, texts = normalize(images, "image embeddings"), normalize(texts, "caption embeddings")
     owner = owner.to(images.device)
@@ -177,17 +173,13 @@ def recall_report(images: Tensor, texts: Tensor, owner: Tensor) -> Retrieval:
 
 
 def fold_report(images: Tensor, texts: Tensor, owner: Tensor, *, folds: int) -> Retrieval:
-    """Returns the mean of `recall_report` over F folds: N / F consecutive images and their captions.
+    """Returns the mean of `recall_report` over folds. Every measure is averaged, also the median rank.
 
-    COCO "1K" is the mean over 5 folds of the 5,000 images, not the result on the first 1,000. Every measure
-    is averaged over the folds, also the median rank.
+    A fold consists of N / F consecutive images and their captions. "COCO 1K" is the mean over 5 folds of the
+    5,000 test images, and not the result on the first 1,000 images.
 
-    Args:
-        images, texts, owner: as in `recall_report`; folds follow the order of the images.
-        folds: F, a divisor of N.
-
-    Raises:
-        ValueError: F does not divide N, or a fold has no caption.
+    images, texts, owner: as in `recall_report`. folds: the number F of folds, a divisor of N.
+    Raises ValueError if F does not divide N, or if a fold has no caption.
     """
     if folds < 1 or len(images) % folds:
         raise ValueError(f"{len(images)} images cannot be cut into {folds} equal folds: choose a divisor")

@@ -1,4 +1,4 @@
-"""Formats recall and capacity as tables for the screen, through rich."""
+"""Formats recall and capacity as tables for the screen, with the library rich."""
 
 from collections.abc import Sequence
 
@@ -18,9 +18,9 @@ CAPACITY = {
 
 
 def recall_table(rows: Sequence[tuple[str, Retrieval | None]], title: str = "", chance: bool = True) -> Table:
-    """Returns a table with a row for each (name, retrieval). A retrieval of None draws a line.
+    """Returns a table with a row for each pair (name, retrieval). A retrieval of None adds a ruled line.
 
-    i->t is image -> text, t->i is text -> image. chance: below each row, add the rates of a random order.
+    i->t means image -> text, and t->i means text -> image. If `chance`, rates of a random order are added.
     """
     table = Table(title=title or None, title_justify="left", header_style="bold")
     table.add_column("", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The model of D2S-VSE: an image tower, a text tower, generalised pooling, and the decoder."""
+"""Contains the model of D2S-VSE: an image tower, a text tower, generalised pooling, and a decoder."""
 
 from d2s.model.config import DecoderConfig, IdleSetting, ModelConfig, TowerConfig
 from d2s.model.d2s_model import D2SModel, TextOutput

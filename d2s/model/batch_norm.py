@@ -1,4 +1,4 @@
-"""Batch normalisation whose training statistics cover all workers and exclude padding."""
+"""Implements batch normalisation. Its training statistics cover all workers and exclude padding."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from d2s.workers.group import several_workers
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """Sums over workers. Each worker's loss depends on all addends, so gradients are summed too."""
+    """Sums a tensor over workers. The backward sums gradients, as every worker's loss uses the sum."""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
@@ -22,14 +22,16 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns count (1,), mean (C,), biased variance (C,) of values (n, C), of all workers if asked.
+    """Returns (count, mean, variance) of the rows of `values`, a tensor of shape (n, C) with C channels.
 
-    Takes two passes, the second around the mean, because a single pass over squares loses digits in float32.
+    The count is the number of rows, of shape (1,). The mean and the biased variance have shape (C,). If
+    `across_workers` is true, all three cover the rows of all workers. A second pass sums the squares of
+    values minus mean, because sums of raw squares lose digits in float32.
     """
     total = _SumOverWorkers.apply if across_workers and several_workers() else (lambda value: value)
     count = values.new_full((1,), float(values.shape[0]))
     sums = total(torch.cat([values.sum(0), count]))
-    # The count is summed together with the values to save a collective. It gets no gradient.
+    # One collective sums both the values and the count. The count gets no gradient.
     count = sums[-1:].detach().clamp(min=1.0)
     mean = sums[:-1] / count
     variance = total((values - mean).square().sum(0)) / count
@@ -37,12 +39,12 @@ def moments(values: Tensor, across_workers: bool) -> tuple[Tensor, Tensor, Tenso
 
 
 class _WorkerBatchNorm:
-    """Mixin for the classes below: computes training statistics over the (n, C) values of all workers."""
+    """Normalises by the statistics of all workers, in training. The two classes below inherit from it."""
 
     across_workers = True
 
     def _normalise(self, values: Tensor) -> Tensor:
-        """Normalises values (n, C) by their own statistics and updates the running statistics."""
+        """Normalises `values`, of shape (n, C), by their mean and variance. Updates running statistics."""
         with torch.autocast(values.device.type, enabled=False):
             wide = values if values.dtype == torch.float64 else values.float()
             count, mean, variance = moments(wide, self.across_workers)
@@ -59,18 +61,18 @@ class _WorkerBatchNorm:
 
 
 class WordBatchNorm(_WorkerBatchNorm, nn.BatchNorm1d):
-    """BatchNorm over the real words of the global batch. The values (n, C) must not contain padding."""
+    """Applies BatchNorm to words. In training, the statistics cover the words of all workers."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises values (n, C): by batch statistics in training, by running statistics in eval mode."""
+        """Normalises n words of C channels. The `input` has shape (n, C) and must not contain padding."""
         return self._normalise(input) if self.training else super().forward(input)
 
 
 class MapBatchNorm(_WorkerBatchNorm, nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics cover all workers. With one worker it is the same as torch's."""
+    """Applies BatchNorm2d with training statistics of all workers. With one worker it equals torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises (B, C, H, W), by batch statistics in training, else by running statistics."""
+        """Normalises feature maps. Input and result have shape (B, C, H, W)."""
         if not self.training or not several_workers():
             return super().forward(input)
         flat = input.movedim(1, 3)

@@ -1,4 +1,4 @@
-"""Settings of a model, and a check for settings that have no effect in combination with the others."""
+"""Defines the settings of a model, and finds settings that have no effect because of other settings."""
 
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
@@ -19,20 +19,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @settings("tower")
 class TowerConfig(Settings):
-    """Selects an encoder ("tower"). Command line: model.image_encoder or model.text_encoder."""
+    """Selects an encoder ("tower"). On the command line it is model.image_encoder or model.text_encoder."""
 
     name: str | None = None
-    """Name on the hub, folder, or `package:<module>/<folder>`: a folder in an installed package."""
+    """Name on the hub, a folder, or `package:<module>/<folder>` for a folder in an installed package."""
     config: dict[str, Any] | None = None
-    """Fields of a Hugging Face configuration, including `model_type`, for a tower with random weights."""
+    """Hugging Face configuration of a tower with random weights. It must contain `model_type`."""
     pretrained: bool = True
-    """Load the weights of `name`. Without a name it has no effect, and building the model warns."""
+    """Load the weights of `name`. If `name` is None, this has no effect, and building the model warns."""
     freeze: bool = False
-    """Do not train the tower: it stays in eval mode, without gradient or optimizer state."""
+    """Do not train the tower. It then stays in eval mode, without gradient or optimizer state."""
     layers: PositiveInt | None = None
-    """How many of the tower's first layers to keep; None keeps all."""
+    """Number of layers to keep, counted from the tower's input; None keeps all."""
     tokenizer: str | None = None
-    """For text towers: the tokenizer's place. None means `name`; "words" builds one from captions."""
+    """Tokenizer of a text tower: a name or folder; None uses `name`; "words" builds one from captions."""
 
     def __post_init__(self) -> None:
         if (self.name is None) == (self.config is None):
@@ -46,14 +46,14 @@ class TowerConfig(Settings):
 
 @settings("model.decoder")
 class DecoderConfig(Settings):
-    """The decoder of stage 2. Its mask tokens stand for the words that a sparse caption leaves out."""
+    """Settings of stage 2's decoder. Its mask tokens stand for words that a sparse caption leaves out."""
 
     tokens: PositiveInt = 100
     """Number of learnable mask tokens."""
     layout: Layout = "surround"
-    """Where the mask tokens stand: half on each side of the words (surround), all before (prefix) or all
-    after them (postfix). The decoder has no position code and averages its mask tokens, so the layout changes
-    only rounding. Building a model with another layout than the default warns."""
+    """Positions of the mask tokens: half before and half after the words (surround), all before the words
+    (prefix), or all after the words (postfix). The layout changes only rounding, because the decoder has no
+    position code and averages its mask tokens. Building a model warns if the layout is not the default."""
     depth: PositiveInt = 4
     """Number of transformer blocks."""
     heads: PositiveInt = 4
@@ -64,46 +64,46 @@ class DecoderConfig(Settings):
 
 @settings("model")
 class ModelConfig(Settings):
-    """All settings that decide the shape and the behaviour of a `D2SModel`."""
+    """Holds all settings that decide the shape and the behaviour of a `D2SModel`."""
 
     image_encoder: TowerConfig = TowerConfig(name="google/vit-base-patch16-224-in21k")
-    """The image tower."""
+    """Selects the image tower."""
     text_encoder: TowerConfig = TowerConfig(name="google-bert/bert-base-uncased")
-    """The text tower."""
+    """Selects the text tower."""
     width: EvenWidth = 512
-    """Width D of the shared embedding."""
+    """Width D of the embeddings of images and texts."""
     image_size: PositiveInt = 224
     """Side of the square input image, in pixels."""
     max_words: Annotated[int, Field(ge=3)] = 256
-    """Maximum length of a text in `encode_text`, in word pieces with start and end; longer texts are cut."""
+    """Maximum word pieces of a text, start and end included; `encode_text` cuts longer texts."""
     decoder: DecoderConfig | None = None
-    """The decoder of stage 2; None for a stage-1 model."""
+    """Settings of the decoder; None for a stage-1 model, which has no decoder."""
     image_mean: Color = IMAGENET_MEAN
-    """Mean of red, green and blue (0 to 1), which is subtracted from the images."""
+    """Mean of red, green and blue, each from 0 to 1. It is subtracted from the images."""
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
-    """Standard deviation of red, green and blue, by which the images are divided."""
+    """Standard deviation of red, green and blue. The images are divided by it."""
     token_dropout: Share = 0.8
-    """Share of the training images that lose some of their tokens; 0 turns size augmentation off."""
+    """Share of the training images that lose tokens (size augmentation); 0 turns this off."""
     token_dropout_min: Share = 0.04
-    """Smallest rate at which such an image loses tokens."""
+    """Smallest rate at which an image that `token_dropout` selects loses its tokens."""
     token_dropout_max: Share = 0.2
-    """Largest rate at which such an image loses tokens."""
+    """Largest rate at which an image that `token_dropout` selects loses its tokens."""
     text_dropout: Share = 0.2
     """Dropout rate on the text tower's output in training."""
     text_norm: bool = True
     """Apply LayerNorm to the pooled text embedding."""
     text_mlp_norm: MlpNorm = "batch"
-    """Norm inside the word MLP: BatchNorm over the real words of all workers, or LayerNorm."""
+    """Norm inside the word MLP: "batch" (BatchNorm over the words of all workers) or "layer" (LayerNorm)."""
     gpo_width: EvenWidth = 32
-    """Width of the position code and of the GRU in the pooling operator."""
+    """Width of the pooling operator's position code and GRU."""
     gpo_temperature: PositiveFloat = 0.1
-    """Temperature of the softmax over pooling positions."""
+    """Temperature of the softmax that computes the pooling weights."""
     compat_decoder_padding: bool = False
-    """As in the authors' release: the decoder also attends to padding."""
+    """Let the decoder attend also to padding, as the authors' released code does."""
     compat_unit_prompt: bool = False
-    """As in the authors' release: in eval mode the prompt is scaled to length 1 before it is added."""
+    """In eval mode, scale the prompt to length 1 before adding it, as the authors' released code does."""
     compat_batch_norm: bool = False
-    """As in the authors' release: BatchNorm statistics include padding, and each worker computes its own."""
+    """Compute BatchNorm statistics on each worker separately and include padding, as the release does."""
 
     def __post_init__(self) -> None:
         if self.token_dropout_min > self.token_dropout_max:
@@ -118,14 +118,14 @@ class ModelConfig(Settings):
 
 
 class IdleSetting(UserWarning):
-    """Warns that a setting has no effect, or not the effect that its name suggests."""
+    """Warns that a setting has no effect, or has another effect than its name suggests."""
 
 
 def idle_settings(config: ModelConfig, changed: Collection[str] | None = None) -> list[str]:
     """Returns one line of text for each setting that has no effect.
 
-    changed: None if a new model is built, else the fields that the user changed in a saved model. Towers are
-    checked only for a new model, because those of a saved model always have trained weights.
+    changed: None for a new model. For a saved model, the names of the fields that the user changed. Towers
+    are checked only in a new model, because the towers of a saved model always have trained weights.
     """
     lines = []
     for field in ("image_encoder", "text_encoder") if changed is None else ():
@@ -139,7 +139,7 @@ def idle_settings(config: ModelConfig, changed: Collection[str] | None = None) -
             lines.append(
                 f"model.{field}.freeze=True keeps a tower with random weights as it is: it learns nothing"
             )
-    # No warning with compat_decoder_padding: recipes of the authors' release set both together.
+    # `compat_decoder_padding` suppresses this warning, because the _compat recipes set both.
     decoder = config.decoder if changed is None or "decoder" in changed else None
     if decoder is not None and decoder.layout != "surround" and not config.compat_decoder_padding:
         lines.append(

@@ -1,4 +1,4 @@
-"""The model: image tower, text tower and decoder. Takes tensors in training, pictures and strings in use."""
+"""Defines `D2SModel`. Training calls its `forward` methods with tensors. Users call its `encode` methods."""
 
 import dataclasses
 import tempfile
@@ -25,21 +25,21 @@ from d2s.preprocess.text import TextPipeline
 
 
 class TextOutput(NamedTuple):
-    """The embeddings of a batch of B texts; D is the model's width."""
+    """Holds the embeddings of B texts. B is the batch size, and D is the model's width."""
 
     embedding: Tensor
-    """(B, D), t + p, or t if there is no decoder; not of unit length."""
+    """Shape (B, D): t + p, or t if there is no decoder. The rows are not scaled to length 1."""
     text: Tensor
-    """(B, D), the text embedding t."""
+    """Shape (B, D): the text embedding t."""
     prompt: Tensor | None
-    """(B, D), the decoder's prompt p; None if there is no decoder."""
+    """Shape (B, D): the decoder's prompt p. None if there is no decoder."""
 
 
 class D2SModel(nn.Module):
     """Embeds images and texts in one space. Source: Liu et al., ICCV 2025 (D2S-VSE), arXiv 2503.14953.
 
-    `tokenizer` is required if the text tower does not name one (random weights, or tokenizer "words").
-    Raises ValueError if a tower cannot be built. Warns (IdleSetting) of settings that have no effect.
+    `tokenizer` is required if the text tower has neither name nor tokenizer, or has the tokenizer "words".
+    Raises ValueError if a tower cannot be built. Warns with `IdleSetting` about settings without effect.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -63,23 +63,24 @@ class D2SModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device that holds the weights."""
+        """Returns the device that holds the weights."""
         return self.image_encoder.linear.weight.device
 
     @property
     def max_words(self) -> int:
-        """Maximum of word pieces in a text: the setting `max_words`, or the text tower's limit if less."""
+        """Returns the setting `max_words`, or the text tower's limit of word pieces if that is smaller."""
         positions = getattr(self.text_encoder.tower.config, "max_position_embeddings", None)
         return min(self.config.max_words, positions or self.config.max_words)
 
     def forward_image(self, images: Tensor, draw_seeds: Tensor | None = None) -> Tensor:
-        """Embeds uint8 images (B, 3, H, W) as (B, D) of unit length. draw_seeds: see `ImageEncoder`."""
+        """Embeds images. Arguments and result are explained in `ImageEncoder.forward`."""
         return self.image_encoder(images, draw_seeds)
 
     def forward_text(self, ids: Tensor, mask: Tensor, *, draw_seeds: Tensor | None = None) -> TextOutput:
-        """Embeds word pieces `ids` (B, L) int64; mask (B, L) bool is false at padding.
+        """Embeds B texts of up to L word pieces.
 
-        See `TextEncoder` for `draw_seeds`.
+        ids: numbers of word pieces, int64, of shape (B, L). mask: boolean, of shape (B, L), false at padding.
+        draw_seeds: see `TextEncoder.forward`.
         """
         text, words = self.text_encoder(ids, mask, draw_seeds)
         if self.decoder is None:
@@ -92,7 +93,7 @@ class D2SModel(nn.Module):
     def forward(
         self, images: Tensor, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None
     ) -> tuple[Tensor, TextOutput]:
-        """Returns the results of `forward_image`, with draw_seeds, and `forward_text`, without."""
+        """Returns the results of `forward_image` and `forward_text`. Only images use `draw_seeds`."""
         return self.forward_image(images, draw_seeds), self.forward_text(ids, mask)
 
     def tower_parameters(self) -> list[nn.Parameter]:
@@ -103,12 +104,13 @@ class D2SModel(nn.Module):
     def encode_image(
         self, images: Picture | Sequence[Picture], batch_size: int = 32, device: str | torch.device = "cpu"
     ) -> Tensor:
-        """Embeds pictures in eval mode: (n, D) float32 of unit length on `device`, in the given order.
+        """Embeds n pictures in eval mode, in the given order.
 
-        A picture is a PIL image, a path, the bytes of an image file, or a uint8 array (H, W) or (H, W, 3).
-        `batch_size` changes only the speed.
-        Raises ValueError for an unreadable picture, with its path or position, or if `batch_size` is not a
-        positive integer.
+        Returns float32 embeddings of shape (n, D) on `device`, each scaled to length 1.
+        A picture is a PIL image, a path, the bytes of an image file, or a uint8 array of shape (H, W) or
+        (H, W, 3). `batch_size` changes only the speed.
+        Raises ValueError if `batch_size` is not a positive integer, or if a picture is unreadable. In
+        the second case, the message contains the path or the position of the picture.
         """
         _check_batch_size(batch_size)
         if not isinstance(images, (list, tuple)):
@@ -125,7 +127,7 @@ class D2SModel(nn.Module):
 
     @property
     def _text_pipeline(self) -> TextPipeline:
-        """Made once for a tokenizer, because it copies the vocabulary."""
+        """Returns the text pipeline. It is built once for a tokenizer, because it copies the vocabulary."""
         if self._pipeline is None or self._pipeline[0] is not self.tokenizer:
             self._pipeline = self.tokenizer, TextPipeline(self.tokenizer, self.max_words)
         return self._pipeline[1]
@@ -134,17 +136,18 @@ class D2SModel(nn.Module):
     def encode_text(
         self, texts: str | Sequence[str], batch_size: int = 128, device: str | torch.device = "cpu"
     ) -> Tensor:
-        """Embeds texts in eval mode. Returns (n, D) float32 of unit length on `device`, in the given order.
+        """Embeds n texts in eval mode, in the given order.
 
-        With a decoder the result is t + p, the embedding that training aligns. Texts of more than `max_words`
-        word pieces are cut. `batch_size` changes only the speed.
-        Raises ValueError if `texts` has no order (a dictionary or a set), if `batch_size` is not a positive
-        integer, or, with its position in the list, if an item is not a string or cannot be encoded in UTF-8.
+        Returns float32 embeddings of shape (n, D) on `device`, each scaled to length 1. With a decoder, they
+        are t + p (see `TextOutput`), which training aligns with images. Texts are cut after `max_words` word
+        pieces. `batch_size` changes only the speed.
+        Raises ValueError if `texts` is a dictionary or a set, or if `batch_size` is not a positive integer.
+        Raises ValueError, with an item's position, if the item is no string or cannot be encoded in UTF-8.
         """
         _check_batch_size(batch_size)
         texts = _text_list(texts)
         out = torch.zeros(len(texts), self.config.width)
-        # Batches of texts of similar length need less padding and give the same embeddings.
+        # Sorting by length puts texts of similar length in one batch, which then needs less padding.
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
         pipeline = self._text_pipeline
         with evaluating(self):
@@ -156,22 +159,22 @@ class D2SModel(nn.Module):
         return out.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors, config.json and the tokenizer to `folder`; creates it if missing."""
+        """Writes model.safetensors, config.json and the tokenizer. Creates `folder` if it is missing."""
         saving.write(Path(folder), self.config, self.tokenizer, self)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **changes: object) -> Self:
-        """Loads a saved model from a folder or from the hub, in eval mode.
+        """Loads a saved model, in eval mode. `name` is a folder or a name on the hub.
 
-        `changes` replace fields of the saved `ModelConfig`. If they add a decoder, it starts with random
-        weights; if they change image_size, position embeddings are resized.
-        Raises ValueError in one line if there is no such model or its files are damaged.
+        `changes` replace fields of the saved `ModelConfig`. An added decoder starts with random weights. A
+        changed `image_size` resizes the position embeddings.
+        Raises ValueError, with a message of one line, if there is no such model or a file is damaged.
         """
         folder = saving.find_folder(name)
         config = dataclasses.replace(saving.read_config(folder), **changes)
         tokenizer = read_tokenizer(folder, f"model {str(folder)!r}")
         with warnings.catch_warnings():
-            # A warning that weights are random would be wrong: they are loaded below.
+            # The warning that weights are random would be wrong, because `load_weights` loads them below.
             warnings.simplefilter("ignore", IdleSetting)
             model = cls(config, tokenizer)
         for line in idle_settings(config, changes.keys()):
@@ -180,7 +183,7 @@ class D2SModel(nn.Module):
         return model.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads the files of `save_pretrained` to the hub, and returns their address."""
+        """Uploads the saved model to the hub. Returns its address. See `HfApi` for `private` and `token`."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -197,7 +200,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def _text_list(texts: str | Iterable[str]) -> list[str]:
-    """Returns the texts as a list. Raises ValueError as described in `encode_text`."""
+    """Returns the texts as a list. Raises ValueError for invalid texts, as `encode_text` explains."""
     if isinstance(texts, (Mapping, set, frozenset)) or not isinstance(texts, Iterable):
         raise ValueError(f"texts is a {type(texts).__name__}: give a text or a list of texts")
     texts = [texts] if isinstance(texts, str) else list(texts)
@@ -215,7 +218,7 @@ def _text_list(texts: str | Iterable[str]) -> list[str]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model in eval mode inside a `with` block, and restores the previous mode afterwards."""
+    """Puts the model in eval mode for a `with` block. Restores the previous mode afterwards."""
     training = model.training
     model.eval()
     try:

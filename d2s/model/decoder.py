@@ -1,4 +1,4 @@
-"""The decoder of stage 2. Its mask tokens represent the words that a sparse caption leaves out.
+"""Implements the decoder of stage 2. Its mask tokens stand for words that a sparse caption leaves out.
 
 Source: Liu et al., ICCV 2025 (D2S-VSE), arXiv 2503.14953.
 """
@@ -11,7 +11,7 @@ from d2s.model.config import DecoderConfig
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with an optional mask."""
+    """Computes multi-head self-attention with an optional mask."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -20,7 +20,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Lets all tokens of x (B, K, D) attend to those where mask (B, 1, 1, K) is true; None: to all."""
+        """Lets each of K tokens attend to all tokens for which `mask` is true. Returns their new features.
+
+        x: token features of shape (B, K, D). mask: boolean, of shape (B, 1, 1, K); None allows all tokens.
+        """
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -29,7 +32,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then an MLP with GELU, each with a residual connection."""
+    """Applies a pre-norm transformer block: attention, then an MLP with GELU, each with a skip connection."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -40,7 +43,7 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Maps x (B, K, D) to (B, K, D). See `Attention.forward` for `mask`."""
+        """Maps token features to features of the same shape. Arguments: as in `Attention.forward`."""
         x = x + self.attn(self.norm1(x), mask)
         return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
 
@@ -48,7 +51,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Transforms word features and learnable mask tokens. The prompt p is the mean of the mask tokens.
 
-    attend_padding: attention also covers padding, as in the authors' release.
+    attend_padding: let tokens attend also to padding, as the authors' released code does.
     """
 
     def __init__(self, config: DecoderConfig, width: int, attend_padding: bool = False) -> None:
@@ -57,14 +60,14 @@ class Decoder(nn.Module):
         before = {"surround": config.tokens // 2, "prefix": config.tokens, "postfix": 0}
         self.before = before[config.layout]
         self.tokens = nn.Parameter(torch.empty(config.tokens, width))
-        # Standard deviation 1, as word features have. The prompt is a mean, so it starts small beside t.
+        # Word features also have standard deviation 1. The prompt is a mean, so it starts small beside t.
         nn.init.normal_(self.tokens)
         hidden = int(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        """Returns the prompt p (B, D) for word features (B, L, D); mask (B, L) is false at padding."""
+        """Maps word features of shape (B, L, D) to prompts of shape (B, D). `mask` is false at padding."""
         batch, length = mask.shape
         tokens = self.tokens.to(words.dtype).expand(batch, -1, -1)
         x = torch.cat([tokens[:, : self.before], words, tokens[:, self.before :]], dim=1)

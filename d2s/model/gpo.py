@@ -1,6 +1,6 @@
-"""Generalised pooling operator (GPO): sorts each channel of the tokens, then takes a weighted sum.
+"""Implements the generalised pooling operator (GPO).
 
-The weights depend only on the number of tokens.
+GPO sorts each channel over the tokens and takes a weighted sum. Its weights depend on the token count only.
 
 Source: Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding", CVPR 2021.
 """
@@ -21,7 +21,7 @@ GRU_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 @lru_cache(maxsize=64)
 def position_code(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns the code of positions 0..length-1: (length, width), sine in even, cosine in odd channels."""
+    """Returns position codes of shape (length, width): sines in even channels, cosines in odd channels."""
     position = torch.arange(length, dtype=torch.float64)[:, None]
     rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10000.0) / width))
     code = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=2)
@@ -29,11 +29,11 @@ def position_code(length: int, width: int, device: torch.device, dtype: torch.dt
 
 
 class LengthWeights(nn.Module):
-    """Computes pooling weights for numbers of tokens: bidirectional GRU over positions, score, softmax.
+    """Computes pooling weights from lengths: bidirectional GRU over positions, linear score, softmax.
 
-    The forward GRU runs once over the longest sequence, because shorter sequences are its first steps. The
-    backward GRU depends on where a sequence ends. This module itself owns all parameters, because ZeRO stage
-    3 gathers only the parameters of the module whose forward runs.
+    The forward GRU runs only over the longest sequence, because its first states are also the states of
+    shorter ones. The backward GRU runs over each sequence, because its states depend on the sequence's end.
+    This module has no submodules, because ZeRO 3 gathers only parameters of the module whose forward runs.
     """
 
     def __init__(self, width: int, temperature: float) -> None:
@@ -41,20 +41,21 @@ class LengthWeights(nn.Module):
         self.width = width
         self.temperature = temperature
         for name in DIRECTIONS:
-            # Parameters of this module get the shapes, names and initial values of torch.nn.GRU.
+            # The parameters get the shapes, names and initial values that torch.nn.GRU uses.
             for key, value in nn.GRU(width, width).named_parameters():
                 self.register_parameter(f"{name}_{key.removesuffix('_l0')}", nn.Parameter(value.detach()))
         self.score = nn.Parameter(nn.Linear(width, 1, bias=False).weight.detach())
 
     def _gru(self, name: str, data: Tensor, counts: list[int]) -> Tensor:
-        """Returns states (T, n, width) of one direction for data (T, width); see `position_gru`."""
+        """Runs the GRU called `name` ("ahead" or "back"). See `position_gru` for arguments and result."""
         weights = [getattr(self, f"{name}_{key}").to(data.dtype) for key in GRU_WEIGHTS]
         return position_gru(data, counts, *weights)
 
     def forward(self, lengths: list[int]) -> Tensor:
-        """Returns weights (len(lengths), max(lengths)), 0 after each length.
+        """Returns a row of pooling weights for each length. `lengths` must be distinct, longest first.
 
-        `lengths` are distinct, longest first. The weights are float64 for a float64 model, else float32.
+        A row has max(lengths) entries. The entries after the row's length are 0. The rows are float64 if the
+        parameters are float64, and float32 otherwise.
         """
         assert lengths == sorted(set(lengths), reverse=True), "distinct lengths, longest first"
         assert lengths[-1] >= 1, "nothing to pool"
@@ -74,8 +75,8 @@ class LengthWeights(nn.Module):
 class GPO(nn.Module):
     """Pools token features by the generalised pooling operator.
 
-    Weights are computed once for each distinct length in a batch. In eval mode without gradients they are
-    cached, and computed again only when the parameters change.
+    Each distinct length in a batch needs one row of weights. In eval mode without gradients, the rows are
+    cached. They are computed again if the parameters change.
     """
 
     def __init__(self, width: int = 32, temperature: float = 0.1) -> None:
@@ -93,7 +94,7 @@ class GPO(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def _cached_weights(self, lengths: list[int]) -> Tensor:
-        """Returns the weights of `LengthWeights` for these lengths; computes and caches the missing ones."""
+        """Returns the same as `LengthWeights.forward`. Computes and caches rows that are not cached yet."""
         versions = tuple(parameter._version for parameter in self.parameters())
         missing = [length for length in lengths if (length, versions) not in self._cache]
         if missing:
@@ -103,7 +104,7 @@ class GPO(nn.Module):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Pools features (B, K, D) over the tokens where mask (B, K) is true. Returns (B, D)."""
+        """Maps features of shape (B, K, D) to shape (B, D): pools the tokens whose `mask` entry is true."""
         counts = mask.sum(1)
         distinct, which = torch.unique(counts, return_inverse=True)
         lengths = distinct.flip(0).tolist()

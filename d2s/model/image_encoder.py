@@ -1,4 +1,4 @@
-"""Embeds images: maps pixels to an image embedding."""
+"""Maps the pixels of images to embeddings."""
 
 from contextlib import nullcontext
 from typing import Self
@@ -13,7 +13,7 @@ from d2s.model.towers import build_tower, tower_width
 
 
 class ImageEncoder(nn.Module):
-    """Maps pixels to embeddings: tower, linear map, size augmentation, pooling, unit length."""
+    """Embeds images: tower, linear map, size augmentation, pooling, scaling to length 1."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -21,32 +21,32 @@ class ImageEncoder(nn.Module):
         self.frozen = config.image_encoder.freeze
         self.tower = build_tower(config.image_encoder, "vision", image_size=config.image_size)
         self.linear = nn.Linear(tower_width(self.tower), config.width)
-        # ConvNeXt applies its last norm after average pooling; here it is applied to the tokens instead.
+        # ConvNeXt applies its last norm after average pooling. Here the norm is applied to the tokens.
         self.map_norm = self.tower.config.model_type in ("convnext", "convnextv2")
         self.pool = GPO(config.gpo_width, config.gpo_temperature)
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode; a frozen tower stays in eval mode."""
+        """Sets the mode. If the tower is frozen, the tower stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.tower.eval()
         return self
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Returns (x / 255 - mean) / std for uint8 images x (B, 3, H, W), in the dtype of the weights."""
+        """Computes (x / 255 - mean) / std, in the weights' dtype, for uint8 images of shape (B, 3, H, W)."""
         dtype = self.linear.weight.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         mean = torch.tensor(self.config.image_mean, dtype=wide, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.config.image_std, dtype=wide, device=images.device).view(3, 1, 1)
-        # Computed in one pass over the pixels instead of three.
+        # addcmul makes one pass over the pixels instead of three.
         normal = torch.addcmul(-mean / std, images.to(wide), 1 / (255 * std)).to(dtype)
-        # With channels last, the small convolutional towers train 9 to 26 % faster on one CPU core.
+        # The small convolutional towers train 9 to 26 % faster on one CPU core with channels last.
         return normal.contiguous(memory_format=torch.channels_last)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Returns the tower's tokens (B, K, C) for uint8 images (B, 3, H, W)."""
+        """Maps uint8 images of shape (B, 3, H, W) to the tower's K tokens, of shape (B, K, C)."""
         with torch.no_grad() if self.frozen else nullcontext():
             out = self.tower(pixel_values=self.normalise(images)).last_hidden_state
         if out.ndim == 4:
@@ -54,9 +54,10 @@ class ImageEncoder(nn.Module):
         return self.tower.layernorm(out) if self.map_norm else out
 
     def forward(self, images: Tensor, draw_seeds: Tensor | None = None) -> Tensor:
-        """Embeds uint8 images (B, 3, H, W). Returns embeddings (B, D) of unit length.
+        """Embeds uint8 images of shape (B, 3, H, W). Returns unit-length embeddings of shape (B, D).
 
-        draw_seeds: (B,) int64; in training each seed decides which tokens its image loses. None: no token.
+        draw_seeds: int64 seeds, one for each image. In training, a seed decides which tokens its image loses.
+            If None, each image keeps all tokens.
         """
         tokens = self.tokens(images)
         if self.training and draw_seeds is not None and self.config.token_dropout > 0:

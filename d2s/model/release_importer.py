@@ -1,12 +1,12 @@
-"""Imports a checkpoint of the authors' release; the command is `d2s.compat`.
+"""Imports a checkpoint of the authors' release of D2S-VSE (arXiv 2503.14953). The command is `d2s.compat`.
 
-The checkpoint has the layout of the release of D2S-VSE (arXiv 2503.14953). The file is a pickle, so it is
-opened by a loader that admits only tensors, plain containers and argparse.Namespace, and executes nothing.
-The imported model has the compat switches on, which reproduce the release's evaluation; `--ours` omits them.
+The checkpoint file is a pickle. It is read by a loader that executes no code and admits only tensors, plain
+containers and argparse.Namespace. The imported model has the compat switches on, so that it reproduces the
+release's evaluation. `--ours` leaves the switches off.
 
-The release's padding inside the pooling operator (-10000 before the sort, 0 after it) needs no switch: the
-result equals that of a mask unless a feature is below -10000. The release resizes images with OpenCV
-(bilinear, not antialiased); this is part of reading images and is not reproduced here.
+In its pooling operator, the release writes -10000 at padding before the sort and 0 after it. This gives the
+same result as our mask unless a feature is below -10000, so it needs no switch. The release resizes images
+with OpenCV (bilinear, not antialiased). We do not reproduce this.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from d2s.model.saving import load_hub_state
 
 IGNORED = ("long_txt_enc.", "txt_enc.mlp.bns.1.", "prompt_learner.mask_token")
 IGNORED_PARTS = (".pooler.", ".position_ids", ".relative_position_index", ".num_batches_tracked")
-# Maps prefixes of weights in the release to those in a D2SModel, with the hub's names inside the towers.
+# Maps name prefixes in the release to name prefixes in a D2SModel. Inside the towers, names are the hub's.
 RENAMED = {
     "img_enc.visual_encoder.": "image_encoder.tower.",
     "img_enc.image_encoder.fc.": "image_encoder.linear.",
@@ -39,7 +39,7 @@ RENAMED = {
     "prompt_learner.decoder_blocks.": "decoder.blocks.",
     "prompt_learner.decoder_norm.": "decoder.norm.",
 }
-# VIT and BERT map fields of a Hugging Face configuration to a weight and the dimension with their value.
+# VIT and BERT map a field of the Hugging Face configuration to (weight, dimension whose size is the value).
 _PATCH = "embeddings.patch_embeddings.projection.weight"
 _INNER = "encoder.layer.0.intermediate.dense.weight"
 VIT = {"hidden_size": (_PATCH, 0), "patch_size": (_PATCH, 3), "intermediate_size": (_INNER, 0)}
@@ -51,14 +51,14 @@ BERT = {
     "type_vocab_size": ("embeddings.token_type_embeddings.weight", 0),
 }
 TOKENIZER = "google-bert/bert-base-uncased"
-HEAD_WIDTH = 64  # width of an attention head in ViT-B and BERT-base; the weights' shapes do not show it
+HEAD_WIDTH = 64  # width of an attention head in ViT-B and BERT-base, which the weights' shapes do not show
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads the release's `model_best.pth` without executing code from the file.
 
-    Raises ValueError in one line if the file is missing or damaged, contains other types than tensors, plain
-    containers and argparse.Namespace, or does not have the release's layout.
+    Raises ValueError, with a message of one line, if the file is missing or damaged, if it contains a type
+    that the loader does not admit, or if it does not have the release's layout.
     """
     what = f"checkpoint {str(path)!r}"
     if not path.is_file():
@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _refused_part(error: Exception) -> str:
-    """Returns the part of torch's long message that names the refused type."""
+    """Extracts the part that names the refused type from torch's long error message."""
     for line in str(error).splitlines():
         if "GLOBAL" in line or "Unsupported" in line:
             return line.strip().split(" was not an allowed")[0].split("WeightsUnpickler error: ")[-1]
@@ -89,7 +89,7 @@ def _refused_part(error: Exception) -> str:
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the release's weights for `load_hub_state`. Raises ValueError on an unknown weight."""
+    """Renames the release's weights to fit `load_hub_state`. Raises ValueError if a weight is unknown."""
     out = {}
     for full, value in state.items():
         name = full.removeprefix("module.")
@@ -112,12 +112,12 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """Counts the modules whose numbers follow the prefix in weights' names."""
+    """Counts numbered modules: returns how many different numbers follow `prefix` in the weights' names."""
     return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 
 def _size(state: dict[str, Tensor], name: str, dim: int) -> int:
-    """Returns the size of dimension `dim` of a weight. Raises ValueError if there is none."""
+    """Returns the size of a weight's dimension. Raises ValueError if weight or dimension is missing."""
     if name not in state:
         raise ValueError(f"checkpoint: has no weight {name!r}, it is not the release's layout")
     shape = tuple(state[name].shape)
@@ -129,7 +129,10 @@ def _size(state: dict[str, Tensor], name: str, dim: int) -> int:
 
 
 def _transformer(state: dict[str, Tensor], at: str, kind: str, table: dict[str, tuple[str, int]]) -> dict:
-    """Returns the Hugging Face configuration of the ViT or BERT whose weights' names begin with `at`."""
+    """Derives the Hugging Face configuration of a ViT or BERT. Its weights' names begin with `at`.
+
+    kind: "vit" or "bert". table: `VIT` or `BERT`.
+    """
     fields = {field: _size(state, at + name, dim) for field, (name, dim) in table.items()}
     heads = max(1, fields["hidden_size"] // HEAD_WIDTH)
     layers = _count(state, at + "encoder.layer.")
@@ -137,7 +140,7 @@ def _transformer(state: dict[str, Tensor], at: str, kind: str, table: dict[str, 
 
 
 def _swin(state: dict[str, Tensor], at: str) -> dict:
-    """Returns the Hugging Face configuration of the Swin whose weights' names begin with `at`."""
+    """Derives the Hugging Face configuration of a Swin tower. Its weights' names begin with `at`."""
     stages = range(_count(state, at + "encoder.layers."))
     first = f"{at}encoder.layers.{{}}.blocks.0."
     table = first + "attention.self.relative_position_bias_table"
@@ -155,8 +158,9 @@ def _swin(state: dict[str, Tensor], at: str) -> dict:
 
 
 def model_config(state: dict[str, Tensor], size: int, tokenizer: str, *, ours: bool = False) -> ModelConfig:
-    """Derives the configuration from the shapes of a renamed state. size: side of the input image in pixels.
+    """Derives the configuration from the shapes in a state that `rename` returned.
 
+    size: side of the input image, in pixels. tokenizer: name or folder. ours: turn the compat switches off.
     Raises ValueError with the weight's name if a weight is missing or has an impossible shape.
     """
     vision, text, decoder = "image_encoder.tower.", "text_encoder.tower.", None
@@ -166,7 +170,7 @@ def model_config(state: dict[str, Tensor], size: int, tokenizer: str, *, ours: b
         width = _size(state, "decoder.tokens", 1)
         decoder = DecoderConfig(
             tokens=_size(state, "decoder.tokens", 0),
-            # The layout has no effect. The release's layout is recorded if the compat switches are on.
+            # The layout has no effect. With the compat switches, we record the release's layout.
             layout="surround" if ours else "postfix",
             depth=_count(state, "decoder.blocks."),
             mlp_ratio=_size(state, "decoder.blocks.0.fc1.weight", 0) / width,
@@ -188,10 +192,10 @@ def model_config(state: dict[str, Tensor], size: int, tokenizer: str, *, ours: b
 def convert(
     path: Path, *, tokenizer: str = TOKENIZER, size: int | None = None, ours: bool = False
 ) -> D2SModel:
-    """Converts the release's checkpoint to a model in eval mode.
+    """Converts the release's checkpoint to a model in eval mode. Arguments: as in `model_config`.
 
-    size: side of the input image in pixels; None reads it from the checkpoint's options (`img_res`).
-    Raises ValueError in one line if the checkpoint is refused or a weight does not fit.
+    If `size` is None, it is read from the checkpoint's options (`img_res`).
+    Raises ValueError, with a message of one line, if the checkpoint is refused or a weight does not fit.
     """
     content = read_checkpoint(path)
     size = size or getattr(content.get("opt"), "img_res", None)

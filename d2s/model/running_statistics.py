@@ -1,7 +1,8 @@
-"""Protects the running statistics of BatchNorm, which each training forward changes without the optimizer.
+"""Protects the running statistics of BatchNorm, which change in each training forward.
 
-Two problems are solved here. A forward changes the statistics before it is known whether the training step
-will be skipped. And workers that compute their own statistics (model.compat_batch_norm) drift apart.
+The forward runs before we know whether the training step will be skipped, so a skipped training step must
+restore the statistics. With model.compat_batch_norm, each worker computes its own statistics, so these must
+be made equal before they are used.
 """
 
 import torch
@@ -18,10 +19,10 @@ def _statistics(module: nn.Module) -> list[Tensor]:
 
 
 class RunningStatistics:
-    """Undoes changes of running statistics, if a training step is skipped or a statistic becomes inf or NaN.
+    """Undoes changes of running statistics if a training step is skipped or a statistic becomes inf or NaN.
 
-    A running average that is inf or NaN once would stay so for ever. No method waits for the device, and
-    finite statistics keep every bit. Create the object after the module is moved to its device.
+    Without this, a running average that becomes inf or NaN would stay so. No method waits for the device.
+    Create the object after the module is moved to its device.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -38,16 +39,16 @@ class RunningStatistics:
             buffer.copy_(before)
 
     def keep_finite(self) -> None:
-        """Restores the entries that became inf or NaN, as a variance can although the loss is finite."""
+        """Restores entries that became inf or NaN. A variance can overflow although the loss is finite."""
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(buffer.isfinite(), buffer, before))
 
 
 def broadcast_running_statistics(module: nn.Module) -> None:
-    """Gives every worker the running statistics of worker 0; all workers call it together.
+    """Gives every worker the running statistics of worker 0. All workers must call this together.
 
-    Call it before statistics are saved or used in eval mode. Training does not read them, so extra calls do
-    not change those of worker 0, and a resumed run ends with the same bits as an uninterrupted run.
+    Call it before statistics are saved or used in eval mode. Training does not read running statistics, and
+    worker 0 keeps its own. So the number of calls does not change the result of a run.
     """
     if several_workers():
         for buffer in _statistics(module):

@@ -1,6 +1,6 @@
-"""Draws random numbers that depend on a sample's seed and not on its batch, by a hash on the device.
+"""Draws random numbers by a hash on the device. They depend on a sample's seed but not on its batch.
 
-They equal those of `expand` and `to_uniform` in `d2s.shards.order.draws`, where seeds are called states.
+`expand` and `to_uniform` in `d2s.shards.order.draws` give the same numbers. There, seeds are called states.
 """
 
 import torch
@@ -10,7 +10,7 @@ from d2s.model.config import ModelConfig
 
 
 def _as_int64(value: int) -> int:
-    """Returns the signed integer with the bits of an unsigned 64-bit one; torch needs signed ones."""
+    """Returns the signed integer with the same 64 bits as `value`, because torch.int64 is signed."""
     return value - 2**64 if value >= 2**63 else value
 
 
@@ -21,7 +21,7 @@ _DROPOUT_STREAM = _as_int64(0xD6E8FEB86659FD93)
 
 
 def _shift_right(value: Tensor, by: int) -> Tensor:
-    """Shifts to the right and fills with zeros; torch's own shift copies the sign bit."""
+    """Shifts int64 numbers to the right by `by` bits. Fills with 0, but torch's shift copies the sign."""
     return (value >> by) & ((1 << (64 - by)) - 1)
 
 
@@ -33,21 +33,21 @@ def splitmix64(value: Tensor) -> Tensor:
 
 
 def _hashes(seeds: Tensor, count: int) -> Tensor:
-    """Returns hashes (B, count) int64; row b depends only on seeds[b]."""
+    """Returns int64 hashes of shape (B, count). Row b depends only on seeds[b]."""
     counter = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64)
     return splitmix64(seeds[:, None] + counter * _GOLDEN)
 
 
 def uniforms(seeds: Tensor, count: int) -> Tensor:
-    """Returns uniform numbers in [0, 1), (B, count) float64; row b depends only on seeds[b] (int64)."""
+    """Draws uniform float64 numbers in [0, 1), of shape (B, count). Row b depends only on seeds[b]."""
     return _shift_right(_hashes(seeds, count), 11).double() * 2.0**-53
 
 
 def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
-    """Applies dropout to values (B, ...). Row b depends only on seeds[b] (int64).
+    """Applies dropout at `rate` to values of shape (B, ...). Row b depends only on seeds[b], an int64 number.
 
-    Whether an entry is dropped depends on its position in the row, but not on the row's length. The rate is
-    rounded to a multiple of 1 / 65536, because one 64-bit hash serves four entries.
+    Whether an entry is dropped depends on the seed and on the entry's position in its row. It does not depend
+    on the row's length. One 64-bit hash serves four entries, so rates are rounded to multiples of 1 / 65536.
     """
     if rate <= 0:
         return values
@@ -55,17 +55,17 @@ def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
     if steps >= 65536:
         return torch.zeros_like(values)
     flat = values.flatten(1)
-    # Changes the seeds, so that the hashes differ from those in `uniforms`.
+    # With the seeds unchanged, the hashes would equal the hashes in `uniforms`.
     hashes = _hashes(seeds ^ _DROPOUT_STREAM, -(-flat.shape[1] // 4))
     keep = hashes.view(torch.int16)[:, : flat.shape[1]] >= steps - 32768
     return (flat * (keep.to(values.dtype) * (65536 / (65536 - steps)))).view_as(values)
 
 
 def token_mask(seeds: Tensor, tokens: int, config: ModelConfig) -> Tensor:
-    """Draws a mask (B, tokens) bool, false where size augmentation drops a token. One always stays.
+    """Draws a boolean mask of shape (B, tokens) from B seeds. Size augmentation drops the false tokens.
 
-    A share `token_dropout` of the images loses each token at a rate drawn between `token_dropout_min` and
-    `token_dropout_max`; the others lose none. Source: Chen et al., CVPR 2021.
+    An image loses tokens with probability `token_dropout`. Each of its tokens is then dropped at a rate drawn
+    between `token_dropout_min` and `token_dropout_max`. One token always stays. Source: Chen et al. (2021).
     """
     draws = uniforms(seeds, tokens + 2)
     per_image, rate, per_token = draws[:, :1], draws[:, 1:2], draws[:, 2:]

@@ -1,4 +1,4 @@
-"""Writes a model to a folder and reads it: model.safetensors, config.json, and the tokenizer's files."""
+"""Saves and loads model folders, which contain model.safetensors, config.json and the tokenizer's files."""
 
 import dataclasses
 import json
@@ -20,17 +20,17 @@ CONFIG = "config.json"
 
 
 def _self_contained(config: TowerConfig, tower: PreTrainedModel) -> TowerConfig:
-    """Returns the settings with the tower's full Hugging Face configuration instead of a name."""
+    """Replaces the name in the tower's settings by the tower's full Hugging Face configuration."""
     fields = json.loads(tower.config.to_json_string(use_diff=False))
     fields.pop("_name_or_path", None)
     return dataclasses.replace(config, name=None, config=fields, pretrained=False, layers=None)
 
 
 def write(folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
-    """Writes a model folder. The weights are written last, so a folder that contains them is complete.
+    """Writes a model folder. The weights are written last, so a folder with weights is complete.
 
-    The settings are written with full configurations of both towers instead of names. The towers' weights get
-    the names that the hub uses.
+    config.json contains the full configurations of both towers instead of their names. The towers' weights
+    get the names that files on the hub use.
     """
     towers = ("image_encoder", "text_encoder")
     parts = {name: _self_contained(getattr(config, name), getattr(model, name).tower) for name in towers}
@@ -40,7 +40,7 @@ def write(folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase,
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # The tokenizer keeps these settings of its last call. Reset, equal models give equal files.
+        # These settings remain from the tokenizer's last call. Resetting makes files of equal models equal.
         backend.no_padding()
         backend.no_truncation()
     tokenizer.save_pretrained(folder)
@@ -49,9 +49,9 @@ def write(folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase,
 
 
 def find_folder(name: str | Path) -> Path:
-    """Returns the local folder of a saved model; downloads it if `name` is one on the hub.
+    """Returns the folder of a saved model. If `name` is not a local folder, downloads it from the hub.
 
-    Raises ValueError in one line if there is no such model or a file is missing.
+    Raises ValueError, with a message of one line, if there is no such model or a file is missing.
     """
     folder = Path(name) if Path(name).is_dir() else _download(str(name))
     for file in (CONFIG, WEIGHTS):
@@ -71,7 +71,7 @@ def _download(name: str) -> Path:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Reads the settings of the saved model in `folder`. Raises ValueError in one line if that fails."""
+    """Reads the settings of a saved model. Raises ValueError if config.json is missing or invalid."""
     path = folder / CONFIG
     fields = read_json(path)
     try:
@@ -81,7 +81,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Loads the weights of the saved model in `folder`. Raises ValueError as :func:`load_hub_state` does."""
+    """Loads the weights of a saved model. Raises ValueError if they are unreadable or do not fit."""
     source = folder / WEIGHTS
     try:
         state = load_file(source)
@@ -91,10 +91,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load_hub_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Loads a state with the hub's names into the model.
+    """Loads a state, whose entries have the hub's names, into the model.
 
-    The decoder may be missing in the state or in the model. The number of position embeddings may differ.
-    Raises ValueError in one line, with `source` and the first entry that does not fit.
+    The state or the model may lack a decoder. Position embeddings are resized if their number differs.
+    Raises ValueError, with `source` and the first entry that does not fit.
     """
     state, own = from_hub(model, state), model.state_dict()
     if not any(name.startswith("decoder.") for name in state):

@@ -1,4 +1,4 @@
-"""The teacher of stage 2: a frozen text encoder of stage 1. Its embedding of dense captions is distilled."""
+"""Defines the teacher of stage 2, a frozen text encoder of stage 1. It embeds dense captions."""
 
 import copy
 from typing import Self
@@ -10,9 +10,9 @@ from d2s.model.text_encoder import TextEncoder
 
 
 class Teacher(nn.Module):
-    """A frozen copy of a text encoder that always stays in eval mode.
+    """Holds a frozen copy of a text encoder. The copy always stays in eval mode.
 
-    With `train_mode=True` it stays in training mode, as in the authors' release, with changing statistics.
+    With `train_mode=True`, the copy stays in training mode, and its BatchNorm statistics change.
     """
 
     def __init__(self, text_encoder: TextEncoder, *, train_mode: bool = False) -> None:
@@ -22,10 +22,10 @@ class Teacher(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Keeps the mode chosen at construction and ignores `mode`."""
+        """Ignores `mode` and keeps the mode that was chosen at construction."""
         return super().train(self.train_mode)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Returns the text embedding t (B, D), not of unit length, for ids and mask (B, L); no decoder."""
+        """Returns text embeddings t, of shape (B, D). See `TextEncoder.forward` for `ids` and `mask`."""
         return self.text_encoder(ids, mask)[0]

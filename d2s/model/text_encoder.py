@@ -1,4 +1,4 @@
-"""Embeds texts: maps word pieces to a text embedding, and to word features for the decoder."""
+"""Maps the word pieces of texts to text embeddings, and to word features for the decoder."""
 
 from typing import Self
 
@@ -15,7 +15,7 @@ _GROUP = 32  # number of texts that a frozen tower embeds at a time on a CPU
 
 
 class WordMLP(nn.Module):
-    """An MLP for each word: linear to D/2, norm over the real words of a batch, ReLU, linear to D."""
+    """Applies an MLP to each word: linear map to D / 2 channels, norm, ReLU, linear map to D channels."""
 
     def __init__(self, hidden: int, config: ModelConfig) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class WordMLP(nn.Module):
             self.norm.across_workers = False
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Maps hidden (B, L, H) to (B, L, D); mask (B, L) is false at padding."""
+        """Maps hidden states of shape (B, L, H) to shape (B, L, D). `mask` is false at padding."""
         inner = self.inner(hidden)
         flat = inner.flatten(0, 1)
         if self.pads or not (self.training and isinstance(self.norm, WordBatchNorm)):
@@ -41,7 +41,7 @@ class WordMLP(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Embeds texts: tower, dropout, word features, pooling over the real words, LayerNorm."""
+    """Embeds texts: tower, dropout, word features, pooling over all words but padding, LayerNorm."""
 
     def __init__(self, config: ModelConfig, vocab_size: int | None = None) -> None:
         super().__init__()
@@ -58,16 +58,19 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width) if config.text_norm else nn.Identity()
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode; a frozen tower stays in eval mode."""
+        """Sets the mode. If the tower is frozen, the tower stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.tower.eval()
         return self
 
     def forward(self, ids: Tensor, mask: Tensor, draw_seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns text embeddings t (B, D), not of unit length, and word features (B, L, D).
+        """Returns text embeddings t, of shape (B, D), and word features, of shape (B, L, D).
 
-        draw_seeds: (B,) int64; in training each seed decides its sample's dropout. None: torch's generator.
+        The embeddings are not scaled to length 1.
+        ids: numbers of word pieces, int64, of shape (B, L). mask: boolean, of shape (B, L), false at padding.
+        draw_seeds: int64 seeds of shape (B,). In training, a seed decides the dropout of its text. If None,
+            torch's generator decides.
         """
         hidden = self._frozen_hidden(ids, mask) if self.frozen else self._hidden(ids, mask)
         if draw_seeds is None or not self.training:
@@ -82,14 +85,14 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def _frozen_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Returns the tower's hidden states (B, L, H). On a CPU it embeds texts in groups of similar length.
+        """Returns the tower's hidden states, of shape (B, L, H).
 
-        Padding costs a CPU as much time as words. Positions after a group's longest text stay 0 and are
-        masked later.
+        A CPU spends as much time on padding as on words. So on a CPU the tower embeds groups of texts of
+        similar length. Positions after a group's longest text stay 0 and are masked later.
         """
         if ids.device.type != "cpu" or len(ids) <= _GROUP:
             return self._hidden(ids, mask)
-        lengths = mask.shape[1] - mask.flip(1).int().argmax(1)  # position of the last real word, plus 1
+        lengths = mask.shape[1] - mask.flip(1).int().argmax(1)  # position of the last word, plus 1
         out: Tensor | None = None
         for rows in lengths.argsort(stable=True).split(_GROUP):
             width = int(lengths[rows].max())

@@ -1,7 +1,7 @@
-"""Translates between the names of a tower's weights in the installed transformers and in files on the hub.
+"""Translates the names of a tower's weights between the installed transformers and files on the hub.
 
-Releases of transformers rename modules, but files on the hub keep the old names, and transformers maps one to
-the other. A saved model uses the hub's names, so that other releases of transformers can read it.
+Releases of transformers rename modules, but files on the hub keep the old names. A saved model uses the hub's
+names, so that other releases of transformers can read it.
 """
 
 import torch
@@ -13,12 +13,12 @@ TOWERS = ("image_encoder.tower.", "text_encoder.tower.")
 
 
 def hub_names(tower: PreTrainedModel) -> dict[str, str]:
-    """Maps the installed name of each weight and buffer of the tower to its name on the hub.
+    """Returns a dictionary from the installed names of the tower's weights and buffers to the hub's names.
 
-    Maps each name to itself if transformers merges or splits weights of this model type.
+    If transformers merges or splits weights of this model type, each name is mapped to itself.
     """
     names = list(tower.state_dict())
-    # Each weight is replaced by its number; the number comes back under the weight's name on the hub.
+    # We give transformers a number instead of each weight. It returns the number under the hub's name.
     numbered = {name: torch.full((1,), number) for number, name in enumerate(names)}
     renamed = revert_weight_conversion(tower, numbered)
     pairs = {names[int(value)]: name for name, value in renamed.items() if value.numel() == 1}
@@ -26,13 +26,13 @@ def hub_names(tower: PreTrainedModel) -> dict[str, str]:
 
 
 def to_hub(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the entries of both towers in a model's state to the names on the hub."""
+    """Replaces the installed names of both towers' weights in a state by the hub's names."""
     names = _all_names(model)
     return {names.get(name, name): value for name, value in state.items()}
 
 
 def from_hub(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the entries of both towers from the names on the hub to the installed names."""
+    """Replaces the hub's names of both towers' weights in a state by the installed names."""
     names = {theirs: ours for ours, theirs in _all_names(model).items()}
     return {names.get(name, name): value for name, value in state.items()}
 
