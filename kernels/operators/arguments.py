@@ -38,7 +38,7 @@ def check_tensor(
     types: tuple[torch.dtype, ...] = FLOATS,
     empty: bool = False,
 ) -> None:
-    """Raises ValueError unless `x` is a dense tensor of one of `types`, on the device of `like`, with the given shape.
+    """Raises ValueError unless `x` is a dense tensor of `shape`, of one of `types`, on the device of `like`.
 
     In `shape`, a letter stands for any size. If `empty` is false, this size must not be 0. If `like` is None, the
     device is not checked. name: the argument's name, for the message.
@@ -101,7 +101,7 @@ def number_tensor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 def check_sides(
     image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None, offset: int, both: bool
 ) -> Sides:
-    """Returns the arguments of a contrastive loss as `Sides`, or raises ValueError. `text_ids` defaults to `image_ids`."""
+    """Checks the arguments of a contrastive loss and returns them as `Sides`. Raises ValueError."""
     check_tensor("image", image, ("B", "D"))
     check_tensor("text", text, ("N", image.shape[1]), image, (image.dtype,))
     b, n = image.shape[0], text.shape[0]
@@ -133,7 +133,7 @@ def check_positives(
     query_ids: Tensor | None,
     candidate_ids: Tensor | None,
 ) -> None:
-    """Raises ValueError unless positives are given in exactly one of the two forms of `functional.retrieval_ranks`."""
+    """Raises ValueError unless positives are given in one of the two forms of `functional.retrieval_ranks`."""
     b, n = queries.shape[0], candidates.shape[0]
     if positives is None:
         if query_ids is None or candidate_ids is None:

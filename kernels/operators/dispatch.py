@@ -45,12 +45,12 @@ def implementation(device: torch.device | str | None = None, dtype: torch.dtype 
 
 
 def uses_reference(x: Tensor) -> bool:
-    """Returns whether the reference is chosen for tensors like `x`. The reference is called without a torch operator."""
+    """Returns whether the reference is chosen for tensors like `x`. It needs no torch operators."""
     return _choose(os.environ.get("D2S_KERNELS") or "", x.device.type, x.dtype) == "reference"
 
 
 def _choose(name: str, kind: str, dtype: torch.dtype) -> str:
-    """Returns the implementation's name. name: the value of D2S_KERNELS, or "". kind: the device type, as in "cuda"."""
+    """Returns the implementation's name. name: the value of D2S_KERNELS, or "". kind: the type of the device."""
     if name and name not in IMPLEMENTATIONS:
         raise ValueError(f"D2S_KERNELS: {name!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     if name == "reference":
