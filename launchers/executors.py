@@ -85,7 +85,7 @@ class Command:
         return 0
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Tells submitit to submit this callable again. submitit calls this if a signal comes before the command runs."""
+        """Makes submitit submit this callable again. submitit calls it if a signal comes before the command runs."""
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -119,7 +119,7 @@ def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -
             **local_gpus(gpus),
         )  # fmt: skip
         return local
-    # job.sh sets these bash arrays. They hold the container's options, the site's srun options and the Python command.
+    # job.sh sets these bash arrays: the container's options, the site's srun options and the Python command.
     python = '"${container[@]}" "${extra[@]}" "${python[@]}"'
     slurm = submitit.SlurmExecutor(folder / LOGS, max_num_timeout=MAX_RESTARTS, python=python)
     signal = f"{SIGNAL}@{resources.signal_seconds}"
