@@ -30,17 +30,14 @@ SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A kernel to compile, with its tile, the width D and type of the embeddings, and the GPU architecture.
-
-    arch: the compute capability without the dot, as in 90. tuned: whether `tile` is not the default tile.
-    """
+    """A kernel to compile for one tile, one width D and one type of the embeddings, and one architecture."""
 
     kernel: str
     tile: "Tile"
     width: int
     dtype: str
-    arch: int
-    tuned: bool = False
+    arch: int  # as in 90 for sm_90
+    tuned: bool = False  # whether `tile` differs from the default tile
 
     @property
     def key(self) -> str:
@@ -55,18 +52,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """The figures of a compiled kernel.
+    """The figures of a compiled kernel."""
 
-    registers: number of registers per thread. tensor_core: number of tensor-core instructions.
-    spill_stores, spill_loads: bytes that a thread moves out of and back into registers, because it has too few.
-    shared: bytes of shared memory per thread block.
-    """
-
-    registers: int
-    spill_stores: int
-    spill_loads: int
-    shared: int
-    tensor_core: int
+    registers: int  # number of registers per thread
+    spill_stores: int  # bytes that a thread writes to memory because it has too few registers
+    spill_loads: int  # bytes that a thread reads back from this memory
+    shared: int  # bytes of shared memory per thread block
+    tensor_core: int  # number of tensor-core instructions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +71,7 @@ class Built:
 
 
 def all_jobs(specs: Iterable["KernelSpec"], tuned: dict[str, "Tile"]) -> list[Job]:
-    """Returns the jobs for all kernels, with their default tiles and their tuned tiles.
-
-    tuned: the tile table, as `tiles.tuned_tiles` returns it. If several jobs compile to the same code, only the
-        first is returned.
-    """
+    """Returns the jobs for all kernels with default and `tuned` tiles. Of jobs for equal code, returns only the first."""
     from d2s.kernels.fused.tiles import default_tile, entry
 
     by_build: dict[tuple, Job] = {}
@@ -126,10 +114,8 @@ def source(spec: "KernelSpec", job: Job) -> object:
 def compile_kernel(source: object, arch: int, options: dict[str, int]) -> Figures:
     """Compiles triton's ASTSource `source` and returns its figures. TRITON_INTERPRET must not be set.
 
-    arch: the architecture; 90 stands for sm_90. options: launch options, from `KernelSpec.launch_options`.
-
-    Bypasses triton's cache, because the cache does not keep the assembler's report. Raises ValueError if the
-    report lacks registers or spills. Passes on any exception of the compiler.
+    options: result of `KernelSpec.launch_options`. Triton's cache is not used, because it does not keep the report of
+    the assembler. Raises ValueError if the report lacks registers or spills, and any exception of the compiler.
     """
     import triton
     from triton import knobs

@@ -20,14 +20,11 @@ CODE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The size of an op's inputs: `n` pairs of embeddings of width `width`.
+    """The size of an op's inputs."""
 
-    For GPO: `n` samples, each with `tokens` feature vectors of width `width`. For other ops `tokens` is 0.
-    """
-
-    n: int
-    width: int
-    tokens: int = 0
+    n: int  # number of pairs of embeddings or, for GPO, of samples
+    width: int  # width of an embedding or, for GPO, of a feature vector
+    tokens: int = 0  # number of feature vectors in each sample of GPO; 0 for other ops
 
     def __str__(self) -> str:
         return "x".join(str(size) for size in (self.n, self.tokens, self.width) if size)
@@ -35,16 +32,12 @@ class Shape:
 
 @dataclass(kw_only=True, eq=False)
 class Inputs:
-    """Inputs of an op. tensors: the inputs by name. leaves: the tensors that get a gradient.
+    """The inputs of an op."""
 
-    upstream: the gradient with respect to the op's result; None stands for 1.
-    net: the module that computes GPO's weights; None for other ops.
-    """
-
-    tensors: dict[str, Tensor]
-    leaves: list[Tensor]
-    upstream: Tensor | None = None
-    net: nn.Module | None = None
+    tensors: dict[str, Tensor]  # the inputs by name
+    leaves: list[Tensor]  # the tensors that get a gradient
+    upstream: Tensor | None = None  # the gradient with respect to the op's result; None stands for 1
+    net: nn.Module | None = None  # the module that computes GPO's weights; None for other ops
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -105,10 +98,9 @@ class GpoWeights(nn.Module):
 def _sides(
     shape: Shape, dtype: torch.dtype, device: str, seed: int, more_leaves: Sequence[str] = ()
 ) -> Inputs:
-    """Makes image and text embeddings that resemble the embeddings of a half-trained model.
+    """Makes embeddings. Positives have a cosine of about 0.5. In every 16 pairs, two have the same image id.
 
-    Positive pairs have a cosine of about 0.5. In every 16 pairs, two have the same image id. `more_leaves` names
-    tensors that get a gradient, in addition to the embeddings.
+    more_leaves: names of tensors that get a gradient, in addition to the embeddings.
     """
     g = torch.Generator(device=device).manual_seed(seed)
     n = shape.n

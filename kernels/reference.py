@@ -28,10 +28,7 @@ def _masks(sides: Sides) -> tuple[Tensor, Tensor]:
 
 
 def _hardest_of(cost: Tensor, negative: Tensor, dim: int) -> Tensor:
-    """Returns the largest entry of `cost` along `dim` among the pairs in the mask `negative`.
-
-    Ties go to the lowest index. Keeps `dim` with size 1. Without negatives the result is 0.
-    """
+    """Returns the largest `cost` of the negatives along `dim`, or 0 without negatives. Ties go to the lowest index."""
     index = torch.where(negative, cost, -torch.inf).detach().cpu().numpy().argmax(dim)
     index = torch.from_numpy(index).to(cost.device).unsqueeze(dim)
     return torch.where(negative, cost, 0).gather(dim, index)

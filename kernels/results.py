@@ -24,8 +24,7 @@ README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results: generated, see above -->", "<!-- end of results -->"
 # Cases that are measured for several values of N. These cases get plots.
 SWEEPS = tuple(name for name, case in CASES.items() if case.flops[0])
-# Number of panels side by side in a plot.
-COLUMNS = 3
+COLUMNS = 3  # number of panels side by side in a plot
 # Settings of matplotlib. Text is stored as text. A constant salt makes plots of equal data equal files.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "d2s", "font.size": 8, "lines.markersize": 3}
 
@@ -40,10 +39,7 @@ def _number(value: float | None) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Returns the lines of a Markdown table with a row for each op, type and size.
-
-    A row shows the times of forward and backward together for each variant, and the extra memory.
-    """
+    """Returns a Markdown table as lines. Each op, type and size has a row with times of forward and backward."""
     groups: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row.mode == "full":
@@ -149,10 +145,7 @@ def plots(devices: dict[str, list[Row]]) -> dict[str, str]:
 
 
 def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
-    """Returns the README's text, with a new section between its two markers.
-
-    path: the README. devices: measurements by device name. Raises ValueError if a marker is missing or repeated.
-    """
+    """Returns the README's text with a new section between its markers. Raises ValueError for wrong markers."""
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{path}: must have the line {BEGIN} once and below it the line {END} once")
@@ -161,10 +154,7 @@ def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
 
 
 def update(folder: Path, readme: Path, check: bool) -> list[Path]:
-    """Writes the README and the plots that are out of date, and prints and returns their paths.
-
-    folder: the folder of the CSV files and plots. check: if true, nothing is written.
-    """
+    """Finds the README and plots that are out of date, and writes them unless `check`. Returns their paths."""
     devices = by_device(folder)
     files = {readme: new_readme(readme, devices)}
     if find_spec("matplotlib"):

@@ -140,10 +140,7 @@ def summary(reports: Reports) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace, options: list[str]) -> list[str]:
-    """Runs the check, prints the result and returns the faults. Raises ValueError if the check cannot run.
-
-    options: command-line options, which are passed on to the process of each rank.
-    """
+    """Runs the check, prints and returns the faults. Raises ValueError if it cannot run. options: for the ranks."""
     if "SLURM_JOB_ID" not in os.environ:
         raise ValueError("no allocation: call it in a shell of salloc, or in a batch script")
     if not Path("launchers/job.sh").is_file():

@@ -146,10 +146,7 @@ def port_fault() -> str:
 
 
 def rendezvous(patience: float) -> None:
-    """Connects all ranks. Reports this node's clock and the bandwidth of an all-reduce, or else the error.
-
-    patience: seconds to wait for other ranks.
-    """
+    """Connects all ranks within `patience` seconds. Reports the clock and the all-reduce bandwidth, or the error."""
     import torch
     import torch.distributed as dist
 

@@ -7,4 +7,4 @@ lines. Likewise job.sh repeats `d2s.workers.preemption.PREEMPTED`. tests/launche
 SIGNAL = "USR2"
 """One of `d2s.workers.preemption.SIGNALS`. Not USR1, which NCCL may catch."""
 LEAD_SECONDS = 120
-"""Seconds from the signal to the time limit. They suffice for a training step and a checkpoint. SLURM may add 60 s."""
+"""Seconds from the signal to the time limit. Enough for a training step and a checkpoint. SLURM may add 60 s."""

@@ -19,16 +19,14 @@ from d2s.kernels.problems import MARGIN, PROBLEMS, TEMPERATURE, Inputs, Problem,
 class Case(Problem):
     """An op with its plain implementation and the least work that any implementation must do.
 
-    released: the implementation in the authors' published code; None if it equals `plain`.
-    flops, traffic: one value for the forward pass, and one for forward and backward together.
-    flops: the number of operations, in units of n * n * width. The n x n matrix is not stored, so the backward pass
-        computes it again. traffic: how often an array of the size of the largest input is read or written.
+    `flops` and `traffic` have one value for the forward pass, and one for forward and backward together. The n x n
+    matrix is not stored, so the backward pass computes it again.
     """
 
     plain: Run
-    released: Run | None = None
-    flops: tuple[int, int] = (0, 0)
-    traffic: tuple[int, int] = (2, 4)
+    released: Run | None = None  # the authors' published implementation; None if it equals `plain`
+    flops: tuple[int, int] = (0, 0)  # number of operations, in units of n * n * width
+    traffic: tuple[int, int] = (2, 4)  # how often an array of the largest input's size is read or written
 
 
 class Work(NamedTuple):

@@ -30,10 +30,7 @@ def variants(item: plan.Item, arguments: argparse.Namespace) -> dict[str, Run]:
 
 
 def peak_bytes(name: str, item: plan.Item, device: str, run: Run | None = None) -> int:
-    """Returns the peak memory of the variant `name` in bytes, as `timing.extra_bytes` measures it.
-
-    run: the variant's function. If None, the function is looked up by name.
-    """
+    """Returns `timing.extra_bytes`, in bytes, of the variant `name`. run: its function; None to look it up."""
     make, dtype = CASES[item.case].make, plan.DTYPES[item.dtype]
     run = run or provider(name, item.case, device, item.shape.width)
     small = make(replace(item.shape, n=min(item.shape.n, 64)), dtype, device, 0)

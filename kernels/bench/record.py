@@ -21,13 +21,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The measurement of one variant of one op at one size in one mode.
-
-    timing: "wall" for the host's clock, "events" for CUDA events, or "graph" for replays of a CUDA graph.
-    extra_mib: see `timing.extra_bytes`, but in MiB; None if not measured.
-    tflops: `cases.Work.flops` divided by the median time; 0 if the op multiplies no matrices.
-    matmul_tflops, copy_gbs: the device's rates in this run. floor_ms: the time of `cases.Work` at these rates.
-    """
+    """The measurement of one variant of one op at one size in one mode."""
 
     date: str
     device: str
@@ -41,16 +35,16 @@ class Row:
     n: int
     tokens: int
     width: int
-    timing: str
+    timing: str  # "wall" (the host's clock), "events" (CUDA events) or "graph" (replays of a CUDA graph)
     repeats: int
     median_ms: float
     p20_ms: float
     p80_ms: float
-    extra_mib: float | None
-    tflops: float
-    matmul_tflops: float
-    copy_gbs: float
-    floor_ms: float
+    extra_mib: float | None  # `timing.extra_bytes`, but in MiB; None if not measured
+    tflops: float  # `cases.Work.flops` divided by the median time; 0 if the op multiplies no matrices
+    matmul_tflops: float  # the device's rate for matrix products in this run
+    copy_gbs: float  # the device's rate for copies in this run
+    floor_ms: float  # the time of `cases.Work` at these two rates
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -107,10 +101,7 @@ def check_writable(folder: Path, device: str) -> None:
 
 
 def show(rows: list[Row]) -> None:
-    """Prints the rows of one item.
-
-    The columns "vs eager" and "memory" show the time and the memory of the variant "eager" divided by the row's.
-    """
+    """Prints the rows. Columns "vs eager" and "memory": eager's time and memory divided by the row's values."""
     eager = {(r.mode, r.timing): r for r in rows if r.provider == "eager"}
     for r in rows:
         base = eager.get((r.mode, r.timing))
@@ -163,10 +154,7 @@ def read(path: Path) -> list[Row]:
 
 
 def by_device(folder: Path) -> dict[str, list[Row]]:
-    """Returns the rows of all CSV files by device, without repeated measurements: the last row counts.
-
-    Raises ValueError if there are no rows.
-    """
+    """Returns all rows by device. If a measurement was repeated, the last row counts. Raises ValueError without rows."""
     latest = {row.key: row for path in sorted(folder.glob("*.csv")) for row in read(path)}
     if not latest:
         raise ValueError(f"{folder}: holds no measurement (no CSV file with rows)")

@@ -22,10 +22,7 @@ FEWEST = 3
 
 
 def step(run: Run, inputs: Inputs, mode: str) -> tuple[Callable[[], object], Callable[[], object] | None]:
-    """Returns the function to time and, if there is one, a function to call before it without timing; else None.
-
-    mode: one of MODES. "forward" runs the op, "backward" its gradients, and "full" both.
-    """
+    """Returns the function to time in a mode, and a function or None to call before it without timing."""
     if mode == "forward" or not inputs.leaves:
         return lambda: run(inputs), None
     # A variant may have its own function `gradients`.
@@ -37,10 +34,7 @@ def step(run: Run, inputs: Inputs, mode: str) -> tuple[Callable[[], object], Cal
 
 
 def sets_needed(nbytes: int, device: str) -> int:
-    """Returns how many sets of inputs, each of `nbytes` bytes, are needed for timing with a cold cache.
-
-    If that many sets are used in turn, each set has left the cache before it is used again.
-    """
+    """Returns how many input sets of `nbytes` bytes to use in turn, so that a set leaves the cache between uses."""
     if device.startswith("cuda"):
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", CACHE)
     else:
@@ -62,9 +56,8 @@ def in_turn(
     """Times the variants in turn. Each round uses the next set of inputs.
 
     Returns the milliseconds of every repeat by variant, and the error messages of the variants that failed.
-    There are `warm` rounds of warm-up and then `repeats` timed rounds. A variant is not run again once it has used
-    `longest` seconds and has FEWEST repeats. Its warm-up ends after a tenth of `longest`. The first round, which
-    may compile, does not count for `longest`.
+    There are `warm` rounds of warm-up, then `repeats` timed rounds. A variant stops once it has run for `longest`
+    seconds and has FEWEST repeats. Its warm-up stops after a tenth of `longest`. The first round is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
@@ -158,10 +151,7 @@ def _memory(field: str) -> int:
 
 
 def device_rates(dtype: torch.dtype, device: str, tiny: bool) -> tuple[float, float]:
-    """Returns the device's rates: TFLOP/s of a matrix product in `dtype`, and GB/s (read plus written) of a copy.
-
-    tiny: whether to use small matrices, as in a test.
-    """
+    """Returns the TFLOP/s of a matrix product and the GB/s (read plus written) of a copy. tiny: use small tensors."""
     size = 256 if tiny else 8192 if device.startswith("cuda") else 3072
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randn((1 << 16) if tiny else (1 << 26), device=device)

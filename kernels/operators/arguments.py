@@ -67,10 +67,7 @@ def check_flag(name: str, value: bool) -> None:
 
 
 def check_number(name: str, value: float, like: Tensor) -> float:
-    """Returns `value` as an int or float.
-
-    Raises ValueError unless `value` is a number that the accumulator type of `like` (see `d2s.kernels`) can hold.
-    """
+    """Returns `value` as an int or float. Raises ValueError unless the accumulator type of `like` can hold it."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         if isinstance(value, bool | Tensor) or not isinstance(value, Real):
             remedy = "take its number with .item()" if isinstance(value, Tensor) else "give a float"
@@ -85,10 +82,7 @@ def check_number(name: str, value: float, like: Tensor) -> float:
 
 
 def number_tensor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """Returns `value`, which is a number or a float tensor of one entry, as a tensor on the device of `like`.
-
-    Raises ValueError for other values.
-    """
+    """Returns a number, or a float tensor of one entry, as a tensor on the device of `like`. Raises ValueError."""
     if not isinstance(value, Tensor):
         number = check_number(name, value, like)
         return torch.full((1,), number, dtype=accumulator(like.dtype), device=like.device)
@@ -154,10 +148,7 @@ def check_positives(
 
 
 def check_lists(starts: Tensor, indices: Tensor, n: int) -> None:
-    """Raises ValueError unless `starts` rises from 0 to the number of indices, and all indices are in 0..n-1.
-
-    n: number of candidates.
-    """
+    """Raises ValueError unless `starts` rises from 0 to the number of indices and each index is below `n`."""
     falls = starts[1:] < starts[:-1]
     ends = indices.aminmax() if indices.numel() else (starts[0], starts[0])
     found = torch.stack([starts[0], starts[-1], falls.any().to(starts.dtype), *ends])

@@ -39,9 +39,8 @@ def define(schema: str, fake: Callable, run: Callable) -> Callable:
 def differentiable(operator: Callable, save: Callable, backward: Callable) -> None:
     """Registers the gradient of an operator with several outputs. Only the first output has a gradient.
 
-    `save(ctx, arguments, outputs)` runs after the operator and keeps tensors for the backward.
-    `backward(ctx, grad)` returns the gradients of the arguments. `grad` is the gradient with respect to the first
-    output. `backward` is not called if the first output gets no gradient.
+    `save(ctx, arguments, outputs)` keeps tensors for the backward. `backward(ctx, grad)` returns the gradients of the
+    arguments, from the gradient of the first output. It is not called if the first output gets no gradient.
     """
 
     def forward(ctx: FunctionCtx, *arguments: object) -> object:
@@ -101,10 +100,9 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def gradient_in_forward(operator: Callable, places: tuple[int, ...]) -> None:
-    """Registers the gradient of an operator that computes its own gradients in the forward.
+    """Registers the gradient of an operator that returns the loss and its gradients.
 
-    The operator returns the loss, and then for each index in `places` the gradient with respect to the argument
-    with this index. The backward multiplies these gradients by the gradient with respect to the loss.
+    places: for each returned gradient, the index of the argument to which the gradient belongs.
     """
 
     def save(ctx: FunctionCtx, arguments: tuple, outputs: tuple) -> None:

@@ -79,10 +79,7 @@ def load(name: str) -> ModuleType:
 
 
 def backend(x: Tensor) -> ModuleType:
-    """Returns the module with the functions that an operator calls for tensors like `x`.
-
-    If D2S_KERNELS is `reference`, the default module is returned, because the reference has no such functions.
-    """
+    """Returns the module that operators use for tensors like `x`. D2S_KERNELS=reference counts as not set."""
     name = os.environ.get("D2S_KERNELS") or ""
     kind = x.device.type
     name = _choose("" if name == "reference" else name, kind, x.dtype)

@@ -2,7 +2,6 @@
 
 A torch schema takes no tuples. So the operators take the fields of `Sides` and `Winners` as separate arguments.
 `torch.compile` does not look inside an operator, so a compiled model computes the same bits.
-
 Some operators compute gradients in the forward and return them after the loss, in the accumulator type. Each
 argument need_... says whether a gradient is needed. A gradient that is not needed is returned as an empty tensor.
 The other operators have a second operator for the backward. `d2s.kernels.functional` describes the arguments.
@@ -25,10 +24,9 @@ _OWN = _SIDES.count(",") + 1
 
 
 def _run(name: str, *, sides: bool, need: int) -> Callable:
-    """Returns a function that calls the implementation's function `name` with an operator's arguments.
+    """Returns a function that packs an operator's arguments and passes them to the implementation's function `name`.
 
-    sides: whether the first arguments are the fields of `Sides`, to be packed as `Sides`.
-    need: the number of need_... arguments at the end, to be packed as a tuple.
+    sides: whether to pack the first arguments as `Sides`. need: how many of the last arguments to pack as a tuple.
     """
 
     def run(*arguments):
