@@ -71,7 +71,7 @@ class Built:
 
 
 def all_jobs(specs: Iterable["KernelSpec"], tuned: dict[str, "Tile"]) -> list[Job]:
-    """Returns the jobs for all kernels with default and `tuned` tiles. Of jobs for equal code, returns only the first."""
+    """Returns the jobs for default and `tuned` tiles. If several jobs compile to equal code, returns the first."""
     from d2s.kernels.fused.tiles import default_tile, entry
 
     by_build: dict[tuple, Job] = {}
@@ -154,10 +154,7 @@ def build(job: Job) -> Built:
 
 
 def build_all(jobs: Sequence[Job], processes: int) -> Iterator[Built]:
-    """Compiles the jobs in worker processes. Yields the results in the order of `jobs`.
-
-    processes: number of worker processes. Raises ValueError if the compiler crashes.
-    """
+    """Compiles the jobs in `processes` processes. Yields results in order. Raises ValueError if the compiler crashes."""
     done = 0
     with ProcessPoolExecutor(processes, get_context("spawn"), _unset_interpreter) as pool:
         try:

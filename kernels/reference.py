@@ -28,7 +28,7 @@ def _masks(sides: Sides) -> tuple[Tensor, Tensor]:
 
 
 def _hardest_of(cost: Tensor, negative: Tensor, dim: int) -> Tensor:
-    """Returns the largest `cost` of the negatives along `dim`, or 0 without negatives. Ties go to the lowest index."""
+    """Returns the largest `cost` of a negative along `dim`, or 0 without negatives. Ties go to the lowest index."""
     index = torch.where(negative, cost, -torch.inf).detach().cpu().numpy().argmax(dim)
     index = torch.from_numpy(index).to(cost.device).unsqueeze(dim)
     return torch.where(negative, cost, 0).gather(dim, index)
@@ -111,7 +111,7 @@ def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def _even_sums(x: Tensor) -> Tensor:
-    """Returns the sum of each row of `x`, of shape (N, D). Equal rows get equal sums, unlike with torch.sum."""
+    """Returns the sum of each row of `x`, of shape (N, D). Equal rows get equal sums. torch.sum does not ensure this."""
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         x = torch.cat([x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]], 1)

@@ -61,12 +61,12 @@ TOLERANCE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A kernel to tune. width: D or, for GPO, the number of tokens. half: whether embeddings have 16 bits."""
+    """A kernel to tune for one width and one size of the embeddings' type."""
 
     spec: KernelSpec
-    width: int
-    half: bool
-    capability: tuple[int, int]
+    width: int  # D or, for GPO, the number of tokens
+    half: bool  # whether embeddings have 16 bits
+    capability: tuple[int, int]  # compute capability of the GPU, as in (9, 0)
 
     def __str__(self) -> str:
         return f"{self.spec.name} D={self.width} {'half' if self.half else 'float'}"
@@ -99,7 +99,7 @@ class Task:
 
 
 def tasks(kernels: Sequence[str], widths: Sequence[int], capability: tuple[int, int]) -> list[Task]:
-    """Returns the tasks for the given kernels and widths, with 16-bit and float32 embeddings, in order."""
+    """Returns the tasks for the given kernels and widths, for 16-bit and float32 types, in the order of tuning."""
     specs = {spec.name: spec for spec in ALL_SPECS}
     sizes = {name: TOKENS if name == "gpo_forward" else {} for name in kernels}
     return [

@@ -88,7 +88,7 @@ def _complaints(reports: Reports) -> list[str]:
 
 
 def _differences(reports: Reports) -> list[str]:
-    """Returns a line for each entry of `same` that differs from most ranks. In a tie, rank 0 has the right value."""
+    """Returns a line for each value in `same` that is not the most common value. In a tie, rank 0's value wins."""
     lines = []
     for what in dict.fromkeys(name for report in reports.values() for name in report["same"]):
         values = {rank: report["same"].get(what) for rank, report in sorted(reports.items())}
@@ -140,7 +140,7 @@ def summary(reports: Reports) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace, options: list[str]) -> list[str]:
-    """Runs the check, prints and returns the faults. Raises ValueError if it cannot run. options: for the ranks."""
+    """Runs all ranks with `options`. Prints and returns the faults. Raises ValueError if the check cannot run."""
     if "SLURM_JOB_ID" not in os.environ:
         raise ValueError("no allocation: call it in a shell of salloc, or in a batch script")
     if not Path("launchers/job.sh").is_file():

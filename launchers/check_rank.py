@@ -134,7 +134,7 @@ def check_gpus() -> dict[str, Any]:
 
 
 def port_fault() -> str:
-    """Returns "", or the reason if this node cannot listen at MASTER_PORT."""
+    """Returns the reason why this node cannot listen at MASTER_PORT. Returns "" if it can."""
     port = int(os.environ["MASTER_PORT"])
     try:
         # Like torch's store, create_server can use a port whose earlier connections were closed a moment ago.

@@ -161,7 +161,7 @@ def local_gpus(count: int) -> dict[str, Any]:
 
 
 def submit_step(folder: Path, step: Step, resources: Resources, after: list[str]) -> list[str]:
-    """Submits a step to SLURM, to start after the jobs `after`. Returns its job numbers. Raises ValueError if refused."""
+    """Submits a step to start after the jobs `after`. Returns its job numbers. Raises ValueError if sbatch fails."""
     chosen = executor(folder, step, resources, after)
     try:
         # Hides stderr, because submitit both prints and raises the error of sbatch.

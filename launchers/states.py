@@ -38,7 +38,7 @@ def slurm_states(ids: list[str], folder: Path) -> list[str]:
 
 
 def _query(command: list[str]) -> tuple[int, str, str]:
-    """Runs a SLURM command and returns its exit code, stdout and stderr. Returns code 1 if it is missing or hangs."""
+    """Runs a SLURM command. Returns exit code, stdout and stderr. If it is missing or takes over 60 s, code 1."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -54,7 +54,7 @@ def succeeded(folder: Path, job: str) -> bool:
 
 
 def local_controller(pid: str) -> psutil.Process | None:
-    """Returns the process `pid` if it is a controller process of submitit. Returns None if that has ended."""
+    """Returns the submitit controller with process number `pid`. Returns None if the controller has ended."""
     try:
         process = psutil.Process(int(pid))
         return process if "submitit" in " ".join(process.cmdline()) else None

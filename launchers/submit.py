@@ -204,7 +204,7 @@ def _execute(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns 0 or, after printing a user's mistake, 2."""
+    """Runs the command. Returns 0, or prints a user's mistake in one line and returns 2."""
     arguments = _parser().parse_args(argv)
     return run(lambda: _execute(arguments))
 

@@ -48,7 +48,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of this task.
 
     environment: has the variables of srun (see srun(1), "OUTPUT ENVIRONMENT VARIABLES") or of submitit's local
-        executor. For the latter, MASTER_ADDR and MASTER_PORT are also returned. The port depends on the job number.
+        executor. For the local executor, also returns MASTER_ADDR and MASTER_PORT. The job number sets the port.
 
     Raises ValueError on SLURM if a variable is missing that srun or launchers/job.sh sets.
     """
@@ -104,7 +104,7 @@ def resume_after_requeue(arguments: list[str], environment: Mapping[str, str]) -
 
 
 def run_command(arguments: list[str], environment: MutableMapping[str, str] = os.environ) -> ExitStatus:
-    """Runs one of COMMANDS as this rank. Prints a user's mistake as one line to stderr; the code is then 2."""
+    """Runs one of COMMANDS as this rank. For a user's mistake, prints one line to stderr and returns code 2."""
     preemption = Preemption()
     if arguments[:1] == ["train"]:
         preemption.install()  # before the slow imports, because a signal may come at any time

@@ -30,7 +30,7 @@ def variants(item: plan.Item, arguments: argparse.Namespace) -> dict[str, Run]:
 
 
 def peak_bytes(name: str, item: plan.Item, device: str, run: Run | None = None) -> int:
-    """Returns `timing.extra_bytes`, in bytes, of the variant `name`. run: its function; None to look it up."""
+    """Returns the peak memory of a variant in bytes (see `timing.extra_bytes`). run: its function, if known."""
     make, dtype = CASES[item.case].make, plan.DTYPES[item.dtype]
     run = run or provider(name, item.case, device, item.shape.width)
     small = make(replace(item.shape, n=min(item.shape.n, 64)), dtype, device, 0)
@@ -52,7 +52,7 @@ def extra_mib(name: str, item: plan.Item, device: str, run: Run) -> float | None
 
 
 def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Namespace) -> list[record.Row]:
-    """Measures one item in all modes. Returns a row for each variant. rates: result of `timing.device_rates`."""
+    """Measures one item. Returns a row for each variant, mode and clock. rates: see `timing.device_rates`."""
     make, dtype, device = CASES[item.case].make, plan.DTYPES[item.dtype], arguments.device
     first, on_gpu = make(item.shape, dtype, device, 0), device.startswith("cuda")
     count = timing.sets_needed(first.nbytes(), device)

@@ -73,7 +73,7 @@ def device_name(device: str) -> str:
 
 
 def circumstances(device: str) -> dict[str, str | int]:
-    """Returns the first five fields of `Row`. The date is in UTC. "triton" is "" if triton is not installed."""
+    """Returns the first five fields of `Row`. The date is in UTC. Without triton, its version is ""."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device_name(device),
@@ -101,7 +101,7 @@ def check_writable(folder: Path, device: str) -> None:
 
 
 def show(rows: list[Row]) -> None:
-    """Prints the rows. Columns "vs eager" and "memory": eager's time and memory divided by the row's values."""
+    """Prints the rows. "vs eager" and "memory" are the time and memory of "eager", divided by the row's values."""
     eager = {(r.mode, r.timing): r for r in rows if r.provider == "eager"}
     for r in rows:
         base = eager.get((r.mode, r.timing))
@@ -154,7 +154,7 @@ def read(path: Path) -> list[Row]:
 
 
 def by_device(folder: Path) -> dict[str, list[Row]]:
-    """Returns all rows by device. If a measurement was repeated, the last row counts. Raises ValueError without rows."""
+    """Returns all rows by device. Keeps the last row of a repeated measurement. Raises ValueError without rows."""
     latest = {row.key: row for path in sorted(folder.glob("*.csv")) for row in read(path)}
     if not latest:
         raise ValueError(f"{folder}: holds no measurement (no CSV file with rows)")

@@ -22,7 +22,7 @@ FEWEST = 3
 
 
 def step(run: Run, inputs: Inputs, mode: str) -> tuple[Callable[[], object], Callable[[], object] | None]:
-    """Returns the function to time in a mode, and a function or None to call before it without timing."""
+    """Returns the function to time, and a function to call before it without timing (None if not needed)."""
     if mode == "forward" or not inputs.leaves:
         return lambda: run(inputs), None
     # A variant may have its own function `gradients`.
@@ -57,7 +57,7 @@ def in_turn(
 
     Returns the milliseconds of every repeat by variant, and the error messages of the variants that failed.
     There are `warm` rounds of warm-up, then `repeats` timed rounds. A variant stops once it has run for `longest`
-    seconds and has FEWEST repeats. Its warm-up stops after a tenth of `longest`. The first round is not counted.
+    seconds and has FEWEST repeats. Its warm-up stops after a tenth of `longest`, which does not count round 0.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, str] = {}

@@ -82,7 +82,10 @@ def check_number(name: str, value: float, like: Tensor) -> float:
 
 
 def number_tensor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """Returns a number, or a float tensor of one entry, as a tensor on the device of `like`. Raises ValueError."""
+    """Returns a number or a float tensor of one entry as a tensor. Raises ValueError for other values.
+
+    like: its device is used, and a number gets its accumulator type. name: the argument's name, for the message.
+    """
     if not isinstance(value, Tensor):
         number = check_number(name, value, like)
         return torch.full((1,), number, dtype=accumulator(like.dtype), device=like.device)
@@ -95,7 +98,7 @@ def number_tensor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 def check_sides(
     image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None, offset: int, both: bool
 ) -> Sides:
-    """Checks the arguments of a contrastive loss and returns them as `Sides`. Raises ValueError."""
+    """Returns the arguments of a contrastive loss as `Sides`. Raises ValueError if an argument is wrong."""
     check_tensor("image", image, ("B", "D"))
     check_tensor("text", text, ("N", image.shape[1]), image, (image.dtype,))
     b, n = image.shape[0], text.shape[0]
@@ -148,7 +151,7 @@ def check_positives(
 
 
 def check_lists(starts: Tensor, indices: Tensor, n: int) -> None:
-    """Raises ValueError unless `starts` rises from 0 to the number of indices and each index is below `n`."""
+    """Raises ValueError unless `starts` rises from 0 to the number of indices, and indices are in 0..n-1."""
     falls = starts[1:] < starts[:-1]
     ends = indices.aminmax() if indices.numel() else (starts[0], starts[0])
     found = torch.stack([starts[0], starts[-1], falls.any().to(starts.dtype), *ends])

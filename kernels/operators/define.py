@@ -40,7 +40,7 @@ def differentiable(operator: Callable, save: Callable, backward: Callable) -> No
     """Registers the gradient of an operator with several outputs. Only the first output has a gradient.
 
     `save(ctx, arguments, outputs)` keeps tensors for the backward. `backward(ctx, grad)` returns the gradients of the
-    arguments, from the gradient of the first output. It is not called if the first output gets no gradient.
+    arguments, given the gradient of the first output. `backward` is not called if this output gets no gradient.
     """
 
     def forward(ctx: FunctionCtx, *arguments: object) -> object:

@@ -45,7 +45,7 @@ def implementation(device: torch.device | str | None = None, dtype: torch.dtype 
 
 
 def uses_reference(x: Tensor) -> bool:
-    """Returns whether the reference is chosen for tensors like `x`. It needs no torch operators."""
+    """Returns whether the reference is chosen for tensors like `x`. The caller skips the torch operators if so."""
     return _choose(os.environ.get("D2S_KERNELS") or "", x.device.type, x.dtype) == "reference"
 
 
