@@ -154,7 +154,7 @@ def build(job: Job) -> Built:
 
 
 def build_all(jobs: Sequence[Job], processes: int) -> Iterator[Built]:
-    """Compiles the jobs in `processes` processes. Yields results in order. Raises ValueError if the compiler crashes."""
+    """Compiles jobs in `processes` processes. Yields results in order. Raises ValueError if the compiler crashes."""
     done = 0
     with ProcessPoolExecutor(processes, get_context("spawn"), _unset_interpreter) as pool:
         try:

@@ -43,7 +43,7 @@ __all__ = [
 
 
 def _needs(*inputs: Tensor) -> list[bool]:
-    """Returns a list with True for each input that needs a gradient, else False."""
+    """Returns a list of booleans. An entry is true if the input at the same index needs a gradient."""
     grad = torch.is_grad_enabled()
     return [grad and x.requires_grad for x in inputs]
 
@@ -59,13 +59,14 @@ def hinge_loss(
     offset: int = 0,
     both: bool = True,
 ) -> Tensor:
-    """Returns the hinge loss: the sum of [margin + S_ij - S_positive]+ over negatives (VSE++, Faghri et al. 2018).
+    """Returns the sum over negatives of max(0, margin + S_ij - S_positive) (VSE++, Faghri et al. 2018).
 
-    A negative violates the margin if its term is above 0. If `hardest`, only the most similar negative of each row
-    and column counts, and ties go to the lowest index. Otherwise all negatives count. If `both`, rows and columns
-    count, and B = N and offset = 0 are required. Otherwise only rows count. Two calls without `both`, the second
-    with image and text exchanged, add up to one call with `both`. A row without negatives costs 0. A term of
-    exactly 0 has the gradient 0. Raises ValueError for an invalid shape, type, device or margin.
+    S_positive is the similarity of the positive in the same row or column. A negative violates the margin if its
+    term is above 0. If `hardest`, only the most similar negative of each row and column counts, and ties go to the
+    lowest index. Otherwise all negatives count. If `both`, rows and columns count, and B = N and offset = 0 are
+    required. Otherwise only rows count. Two calls without `both`, the second with image and text exchanged, add up
+    to one call with `both`. A row without negatives costs 0. If margin + S_ij - S_positive is exactly 0, its
+    gradient is 0. Raises ValueError for an invalid shape, type, device or margin.
     """
     sides = check_sides(image, text, image_ids, text_ids, offset, both)
     check_flag("hardest", hardest)

@@ -111,7 +111,7 @@ def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def _even_sums(x: Tensor) -> Tensor:
-    """Returns the sum of each row of `x`, of shape (N, D). Equal rows get equal sums. torch.sum does not ensure this."""
+    """Returns the sum of each row of `x`, of shape (N, D). Equal rows get equal sums, but not from torch.sum."""
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         x = torch.cat([x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]], 1)

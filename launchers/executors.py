@@ -20,7 +20,7 @@ from d2s.workers.preemption import leave_group
 
 # Ends of the names of SBATCH_ variables to unset. They would override options that each script sets itself.
 SET_BY_STEPS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "TIMELIMIT", "SIGNAL")
-# In effect no limit. `checkpoint.max_stalled_restarts` stops a training that restarts without progress.
+# Too many to be reached. `checkpoint.max_stalled_restarts` stops a training that restarts without progress.
 MAX_RESTARTS = 10_000
 
 
@@ -108,7 +108,7 @@ def apply_site_settings() -> None:
 
 
 def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -> submitit.Executor:
-    """Returns submitit's executor for a step. after: numbers of the jobs that must succeed before it starts."""
+    """Returns submitit's executor for a step. after: numbers of the jobs that must succeed before the step."""
     nodes, tasks = (resources.nodes, resources.tasks) if step.wide else (1, 1)
     gpus = tasks if resources.gpus and (step.wide or step.gpu) else 0
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = SIGNAL  # read by submitit's processes in the job

@@ -31,14 +31,14 @@ class Jobs:
 
     @classmethod
     def load(cls, folder: Path) -> "Jobs":
-        """Reads jobs.json in `folder`. Raises ValueError if there is no such file."""
+        """Returns the jobs that `save` wrote to jobs.json in `folder`. Raises ValueError if there is no such file."""
         if not (folder / JOBS).is_file():
             raise ValueError(f"{folder} holds no {JOBS}: name the --out of a pipeline or sweep")
         saved = read_json(folder / JOBS)
         return cls(folder, Resources(**saved["resources"]), [Step(**step) for step in saved["steps"]])
 
     def save(self) -> None:
-        """Writes jobs.json."""
+        """Writes the steps and resources to jobs.json in `folder`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = [asdict(step) for step in self.steps]
         write_json(self.folder / JOBS, {"resources": asdict(self.resources), "steps": steps})

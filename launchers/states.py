@@ -38,7 +38,7 @@ def slurm_states(ids: list[str], folder: Path) -> list[str]:
 
 
 def _query(command: list[str]) -> tuple[int, str, str]:
-    """Runs a SLURM command. Returns exit code, stdout and stderr. If it is missing or takes over 60 s, code 1."""
+    """Runs a SLURM command. Returns exit code, stdout and stderr. The code is 1 if it is missing or takes 60 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):

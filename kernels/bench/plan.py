@@ -56,7 +56,7 @@ def providers(arguments: argparse.Namespace) -> Sequence[str]:
 
 
 def modes(case: str, arguments: argparse.Namespace) -> Sequence[str]:
-    """Returns the modes to measure. With --quick, this is only "full". So it is for "ranks", which has no gradient."""
+    """Returns the modes to measure: only "full" with --quick and for "ranks", which has no gradient."""
     return ("full",) if arguments.quick or case == "ranks" else arguments.mode or timing.MODES
 
 

@@ -20,7 +20,7 @@ class Unavailable(Exception):
 
 
 def provider(name: str, case: str, device: str, width: int) -> Run:
-    """Returns the function with which the variant `name` runs a case. Raises Unavailable if it cannot run it."""
+    """Returns the function with which the variant `name` runs a case. Raises Unavailable if it cannot."""
     found = {"ours": CASES[case].ours, "eager": CASES[case].plain, "released": CASES[case].released}
     if name in found:
         if found[name] is None:

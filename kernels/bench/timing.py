@@ -56,8 +56,8 @@ def in_turn(
     """Times the variants in turn. Each round uses the next set of inputs.
 
     Returns the milliseconds of every repeat by variant, and the error messages of the variants that failed.
-    There are `warm` rounds of warm-up, then `repeats` timed rounds. A variant stops once it has run for `longest`
-    seconds and has FEWEST repeats. Its warm-up stops after a tenth of `longest`, which does not count round 0.
+    There are `warm` rounds of warm-up, then `repeats` timed rounds. A variant stops once it has FEWEST
+    repeats and has run for `longest` seconds, not counting the first round. Its warm-up gets a tenth of this time.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
