@@ -1,13 +1,14 @@
 """`d2s.kernels`: losses, pooling and retrieval ranks that never store the B x N similarity matrix.
 
-Docstrings and comments name sizes by letters: B is the local batch (rows), N the global batch (columns, or
-candidates), K the tokens of a sample, D the width of the embeddings, E the width of a teacher, W the workers.
-In code `n` is the number of rows (B) and `m` the number of columns (N). "acc" is the accumulator type:
-float64 for float64 inputs, else float32.
+Docstrings and comments use a letter for each size. B is the size of the local batch (the rows of the matrix).
+N is the size of the global batch (the columns of the matrix, or the candidates). K is the number of tokens of a
+sample. D is the width of the embeddings. E is the width of a teacher's embeddings. W is the number of workers.
+In code `n` is the number of rows (B) and `m` is the number of columns (N). "acc" is the type in which sums are
+accumulated: float64 for float64 inputs, else float32.
 
 Always import this package as `d2s.kernels`. Transformers looks for another package, named `kernels`. If the
 root of this repository is on the path, Transformers finds this file instead and runs it. So this file imports
-nothing until a name is requested, and offers no names when it runs as `kernels`.
+nothing until a name is requested. It offers no names when it runs as `kernels`.
 """
 
 _NAMES = (

@@ -1,7 +1,7 @@
-"""Builds each kernel with each of its tiles, widths, types and architectures.
+"""Compiles each kernel for every tile, width, type and GPU architecture with which it can be launched.
 
-Kernels are built in worker processes without TRITON_INTERPRET. Triton reads this variable when it is first imported,
-so this module imports triton and the kernels inside its functions.
+Kernels are compiled in worker processes in which TRITON_INTERPRET is not set. Triton reads this variable when it
+is first imported. So this module imports triton and the kernels inside its functions.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = (80, 90, 100)
 HALF = ("bf16", "fp16")
-# Matches the tensor-core instructions in PTX code, one name for each generation of GPUs.
+# Matches the tensor-core instructions in PTX code. Each generation of GPUs has its own instruction.
 TENSOR_CORE = re.compile(r"^\s*(?:@%?!?\w+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 REGISTERS = re.compile(r"Used (\d+) registers")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -30,40 +30,40 @@ SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One kernel to build: its tile, the width D and the type of the embeddings, and the GPU architecture."""
+    """A kernel to compile for one tile, one width D and one type of the embeddings, and one architecture."""
 
     kernel: str
     tile: "Tile"
     width: int
     dtype: str
-    arch: int
-    tuned: bool = False
+    arch: int  # as in 90 for sm_90
+    tuned: bool = False  # whether `tile` differs from the default tile
 
     @property
     def key(self) -> str:
-        """The key of this build in `results/compile.json`."""
+        """The key of this job in `results/compile.json`."""
         return f"{self.kernel}/sm_{self.arch}/{self.width}/{self.dtype}/{self.tile}"
 
     @property
     def half(self) -> bool:
-        """Whether the embeddings have 16 bits."""
+        """Whether the embeddings are of a 16-bit type."""
         return self.dtype in HALF
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Numbers of registers per thread and of tensor-core instructions; bytes of spills and of shared memory."""
+    """The figures of a compiled kernel."""
 
-    registers: int
-    spill_stores: int
-    spill_loads: int
-    shared: int
-    tensor_core: int
+    registers: int  # number of registers per thread
+    spill_stores: int  # bytes that a thread writes to memory because it has too few registers
+    spill_loads: int  # bytes that a thread reads back from this memory
+    shared: int  # bytes of shared memory per thread block
+    tensor_core: int  # number of tensor-core instructions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """The result of a job: figures, or an error message if the kernel does not compile."""
+    """The result of a job: `figures` or, if the kernel does not compile, the message `error`."""
 
     job: Job
     figures: Figures | None = None
@@ -71,7 +71,7 @@ class Built:
 
 
 def all_jobs(specs: Iterable["KernelSpec"], tuned: dict[str, "Tile"]) -> list[Job]:
-    """Returns the jobs for all kernels with default and `tuned` tiles, without jobs that build equal code."""
+    """Returns the jobs for default and `tuned` tiles. If several jobs compile to equal code, returns the first."""
     from d2s.kernels.fused.tiles import default_tile, entry
 
     by_build: dict[tuple, Job] = {}
@@ -89,7 +89,7 @@ def all_jobs(specs: Iterable["KernelSpec"], tuned: dict[str, "Tile"]) -> list[Jo
 
 
 def source(spec: "KernelSpec", job: Job) -> object:
-    """Returns triton's ASTSource for a job: the kernel with argument types, constants and alignments.
+    """Returns triton's ASTSource for a job. It holds the kernel with its argument types, constants and alignments.
 
     Raises ValueError if `spec` and the kernel do not have the same arguments.
     """
@@ -112,10 +112,10 @@ def source(spec: "KernelSpec", job: Job) -> object:
 
 
 def compile_kernel(source: object, arch: int, options: dict[str, int]) -> Figures:
-    """Compiles triton's ASTSource for an architecture (90 is sm_90). TRITON_INTERPRET must not be set.
+    """Compiles triton's ASTSource `source` and returns its figures. TRITON_INTERPRET must not be set.
 
-    Does not use triton's cache, because the assembler's report is not kept there. Raises ValueError if the report
-    lacks registers or spills, and any exception if the compiler fails.
+    options: result of `KernelSpec.launch_options`. Triton's cache is not used, because it does not keep the report of
+    the assembler. Raises ValueError if the report lacks registers or spills, and any exception of the compiler.
     """
     import triton
     from triton import knobs
@@ -140,24 +140,21 @@ def compile_kernel(source: object, arch: int, options: dict[str, int]) -> Figure
 
 
 def build(job: Job) -> Built:
-    """Compiles one job. Must run in a worker process without TRITON_INTERPRET."""
+    """Compiles one job and returns its result. TRITON_INTERPRET must not be set in this process."""
     from d2s.kernels.fused import ALL_SPECS
 
     try:
         spec = next(spec for spec in ALL_SPECS if spec.name == job.kernel)
         options = spec.launch_options(job.tile, job.width, job.half)
         return Built(job=job, figures=compile_kernel(source(spec, job), job.arch, options))
-    # The compiler can raise any exception; the other kernels must be built all the same.
+    # The compiler can raise any exception. It must not keep the other kernels from being compiled.
     except Exception as error:  # noqa: BLE001
         lines = str(error).strip().splitlines() or [""]
         return Built(job=job, error=f"{type(error).__name__}: {lines[-1].strip()}")
 
 
 def build_all(jobs: Sequence[Job], processes: int) -> Iterator[Built]:
-    """Builds the jobs in parallel and yields the results in the order of `jobs`, each as soon as possible.
-
-    Raises ValueError if the compiler crashes.
-    """
+    """Compiles jobs in `processes` processes. Yields results in order. Raises ValueError if the compiler crashes."""
     done = 0
     with ProcessPoolExecutor(processes, get_context("spawn"), _unset_interpreter) as pool:
         try:

@@ -1,9 +1,11 @@
 """`python -m d2s.kernels.compile`: compiles every Triton kernel for all supported GPUs, on a machine without them.
 
-Prints a row for every kernel, architecture, width, type and tile (* marks a tuned tile) with registers, spills,
-shared memory and tensor-core instructions. Fails, and names each fault, if a kernel does not compile, needs more
-shared memory than the GPU has, multiplies 16-bit matrices without tensor cores, or spills more than the committed
-figures allow. The committed figures are in `results/compile.json`, which `--write` replaces.
+Prints a row for every kernel, architecture, width, type and tile. The row shows registers, spills (bytes that move
+between registers and memory), shared memory and tensor-core instructions. A * marks a tuned tile.
+
+Prints a message for each fault and then fails. It is a fault if a kernel does not compile, needs more shared memory
+than the GPU has, multiplies 16-bit matrices without tensor cores, or spills more bytes than the committed figures
+allow. The committed figures are in `results/compile.json`. The option `--write` replaces this file.
 """
 
 import argparse
@@ -19,9 +21,9 @@ from d2s.common.command import Parser, positive, run
 from d2s.common.files import read_json, write_text
 from d2s.kernels.builds import Built, all_jobs, build_all
 
-# The committed figures of all builds.
+# The file with the committed figures of all compiled kernels.
 PATH = Path(__file__).resolve().parent / "results" / "compile.json"
-# Largest shared memory of a thread block in KiB, by architecture.
+# Maps an architecture to the most shared memory that a thread block can have, in KiB.
 SHARED_KIB = {80: 163, 90: 227, 100: 227}
 
 Committed = dict[str, dict[str, int]]
@@ -29,9 +31,10 @@ HEADER = f"{'build':61} {'regs':>4} {'spill st/ld':>11} {'shared':>9} {'tensor':
 
 
 def read_figures() -> Committed | None:
-    """Returns the committed figures by `Job.key`, or None if they were made with another version of triton.
+    """Returns the committed figures by `Job.key`. Returns {} if there is no file.
 
-    Versions allocate registers differently. Raises ValueError, with the file's name, if the file is damaged.
+    Returns None if the figures were made with another version of triton, because versions allocate registers
+    differently. Raises ValueError, with the file's name, if the file is damaged.
     """
     import triton
 
@@ -46,7 +49,7 @@ def read_figures() -> Committed | None:
 
 
 def write_figures(results: Iterable[Built]) -> None:
-    """Replaces the committed figures by those of a complete run. Writes one line for each build."""
+    """Replaces the committed figures with the figures in `results`. The file gets one line for each build."""
     import triton
 
     figures = {built.job.key: asdict(built.figures) for built in results if built.figures}
@@ -56,10 +59,11 @@ def write_figures(results: Iterable[Built]) -> None:
 
 
 def faults(built: Built, committed: Committed | None, dots: bool) -> list[str]:
-    """Returns a message for each fault of a build. dots: whether the kernel multiplies matrices.
+    """Returns a message for each fault of a build.
 
-    committed: largest spills that are allowed, by `Job.key`; a build without an entry may not spill. With None all
-        spills are allowed.
+    committed: maps `Job.key` to figures with the most bytes that the build may spill. A build without an entry may
+        not spill. If `committed` is None, all spills are allowed.
+    dots: whether the kernel multiplies matrices.
     """
     job, figures = built.job, built.figures
     if figures is None:
@@ -79,7 +83,7 @@ def faults(built: Built, committed: Committed | None, dots: bool) -> list[str]:
 
 
 def line(built: Built) -> str:
-    """Returns the row of the table for one build; * marks a tuned tile."""
+    """Returns the row of the table for one build. A * marks a tuned tile."""
     start, f = f"{built.job.key}{' *' if built.job.tuned else ''}", built.figures
     if f is None:
         return f"{start:61} does not compile"
@@ -88,7 +92,7 @@ def line(built: Built) -> str:
 
 
 def _compile(arguments: argparse.Namespace) -> list[str]:
-    """Builds the kernels and prints a row for each build. Returns the messages of all faults."""
+    """Compiles the kernels and prints a row for each build. Prints and returns the messages of all faults."""
     try:
         from d2s.kernels.fused import ALL_SPECS
     except ImportError as error:
@@ -99,11 +103,11 @@ def _compile(arguments: argparse.Namespace) -> list[str]:
     wanted = arguments.kernel or list(specs)
     if unknown := [name for name in wanted if name not in specs]:
         raise ValueError(f"no kernel {', '.join(unknown)}; there are {', '.join(specs)}")
-    # --write replaces the whole file, so it would lose the figures of kernels that were not built.
+    # --write replaces the whole file. With only some kernels, the figures of all others would be lost.
     if arguments.write and arguments.kernel:
         raise ValueError("--write needs all kernels")
     jobs = all_jobs([specs[name] for name in wanted], tuned_tiles())
-    # With --write the old figures are not read: the file may be damaged.
+    # With --write the old figures are not read, because --write is also the remedy for a damaged file.
     committed = None if arguments.write else read_figures()
     if committed is None and not arguments.write:
         print(f"compile: {PATH.name} is of another triton: spills are no faults", file=sys.stderr)
@@ -126,7 +130,7 @@ def _compile(arguments: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns 0, 1 if a build has a fault, 2 for a user's mistake, or 130 if interrupted."""
+    """Runs the command. Returns 0, or 1 if a build has a fault, 2 for a user's mistake, 130 if interrupted."""
     parser = Parser(prog="python -m d2s.kernels.compile", description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
     parser.add_argument("--jobs", type=positive, default=min(2, os.cpu_count() or 1), help="processes")

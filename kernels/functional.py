@@ -1,17 +1,18 @@
-"""The public functions of `d2s.kernels`: they check their arguments and call the operators, or the reference.
+"""The public functions of `d2s.kernels`. They check their arguments and call the operators or the reference.
 
-A wrong argument raises ValueError with one line: the argument, its value, the remedy. Embeddings are dense
-tensors of bf16, fp16, float32 or float64. `d2s.kernels.operators.dispatch` chooses the implementation.
+A wrong argument raises ValueError with one line that names the argument, its value and the remedy. Embeddings are
+dense tensors of bf16, fp16, float32 or float64. `d2s.kernels.operators.dispatch` chooses the implementation.
+`d2s.kernels` explains the letters B, N, K, D and E.
 
-Common to all losses:
-- A loss is the *sum* over the batch: a 0-dim tensor of float32 (of float64 for float64 inputs). Losses of
-  bf16 and fp16 inputs are computed in float32, also under autocast.
-- The caller L2-normalises image (B, D) and text (N, D). The positive of row i is column `offset + i`. With
-  one process, B = N and offset = 0. With several workers, each passes its own rows, the columns of all
-  workers, and as `offset` the column of its first row's positive.
-- image_ids (B,) and text_ids (N,) are int64. A pair with equal ids shows the same image and is never a
-  negative. text_ids defaults to image_ids.
-- Both inputs get gradients: the local rows and the gathered columns.
+All losses return the *sum* over the batch, as a tensor of shape (), in float32 or, for float64 inputs, in float64.
+Losses of bf16 and fp16 inputs are computed in float32, also under autocast. The contrastive losses share arguments:
+- `image`, of shape (B, D), and `text`, of shape (N, D), are L2-normalised by the caller. S = image @ text.T is the
+  similarity matrix, of shape (B, N). Both inputs get gradients.
+- `offset` says where the positives are: the positive of row i is column `offset + i`. With one process, B = N and
+  offset = 0. With several workers, each worker passes its local rows, the columns of all workers, and as `offset`
+  the column of the positive of its first row.
+- `image_ids`, of shape (B,), and `text_ids`, of shape (N,), are int64. A pair with equal ids shows the same image
+  and is never a negative. `text_ids` defaults to `image_ids`.
 """
 
 import torch
@@ -42,7 +43,7 @@ __all__ = [
 
 
 def _needs(*inputs: Tensor) -> list[bool]:
-    """Returns for each input whether it needs a gradient."""
+    """Returns a list of booleans. An entry is true if the input at the same index needs a gradient."""
     grad = torch.is_grad_enabled()
     return [grad and x.requires_grad for x in inputs]
 
@@ -58,13 +59,14 @@ def hinge_loss(
     offset: int = 0,
     both: bool = True,
 ) -> Tensor:
-    """Returns the sum of violations [margin + S_ij - S_positive]+ over negatives (VSE++, Faghri et al. 2018).
+    """Returns the sum over negatives of max(0, margin + S_ij - S_positive) (VSE++, Faghri et al. 2018).
 
-    With `hardest`, only the hardest negative of each row (and column) counts; ties go to the lowest index.
-    Otherwise all negatives count. With `both`, rows and columns count, and B = N and offset 0 are required;
-    otherwise only rows count. Two calls without `both`, the second with image and text exchanged, add up to
-    one call with `both`. A row without negatives costs nothing. A violation of exactly 0 has the gradient 0.
-    Raises ValueError for shapes, types, devices or margins that do not fit.
+    S_positive is the similarity of the positive in the same row or column. A negative violates the margin if its
+    term is above 0. If `hardest`, only the most similar negative of each row and column counts, and ties go to the
+    lowest index. Otherwise all negatives count. If `both`, rows and columns count, and B = N and offset = 0 are
+    required. Otherwise only rows count. Two calls without `both`, the second with image and text exchanged, add up
+    to one call with `both`. A row without negatives costs 0. If margin + S_ij - S_positive is exactly 0, its
+    gradient is 0. Raises ValueError for an invalid shape, type, device or margin.
     """
     sides = check_sides(image, text, image_ids, text_ids, offset, both)
     check_flag("hardest", hardest)
@@ -86,12 +88,12 @@ def info_nce_loss(
     offset: int = 0,
     both: bool = True,
 ) -> Tensor:
-    """Returns 0.5 * cross entropy of scale * S, summed over rows and, with `both`, columns.
+    """Returns 0.5 * cross entropy of scale * S, summed over rows and, if `both`, columns (CLIP, Radford et al. 2021).
 
-    CLIP, Radford et al. 2021. `scale` is the factor itself, not its logarithm. It is a number, or a tensor of
-    one entry, which can get a gradient. The denominators leave out pairs of the same image, except the
-    positive. The factor 0.5 also applies with both=False: two such calls, the second with image and text
-    exchanged, add up to one call with `both`. Raises ValueError like `hinge_loss`.
+    `scale` is the factor itself, not its logarithm. It is a number, or a tensor of one entry, which can get a
+    gradient. The denominators include the positive, but no other pair of the same image. The factor 0.5 also
+    applies if `both` is false. So two calls without `both`, the second with image and text exchanged, add up to
+    one call with `both`. Raises ValueError for an invalid shape, type, device or scale.
     """
     sides = check_sides(image, text, image_ids, text_ids, offset, both)
     scale = number_tensor("scale", scale, image)
@@ -112,9 +114,10 @@ def sigmoid_loss(
 ) -> Tensor:
     """Returns the sum over pairs of log(1 + exp(-y * (scale * S + bias))) (SigLIP, Zhai et al. 2023).
 
-    y is 1 for a positive pair and -1 for a negative one. Other pairs of the same image are left out. `scale`
-    and `bias` are numbers, or tensors of one entry, which can get gradients. Every pair counts once, so the
-    losses of all workers add up to the loss of the global batch. Raises ValueError like `hinge_loss`.
+    y is 1 for a positive pair and -1 for a negative pair. The sum skips pairs that show the same image but are
+    not positives. `scale` and `bias` are numbers, or tensors of one entry, which can get gradients. Every pair
+    counts once. So the losses of all workers add up to the loss of the global batch. Raises ValueError for an
+    invalid shape, type, device, scale or bias.
     """
     sides = check_sides(image, text, image_ids, text_ids, offset, both=False)
     scale, bias = number_tensor("scale", scale, image), number_tensor("bias", bias, image)
@@ -126,12 +129,12 @@ def sigmoid_loss(
 def pointwise_distillation(
     student: Tensor, teacher: Tensor, *, kind: str = "cosine", normalize: bool = True
 ) -> Tensor:
-    """Returns the sum over rows of the distance between student (B, D) and teacher (B, D).
+    """Returns the sum over rows of the distance between `student` and `teacher`, both of shape (B, D).
 
-    `kind` selects the distance: "cosine" is 1 - s.t, "l1" is sum |s - t|, "l2" is sum (s - t)^2. With
-    `normalize`, both sides are first L2-normalised, and the gradient includes this step; a row of zeros stays
-    zero and gets no gradient. The teacher never gets a gradient. Raises ValueError for an unknown kind and
-    for sides that do not fit.
+    `kind` selects the distance of two rows s and t. "cosine" is 1 - s.t, "l1" is sum |s - t|, and "l2" is
+    sum (s - t)^2. If `normalize`, rows of both tensors are first L2-normalised. The gradient includes the
+    normalisation. A row of zeros stays zero and gets the gradient 0. The teacher never gets a gradient.
+    Raises ValueError for an unknown kind and for an invalid shape, type or device.
     """
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -153,10 +156,11 @@ def relational_distillation(
 ) -> Tensor:
     """Returns the sum over rows of KL(p_teacher || p_student), with p = softmax(similarities / temperature).
 
-    The similarities are those of student (B, D) with student_all (N, D), and of teacher (B, E) with
-    teacher_all (N, E). Without the `..._all` arguments, rows are compared with each other, and each also with
-    itself. The caller L2-normalises all inputs. `student` and `student_all` get gradients, the teacher none.
-    Raises ValueError for sides or temperatures that do not fit.
+    p_student is computed from the similarities student @ student_all.T, for tensors of shapes (B, D) and (N, D).
+    p_teacher is computed from teacher @ teacher_all.T, for tensors of shapes (B, E) and (N, E). `student_all`
+    defaults to `student` and `teacher_all` to `teacher`. The caller L2-normalises all inputs. `student` and
+    `student_all` get gradients. The teacher's tensors get none. Raises ValueError for an invalid shape, type,
+    device or temperature.
     """
     check_tensor("student", student, ("B", "D"))
     check_tensor("teacher", teacher, (student.shape[0], "E"), student)
@@ -176,12 +180,14 @@ def relational_distillation(
 
 
 def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    """Pools features (B, K, D) to (B, D), in the same type (generalised pooling, Chen et al. 2021).
+    """Pools `features`, of shape (B, K, D), over the tokens (generalised pooling operator, Chen et al. 2021).
 
-    The bool mask (B, K) is true for real tokens, at any positions. Each channel is sorted by itself, in
-    descending order over the real tokens; ties go to the lowest token. Then weights[b, k] multiplies the k-th
-    largest value. A sample with L real tokens uses the first L of its weights (B, K). A sample without tokens
-    gives zeros. Features and weights get gradients. Raises ValueError for tensors that do not fit.
+    Returns a tensor of shape (B, D) in the type of `features`. `mask`, boolean and of shape (B, K), is true for
+    real tokens, which can be at any positions. In each sample b, each channel is sorted independently, in
+    descending order over the real tokens. Ties go to the lowest token. The result is the sum over k of
+    weights[b, k] times the k-th largest value, so a sample with L real tokens uses the first L of its K weights.
+    A sample without tokens gives zeros. `features` and `weights`, of shape (B, K), get gradients. Raises
+    ValueError for an invalid shape, type or device.
     """
     check_tensor("features", features, ("B", "K", "D"), empty=True)
     check_tensor("weights", weights, tuple(features.shape[:2]), features)
@@ -199,19 +205,19 @@ def retrieval_ranks(
     query_ids: Tensor | None = None,
     candidate_ids: Tensor | None = None,
 ) -> Tensor:
-    """Returns the 0-based rank of each query's best positive: (B,) int64.
+    """Returns the 0-based rank of each query's most similar positive, as an int64 tensor of shape (B,).
 
-    Queries are (B, D), candidates (N, D). The rank is the number of other candidates whose similarity (dot
-    product) is at least that of the best positive. So ties and NaN count against the model; equal candidates
-    always tie exactly. A query without positives gets rank N.
+    `queries` has the shape (B, D) and `candidates` the shape (N, D). The similarity is the dot product. The rank
+    is the number of candidates that are not positives and whose similarity is not below the best positive's. So
+    ties and NaN count against the model. Equal candidates tie exactly. A query without positives gets rank N.
 
-    Positives are given in one of two forms. `positives` is a pair of int64 tensors, starts (B + 1,) and
-    indices: the positives of query i are indices[starts[i]:starts[i + 1]]. Or the positives of query i are
-    the candidates whose entry in candidate_ids (N,) equals query_ids[i], with query_ids (B,).
+    Positives are given in one of two forms. `positives` is a pair of int64 tensors: `starts`, of shape (B + 1,),
+    and `indices`. The positives of query i are indices[starts[i]:starts[i + 1]]. In the other form, the positives
+    of query i are the candidates j with candidate_ids[j] == query_ids[i].
 
-    Raises ValueError for tensors that do not fit, for starts that do not rise from 0 to the number of
-    indices, and for indices outside 0..N-1. The check of the lists waits for the device once. torch.compile
-    skips this check; wrong lists then give undefined ranks.
+    Raises ValueError for an invalid shape, type or device, if `starts` does not rise from 0 to the number of
+    indices, and for indices outside 0..N-1. The check of `positives` waits for the device once. torch.compile
+    skips this check. Under torch.compile, wrong lists give undefined ranks.
     """
     check_tensor("queries", queries, ("B", "D"))
     check_tensor("candidates", candidates, ("N", queries.shape[1]), queries)

@@ -1,8 +1,9 @@
-"""A GRU whose rows all read the same input but start at different steps. It computes GPO's weights.
+"""A GRU whose rows all read the same input but start at different time steps. It computes GPO's weights.
 
-GPO's backward direction reads the same position code for every length; a longer sequence only starts earlier.
-So the products of the input with the GRU's weights are computed once for all rows. The equations are those of
-Cho et al. (EMNLP 2014) in the form of `torch.nn.GRU`. The weights have the shapes of `torch.nn.GRU`.
+The backward direction of GPO's GRU reads the position codes from the last to the first. Sequences of all lengths
+read the same codes. A longer sequence only starts at an earlier time step. So the products of the input with the
+GRU's weights are computed once for all rows. The equations of Cho et al. (EMNLP 2014) are used as in
+`torch.nn.GRU`. The weights have the same shapes as in `torch.nn.GRU`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from d2s.kernels.operators.define import refuse_second_derivative
 def position_gru(
     data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> Tensor:
-    """Returns the states (T, n, H) of n rows that all read data (T, C).
+    """Returns the GRU's states, of shape (T, n, H), for n rows that all read `data`, of shape (T, C).
 
-    At step s, the first counts[s] rows take part. `counts` must not decrease, and its last value is n. A
-    row's states are zero before its first step. The weights get gradients, the data none.
+    T is the number of time steps, C the width of the input and H the width of the states. At time step s, only
+    the first `counts[s]` rows are updated. `counts` has T entries. They must not decrease, and the last entry
+    is n. A row's states are zero before its first update. The weights get gradients. `data` gets none.
     """
     assert len(counts) == len(data), "a count for every step"
     assert counts == sorted(counts), "a row takes part from its first step to the end"
@@ -30,7 +32,7 @@ def position_gru(
 
 
 class SharedInputGRU(torch.autograd.Function):
-    """Computes `position_gru` with one product per step for all rows; torch takes the rows one by one."""
+    """Computes `position_gru` with one matrix product per time step for all rows. torch's GRU loops over the rows."""
 
     @staticmethod
     def forward(ctx, data, counts, w_ih, w_hh, b_ih, b_hh):
@@ -57,7 +59,7 @@ class SharedInputGRU(torch.autograd.Function):
         refuse_second_derivative("shared_input_gru")
         data, w_hh, states, gates = ctx.saved_tensors
         reset, update, new, inner = gates.chunk(4, dim=2)
-        # The factors that do not depend on the gradient are computed for all steps at once.
+        # These factors do not depend on the gradient. They are computed for all time steps at once.
         to_new = (1 - update) * (1 - new * new)
         to_inner = to_new * reset
         slopes = torch.stack(
@@ -83,19 +85,19 @@ class SharedInputGRU(torch.autograd.Function):
 def packed_gru(
     data: Tensor, counts: list[int], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
 ) -> Tensor:
-    """Computes `position_gru` with torch's GRU: on a GPU one call of cuDNN, not a loop over small kernels."""
+    """Computes `position_gru` with torch's GRU. On a GPU this is one call of cuDNN, not a loop over small kernels."""
     steps, rows = len(counts), counts[-1]
     start = data.new_zeros(1, rows, w_hh.shape[1])
-    # cuDNN saves tensors for its backward in training mode only. Without dropout, this mode changes nothing
-    # else.
+    # cuDNN saves tensors for its backward in training mode only. Without dropout, training mode has no other
+    # effect.
     weights, options = [w_ih, w_hh, b_ih, b_hh], (True, 1, 0.0, torch.is_grad_enabled(), False)
     if counts[0] == rows:
         return torch.gru(data[:, None].expand(-1, rows, -1), start, weights, *options, False)[0]
     # torch requires the lengths on the CPU, whatever the default device is.
     host = torch.device("cpu")
     starts = torch.searchsorted(torch.tensor(counts, device=host), torch.arange(1, rows + 1, device=host))
-    # torch packs rows that start together and end early. Here rows start late and end together. So they are
-    # moved to the front, and their states are moved back.
+    # torch can pack rows that start together and end at different steps. Here the rows start at different steps
+    # and end together. So each row is shifted to step 0, and afterwards its states are shifted back.
     step = torch.arange(steps, device=host)[:, None]
     inside = step < steps - starts
     source = (step + starts)[inside].to(data.device)

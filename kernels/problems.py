@@ -1,4 +1,4 @@
-"""Makes inputs of a given size for every op, and runs the op on them. The benchmarks and the tuner use this file."""
+"""Makes inputs of a given size for every op, and runs the op on these inputs. The benchmark and the tuner use it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from d2s.kernels.gru import position_gru
 MARGIN = 0.2
 SCALE, BIAS = 1 / 0.07, -10.0
 TEMPERATURE = 0.1
-# Width of a position code of GPO.
+# Width of GPO's position codes.
 CODE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The size of a problem: n pairs of embeddings or, for GPO, n samples of `tokens` features; all of `width`."""
+    """The size of an op's inputs."""
 
-    n: int
-    width: int
-    tokens: int = 0
+    n: int  # number of pairs of embeddings or, for GPO, of samples
+    width: int  # width of an embedding or, for GPO, of a feature vector
+    tokens: int = 0  # number of feature vectors in each sample of GPO; 0 for other ops
 
     def __str__(self) -> str:
         return "x".join(str(size) for size in (self.n, self.tokens, self.width) if size)
@@ -32,25 +32,22 @@ class Shape:
 
 @dataclass(kw_only=True, eq=False)
 class Inputs:
-    """Inputs of an op. leaves: the tensors that get a gradient. net: the module that computes GPO's weights.
+    """The inputs of an op."""
 
-    upstream: the gradient with respect to the op's result; None stands for 1.
-    """
-
-    tensors: dict[str, Tensor]
-    leaves: list[Tensor]
-    upstream: Tensor | None = None
-    net: nn.Module | None = None
+    tensors: dict[str, Tensor]  # the inputs by name
+    leaves: list[Tensor]  # the tensors that get a gradient
+    upstream: Tensor | None = None  # the gradient with respect to the op's result; None stands for 1
+    net: nn.Module | None = None  # the module that computes GPO's weights; None for other ops
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def nbytes(self) -> int:
-        """Returns the bytes of all tensors."""
+        """Returns the size of all tensors together, in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def gradients(self, value: Tensor) -> tuple[Tensor, ...]:
-        """Returns the gradients of the op's result `value` with respect to the leaves; () if there are no leaves."""
+        """Returns the gradients of the op's result `value` with respect to the leaves. Returns () without leaves."""
         return torch.autograd.grad(value, self.leaves, self.upstream) if self.leaves else ()
 
 
@@ -59,19 +56,19 @@ Run = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """An op of ours. make(shape, dtype, device, seed) returns inputs; ours(inputs) runs our op on these."""
+    """One of our ops. `make(shape, dtype, device, seed)` returns inputs. `ours(inputs)` runs the op on inputs."""
 
     make: Callable[[Shape, torch.dtype, str, int], Inputs]
     ours: Run
 
 
 def one_line(error: Exception) -> str:
-    """Returns the type and the message of an exception as one short line."""
+    """Returns one line with the type of an exception and the first 200 characters of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class GpoWeights(nn.Module):
-    """Computes GPO's weights, of shape (n, K), from position codes, of shape (n, K, 32), by the paper's GRU."""
+    """Computes GPO's weights, of shape (n, K), from position codes, of shape (n, K, 32), with the paper's GRU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,13 +76,13 @@ class GpoWeights(nn.Module):
         self.linear = nn.Linear(CODE, 1, bias=False)
 
     def forward(self, code: Tensor, packed: bool = False) -> Tensor:
-        """Returns the weights. packed: run the GRU over packed sequences, as the published layer does."""
+        """Returns the weights. packed: whether the GRU reads packed sequences, as in the authors' code."""
         hidden = self._run_packed(code) if packed else self.gru(code)[0]
         mean = (hidden[..., :CODE] + hidden[..., CODE:]) / 2
         return torch.softmax(self.linear(mean).squeeze(2) / TEMPERATURE, dim=1)
 
     def once(self, code: Tensor) -> Tensor:
-        """Returns the weights, shape (K,), of samples with K tokens, from one code, shape (K, 32)."""
+        """Returns the weights, of shape (K,), for samples of K tokens. code: position codes, of shape (K, 32)."""
         every = [1] * code.shape[0]
         weights = [value for _, value in self.gru.named_parameters()]
         ahead = position_gru(code, every, *weights[:4])
@@ -101,7 +98,10 @@ class GpoWeights(nn.Module):
 def _sides(
     shape: Shape, dtype: torch.dtype, device: str, seed: int, more_leaves: Sequence[str] = ()
 ) -> Inputs:
-    """Makes embeddings like a half-trained model's: positives have cosine 0.5, one image in 16 has two captions."""
+    """Makes embeddings. Positives have a cosine of about 0.5. In every 16 pairs, two have the same image id.
+
+    more_leaves: names of tensors that get a gradient, in addition to the embeddings.
+    """
     g = torch.Generator(device=device).manual_seed(seed)
     n = shape.n
     image = normalize(torch.randn(n, shape.width, generator=g, device=device), dim=1)

@@ -1,8 +1,8 @@
 """The reference implementation: dense, in float64, with automatic differentiation.
 
-Tests and benchmarks compare the other implementations with this one, so it shares no code with them. It
-stores whole B x N matrices. `d2s.kernels.functional` describes the arguments. A loss is computed in float64
-and then cast to the type that the other implementations return: float32, or float64 for float64 inputs.
+Tests and benchmarks compare the other implementations with the reference. So the reference shares no code with
+them. It stores whole B x N matrices. `d2s.kernels.functional` describes the arguments. Losses are computed in
+float64. The result is then cast to float32 or, for float64 inputs, stays float64, as in the other implementations.
 """
 
 import torch
@@ -20,7 +20,7 @@ def _cast_loss(loss: Tensor, like: Tensor) -> Tensor:
 
 
 def _masks(sides: Sides) -> tuple[Tensor, Tensor]:
-    """Returns (positive, negative), two bool masks of shape (B, N)."""
+    """Returns two boolean masks of shape (B, N): the positive pairs, and the negative pairs."""
     row = torch.arange(sides.image.shape[0], device=sides.image.device)
     column = torch.arange(sides.text.shape[0], device=sides.text.device)
     positive = column[None, :] == row[:, None] + sides.offset
@@ -28,7 +28,7 @@ def _masks(sides: Sides) -> tuple[Tensor, Tensor]:
 
 
 def _hardest_of(cost: Tensor, negative: Tensor, dim: int) -> Tensor:
-    """Returns the cost of the hardest negative along `dim`, the first one in a tie."""
+    """Returns the largest `cost` of a negative along `dim`, or 0 without negatives. Ties go to the lowest index."""
     index = torch.where(negative, cost, -torch.inf).detach().cpu().numpy().argmax(dim)
     index = torch.from_numpy(index).to(cost.device).unsqueeze(dim)
     return torch.where(negative, cost, 0).gather(dim, index)
@@ -42,7 +42,7 @@ def hinge_loss(sides: Sides, margin: float, hardest: bool) -> Tensor:
     loss = s.new_zeros(())
     for dim, matched in ((1, own[:, None]), (0, own[None, :]))[: 1 + sides.both]:
         if hardest:
-            # The choice is by similarity and not by clamped cost, because costs of 0 tie.
+            # Chooses before negative costs are clamped to 0, because clamped costs would tie.
             picked = _hardest_of(margin + s - matched, negative, dim)
             some = negative.any(dim, keepdim=True)
             loss = loss + torch.where(some, torch.relu(picked), 0).sum()
@@ -111,7 +111,7 @@ def gpo_pool(features: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def _even_sums(x: Tensor) -> Tensor:
-    """Returns the sum of each row of x (N, D): (N,). Equal rows get equal sums; torch's may differ."""
+    """Returns the sum of each row of `x`, of shape (N, D). Equal rows get equal sums, but not from torch.sum."""
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         x = torch.cat([x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]], 1)

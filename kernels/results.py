@@ -1,7 +1,7 @@
 """`python -m d2s.kernels.results`: makes tables and plots of `kernels/README.md` from the CSV files in `results/`.
 
-If a measurement was repeated, the last row counts. With `--check` the command writes nothing, and fails if the README
-or a plot is out of date. Without matplotlib the plots are neither written nor checked.
+If a measurement was repeated, the last row counts. With `--check` the command writes nothing. It then fails if the
+README or a plot is out of date. Without matplotlib, plots are neither written nor checked.
 """
 
 import io
@@ -22,13 +22,13 @@ from d2s.kernels.problems import Shape
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results: generated, see above -->", "<!-- end of results -->"
-# The cases that are measured at several N.
+# Cases that are measured for several values of N. These cases get plots.
 SWEEPS = tuple(name for name, case in CASES.items() if case.flops[0])
-# Panels in a row of a plot, and matplotlib's settings: text is stored as text; equal data give equal files.
-COLUMNS = 3
+COLUMNS = 3  # number of panels side by side in a plot
+# Settings of matplotlib. Text is stored as text. A constant salt makes plots of equal data equal files.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "d2s", "font.size": 8, "lines.markersize": 3}
 
-# Maps the name of each line to its points (x, y), which are all above 0.
+# Maps the name of each line of a plot to its points (x, y). All coordinates are above 0.
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 
@@ -39,7 +39,7 @@ def _number(value: float | None) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Returns the lines of a Markdown table: times of forward and backward by op, type and size."""
+    """Returns a Markdown table as lines. Each op, type and size has a row with times of forward and backward."""
     groups: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row.mode == "full":
@@ -63,7 +63,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def section(devices: dict[str, list[Row]]) -> str:
-    """Returns the text that belongs between the two markers in the README. devices: rows by device."""
+    """Returns the text to put between the two markers in the README. devices: measurements by device name."""
     parts: list[str] = []
     for device, rows in devices.items():
         last = rows[-1]
@@ -81,12 +81,12 @@ def section(devices: dict[str, list[Row]]) -> str:
 
 
 def plot_name(device: str, what: str) -> str:
-    """Returns the file name of a plot. what: "time" or "memory"."""
+    """Returns the file name of a plot for a device. what: "time" or "memory"."""
     return f"{file_of(Path(), device).stem}-{what}.svg"
 
 
 def panels(rows: Sequence[Row], what: str) -> dict[str, Lines]:
-    """Returns the lines of each panel by its heading, with a panel for each op and type. what: time or memory."""
+    """Returns the panels of a plot by heading, one for each op and type. what: "time" or "memory"."""
     found = {}
     for case, dtype in product(SWEEPS, dict.fromkeys(row.dtype for row in rows)):
         lines: dict[str, list[tuple[float, float]]] = {}
@@ -107,9 +107,10 @@ def panels(rows: Sequence[Row], what: str) -> dict[str, Lines]:
 
 
 def figure(title: str, panels: Mapping[str, Lines]) -> str:
-    """Draws the panels with matplotlib, three in a row, with logarithmic axes and one legend. Returns SVG text.
+    """Draws a plot with matplotlib and returns its SVG text.
 
-    A line has the same colour in all panels. The line "floor" is dashed and black.
+    Three panels stand side by side. The axes are logarithmic. All panels share one legend, and a line has the
+    same colour in all panels. The line "floor" is dashed and black.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -134,7 +135,7 @@ def figure(title: str, panels: Mapping[str, Lines]) -> str:
 
 
 def plots(devices: dict[str, list[Row]]) -> dict[str, str]:
-    """Returns the SVG text of each plot by file name. devices: rows by device."""
+    """Returns the SVG text of each plot by file name. devices: measurements by device name."""
     return {
         plot_name(device, what): figure(f"{device}: {what} of forward + backward in {unit}, by N", found)
         for device, rows in devices.items()
@@ -144,7 +145,7 @@ def plots(devices: dict[str, list[Row]]) -> dict[str, str]:
 
 
 def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
-    """Returns the README with new text between its markers. Raises ValueError if the markers are wrong."""
+    """Returns the README's text with a new section between its markers. Raises ValueError for wrong markers."""
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{path}: must have the line {BEGIN} once and below it the line {END} once")
@@ -153,7 +154,7 @@ def new_readme(path: Path, devices: dict[str, list[Row]]) -> str:
 
 
 def update(folder: Path, readme: Path, check: bool) -> list[Path]:
-    """Writes the files that are out of date; with `check` only finds them. Returns the paths of these files."""
+    """Finds the README and plots that are out of date, and writes them unless `check`. Returns their paths."""
     devices = by_device(folder)
     files = {readme: new_readme(readme, devices)}
     if find_spec("matplotlib"):
@@ -172,7 +173,7 @@ def update(folder: Path, readme: Path, check: bool) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns 0, 1 with --check if a file is out of date, or 2 for a user's mistake."""
+    """Runs the command. Returns 0, or 1 if --check finds a file out of date, or 2 for a user's mistake."""
     parser = Parser(prog="python -m d2s.kernels.results", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     parser.add_argument("--folder", type=user_path, default=RESULTS, help="where the CSV files and plots are")

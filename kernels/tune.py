@@ -1,9 +1,9 @@
 """`python -m d2s.kernels.tune`: times candidate tiles on this machine's GPU and writes the table `fused/tiles.json`.
 
-Tunes one kernel at a time, for each width D and each size of numbers. Candidates are the default tiles of all
-architectures, and the default tile of this GPU with one field halved, doubled or (stages) changed by one. A candidate
-is chosen if the ops that launch the kernel get more than NOISE faster, and their results equal those with default
-tiles up to rounding. The table is written after each kernel, so an interrupted run keeps its results.
+Tunes one kernel at a time, for each width D, and for 16-bit and float32 embeddings. Candidates are the default
+tiles of all architectures, and variations of this GPU's default tile: one field is halved or doubled or, for
+`stages`, changed by one. A candidate is chosen if it makes the ops that launch the kernel faster by more than NOISE,
+and if results are equal up to rounding. The table is written after each kernel, so an interrupted run loses little.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import LARGE, TABLE, Tile, default_tile, entry, tuned_tiles
 from d2s.kernels.problems import PROBLEMS, Shape, one_line
 
-# The ops that launch each kernel. The kernel hinge_few is not tuned, because only small batches use it.
+# Maps a kernel to the ops that launch it. The kernel hinge_few is not tuned, because only small batches use it.
 OPS = {
     "hinge_max_sweep": ("hinge_max",),
     "hinge_gather": ("hinge_max",),
@@ -41,32 +41,32 @@ OPS = {
     "gpo_forward": ("gpo",),
     "ranks_count": ("ranks",),
 }
-# `positives` computes positive similarities and the other two negative ones. All must round alike: a negative that
-# equals its positive violates a margin of 0 by exactly 0. So depth, rows and warps stay as they are. The depth sets
-# the order of sums; rows and warps determine which matrix unit Triton uses.
+# `positives` computes similarities of positives, the other two kernels similarities of negatives. All must round
+# alike, so that a negative that equals its positive has the same similarity. So depth, rows and warps are not tuned.
+# The depth sets the order of sums. Rows and warps determine which matrix instruction Triton uses.
 SAME_SUMS = ("positives", "info_nce_pairs", "hinge_sum_pairs")
-# Values of D. The most important come first, because a run may be stopped early.
+# Values of D to tune for. The most important values come first, because a run may be stopped early.
 WIDTHS = (512, 256, 1152, 128, 64)
-# GPO is tuned for numbers of tokens instead of D. Maps a width to the number of tokens that takes its place.
+# GPO is tuned by number of tokens, not by D. Maps a value of WIDTHS to the number of tokens to use instead.
 TOKENS = {64: 50, 1152: 577}
 BOUNDS = {"rows": (16, 1024), "columns": (16, 256), "depth": (16, 512), "warps": (1, 16), "stages": (1, 5)}
 NOISE = 0.02
-# Rows for timing, by whether embeddings have 16 bits: enough that the GPU and not the host limits the speed.
+# Number of rows for timing, by whether embeddings have 16 bits. With so many, the GPU limits the speed, not the host.
 ROWS = {True: 32768, False: 8192}
-# Rows for comparing results: not a multiple of any tile's size.
+# Number of rows for comparing results. It is not a multiple of any tile's size.
 CHECKED_ROWS = 1100
-# Largest relative difference (in norm) from the results with default tiles. Rounding errors are smaller.
+# Largest allowed relative difference (in norm) from the results with default tiles. Rounding errors are smaller.
 TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One kernel to tune. width: D or, for GPO, number of tokens. half: whether embeddings have 16 bits."""
+    """A kernel to tune for one width and one size of the embeddings' type."""
 
     spec: KernelSpec
-    width: int
-    half: bool
-    capability: tuple[int, int]
+    width: int  # D or, for GPO, the number of tokens
+    half: bool  # whether embeddings have 16 bits
+    capability: tuple[int, int]  # compute capability of the GPU, as in (9, 0)
 
     def __str__(self) -> str:
         return f"{self.spec.name} D={self.width} {'half' if self.half else 'float'}"
@@ -82,7 +82,7 @@ class Task:
         return default_tile(self.spec.name, self.width, self.half, self.capability)
 
     def candidates(self) -> list[Tile]:
-        """Returns the tiles to try, first the default. Of several tiles that build the same code, one is returned."""
+        """Returns the tiles to try, first the default. If tiles compile to the same code, only one is returned."""
         fields, found = tuple(BOUNDS), [self.default]
         if self.spec.name in SAME_SUMS:
             fields = ("columns", "stages")
@@ -99,7 +99,7 @@ class Task:
 
 
 def tasks(kernels: Sequence[str], widths: Sequence[int], capability: tuple[int, int]) -> list[Task]:
-    """Returns the tasks for all given kernels, widths and type sizes, in the order of tuning."""
+    """Returns the tasks for the given kernels and widths, for 16-bit and float32 types, in the order of tuning."""
     specs = {spec.name: spec for spec in ALL_SPECS}
     sizes = {name: TOKENS if name == "gpo_forward" else {} for name in kernels}
     return [
@@ -109,9 +109,9 @@ def tasks(kernels: Sequence[str], widths: Sequence[int], capability: tuple[int, 
 
 
 def make_step(op: str, width: int, dtype: torch.dtype, device: str, rows: int) -> Callable[[], list[Tensor]]:
-    """Returns a function that runs an op forward and backward and returns [value, *gradients].
+    """Returns a function that runs an op forward and backward. It returns the result and then the gradients.
 
-    For GPO the weights are inputs, because the GRU that computes them takes longer than the kernels.
+    For GPO the weights are inputs. The GRU that computes them is left out, because it is slower than the kernels.
     """
     make, ours = PROBLEMS[op].make, PROBLEMS[op].ours
     if op != "gpo":
@@ -125,7 +125,7 @@ def make_step(op: str, width: int, dtype: torch.dtype, device: str, rows: int) -
 
 
 class Trial:
-    """Times and checks the ops that launch one kernel. Each call uses the tiles in the table at that time."""
+    """Times and checks the ops that launch the kernel of `task`. Each call uses the current tiles of the table."""
 
     def __init__(self, task: Task, device: str = "cuda") -> None:
         ops, dtypes = OPS[task.spec.name], [torch.bfloat16, torch.float16] if task.half else [torch.float32]
@@ -137,25 +137,25 @@ class Trial:
             self.expected = self.results()
 
     def results(self) -> list[Tensor]:
-        """Returns values and gradients of the ops on CHECKED_ROWS rows, as float64 on the CPU."""
+        """Returns the results and gradients of all ops for CHECKED_ROWS rows, as float64 tensors on the CPU."""
         return [x.detach().double().cpu() for step in self.checked for x in step()]
 
     def check_results(self) -> None:
-        """Raises ValueError if the results differ by more than TOLERANCE from those with default tiles."""
+        """Raises ValueError if results differ by more than TOLERANCE from the results with default tiles."""
         for ours, expected in zip(self.results(), self.expected, strict=True):
-            # With `not`, NaN is an error, too.
+            # The condition has a `not`, so that NaN is an error, too.
             if not (ours - expected).norm() <= TOLERANCE * expected.norm():
                 raise ValueError("its results differ from those with the default tiles")
 
     def milliseconds(self) -> float:
-        """Returns the sum of the ops' median times for forward and backward, in milliseconds."""
+        """Returns the median time of forward and backward in milliseconds, summed over the ops."""
         from triton.testing import do_bench
 
         return sum(do_bench(step, return_mode="median") for step in self.timed)
 
 
 def tune(task: Task) -> None:
-    """Finds the fastest tile for one task, and puts it into the table unless it is the default tile."""
+    """Finds the fastest tile for one task. Puts the tile into the table unless it is the default tile."""
     table = tuned_tiles()
     start = table.get(task.entry, task.default)
     times: dict[Tile, float] = {}
@@ -169,12 +169,12 @@ def tune(task: Task) -> None:
             if spent < (1 - NOISE) * min(times.values(), default=math.inf):
                 trial.check_results()
                 times[tile] = spent
-        # A launch can raise any exception; then the tile is left out.
+        # A launch can raise any exception. The tile is then left out.
         except Exception as error:  # noqa: BLE001
             failure = one_line(error)
         if failure:
             print(f"  {task}: {tile} is left out: {failure}", flush=True)
-            # Not inside the handler, which keeps the tensors alive. Raises if the device is no longer usable.
+            # Not inside the handler, where the exception keeps tensors alive. Raises if the GPU is no longer usable.
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
     best = min(times, key=times.get, default=start)
@@ -185,7 +185,7 @@ def tune(task: Task) -> None:
 
 
 def tune_all(todo: list[Task], minutes: float, out: Path) -> None:
-    """Tunes task after task, and writes the table to `out` after each. Starts no task after `minutes` minutes."""
+    """Runs the tasks in order and writes the table to `out` after each. Starts no task after `minutes` minutes."""
     begun, written = time.monotonic(), 0
     try:
         for task in todo:
@@ -217,7 +217,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 if the GPU failed, 2 without a GPU or for a user's mistake, or 130 if interrupted."""
+    """Returns 0, or 1 if the GPU failed, 2 without a GPU or for a user's mistake, 130 if interrupted."""
     parser = Parser(prog="python -m d2s.kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", choices=OPS, action="append", help="only this kernel; may be repeated")
     parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="only this D; likewise")

@@ -1,9 +1,9 @@
 """Checks a SLURM allocation before a training: `python -m d2s.launchers.check --data DIR --run DIR`.
 
-Call it in a shell of salloc or in a batch script. It starts a process for each rank through srun, collects the
-reports of all ranks, and prints a line for each fault that would make a training fail: nodes that cannot read the
-data or write the run folder, versions that differ, a port in use, ranks that cannot connect, clocks that differ,
-missing GPUs, a full disk. The exit code is 0 without faults, 1 with faults, or 2 if the check could not run.
+Run it in a shell of salloc or in a batch script. It starts a process for each rank through srun, collects the
+reports of all ranks, and prints a line for each fault that would make a training fail. It finds nodes that cannot
+read the data or write the run folder, versions or clocks that differ, a port in use, ranks that cannot connect,
+missing GPUs, and a full disk. The exit code is 0 without faults, 1 with faults, or 2 if the check could not run.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from d2s.common.command import Parser, run, user_path
 from d2s.launchers.check_rank import MARK, PORT, report_rank, token_folder
 
 CLOCKS_APART = 1.0
-"""Largest difference in seconds that is allowed between the nodes' clocks."""
+"""Largest allowed difference between the clocks of two nodes, in seconds."""
 Reports = dict[int, dict[str, Any]]
-"""Maps each rank to the values that it printed by `check_rank.report`; some are missing if the rank hung or died."""
-# Sources job.sh, so that ranks have the same environment as in a training.
+"""Maps a rank to the values that it printed with `check_rank.report`. If the rank hung or died, some are missing."""
+# A bash script. It sources job.sh, so that ranks have the same environment as in a training.
 SCRIPT = """
 source launchers/job.sh >/dev/null
 exec srun --unbuffered --overlap ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \\
@@ -34,7 +34,7 @@ exec srun --unbuffered --overlap ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_
 
 
 def parse_reports(output: str) -> Reports:
-    """Parses the mixed output of all ranks into a report for each rank."""
+    """Returns a report for each rank. output: stdout of srun, with the lines of all ranks in any order."""
     reports: Reports = {}
     for line in output.splitlines():
         _, mark, text = line.partition(MARK)
@@ -48,9 +48,9 @@ def parse_reports(output: str) -> Reports:
 
 
 def find_faults(reports: Reports, world: int, *, min_free: float) -> list[str]:
-    """Returns a line for each fault that would make a run on `world` ranks fail.
+    """Returns a line for each fault that would make a training on `world` ranks fail.
 
-    min_free: disk space in GB that the run needs.
+    min_free: disk space that the training needs, in GB.
     """
     found: list[str] = []
     silent = sorted(set(range(world)) - set(reports))
@@ -78,7 +78,7 @@ def find_faults(reports: Reports, world: int, *, min_free: float) -> list[str]:
 
 
 def _complaints(reports: Reports) -> list[str]:
-    """Returns a line for each different entry in the ranks' `faults`, with the nodes that reported it."""
+    """Returns a line for each fault in the ranks' reports, with the nodes on which the fault occurs."""
     ranks: dict[str, list[int]] = {}
     for rank, report in sorted(reports.items()):
         for what, details in report["faults"].items():
@@ -88,7 +88,7 @@ def _complaints(reports: Reports) -> list[str]:
 
 
 def _differences(reports: Reports) -> list[str]:
-    """Returns a line for each value in `same` that differs from the most common value; a tie goes to rank 0's."""
+    """Returns a line for each value in `same` that is not the most common value. In a tie, rank 0's value wins."""
     lines = []
     for what in dict.fromkeys(name for report in reports.values() for name in report["same"]):
         values = {rank: report["same"].get(what) for rank, report in sorted(reports.items())}
@@ -100,9 +100,9 @@ def _differences(reports: Reports) -> list[str]:
 
 
 def _shared_gpus(reports: Reports) -> list[str]:
-    """Returns a line for each node that has fewer GPUs than ranks, because each rank needs its own GPU."""
+    """Returns a line for each node with fewer GPUs than ranks. Each rank needs its own GPU."""
     ranks = Counter(report["node"] for report in reports.values())
-    # Count different names, because each rank may see all GPUs of the node or only its own.
+    # Counts distinct ids of GPUs, because a rank may see all GPUs of its node or only its own GPU.
     gpus: dict[str, set[str]] = {}
     for report in reports.values():
         gpus.setdefault(report["node"], set()).update(report.get("gpus", ()))
@@ -115,7 +115,7 @@ def _shared_gpus(reports: Reports) -> list[str]:
 
 
 def _on(reports: Reports, ranks: Iterable[int]) -> str:
-    """Returns the names of the nodes that `ranks` run on, as "node a" or "nodes a, b"."""
+    """Returns the names of the nodes on which `ranks` run, as "node a" or "nodes a, b"."""
     names = sorted({reports[rank]["node"] for rank in ranks})
     return f"node{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
@@ -125,7 +125,7 @@ def _list(ranks: list[int]) -> str:
 
 
 def summary(reports: Reports) -> list[str]:
-    """Returns lines on the ranks, the GPUs, the network and the disk."""
+    """Returns the lines to print about the ranks, GPUs, network and disk."""
     nodes = Counter(report["node"] for report in reports.values())
     per_node = ", ".join(f"{name}: {count}" for name, count in sorted(nodes.items()))
     gpus = sorted({str(len(report["gpus"])) for report in reports.values() if "gpus" in report})
@@ -140,7 +140,7 @@ def summary(reports: Reports) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace, options: list[str]) -> list[str]:
-    """Runs the check and prints the result. Returns the faults. Raises ValueError if the check cannot run."""
+    """Runs all ranks with `options`. Prints and returns the faults. Raises ValueError if the check cannot run."""
     if "SLURM_JOB_ID" not in os.environ:
         raise ValueError("no allocation: call it in a shell of salloc, or in a batch script")
     if not Path("launchers/job.sh").is_file():
@@ -148,7 +148,7 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> list[str]:
     world = int(os.environ.get("SLURM_NTASKS") or os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     start = time.monotonic()
     try:
-        # After the limit, timeout sends TERM, on which srun ends its tasks.
+        # After the limit, `timeout` sends TERM to srun. srun then ends the processes of all ranks.
         command = ["timeout", "--foreground", str(arguments.limit), "bash", "-c", SCRIPT, "check", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
@@ -168,7 +168,7 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the check or, with the hidden option --rank, one rank of the check. Returns the exit code."""
+    """Runs the check. With the hidden option --rank, runs one rank of the check. Returns the exit code."""
     parser = Parser(
         prog="python -m d2s.launchers.check",
         description="Look for what would make a training fail on the allocation that this is called in.",

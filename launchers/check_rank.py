@@ -15,7 +15,7 @@ from typing import Any
 from d2s.common.files import write_text
 
 MARK = "d2s-check "
-"""Marks the lines that hold results; libraries print lines of their own."""
+"""Start of each line with results, to tell it from lines that libraries print."""
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "webdataset", "pyarrow", "numpy", "d2s")
 PORT = "port of the rendezvous"
 READY, NO_PORT = "ready", "no port"
@@ -23,21 +23,22 @@ MESSAGE_BYTES = 1 << 26
 
 
 def report(**values: Any) -> None:
-    """Prints some results of this rank and flushes them at once, because the next check may hang.
+    """Prints `values` as results of this rank. Flushes the output at once, because the next check may hang.
 
-    In `values`, "faults" maps the name of each possible fault to its details, "" if there is no fault. "same" holds
-    values that must be equal on all ranks.
+    The value `faults` maps the name of a possible fault to details, or to "" if the fault did not occur. The value
+    `same` maps names to values that must be equal on all ranks.
     """
     print(f"\n{MARK}{json.dumps({'rank': int(os.environ['RANK']), **values})}", flush=True)
 
 
 def report_rank(data: Path | None, run: Path, patience: float, *, cpu: bool) -> None:
-    """Runs all checks on this rank and prints the results; the checks that involve other ranks come last.
+    """Runs all checks on this rank and prints the results. Checks that wait for other ranks come last.
 
-    patience: seconds to wait for other ranks. cpu: whether the training runs without GPUs.
+    data: the data set, or None to skip its check. run: the run folder. patience: seconds to wait for other ranks.
+    cpu: whether the training runs on CPUs.
     """
     port = port_fault() if os.environ["RANK"] == "0" else ""
-    # Rank 0's token also tells the other ranks whether they can connect to rank 0.
+    # Rank 0's token (see `token_folder`) also says whether the other ranks can connect to rank 0.
     unwritable = write_token(run, NO_PORT if port else READY)
     same = {f"version of {name}": _version(name) for name in PACKAGES}
     report(
@@ -63,7 +64,7 @@ def _version(package: str) -> str:
 
 
 def check_data(data: Path) -> dict[str, dict[str, str]]:
-    """Reads two samples of each split. Returns a fault or the data set's fingerprint, for `report`."""
+    """Reads two samples of each split. Returns arguments for `report`: a fault, or the data set's fingerprint."""
     from d2s.shards.read.index import ShardIndex
     from d2s.shards.read.records import ShardReader
 
@@ -81,12 +82,12 @@ def check_data(data: Path) -> dict[str, dict[str, str]]:
 
 
 def token_folder(run: Path) -> Path:
-    """Returns the folder of tokens. Each rank writes one file, its token, to test if the run folder is shared."""
+    """Returns the folder of tokens. A token is a file that each rank writes to test if the run folder is shared."""
     return run / f".check-{os.environ['SLURM_JOB_ID']}"
 
 
 def write_token(run: Path, text: str) -> str:
-    """Writes this rank's token. Returns the error message if that fails, else ""."""
+    """Writes this rank's token with the content `text`. Returns "", or the error message if this fails."""
     try:
         write_text(token_folder(run) / os.environ["RANK"], text)
     except OSError as error:
@@ -95,10 +96,10 @@ def write_token(run: Path, text: str) -> str:
 
 
 def wait_for_tokens(run: Path, patience: float) -> list[int]:
-    """Waits for the tokens of all ranks, up to `patience` seconds. Returns the ranks whose token is missing."""
+    """Waits up to `patience` seconds for the tokens of all ranks. Returns the ranks whose token is missing."""
     end = time.monotonic() + patience
     while True:
-        # Open each file by name, because a network file system may list a folder from an old cache.
+        # Opens each file by name, because a network file system may show an outdated listing of a folder.
         world = int(os.environ["WORLD_SIZE"])
         unseen = [rank for rank in range(world) if not _read(token_folder(run) / str(rank))]
         if not unseen or time.monotonic() > end:
@@ -114,14 +115,14 @@ def _read(path: Path) -> str:
 
 
 def free_bytes(run: Path) -> int:
-    """Returns the free bytes on the disk of the run folder. The folder need not exist yet."""
+    """Returns the free space on the disk of the run folder, in bytes. The folder need not exist yet."""
     while not run.exists():
         run = run.parent
     return shutil.disk_usage(run).free
 
 
 def check_gpus() -> dict[str, Any]:
-    """Returns the unique ids of the CUDA devices that this rank sees or, if there is none, a fault with a reason."""
+    """Returns arguments for `report`: the unique ids of the GPUs that this rank sees, and a fault if it sees none."""
     import torch
 
     names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
@@ -133,10 +134,10 @@ def check_gpus() -> dict[str, Any]:
 
 
 def port_fault() -> str:
-    """Returns the reason why this node cannot listen at MASTER_PORT, or ""."""
+    """Returns the reason why this node cannot listen at MASTER_PORT. Returns "" if it can."""
     port = int(os.environ["MASTER_PORT"])
     try:
-        # create_server reuses the address, as torch's store does, so closed connections are no obstacle.
+        # Like torch's store, create_server can use a port whose earlier connections were closed a moment ago.
         socket.create_server(("", port)).close()
     except OSError as error:
         reason = "taken" if error.errno == errno.EADDRINUSE else str(error.strerror)
@@ -145,7 +146,7 @@ def port_fault() -> str:
 
 
 def rendezvous(patience: float) -> None:
-    """Joins the process group. Reports the clock and the bandwidth of an all-reduce, or the error."""
+    """Connects all ranks within `patience` seconds. Reports the clock and the all-reduce bandwidth, or the error."""
     import torch
     import torch.distributed as dist
 

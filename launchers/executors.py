@@ -1,4 +1,4 @@
-"""Turns a pipeline step into jobs: their resources, submitit's executor, and the callable that every task runs."""
+"""Turns a step of a pipeline or sweep into SLURM jobs or local jobs, through submitit."""
 
 import atexit
 import contextlib
@@ -18,23 +18,23 @@ from d2s.launchers.states import LOGS, requeue_file
 from d2s.launchers.stop import LEAD_SECONDS, SIGNAL
 from d2s.workers.preemption import leave_group
 
-# SBATCH_ variables to unset: they would override the options in the script, which every step sets itself.
+# Ends of the names of SBATCH_ variables to unset. They would override options that each script sets itself.
 SET_BY_STEPS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "TIMELIMIT", "SIGNAL")
-# Practically no limit: `checkpoint.max_stalled_restarts` stops a training that restarts without progress.
+# Too many to be reached. `checkpoint.max_stalled_restarts` stops a training that restarts without progress.
 MAX_RESTARTS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """The resources of a training job. Other jobs get one node and one task, and a GPU only if they use one."""
+    """The resources of a training job. Other jobs get one node and one task, and a GPU only if `Step.gpu`."""
 
     cluster: Literal["slurm", "local"] = "slurm"
     nodes: int = 1
     tasks: int = 1
-    """Tasks per node, one for each GPU."""
+    """Number of tasks per node. Each task uses one GPU."""
     gpus: bool = True
     cpus: int = 1
-    """Cores per task."""
+    """Number of cores per task."""
     minutes: int = 24 * 60
     """Time limit of a job in minutes."""
     signal_seconds: int = LEAD_SECONDS
@@ -43,54 +43,54 @@ class Resources:
 
 @dataclass
 class Step:
-    """A step of a pipeline or sweep: a job, or a job array with one job for each entry of `commands`."""
+    """A step of a pipeline or sweep. It has a job for each entry of `commands`. Several jobs form a job array."""
 
     name: str
     commands: list[list[str]]
     after: list[str] = field(default_factory=list)
-    """Names of the steps that must succeed first."""
+    """Names of the steps that must succeed before this step starts."""
     wide: bool = False
-    """Whether each job gets all nodes, tasks and GPUs of `Resources`, instead of one task."""
+    """Whether each job gets all nodes, tasks and GPUs of `Resources`. If not, a job gets one task."""
     gpu: bool = False
-    """Whether a job with one task gets a GPU."""
+    """Whether a job that is not `wide` gets a GPU."""
     ids: list[str] = field(default_factory=list)
-    """Job numbers; empty before the step is submitted."""
+    """Numbers of the submitted jobs."""
     state: str = ""
-    """Last known state of a local step, or "COMPLETED" for a step that `resume` must not run again."""
+    """Last known state of a local step. On SLURM "COMPLETED" if `resume` must not run the step again, else ""."""
 
 
 class Command:
-    """The callable that submitit pickles and calls in every task of a job."""
+    """Runs a command of `d2s.launchers.task`. submitit pickles this callable and calls it in every task of a job."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.arguments = arguments
 
     def __call__(self) -> int:
-        """Runs the command. Raises RuntimeError if the command fails, so that submitit marks the job as failed."""
+        """Runs the command. Raises RuntimeError if the command fails. submitit then marks the job as failed."""
         local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
         if local:
             file = requeue_file(Path(os.environ["SUBMITIT_FOLDER"]), os.environ["SUBMITIT_LOCAL_JOB_ID"])
             os.environ["D2S_REQUEUE"] = str(file)
             if os.environ["SUBMITIT_LOCAL_GLOBALID"] == "0":
-                file.unlink(missing_ok=True)  # left by the previous start
+                file.unlink(missing_ok=True)  # the previous start of the job may have left the file
         status = task.run_command(self.arguments)
         if status.requeue:
             task.request_requeue()
             # Ends the process before submitit writes a result, because the job is not finished.
             leave_group(LOCAL_REQUEUE_RETURN_CODE if local else status.code, ordered=True)
-        # Ends the process with the code at exit, because submitit must write the result first.
+        # Ends the process with this code at exit, so that submitit can write the result first.
         atexit.register(leave_group, status.code, ordered=status.same_on_all_ranks)
         if status.code:
             raise RuntimeError(f"{self.arguments[0]} ended with code {status.code}: see the lines above")
         return 0
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Tells submitit to submit this callable again after a signal that comes before the command runs."""
+        """Makes submitit submit this callable again. submitit calls it if a signal comes before the command runs."""
         return submitit.helpers.DelayedSubmission(self)
 
 
 def site_settings() -> dict[str, str]:
-    """Returns the SBATCH_ and D2S_ variables that launchers/site.env sets; empty without that file."""
+    """Returns the SBATCH_ and D2S_ variables that launchers/site.env sets. Returns {} if there is no such file."""
     if not Path("launchers/site.env").is_file():
         return {}
     script = "set -a; source launchers/site.env; env -0"
@@ -101,14 +101,14 @@ def site_settings() -> dict[str, str]:
 
 
 def apply_site_settings() -> None:
-    """Sets the site's SBATCH_ variables in this process, and unsets those in SET_BY_STEPS."""
+    """Sets the SBATCH_ variables of launchers/site.env in this process. Unsets the variables in SET_BY_STEPS."""
     os.environ.update({name: text for name, text in site_settings().items() if name.startswith("SBATCH_")})
     for name in SET_BY_STEPS:
         os.environ.pop(f"SBATCH_{name}", None)
 
 
 def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -> submitit.Executor:
-    """Returns submitit's executor for a step. after: numbers of the jobs that must succeed first."""
+    """Returns submitit's executor for a step. after: numbers of the jobs that must succeed before the step."""
     nodes, tasks = (resources.nodes, resources.tasks) if step.wide else (1, 1)
     gpus = tasks if resources.gpus and (step.wide or step.gpu) else 0
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = SIGNAL  # read by submitit's processes in the job
@@ -119,7 +119,7 @@ def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -
             **local_gpus(gpus),
         )  # fmt: skip
         return local
-    # Bash arrays that job.sh sets: options of the container, the site's options of srun, the Python command.
+    # job.sh sets these bash arrays: the container's options, the site's srun options and the Python command.
     python = '"${container[@]}" "${extra[@]}" "${python[@]}"'
     slurm = submitit.SlurmExecutor(folder / LOGS, max_num_timeout=MAX_RESTARTS, python=python)
     signal = f"{SIGNAL}@{resources.signal_seconds}"
@@ -132,7 +132,7 @@ def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -
         nodes=nodes,
         ntasks_per_node=tasks,
         cpus_per_task=resources.cpus,
-        # set +e, because the script must reach `ended` even if the command fails.
+        # Without set +e the script would end before `ended` if the command fails.
         setup=["[ -f launchers/job.sh ] || exit 2", "source launchers/job.sh", "set +e"],
         teardown=['ended "$?"'],
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus}"],
@@ -143,10 +143,10 @@ def executor(folder: Path, step: Step, resources: Resources, after: list[str]) -
 
 
 def local_gpus(count: int) -> dict[str, Any]:
-    """Returns submitit's parameters for `count` GPUs, the first in CUDA_VISIBLE_DEVICES if that is set.
+    """Returns submitit's parameters for a local job with `count` GPUs.
 
-    Needed because submitit overwrites CUDA_VISIBLE_DEVICES in its jobs. Raises ValueError if the variable has
-    entries that are not numbers.
+    submitit overwrites CUDA_VISIBLE_DEVICES in its jobs. So if the variable is set, the parameters name the first
+    `count` GPUs in it. Raises ValueError if the variable has entries that are not numbers.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not count:
@@ -156,15 +156,15 @@ def local_gpus(count: int) -> dict[str, Any]:
         raise ValueError(
             f"CUDA_VISIBLE_DEVICES is {visible!r}: --cluster local takes numbers, as in CUDA_VISIBLE_DEVICES=0,1"
         )
-    # To submitit an empty list means all GPUs, so the count must be 0 if no GPU is visible.
+    # submitit takes an empty list for all GPUs. So the count must be 0 if no GPU is visible.
     return {"gpus_per_node": min(count, len(numbers)), "visible_gpus": list(map(int, numbers[:count]))}
 
 
 def submit_step(folder: Path, step: Step, resources: Resources, after: list[str]) -> list[str]:
-    """Submits a step to SLURM and returns the job numbers. Raises ValueError if sbatch refuses the step."""
+    """Submits a step to start after the jobs `after`. Returns its job numbers. Raises ValueError if sbatch fails."""
     chosen = executor(folder, step, resources, after)
     try:
-        # Hide stderr, because submitit prints sbatch's error in addition to raising it.
+        # Hides stderr, because submitit both prints and raises the error of sbatch.
         with contextlib.redirect_stderr(io.StringIO()), chosen.batch():
             jobs = [chosen.submit(Command(arguments)) for arguments in step.commands]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
@@ -174,7 +174,7 @@ def submit_step(folder: Path, step: Step, resources: Resources, after: list[str]
 
 
 def preview(folder: Path, step: Step, resources: Resources) -> str:
-    """Returns the text of --dry-run for a step: the sbatch script (on SLURM) and the commands of the jobs."""
+    """Returns the text that --dry-run prints for a step: on SLURM the sbatch script, and the commands of the jobs."""
     lines = [f"# {step.name}"]
     if resources.cluster == "slurm":
         chosen = executor(folder, step, resources, [f"<{name}>" for name in step.after])

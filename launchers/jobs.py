@@ -1,7 +1,7 @@
 """Submits, follows, cancels and resumes the jobs of a pipeline or sweep.
 
-All state is in the folder of the pipeline or sweep, in `jobs.json` and submitit's files. On SLURM the scheduler
-starts each job after the jobs that it depends on, so no process of ours has to stay alive. With `--cluster local`
+All state is in the folder of the pipeline or sweep, in `jobs.json` and in submitit's files. On SLURM the scheduler
+starts a job when the jobs before it have succeeded. So no process of ours has to stay alive. With `--cluster local`
 the submitting command runs the jobs one after the other.
 """
 
@@ -19,26 +19,26 @@ from d2s.launchers.executors import Command, Resources, Step, apply_site_setting
 from d2s.launchers.states import ENDED, LOGS, UNKNOWN, local_controller, requeue_file, slurm_states, succeeded
 
 JOBS = "jobs.json"
-# Seconds that a local job gets to end after each signal; equal to SLURM's default KillWait.
+# Seconds that a local job gets to end after each signal. SLURM's KillWait has the same default.
 KILL_WAIT = 30
 
 
 class Jobs:
-    """The steps of a pipeline or sweep, in an order in which each can run, and the folder of their files."""
+    """The steps of a pipeline or sweep. They are in an order in which they can run. `folder` holds their files."""
 
     def __init__(self, folder: Path, resources: Resources, steps: list[Step]) -> None:
         self.folder, self.resources, self.steps = folder, resources, steps
 
     @classmethod
     def load(cls, folder: Path) -> "Jobs":
-        """Reads jobs.json in `folder`. Raises ValueError if there is no such file."""
+        """Returns the jobs that `save` wrote to jobs.json in `folder`. Raises ValueError if there is no such file."""
         if not (folder / JOBS).is_file():
             raise ValueError(f"{folder} holds no {JOBS}: name the --out of a pipeline or sweep")
         saved = read_json(folder / JOBS)
         return cls(folder, Resources(**saved["resources"]), [Step(**step) for step in saved["steps"]])
 
     def save(self) -> None:
-        """Writes jobs.json."""
+        """Writes the steps and resources to jobs.json in `folder`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = [asdict(step) for step in self.steps]
         write_json(self.folder / JOBS, {"resources": asdict(self.resources), "steps": steps})
@@ -49,9 +49,9 @@ class Jobs:
         return self.resources.cluster == "local"
 
     def submit(self) -> None:
-        """Saves all steps and, on SLURM, submits those that have neither jobs nor succeeded.
+        """Saves all steps. On SLURM, submits each step that has no jobs yet and has not succeeded.
 
-        Raises ValueError if sbatch refuses a step; the steps submitted before it by this call are cancelled.
+        Raises ValueError if sbatch refuses a step. All steps that this call submitted are then cancelled.
         """
         self.save()
         if self.local:
@@ -78,14 +78,14 @@ class Jobs:
             self.save()
 
     def run_locally(self) -> None:
-        """Runs the steps on this machine, one after the other, and stops if a step fails."""
+        """Runs the steps on this machine, one after the other. Stops after a step that fails."""
         for step in self.steps:
             if step.state == "COMPLETED":
                 continue
             for arguments in step.commands:
                 print(f"{step.name}: {' '.join(arguments)}", flush=True)
                 job = self._run_job(step, arguments)
-                # Restart here, because submitit itself restarts a job only a few times.
+                # This loop restarts the job, because submitit itself restarts a job only a few times.
                 while requeue_file(self.folder / LOGS, job).exists():
                     print(f"{step.name}: ran out of time, goes on from its checkpoint", flush=True)
                     job = self._run_job(step, arguments)
@@ -95,7 +95,7 @@ class Jobs:
             self._set_state(step, "COMPLETED")
 
     def _run_job(self, step: Step, arguments: list[str]) -> str:
-        """Runs a local job until it ends. Returns the job's number."""
+        """Starts a local job and waits until it has ended. Returns the job's number."""
         job = executor(self.folder, step, self.resources, []).submit(Command(arguments))
         step.ids.append(job.job_id)
         self._set_state(step, "RUNNING")
@@ -113,7 +113,7 @@ class Jobs:
         self.save()
 
     def states(self, step: Step) -> list[str]:
-        """Returns the state of each job of a step in SLURM's terms; one "PENDING" for a step not yet submitted."""
+        """Returns the state of each job of a step, in SLURM's terms. Returns ["PENDING"] if it was not submitted."""
         if not self.local and step.ids:
             return slurm_states(step.ids, self.folder)
         if step.state == "RUNNING" and local_controller(step.ids[-1]) is None:
@@ -121,7 +121,7 @@ class Jobs:
         return [step.state or "PENDING"]
 
     def wait(self) -> bool:
-        """Waits until all jobs have ended and prints every change of state. Returns whether all succeeded."""
+        """Waits until all jobs have ended. Prints each change of a state. Returns whether all jobs succeeded."""
         states: dict[str, list[str]] = {step.name: [""] for step in self.steps}
         printed: dict[str, str] = {}
         start = time.monotonic()
@@ -134,14 +134,14 @@ class Jobs:
                 if printed.get(step.name) != text:
                     printed[step.name] = text
                     print(f"{step.name:<10} {text}", flush=True)
-            # Local jobs have all ended in run_locally; a local step that is still PENDING will not start.
+            # Local jobs have already ended. A local step that is still PENDING will not start.
             if self.local or all(map(_ended, states.values())):
                 return all(state == "COMPLETED" for found in states.values() for state in found)
-            # Ask SLURM every 2 s at first and every 30 s after half an hour, to spare its controller.
+            # To spare SLURM's controller, the interval grows from 2 s to 30 s in the first half hour.
             time.sleep(min(30.0, max(2.0, (time.monotonic() - start) / 60)))
 
     def cancel(self) -> None:
-        """Cancels all jobs that are running or waiting."""
+        """Cancels all jobs that are running or pending."""
         for step in reversed(self.steps):
             if not self.local:
                 _scancel(step)
@@ -151,9 +151,9 @@ class Jobs:
                 self._set_state(step, "CANCELLED")
 
     def reset_unsuccessful(self) -> int:
-        """Resets every step that did not succeed, so that :meth:`submit` starts it again. Returns how many.
+        """Resets the steps that did not succeed, so that `submit` starts them again. Returns how many were reset.
 
-        Raises ValueError if a step is running or waiting, or if SLURM does not answer.
+        Raises ValueError if a step is running or pending, or if SLURM does not answer.
         """
         count = 0
         for step in self.steps:
@@ -175,14 +175,14 @@ def _ended(states: list[str]) -> bool:
 
 
 def _scancel(step: Step) -> None:
-    for job in sorted({id_.partition("_")[0] for id_ in step.ids}):  # one call for a whole array
+    for job in sorted({id_.partition("_")[0] for id_ in step.ids}):  # one call cancels a whole array
         subprocess.run(["scancel", job], check=False)
 
 
 def _terminate(pid: str) -> None:
-    """Ends the local job whose submitit controller has process number `pid`: with TERM, then INT, then KILL.
+    """Ends the local job whose submitit controller has the process number `pid`. Sends TERM, then INT, then KILL.
 
-    TERM comes first, as with scancel, and leaves time for a checkpoint. A background process of a script ignores INT.
+    TERM comes first, as with scancel, because the job then writes a checkpoint. A background process ignores INT.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         process = local_controller(pid)

@@ -1,4 +1,4 @@
-"""Builds and checks the steps of a pipeline or sweep, before anything is submitted."""
+"""Builds the steps of a pipeline or sweep. Finds a user's mistakes before anything is submitted."""
 
 from itertools import product
 from pathlib import Path
@@ -13,11 +13,11 @@ SCENES = ["--source", "scenes", "--count", "train=4000,val=500,test=500", "--siz
 def find_data(
     recipe: str, data: Path | None, build: list[str], out: Path, workers: int
 ) -> tuple[Path, list[Step]]:
-    """Returns the folder of the data set, and a list with the step that builds it, or [] if it exists.
+    """Returns the folder of the data set, and a list with the step that builds it; [] if nothing is to be built.
 
-    data: the data set or, with `build`, the folder to build it in (default: `out`/data).
-    build: arguments of `d2s.shard build`; empty for an existing data set or, for a scenes recipe, the default scenes.
-    workers: number of processes that build.
+    data: the data set. If a data set is to be built, the folder for it (default: `out`/data).
+    build: arguments of `d2s.shard build`. If `build` is empty, `data` must name an existing data set. Only for a
+        scenes recipe without `data`, the default scenes are built. workers: number of processes that build.
 
     Raises ValueError if `data` is no data set, if both are missing, or if `build` has an option that is set here.
     """
@@ -42,7 +42,7 @@ def find_data(
 
 
 def as_options(settings: list[str]) -> list[str]:
-    """Turns settings `FIELD=VALUE` into options of the training command. Raises ValueError if a `=` is missing."""
+    """Returns settings `FIELD=VALUE` as options of the training command. Raises ValueError if a `=` is missing."""
     for setting in settings:
         if "=" not in setting:
             raise ValueError(f"{setting!r}: is not FIELD=VALUE, as in optim.lr=1e-4")
@@ -52,10 +52,10 @@ def as_options(settings: list[str]) -> list[str]:
 def pipeline(recipe: str, data: Path, steps: list[Step], out: Path, options: list[str]) -> list[Step]:
     """Returns `steps` followed by the steps pretrain, finetune and evaluate.
 
-    recipe: common prefix of the pre-training and the fine-tuning recipe, as in scenes_small.
-    options: options of the training command that override fields, for both trainings.
+    recipe: common prefix of the names of the pre-training and the fine-tuning recipe, as in scenes_small.
+    steps: the steps that build the data set. options: options for both trainings, which override fields.
 
-    Raises ValueError if one of the recipes does not exist or an option does not fit both.
+    Raises ValueError if one of the recipes does not exist, or if an option is invalid for one of them.
     """
     for suffix in ("pretrain", "finetune"):
         if f"{recipe}_{suffix}" not in RECIPES:
@@ -85,13 +85,13 @@ def sweep(
     recipe: str, data: Path | None, steps: list[Step], init: Path | None, out: Path,
     points: list[dict[str, str]], options: list[str],
 ) -> list[Step]:  # fmt: skip
-    """Returns `steps` followed by a job array with a training for each grid point.
+    """Returns `steps` followed by a step that trains `recipe` once for each grid point.
 
-    data: the data set; None to use the data set of `init`.
-    init: stage-1 run to start from; if None, a fine-tuning recipe gets a pre-training step that all points share.
-    points: for each training the fields to override, in addition to `options`.
+    data: the data set; None to use the data set of `init`. options: options of all trainings.
+    init: the stage-1 run to start from. If it is None and the recipe needs one, a pre-training step is added.
+    points: for each training, the values of the fields in the grid.
 
-    Raises ValueError if the recipe does not exist, a field or value does not fit it, or `init` is no run.
+    Raises ValueError if the recipe does not exist, if a field or value is invalid, or if `init` is no run.
     """
     options_of = [[*options, *as_options([f"{k}={v}" for k, v in point.items()])] for point in points]
     configs = [override(find_recipe(recipe), point_options) for point_options in options_of]
@@ -118,7 +118,7 @@ def sweep(
 
 
 def grid_points(grid: list[str]) -> list[dict[str, str]]:
-    """Returns all combinations of the values in `FIELD=V1,V2,...`; the last field changes fastest."""
+    """Returns all combinations of the values in `FIELD=V1,V2,...`. The last field changes fastest."""
     if not grid:
         raise ValueError("--grid: missing; name at least one field and its values, as in optim.lr=1e-4,2e-4")
     axes: dict[str, list[str]] = {}

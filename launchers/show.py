@@ -1,4 +1,4 @@
-"""Prints the tree of jobs, their states, logs, errors and results, for `d2s.launchers.submit`."""
+"""Prints the steps of a pipeline or sweep, and the states, logs, errors and results of the jobs."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from d2s.launchers.states import LOGS
 
 
 def print_tree(jobs: Jobs) -> None:
-    """Prints each step, with job number and first command, below the step that it waits for."""
+    """Prints the steps as a tree, with job numbers and first commands. A step stands below the step before it."""
     print(f"{jobs.folder}  ({jobs.resources.cluster})")
     for depth, step in enumerate(jobs.steps):
         number = f"  job {step.ids[0].split('_')[0]}" if step.ids else ""
@@ -24,7 +24,7 @@ def print_tree(jobs: Jobs) -> None:
 
 
 def print_states(jobs: Jobs) -> None:
-    """Prints a line for each job: the name of the step, the job number and the state."""
+    """Prints a line for each job, with the name of its step, its number and its state."""
     for step in jobs.steps:
         states = jobs.states(step)
         ids = step.ids if len(step.ids) == len(states) else [""] * len(states)
@@ -33,9 +33,9 @@ def print_states(jobs: Jobs) -> None:
 
 
 def print_logs(jobs: Jobs, name: str | None, rank: int, lines: int) -> None:
-    """Prints the last `lines` lines (0: all) of the logs of `rank` in the step `name`.
+    """Prints the last `lines` lines (0: all lines) of the logs of `rank` in the step `name`.
 
-    If `name` is None, prints the last step with output. Raises ValueError if there is no such step or no output yet.
+    If `name` is None, the last step with output is used. Raises ValueError without such a step or any output.
     """
     names = [step.name for step in jobs.steps]
     if name and name not in names:
@@ -50,7 +50,7 @@ def print_logs(jobs: Jobs, name: str | None, rank: int, lines: int) -> None:
 
 
 def _log_files(jobs: Jobs, step: Step, rank: int = 0) -> Iterator[Path]:
-    """Yields the paths of a rank's log files, for all jobs of a step; skips files that do not exist."""
+    """Yields the paths of the existing log files of a rank, for all jobs of a step."""
     paths = (jobs.folder / LOGS / f"{id_}_{rank}_log.{kind}" for id_ in step.ids for kind in ("out", "err"))
     return (path for path in paths if path.is_file())
 
@@ -60,27 +60,27 @@ def _lines(path: Path) -> list[str]:
 
 
 def print_evaluation(jobs: Jobs) -> None:
-    """Prints the table that the evaluation, the last step of a pipeline, wrote to the log of its last job."""
+    """Prints the result table of a pipeline, from the log of its last step, the evaluation."""
     outputs = [path for path in _log_files(jobs, jobs.steps[-1]) if path.suffix == ".out"]
     for path in outputs[-1:]:
         print("\n".join(line for line in _lines(path) if not line.startswith("submitit ")))
 
 
 def print_errors(jobs: Jobs, step: Step) -> None:
-    """Prints the path of each log of a step and the last three error messages in it, without tracebacks."""
+    """Prints the paths of the logs of a step, each with the last three error messages in this log."""
     for path in _log_files(jobs, step):
         print("\n".join([f"==> {path}", *list(filter(is_error_message, _lines(path)))[-3:]]))
 
 
 def is_error_message(line: str) -> bool:
-    """Returns whether a line is an error message of a command or ends a traceback. Messages of srun do not count."""
+    """Returns whether a line is an error message or the last line of a traceback. Ignores messages of SLURM."""
     # The exception that `Command` raises only points to the lines above it.
     uninformative = line.startswith(("srun:", "slurm")) or line.endswith("see the lines above")
     return not uninformative and re.search(r"error(:|$)", line, re.IGNORECASE) is not None
 
 
 def print_sweep(points: list[dict[str, str]], out: Path) -> None:
-    """Prints the best rSum of each grid point on the validation split; the test split must not be used to choose."""
+    """Prints the best validation rSum of each grid point. The test split must not be used to choose a grid point."""
     runs = [out / f"run-{number}" for number in range(len(points))]
     scores = [_scores(run) for run in runs]
     best = max((score for score, *_ in scores if score is not None), default=None)
@@ -94,7 +94,7 @@ def print_sweep(points: list[dict[str, str]], out: Path) -> None:
 
 
 def _scores(run: Path) -> tuple[float | None, int | None, int | None]:
-    """Returns best validation rSum, its training step and the last step, from a run's newest checkpoint."""
+    """Returns a run's best validation rSum, the training step of this rSum, and the last saved training step."""
     markers = sorted(run.glob("checkpoints/step-*/complete.json"))
     if not markers:
         return None, None, None

@@ -1,8 +1,9 @@
 """`python -m d2s.launchers.submit pipeline | sweep | status | logs | cancel | resume`: runs jobs through submitit.
 
 A pipeline builds shards, pre-trains, fine-tunes and evaluates, in jobs that run one after the other. A sweep trains
-one recipe with each setting of a grid. `--cluster slurm` submits all jobs at once; `--cluster local` runs them
-on this machine. A training that reaches its time limit or is preempted writes a checkpoint, is requeued and resumes.
+one recipe for each combination of the values in a grid. `--cluster slurm` submits all jobs at once. `--cluster local`
+runs the jobs on this machine. A training that is preempted or reaches its time limit writes a checkpoint. It is then
+requeued and resumes from the checkpoint.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that the commands pipeline and sweep share."""
+    """Adds the options that are common to the commands pipeline and sweep."""
     add = parser.add_argument
     add("--out", type=user_path, metavar="DIR", help="folder of all runs (default: runs/COMMAND-RECIPE)")
     add("--data", type=user_path, metavar="DIR", help="data set; with --build, the folder to build it in")
@@ -84,7 +85,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_resources(parser: argparse.ArgumentParser, defaults: Resources | None) -> None:
-    """Adds the options for the resources of a job. If `defaults` is None, the job keeps its earlier resources."""
+    """Adds the options for resources. If `defaults` is None, a resource without an option stays as it was."""
     for name, text in NUMBERS.items():
         default = getattr(defaults, name) if defaults else None
         shown = f"{text} ({default if defaults else 'as before'})"
@@ -95,7 +96,7 @@ def _add_resources(parser: argparse.ArgumentParser, defaults: Resources | None) 
 
 
 def apply_options(resources: Resources, arguments: argparse.Namespace) -> Resources:
-    """Returns `resources` changed by the options in `arguments`. Raises ValueError for impossible resources."""
+    """Returns `resources`, changed by the options in `arguments`. Raises ValueError for impossible resources."""
     given = {name: getattr(arguments, name) for name in NUMBERS if getattr(arguments, name) is not None}
     wanted = dataclasses.replace(resources, **given, gpus=resources.gpus and not arguments.no_gpus)
     if wanted.signal_seconds >= 60 * wanted.minutes:
@@ -126,7 +127,7 @@ def new_resources(arguments: argparse.Namespace) -> Resources:
 
 
 def _start(arguments: argparse.Namespace) -> None:
-    """Builds the steps of a pipeline or sweep. Submits them and follows the jobs or, with --dry-run, prints them."""
+    """Starts a pipeline or sweep and follows its jobs. With --dry-run, only prints the scripts and commands."""
     # Imported here, because the recipes import torch, which takes seconds.
     from d2s.launchers.pipeline import as_options, find_data, grid_points, pipeline, sweep
 
@@ -149,16 +150,16 @@ def _start(arguments: argparse.Namespace) -> None:
         return
     if points is not None:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / POINTS, points)  # before submitting, which may fail: `resume` needs it
+        write_json(out / POINTS, points)  # first, because submitting may fail; `resume` reads it
     jobs = Jobs(out, resources, steps)
     jobs.submit()
     _follow(jobs, wait=not arguments.no_wait)
 
 
 def _follow(jobs: Jobs, *, wait: bool) -> None:
-    """Prints the tree of jobs, runs the jobs locally or waits for SLURM to run them, and prints the results.
+    """Prints the steps, runs the local jobs or waits for SLURM's jobs, and prints the results.
 
-    wait: whether to wait for jobs on SLURM. Raises ValueError, after printing the errors, if a job failed.
+    wait: whether to wait for SLURM's jobs. If a job failed, prints its errors and raises ValueError.
     """
     show.print_tree(jobs)
     if jobs.local:
@@ -171,7 +172,7 @@ def _follow(jobs: Jobs, *, wait: bool) -> None:
     elif succeeded:
         show.print_evaluation(jobs)
     if not succeeded:
-        # Steps after a failed step are cancelled or still pending; they have not failed themselves.
+        # Steps after a failed step are cancelled or still pending. They have no errors to print.
         harmless = {"COMPLETED", "PENDING", "CANCELLED"}
         failed = [step for step in jobs.steps if set(jobs.states(step)) - harmless]
         for step in failed:
@@ -203,7 +204,7 @@ def _execute(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns 0, or 2 after one line that names the user's mistake."""
+    """Runs the command. Returns 0, or prints a user's mistake in one line and returns 2."""
     arguments = _parser().parse_args(argv)
     return run(lambda: _execute(arguments))
 

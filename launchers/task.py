@@ -1,9 +1,9 @@
 """Runs one rank of a job on a cluster: `srun python -m d2s.launchers.task train | evaluate | shard ARGUMENT...`.
 
-Translates SLURM's variables into those that torch and DeepSpeed read. Runs the command in this process, so that
-signals reach it directly. Requests that the job be requeued if it was preempted, except after TERM: SLURM sends TERM
-before a preemption, after which it requeues the job itself, and on scancel, after which the job must not restart. In
-a job array `{seed}` in any argument is replaced by the array index.
+Sets the variables that torch and DeepSpeed read, from SLURM's variables. Runs the command in this process, so that
+signals reach it directly. If the job was preempted, requests that the job be requeued, except after TERM. SLURM sends
+TERM before a preemption, and then requeues the job itself. SLURM also sends TERM on scancel, and then the job must
+not restart. In a job array, `{seed}` in any argument is replaced by the array index.
 """
 
 import os
@@ -33,24 +33,24 @@ _LOCAL = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LO
 
 @dataclass(frozen=True)
 class ExitStatus:
-    """The exit code of a command, and whether the job must be requeued."""
+    """The exit code of a command. requeue: whether the job must be requeued."""
 
     code: int
     requeue: bool = False
 
     @property
     def same_on_all_ranks(self) -> bool:
-        """Whether all ranks end with this code, so that this rank can wait for the others."""
+        """Whether all ranks end with this code. Only then can this rank wait for all other ranks to end."""
         return self.code in (0, PREEMPTED)
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of this task.
+    """Returns the variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of this task.
 
-    They come from SLURM's variables (srun(1), "OUTPUT ENVIRONMENT VARIABLES") or from submitit's local executor. For
-    the local executor, also returns MASTER_ADDR and MASTER_PORT, a port derived from the job's number.
+    environment: has the variables of srun (see srun(1), "OUTPUT ENVIRONMENT VARIABLES") or of submitit's local
+        executor. For the local executor, also returns MASTER_ADDR and MASTER_PORT. The job number sets the port.
 
-    Raises ValueError on SLURM if a variable that srun or launchers/job.sh sets is missing.
+    Raises ValueError on SLURM if a variable is missing that srun or launchers/job.sh sets.
     """
     if environment.get("SUBMITIT_EXECUTOR") == "local":
         found = {ours: environment[theirs] for ours, theirs in zip(_NAMES, _LOCAL, strict=True)}
@@ -68,7 +68,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Returns the number of tasks on each node, from SLURM's short form: [2, 2, 2, 1] for "2(x3),1"."""
+    """Returns the number of tasks on each node. text: SLURM's short form, as in "2(x3),1" for [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in text.split(","):
         count, _, times = part.partition("(x")
@@ -79,9 +79,9 @@ def tasks_per_node(text: str) -> list[int]:
 def fill_in_seed(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
     """Returns the arguments with `{seed}` replaced by the index in the job array.
 
-    Raises ValueError for a `{seed}` outside an array, and for an array of trainings that would share a run folder.
+    Raises ValueError if `{seed}` is used outside an array, and if trainings of an array would share a run folder.
     """
-    # A sweep is a job array, too, but each of its jobs has arguments of its own, which name different run folders.
+    # The job array of a sweep does not count. Each of its jobs already has different arguments and a run folder.
     index = None if "SUBMITIT_EXECUTOR" in environment else environment.get("SLURM_ARRAY_TASK_ID")
     used = [argument for argument in arguments if SEED in argument]
     if index is None:
@@ -96,7 +96,7 @@ def fill_in_seed(arguments: list[str], environment: Mapping[str, str]) -> list[s
 
 
 def resume_after_requeue(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-    """Returns the arguments, with --resume added if SLURM restarted a training."""
+    """Returns the arguments. Adds --resume if the command is a training that SLURM has restarted."""
     requeued = int(environment.get("SLURM_RESTART_COUNT", "0")) > 0
     if arguments[:1] == ["train"] and requeued and "--resume" not in arguments:
         return [*arguments, "--resume"]
@@ -107,7 +107,7 @@ def run_command(arguments: list[str], environment: MutableMapping[str, str] = os
     """Runs one of COMMANDS as this rank. For a user's mistake, prints one line to stderr and returns code 2."""
     preemption = Preemption()
     if arguments[:1] == ["train"]:
-        preemption.install()  # before the slow imports: a signal may come at any time
+        preemption.install()  # before the slow imports, because a signal may come at any time
     try:
         if not arguments or arguments[0] not in COMMANDS:
             raise ValueError(f"no command {' '.join(arguments[:1])!r}; there are {', '.join(COMMANDS)}")
@@ -120,15 +120,15 @@ def run_command(arguments: list[str], environment: MutableMapping[str, str] = os
     if arguments[0] != "train":
         return ExitStatus(command(arguments[1:]) or 0)
     code = command(arguments[1:], preemption)
-    # Ask for the signal again, because the job may have been cancelled while its ranks wrote the checkpoint.
+    # Reads the signal again, because the job may have been cancelled while its ranks wrote the checkpoint.
     return ExitStatus(code, requeue=code == PREEMPTED and preemption.agreed() != signal.SIGTERM)
 
 
 def request_requeue(environment: Mapping[str, str] = os.environ) -> None:
-    """Requests that this job be restarted: rank 0 creates the file that the variable D2S_REQUEUE names.
+    """Requests that this job be restarted. To do so, rank 0 creates the file that the variable D2S_REQUEUE names.
 
-    On SLURM launchers/job.sh looks for the file and requeues the job; a rank may run in a container without scontrol.
-    Locally the submitting command looks for it. Call this before any rank ends, because srun then kills the others.
+    On SLURM, launchers/job.sh finds the file and requeues the job, because a rank's container may lack scontrol. For
+    a local job, the submitting command finds the file. Call this before any rank ends. srun then kills all ranks.
     """
     if environment["RANK"] != "0":
         return
@@ -140,7 +140,7 @@ def request_requeue(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Runs the command of this task, requests a requeue if it was preempted, and exits."""
+    """Runs the command of this task, requests a requeue if the job was preempted, and exits."""
     status = run_command(sys.argv[1:] if argv is None else argv)
     if status.requeue:
         request_requeue()

@@ -17,7 +17,7 @@ from d2s.kernels.bench.cases import CASES
 from d2s.kernels.bench.measure import measure
 from d2s.kernels.bench.providers import PROVIDERS
 
-# Seconds after which a variant is not timed again on a GPU.
+# On a GPU, a variant gets no further repeats after this many seconds.
 LONGEST = 10.0
 
 
@@ -53,9 +53,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure_all(arguments: argparse.Namespace) -> set[str]:
-    """Measures all items and prints and writes the rows of each at once, so that an interrupted run keeps them.
+    """Measures all items and returns the names of the measured variants.
 
-    Returns the names of the measured variants. Raises ValueError if there is no such device.
+    Prints and writes the rows after each item, so that an interrupted run keeps the rows of all finished items.
+    Raises ValueError if the device is CUDA and this machine has none.
     """
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("no CUDA device; use --device cpu")
@@ -84,7 +85,7 @@ def measure_all(arguments: argparse.Namespace) -> set[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 if "ours" or a --provider was not measured, 2 for a user's mistake, or 130 if interrupted."""
+    """Returns 0, or 1 if "ours" or a --provider was not measured, 2 for a user's mistake, 130 if interrupted."""
     arguments, measured = _arguments(argv), set()
     code = run(lambda: measured.update(measure_all(arguments)))
     missing = {"ours", *(arguments.provider or ())}.intersection(plan.providers(arguments)) - measured

@@ -1,7 +1,7 @@
-"""Defines the ops to measure, each with its plain implementation in torch and the least work that it takes.
+"""Defines the ops to measure. Each op has a plain implementation in torch and a lower bound of its work.
 
-A plain implementation is a straightforward one of the paper: losses build the N x N matrix and mask it; GPO runs its
-GRU once per sample and calls torch.sort. The plain implementations share no code with those that we test.
+A plain implementation follows the paper's formulas directly. A loss builds the n x n matrix of similarities and masks
+it. GPO runs its GRU once per sample and calls torch.sort. The plain implementations share no code with our kernels.
 """
 
 from dataclasses import dataclass
@@ -17,33 +17,31 @@ from d2s.kernels.problems import MARGIN, PROBLEMS, TEMPERATURE, Inputs, Problem,
 
 @dataclass(frozen=True, kw_only=True)
 class Case(Problem):
-    """An op with its plain implementation and the least work of any method.
+    """An op with its plain implementation and the least work that any implementation must do.
 
-    released: the implementation in public code; None if it equals the plain one.
-    flops, traffic: one value for the forward pass, one for forward and backward together. flops is in units of
-        n * n * width, without storing the n x n matrix, so the backward pass computes it again. traffic says how
-        often an array of the size of the largest input must be read or written.
+    `flops` and `traffic` have one value for the forward pass, and one for forward and backward together. The n x n
+    matrix is not stored, so the backward pass computes it again.
     """
 
     plain: Run
-    released: Run | None = None
-    flops: tuple[int, int] = (0, 0)
-    traffic: tuple[int, int] = (2, 4)
+    released: Run | None = None  # the authors' published implementation; None if it equals `plain`
+    flops: tuple[int, int] = (0, 0)  # number of operations, in units of n * n * width
+    traffic: tuple[int, int] = (2, 4)  # how often an array of the largest input's size is read or written
 
 
 class Work(NamedTuple):
-    """The least work of one step: floating-point operations in matrix products, and bytes to read and write."""
+    """The least work of one run of an op. flops: operations in matrix products. traffic: bytes to read and write."""
 
     flops: float
     traffic: float
 
     def floor_ms(self, matmul_tflops: float, copy_gbs: float) -> float:
-        """Returns the time in milliseconds of the operations or of the traffic, whichever takes longer."""
+        """Returns the milliseconds that this work takes at least, at the rates of `timing.device_rates`."""
         return max(self.flops / matmul_tflops / 1e9, self.traffic / copy_gbs / 1e6)
 
 
 def work(name: str, shape: Shape, dtype: torch.dtype, mode: str) -> Work:
-    """Returns the least work of a case in a mode. "backward" is the work of both passes less that of forward."""
+    """Returns the least work of the case `name`. mode: one of `timing.MODES`; "full" is forward and backward."""
     flops, traffic = (
         {"forward": forward, "full": both, "backward": both - forward}[mode]
         for forward, both in (CASES[name].flops, CASES[name].traffic)
@@ -68,7 +66,7 @@ def _hinge(x: Inputs, hardest: bool) -> Tensor:
 
 
 def _same_image(ids: Tensor) -> Tensor:
-    """Returns the mask, of shape (n, n), of pairs off the diagonal that have the same image id."""
+    """Returns a boolean mask of shape (n, n). An entry is true if it is off the diagonal and its ids are equal."""
     return (ids[:, None] == ids[None, :]) & ~torch.eye(ids.shape[0], dtype=torch.bool, device=ids.device)
 
 
@@ -105,7 +103,7 @@ def _ranks(x: Inputs) -> Tensor:
 
 
 def _gpo(x: Inputs, packed: bool = False) -> Tensor:
-    """Computes GPO plainly. packed: run the GRU over packed sequences, as the published layer does."""
+    """Computes GPO plainly. packed: whether the GRU reads packed sequences, as in the authors' code."""
     features, code, mask = x["features"], x["code"], x["mask"]
     weights = x.net(code.expand(features.shape[0], *code.shape), packed).to(features.dtype)
     filled = features.masked_fill(~mask[:, :, None], -10000.0)

@@ -1,4 +1,4 @@
-"""Measures all variants of one case at one size: their times in every mode, and their extra memory."""
+"""Measures the times and the extra memory of all variants of one case at one size."""
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor
@@ -13,12 +13,12 @@ from d2s.kernels.bench.cases import CASES, work
 from d2s.kernels.bench.providers import Unavailable, provider
 from d2s.kernels.problems import Run, one_line
 
-# Up to this n, variants are also timed as CUDA graphs, because launching kernels takes longer than running them.
+# Up to this n, launching kernels takes longer than running them. So variants are also timed as CUDA graphs.
 LAUNCH_BOUND = 1024
 
 
 def variants(item: plan.Item, arguments: argparse.Namespace) -> dict[str, Run]:
-    """Returns the variants that support this case, by name. Prints why a variant of --provider does not."""
+    """Returns the variants that support the case, by name. With --provider, prints why a variant does not."""
     found = {}
     for name in plan.providers(arguments):
         try:
@@ -30,7 +30,7 @@ def variants(item: plan.Item, arguments: argparse.Namespace) -> dict[str, Run]:
 
 
 def peak_bytes(name: str, item: plan.Item, device: str, run: Run | None = None) -> int:
-    """Returns `timing.extra_bytes` of a variant. run: the variant's function; None to look it up by name."""
+    """Returns the peak memory of a variant in bytes (see `timing.extra_bytes`). run: its function, if known."""
     make, dtype = CASES[item.case].make, plan.DTYPES[item.dtype]
     run = run or provider(name, item.case, device, item.shape.width)
     small = make(replace(item.shape, n=min(item.shape.n, 64)), dtype, device, 0)
@@ -38,13 +38,13 @@ def peak_bytes(name: str, item: plan.Item, device: str, run: Run | None = None) 
 
 
 def extra_mib(name: str, item: plan.Item, device: str, run: Run) -> float | None:
-    """Returns a variant's extra memory in MiB; None, after printing the error, if it cannot be measured."""
+    """Returns `peak_bytes` of a variant in MiB. If the measurement fails, prints the error and returns None."""
     try:
         if device.startswith("cuda"):
             return peak_bytes(name, item, device, run) / 2**20
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             return process.submit(peak_bytes, name, item, device).result() / 2**20
-    # Another package may refuse the small inputs, or the process may be killed; the times are kept all the same.
+    # Another package may refuse the small inputs, or the process may be killed. The times must be kept anyway.
     except Exception as error:  # noqa: BLE001
         print(f"  {name}: peak memory: {one_line(error)}")
     timing.release(device)
@@ -52,7 +52,7 @@ def extra_mib(name: str, item: plan.Item, device: str, run: Run) -> float | None
 
 
 def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Namespace) -> list[record.Row]:
-    """Measures all variants of one item in all modes. rates: the device's, from `timing.device_rates`."""
+    """Measures one item. Returns a row for each variant, mode and clock. rates: see `timing.device_rates`."""
     make, dtype, device = CASES[item.case].make, plan.DTYPES[item.dtype], arguments.device
     first, on_gpu = make(item.shape, dtype, device, 0), device.startswith("cuda")
     count = timing.sets_needed(first.nbytes(), device)
@@ -60,7 +60,7 @@ def measure(item: plan.Item, rates: tuple[float, float], arguments: argparse.Nam
     runs, rows = variants(item, arguments), []
 
     def add(mode: str, name: str, clock: str, spent: list[float], extra: float | None = None) -> None:
-        """Adds the row of a variant. spent: the time of each repeat in ms. extra: extra memory in MiB."""
+        """Adds a row. clock: see `Row.timing`. spent: the ms of each repeat. extra: extra memory in MiB."""
         least = work(item.case, item.shape, dtype, mode)
         p20, median, p80 = np.quantile(spent, (0.2, 0.5, 0.8)).tolist()
         what = {"case": item.case, "mode": mode, "provider": name, "dtype": item.dtype, **asdict(item.shape)}

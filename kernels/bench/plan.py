@@ -1,4 +1,4 @@
-"""Chooses what a run of the benchmark measures, and in which order."""
+"""Lists the cases, types, sizes, variants and modes that a run of the benchmark measures, in order."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ WIDTH = 512
 TOKENS = Shape(n=128, tokens=577, width=WIDTH)
 TINY, TINY_TOKENS = Shape(n=64, width=16), Shape(n=4, tokens=9, width=16)
 SIZES = {"cpu": (128, 1024, 8192), "cuda": (128, 1024, 8192, 32768, 131072)}
-# Largest n in float32 without --n: there are no tensor cores for it, and n = 131,072 takes a quarter of an hour.
+# Largest n in float32 without --n. float32 has no tensor cores, and n = 131,072 takes a quarter of an hour.
 MOST_FLOAT32 = 32768
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One case to measure, at one size and with one type of numbers."""
+    """A case to measure, with the size and the type of its inputs."""
 
     case: str
     dtype: str
@@ -35,7 +35,7 @@ class Item:
 
 
 def shapes(case: str, dtype: str, arguments: argparse.Namespace) -> list[Shape]:
-    """Returns the sizes at which a case is measured, in order."""
+    """Returns the sizes for which a case is measured. dtype: a key of DTYPES. arguments: the command's options."""
     if arguments.size == "tiny":
         return [TINY_TOKENS if case == "gpo" else TINY]
     if case == "gpo":
@@ -56,12 +56,12 @@ def providers(arguments: argparse.Namespace) -> Sequence[str]:
 
 
 def modes(case: str, arguments: argparse.Namespace) -> Sequence[str]:
-    """Returns the modes in which a case is measured. The case "ranks" has no gradient, so only "full"."""
+    """Returns the modes to measure: only "full" with --quick and for "ranks", which has no gradient."""
     return ("full",) if arguments.quick or case == "ranks" else arguments.mode or timing.MODES
 
 
 def items(arguments: argparse.Namespace) -> list[Item]:
-    """Returns everything to measure, in the order of type, case and size, without repetitions."""
+    """Returns the items to measure, ordered by type, then case, then size. No item appears twice."""
     on_gpu = arguments.device.startswith("cuda")
     found = [
         Item(case=case, dtype=dtype, shape=shape)

@@ -1,4 +1,4 @@
-"""The variants that are compared: our kernels, plain torch code, the same compiled, and other people's kernels."""
+"""The variants to compare: our kernels, plain torch code, compiled torch code, and kernels of other projects."""
 
 import os
 from collections.abc import Callable
@@ -11,30 +11,30 @@ from torch import Tensor
 from d2s.kernels.bench.cases import CASES
 from d2s.kernels.problems import SCALE, Inputs, Run
 
-# Names of the variants, in the order in which they take turns.
+# Names of the variants. In each round they run in this order.
 PROVIDERS = ("ours", "chunked", "eager", "released", "compiled", "memeff", "inf_cl", "cce_exact", "liger")
 
 
 class Unavailable(Exception):
-    """Raised if a variant does not support the case, or is not installed."""
+    """Raised if a variant does not support a case, or is not installed."""
 
 
 def provider(name: str, case: str, device: str, width: int) -> Run:
-    """Returns the function by which a variant runs a case. Raises Unavailable, with the reason, if there is none."""
+    """Returns the function with which the variant `name` runs a case. Raises Unavailable if it cannot."""
     found = {"ours": CASES[case].ours, "eager": CASES[case].plain, "released": CASES[case].released}
     if name in found:
         if found[name] is None:
             raise Unavailable(f"{name}: public code does it the plain way")
         return found[name]
     if name == "compiled":
-        # Dynamo counts the compilations of a function over all sizes and types, and silently runs the function
-        # uncompiled above a limit; so reset the count. With fullgraph, code that cannot be compiled is an error.
+        # Dynamo counts how often it compiles a function. Above a limit, it silently runs the function uncompiled.
+        # The reset sets the count to 0. With fullgraph, code that cannot be compiled raises an error.
         torch._dynamo.reset()
         return torch.compile(CASES[case].plain, dynamic=False, fullgraph=True)
     if not device.startswith("cuda"):
         raise Unavailable(f"{name}: measured on CUDA only")
     if name == "chunked":
-        # The implementation is chosen in the forward, and again in the backward.
+        # The implementation is chosen once in the forward and once in the backward. So both must see the variable.
         chunked = patch.dict(os.environ, D2S_KERNELS="chunked")
         run = chunked(CASES[case].ours)
         run.gradients = chunked(lambda value, inputs: inputs.gradients(value))
@@ -53,8 +53,8 @@ def provider(name: str, case: str, device: str, width: int) -> Run:
 def _both(direction: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
     """Returns a variant that computes the mean of the image-to-text and the text-to-image loss.
 
-    direction: computes the loss of one direction from (rows, columns, label). Unlike our loss, the variant does not
-        mask pairs of the same image.
+    direction: computes the loss of one direction from the arguments rows, columns and label. Unlike our loss, the
+        variant does not mask pairs of the same image.
     """
 
     def run(inputs: Inputs) -> Tensor:
@@ -70,7 +70,7 @@ def _memeff() -> Run:
     loss = import_module("memeff").MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True)
 
     def run(inputs: Inputs) -> Tensor:
-        # memeff's temperature is a constant. Adding 0 * scale gives the scale a gradient, as in the other variants.
+        # memeff's temperature is a constant. 0 * scale is added so that the scale gets a gradient, as elsewhere.
         value = loss(inputs.tensors["image"], inputs.tensors["text"])
         return value + 0 * inputs.tensors["scale"].sum()
 

@@ -1,4 +1,4 @@
-"""Prints measurements, appends them to a CSV file for each device, and reads them. Old rows are never changed."""
+"""Prints measurements, and appends them to CSV files, one for each device. Old rows are never changed."""
 
 import csv
 import datetime
@@ -21,13 +21,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The measurement of one variant of one op at one size in one mode.
-
-    timing: "wall" for the host's clock, "events" for CUDA events, or "graph" for replays of a CUDA graph.
-    extra_mib: peak memory of forward and backward beyond inputs and gradients; None if not measured.
-    tflops: the least operations of the op divided by the median time; 0 if the op multiplies no matrices.
-    matmul_tflops, copy_gbs: the device's rates in this run. floor_ms: time of the least work at these rates.
-    """
+    """The measurement of one variant of one op at one size in one mode."""
 
     date: str
     device: str
@@ -41,20 +35,20 @@ class Row:
     n: int
     tokens: int
     width: int
-    timing: str
+    timing: str  # "wall" (the host's clock), "events" (CUDA events) or "graph" (replays of a CUDA graph)
     repeats: int
     median_ms: float
     p20_ms: float
     p80_ms: float
-    extra_mib: float | None
-    tflops: float
-    matmul_tflops: float
-    copy_gbs: float
-    floor_ms: float
+    extra_mib: float | None  # `timing.extra_bytes`, but in MiB; None if not measured
+    tflops: float  # `cases.Work.flops` divided by the median time; 0 if the op multiplies no matrices
+    matmul_tflops: float  # the device's rate for matrix products in this run
+    copy_gbs: float  # the device's rate for copies in this run
+    floor_ms: float  # the time of `cases.Work` at these two rates
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The fields that identify a measurement; repetitions of a measurement have equal keys."""
+        """The fields that identify a measurement. If a measurement is repeated, the rows have equal keys."""
         size = self.n, self.tokens, self.width
         return self.device, self.case, self.mode, self.provider, self.dtype, size, self.timing
 
@@ -68,7 +62,7 @@ HEADER = (
 
 
 def device_name(device: str) -> str:
-    """Returns the name of the GPU, or the name of the processor and the number of threads in use."""
+    """Returns the name of the GPU. For "cpu", returns the processor's name and the number of threads in use."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -79,7 +73,7 @@ def device_name(device: str) -> str:
 
 
 def circumstances(device: str) -> dict[str, str | int]:
-    """Returns the columns on date (UTC), device, versions and threads. "triton" is empty if it is not installed."""
+    """Returns the first five fields of `Row`. The date is in UTC. Without triton, its version is ""."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device_name(device),
@@ -95,7 +89,7 @@ def file_of(folder: Path, device: str) -> Path:
 
 
 def check_writable(folder: Path, device: str) -> None:
-    """Creates the folder. Raises OSError or ValueError if rows cannot be appended to the device's file."""
+    """Creates `folder`. Raises OSError or ValueError if `append` could not add rows to the device's CSV file."""
     path = file_of(folder, device)
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -107,13 +101,13 @@ def check_writable(folder: Path, device: str) -> None:
 
 
 def show(rows: list[Row]) -> None:
-    """Prints the rows. The columns "vs eager" and "memory" are eager's time and memory divided by the row's."""
+    """Prints the rows. "vs eager" and "memory" are the time and memory of "eager", divided by the row's values."""
     eager = {(r.mode, r.timing): r for r in rows if r.provider == "eager"}
     for r in rows:
         base = eager.get((r.mode, r.timing))
         faster = f"{base.median_ms / r.median_ms:7.1f}x" if base else ""
         both = base and base.extra_mib is not None and r.extra_mib is not None
-        # Differences below 1 MiB are noise.
+        # Memory below 1 MiB counts as 1 MiB, because smaller differences are noise.
         less = f"{base.extra_mib / max(r.extra_mib, 1):7.1f}x" if both else ""
         memory = "" if r.extra_mib is None else f"{r.extra_mib:.1f}"
         size = Shape(n=r.n, tokens=r.tokens, width=r.width)
@@ -144,7 +138,7 @@ def append(folder: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Returns the rows of a file. Raises ValueError, with file and line, if the file is damaged."""
+    """Returns the rows of a CSV file. Raises ValueError, with file and line, if the file is damaged."""
     rows = []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
@@ -160,7 +154,7 @@ def read(path: Path) -> list[Row]:
 
 
 def by_device(folder: Path) -> dict[str, list[Row]]:
-    """Returns all rows by device; of a repeated measurement only the last. Raises ValueError if there are none."""
+    """Returns all rows by device. Keeps the last row of a repeated measurement. Raises ValueError without rows."""
     latest = {row.key: row for path in sorted(folder.glob("*.csv")) for row in read(path)}
     if not latest:
         raise ValueError(f"{folder}: holds no measurement (no CSV file with rows)")

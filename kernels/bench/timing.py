@@ -1,4 +1,4 @@
-"""Measures time and peak memory. Variants take turns, and their inputs are not in the cache when a step starts."""
+"""Measures time and peak memory. Variants run in turn. Inputs are not in the cache when a timed call starts."""
 
 import ctypes
 import gc
@@ -14,18 +14,18 @@ from torch import Tensor
 from d2s.kernels.problems import Inputs, Run, one_line
 
 MODES = ("full", "forward", "backward")
-# Size of the last cache level in bytes, assumed if the device does not report one.
+# Assumed size of the last-level cache in bytes, if the device does not report the size.
 CACHE = 64 << 20
 MOST_SETS = 64
-# Number of repeats that even a slow variant gets.
+# Least number of repeats of a slow variant.
 FEWEST = 3
 
 
 def step(run: Run, inputs: Inputs, mode: str) -> tuple[Callable[[], object], Callable[[], object] | None]:
-    """Returns (the function to time, a function to call before it untimed or None) for one step in a mode."""
+    """Returns the function to time, and a function to call before it without timing (None if not needed)."""
     if mode == "forward" or not inputs.leaves:
         return lambda: run(inputs), None
-    # A variant may have a method `gradients` of its own.
+    # A variant may have its own function `gradients`.
     gradients = getattr(run, "gradients", lambda value, inputs: inputs.gradients(value))
     if mode == "full":
         return lambda: gradients(run(inputs), inputs), None
@@ -34,7 +34,7 @@ def step(run: Run, inputs: Inputs, mode: str) -> tuple[Callable[[], object], Cal
 
 
 def sets_needed(nbytes: int, device: str) -> int:
-    """Returns how many sets of `nbytes` bytes must take turns so that each leaves the cache before its next turn."""
+    """Returns how many input sets of `nbytes` bytes to use in turn, so that a set leaves the cache between uses."""
     if device.startswith("cuda"):
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", CACHE)
     else:
@@ -53,11 +53,11 @@ def in_turn(
     device: str,
     longest: float = math.inf,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Times the variants in turn, each round with the next set of inputs.
+    """Times the variants in turn. Each round uses the next set of inputs.
 
     Returns the milliseconds of every repeat by variant, and the error messages of the variants that failed.
-    A variant stops after `longest` seconds, but not before FEWEST repeats; its warm-up stops after a tenth of
-    `longest`. The time of the first round, which may compile, is not counted.
+    There are `warm` rounds of warm-up, then `repeats` timed rounds. A variant stops once it has FEWEST
+    repeats and has run for `longest` seconds, not counting the first round. Its warm-up gets a tenth of this time.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
@@ -68,11 +68,11 @@ def in_turn(
                 continue
             try:
                 spent = _once(run, inputs[number % len(inputs)], mode, device)
-            # After an error, such as too little memory, the other variants are still measured.
+            # An error, such as too little memory, must not keep the other variants from being measured.
             except Exception as error:  # noqa: BLE001
                 failed[name] = one_line(error)
             if name in failed:
-                # Not inside the handler: there the exception still holds the tensors of the failed step.
+                # Not inside the handler, because there the exception still holds the tensors of the failed call.
                 release(device)
                 del active[name], times[name]
                 continue
@@ -92,7 +92,7 @@ def _once(run: Run, inputs: Inputs, mode: str, device: str) -> float:
 
 
 def milliseconds(timed: Callable[[], object], device: str) -> float:
-    """Returns the time of one call in ms: from CUDA events on a GPU, else from the host's clock."""
+    """Returns the time of one call of `timed` in ms. Uses CUDA events on a GPU, else the host's clock."""
     if not device.startswith("cuda"):
         start = time.perf_counter()
         timed()
@@ -106,7 +106,7 @@ def milliseconds(timed: Callable[[], object], device: str) -> float:
 
 
 def by_graph(run: Run, inputs: Sequence[Inputs], mode: str) -> list[float]:
-    """Returns the times of one step in ms, from replays of a CUDA graph. Raises if the capture fails."""
+    """Returns the times of one call in ms, from replays of a CUDA graph. Raises any exception of the capture."""
     from triton.testing import do_bench_cudagraph
 
     steps = [step(run, some, mode)[0] for some in inputs]
@@ -114,7 +114,7 @@ def by_graph(run: Run, inputs: Sequence[Inputs], mode: str) -> list[float]:
 
 
 def release(device: str) -> None:
-    """Frees the memory of a failed step. Raises RuntimeError if the CUDA device is no longer usable."""
+    """Frees the memory of a failed call. Raises RuntimeError if the CUDA device is no longer usable."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -122,9 +122,9 @@ def release(device: str) -> None:
 
 
 def extra_bytes(run: Run, inputs: Inputs, small: Inputs, device: str) -> int:
-    """Returns the peak memory in bytes of forward and backward, less that of the inputs and the gradients.
+    """Returns the peak memory of forward and backward in bytes, not counting inputs and returned gradients.
 
-    small: inputs for a first step, which makes libraries allocate their permanent buffers before the measurement.
+    small: small inputs for a first call, in which libraries allocate buffers that they keep.
     """
     step(run, small, "full")[0]()
     returned = sum(leaf.numel() * leaf.element_size() for leaf in inputs.leaves)
@@ -135,9 +135,9 @@ def extra_bytes(run: Run, inputs: Inputs, small: Inputs, device: str) -> int:
         before = torch.cuda.memory_allocated(device)
         timed()
         return max(0, torch.cuda.max_memory_allocated(device) - before - returned)
-    # Returns freed memory to the system: a step that reused it would seem to need less.
+    # Gives freed memory back to the system. If the call reused this memory, its peak would seem lower.
     ctypes.CDLL(None).malloc_trim(0)
-    # Resets the process's peak (VmHWM) to its memory in use now. The peak of getrusage cannot be reset.
+    # Sets the process's peak (VmHWM) to its current memory. The peak that getrusage reports cannot be reset.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _memory("VmRSS")
     timed()
@@ -145,13 +145,13 @@ def extra_bytes(run: Run, inputs: Inputs, small: Inputs, device: str) -> int:
 
 
 def _memory(field: str) -> int:
-    """Returns the bytes that this process uses now ("VmRSS") or has used at most ("VmHWM"). Linux only."""
+    """Returns the current ("VmRSS") or the peak ("VmHWM") memory of this process in bytes. Linux only."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("ascii").splitlines())
     return int(status[field].split()[0]) * 1024
 
 
 def device_rates(dtype: torch.dtype, device: str, tiny: bool) -> tuple[float, float]:
-    """Measures the device. Returns TFLOP/s of a large matrix product, and GB/s (read plus written) of a copy."""
+    """Returns the TFLOP/s of a matrix product and the GB/s (read plus written) of a copy. tiny: use small tensors."""
     size = 256 if tiny else 8192 if device.startswith("cuda") else 3072
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randn((1 << 16) if tiny else (1 << 26), device=device)

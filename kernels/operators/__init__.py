@@ -1,1 +1,1 @@
-"""The kernels as torch operators: argument checks, choice of the implementation, shapes, gradients."""
+"""Registers the kernels as torch operators. Checks their arguments and chooses the implementation."""

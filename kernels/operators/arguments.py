@@ -1,7 +1,7 @@
 """Checks the arguments of the public functions.
 
-A ValueError names the argument, its value and the remedy in one line. `torch.compile` traces these checks
-into the graph. Only `check_lists` waits for the device.
+Each check raises ValueError with one line that names the argument, its value and the remedy. `torch.compile`
+traces these checks into the graph. Only `check_lists` waits for the device.
 """
 
 import math
@@ -15,7 +15,7 @@ from d2s.kernels.dtypes import accumulator
 from d2s.kernels.sides import Sides
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Constants, because torch.compile cannot trace torch.finfo.
+# The largest number of each type. These are constants, because torch.compile cannot trace torch.finfo.
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
@@ -24,7 +24,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _show(x: object) -> str:
-    """Describes an argument: a plain value as it is, a tensor by type and shape, else the type."""
+    """Returns the text of a plain value, the type and shape of a tensor, or else the name of the class."""
     if isinstance(x, Tensor):
         return f"{_name(x.dtype)} {tuple(x.shape)}"
     return repr(x) if x is None or isinstance(x, bool | int | float | str) else f"a {type(x).__name__}"
@@ -38,9 +38,10 @@ def check_tensor(
     types: tuple[torch.dtype, ...] = FLOATS,
     empty: bool = False,
 ) -> None:
-    """Checks that x is a dense tensor with one of `types`, the given shape, and the device of `like`.
+    """Raises ValueError unless `x` is a dense tensor of `shape`, of one of `types`, on the device of `like`.
 
-    A size in `shape` that is a letter may have any value, but 0 only if `empty` is true. Raises ValueError.
+    In `shape`, a letter stands for any size. If `empty` is false, this size must not be 0. If `like` is None, the
+    device is not checked. name: the argument's name, for the message.
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: {_show(x)} is not a tensor; convert it with torch.as_tensor")
@@ -60,13 +61,13 @@ def check_tensor(
 
 
 def check_flag(name: str, value: bool) -> None:
-    """Checks that the value is True or False; raises ValueError otherwise."""
+    """Raises ValueError unless `value` is True or False. name: the argument's name, for the message."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}: {_show(value)} is not a truth value; give True or False")
 
 
 def check_number(name: str, value: float, like: Tensor) -> float:
-    """Checks that the accumulator type of `like` can hold the value; returns it as an int or float."""
+    """Returns `value` as an int or float. Raises ValueError unless the accumulator type of `like` can hold it."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         if isinstance(value, bool | Tensor) or not isinstance(value, Real):
             remedy = "take its number with .item()" if isinstance(value, Tensor) else "give a float"
@@ -81,7 +82,10 @@ def check_number(name: str, value: float, like: Tensor) -> float:
 
 
 def number_tensor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """Returns the value, a number or a float tensor of one entry, as a tensor on the device of `like`."""
+    """Returns a number or a float tensor of one entry as a tensor. Raises ValueError for other values.
+
+    like: its device is used, and a number gets its accumulator type. name: the argument's name, for the message.
+    """
     if not isinstance(value, Tensor):
         number = check_number(name, value, like)
         return torch.full((1,), number, dtype=accumulator(like.dtype), device=like.device)
@@ -94,7 +98,7 @@ def number_tensor(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 def check_sides(
     image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor | None, offset: int, both: bool
 ) -> Sides:
-    """Checks the arguments of a contrastive loss and returns them; text_ids defaults to image_ids."""
+    """Returns the arguments of a contrastive loss as `Sides`. Raises ValueError if an argument is wrong."""
     check_tensor("image", image, ("B", "D"))
     check_tensor("text", text, ("N", image.shape[1]), image, (image.dtype,))
     b, n = image.shape[0], text.shape[0]
@@ -126,7 +130,7 @@ def check_positives(
     query_ids: Tensor | None,
     candidate_ids: Tensor | None,
 ) -> None:
-    """Checks that positives are given in one form: lists (starts, indices), or the ids of both sides."""
+    """Raises ValueError unless positives are given in one of the two forms of `functional.retrieval_ranks`."""
     b, n = queries.shape[0], candidates.shape[0]
     if positives is None:
         if query_ids is None or candidate_ids is None:
@@ -147,7 +151,7 @@ def check_positives(
 
 
 def check_lists(starts: Tensor, indices: Tensor, n: int) -> None:
-    """Checks that starts (B + 1,) rise from 0 to the number of indices, and that these lie in 0..n-1."""
+    """Raises ValueError unless `starts` rises from 0 to the number of indices, and indices are in 0..n-1."""
     falls = starts[1:] < starts[:-1]
     ends = indices.aminmax() if indices.numel() else (starts[0], starts[0])
     found = torch.stack([starts[0], starts[-1], falls.any().to(starts.dtype), *ends])

@@ -1,9 +1,9 @@
-"""Chooses the implementation by the environment, the device and the type.
+"""Chooses the implementation of the kernels from the environment, the device and the type of the tensors.
 
-`D2S_KERNELS` is `triton`, `chunked` or `reference` (dense, float64 and slow: for tests, or to check a
-result). If it is not set, CUDA tensors use Triton if triton is installed, and all others use chunked. float64
-always uses chunked, unless `D2S_KERNELS` is `reference`. On a CPU, Triton needs its interpreter
-(TRITON_INTERPRET=1).
+The variable `D2S_KERNELS` is `triton`, `chunked` or `reference`. The reference is dense, uses float64 and is slow.
+It is for tests, or to check a result. If the variable is not set, CUDA tensors use `triton` if triton is installed.
+All other tensors use `chunked`. float64 tensors use `chunked`, unless `D2S_KERNELS` is `reference`. On a CPU,
+`triton` needs Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 import logging
@@ -26,10 +26,10 @@ log = logging.getLogger("d2s.kernels")
 
 
 def implementation(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> str:
-    """Returns the name of the implementation for tensors of `dtype` on a device.
+    """Returns the name of the implementation for tensors of `dtype` on `device`.
 
-    `device` need not exist on this machine; without it, CUDA is used if available. Raises ValueError for a
-    device or type that torch does not know, and if D2S_KERNELS is unknown or cannot compute on that device.
+    `device` need not exist on this machine. The default is CUDA if it is available, else the CPU. Raises ValueError
+    for an unknown device or type, and if D2S_KERNELS is unknown or cannot compute on this device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,12 +45,12 @@ def implementation(device: torch.device | str | None = None, dtype: torch.dtype 
 
 
 def uses_reference(x: Tensor) -> bool:
-    """Returns whether the reference computes for tensors like x. The reference runs without operators."""
+    """Returns whether the reference is chosen for tensors like `x`. The caller skips the torch operators if so."""
     return _choose(os.environ.get("D2S_KERNELS") or "", x.device.type, x.dtype) == "reference"
 
 
 def _choose(name: str, kind: str, dtype: torch.dtype) -> str:
-    """Returns the implementation's name, given the value of D2S_KERNELS and the type of the device."""
+    """Returns the implementation's name. name: the value of D2S_KERNELS, or "". kind: the type of the device."""
     if name and name not in IMPLEMENTATIONS:
         raise ValueError(f"D2S_KERNELS: {name!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     if name == "reference":
@@ -73,13 +73,13 @@ def _has_triton() -> bool:
 
 @cache
 def load(name: str) -> ModuleType:
-    """Imports and returns the module of an implementation; logs its first use."""
+    """Imports and returns the module of the implementation `name`. Logs the name at the first import."""
     log.info("kernels: %s", name)
     return import_module(IMPLEMENTATIONS[name])
 
 
 def backend(x: Tensor) -> ModuleType:
-    """Returns the raw functions' module for tensors like x. The reference has none: the default is used."""
+    """Returns the module that operators use for tensors like `x`. D2S_KERNELS=reference counts as not set."""
     name = os.environ.get("D2S_KERNELS") or ""
     kind = x.device.type
     name = _choose("" if name == "reference" else name, kind, x.dtype)
@@ -92,6 +92,6 @@ def backend(x: Tensor) -> ModuleType:
 
 
 def _interprets() -> bool:
-    """Returns whether triton runs, or will run, in its interpreter. It decides this when it is imported."""
+    """Returns True if triton is imported and uses its interpreter, or if triton is not imported yet."""
     triton = sys.modules.get("triton")
     return triton is None or type(triton.language.cdiv).__name__ == "InterpretedFunction"

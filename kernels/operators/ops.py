@@ -1,10 +1,10 @@
-"""Registers the kernels as torch operators `d2s::...`: schemas, output shapes, gradients.
+"""Registers the kernels as torch operators `d2s::...`, with their schemas, output shapes and gradients.
 
-Schemas of torch are flat, so this module takes `Sides` and `Winners` apart and puts them together; no other
-does. `torch.compile` does not look inside an operator, so a compiled model computes the same bits. Some
-operators compute their gradients in the forward sweep and return them beside the loss, in the accumulator
-type. Their need_... arguments select the gradients; the others come back empty. The other operators have a
-second operator for the backward. `d2s.kernels.functional` describes and checks the arguments.
+A torch schema takes no tuples. So the operators take the fields of `Sides` and `Winners` as separate arguments.
+`torch.compile` does not look inside an operator, so a compiled model computes the same bits.
+Some operators compute gradients in the forward and return them after the loss, in the accumulator type. Each
+argument need_... says whether a gradient is needed. A gradient that is not needed is returned as an empty tensor.
+The other operators have a second operator for the backward. `d2s.kernels.functional` describes the arguments.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,15 @@ from d2s.kernels.operators.dispatch import backend
 from d2s.kernels.sides import Sides, Winners
 
 _SIDES = "Tensor image, Tensor text, Tensor image_ids, Tensor text_ids, SymInt offset, bool both"
-# Index of the first argument of an operator that is not one of the sides.
+# Index of the first argument after the fields of `Sides`.
 _OWN = _SIDES.count(",") + 1
 
 
 def _run(name: str, *, sides: bool, need: int) -> Callable:
-    """Wraps function `name`: packs the first flat arguments as `Sides`, the last `need` as a tuple."""
+    """Returns a function that packs an operator's arguments and passes them to the implementation's function `name`.
+
+    sides: whether to pack the first arguments as `Sides`. need: how many of the last arguments to pack as a tuple.
+    """
 
     def run(*arguments):
         function = getattr(backend(arguments[0]), name)
@@ -40,7 +43,7 @@ def _new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _like(x: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns a contiguous, uninitialised tensor in the shape of x, or an empty one if it is not needed."""
+    """Returns an uninitialised, contiguous tensor with the shape of `x` or, if not `needed`, an empty tensor."""
     return x.new_empty(x.shape if needed else (0,), dtype=dtype or accumulator(x.dtype))
 
 
@@ -86,7 +89,7 @@ def _hinge_max_gradients(ctx: FunctionCtx, grad: Tensor) -> Gradients:
 differentiable(hinge_max, _hinge_max_save, _hinge_max_gradients)
 no_gradient(hinge_max_backward)
 
-# ---- losses whose gradient is made in the forward sweep ---------------------------------------------------------
+# ---- losses whose gradient is computed in the forward -----------------------------------------------------------
 
 hinge_sum = define(
     f"hinge_sum({_SIDES}, float margin, bool need_image, bool need_text) -> (Tensor, Tensor, Tensor)",
@@ -139,7 +142,7 @@ info_nce = define(
     ),
     _run("info_nce_forward", sides=True, need=0),
 )
-# A statistic is a number per row (B,) or column (N,) that the forward saves for the backward.
+# A statistic is a tensor of shape (B,) or (N,), with a number for each row or column. The forward saves it.
 info_nce_backward = define(
     f"info_nce_backward({_SIDES}, Tensor scale, Tensor row_statistic, Tensor column_statistic, Tensor grad,"
     " bool need_image, bool need_text, bool need_scale) -> (Tensor, Tensor, Tensor)",
@@ -202,7 +205,7 @@ gpo_backward = define(
 
 def _gpo_save(ctx: FunctionCtx, arguments: tuple, outputs: tuple) -> None:
     features, weights, mask, need_features, need_weights = arguments
-    # If the sorted values are saved, the backward does not read the features, and their memory can be freed.
+    # If the sorted values are saved, the backward does not need the features, and their memory can be freed.
     read_again = need_weights and outputs[2].numel() == 0
     ctx.save_for_backward(features if read_again else features.new_empty(0), weights, mask, *outputs[1:])
     ctx.need = need_features, need_weights
