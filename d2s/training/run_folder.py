@@ -53,12 +53,13 @@ def check_run(run: Path, config: TrainConfig, origin: dict[str, Any], *, resume:
 
 
 def _differs(name: str, saved: dict[str, Any], now: str | None) -> bool:
-    """Returns whether field `name` of the origin changed. Data sets may move: their fingerprint counts."""
+    """Returns whether a resumed run would have another origin than the saved run."""
     was = saved.get(name)
-    if name == "val_data" or (name == "data" and was and not is_pattern(was) and not is_pattern(now)):
-        return False
-    # Older versions stored the initial model's path relative to the working directory.
-    return was != now and not (name == "init" and was and now and os.path.abspath(was) == now)
+    if name == "fingerprint" or not was or not now:
+        return was != now
+    # Older runs saved paths relative to the working directory of their start.
+    parts = Path(was).parts
+    return Path(now).parts[-len(parts) :] != parts
 
 
 def _harmless(name: str) -> bool:

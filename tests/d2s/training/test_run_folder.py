@@ -15,30 +15,21 @@ def make_run(folder: Path, **origin: str | None) -> Path:
     return folder
 
 
-def test_a_data_set_may_have_moved(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", data="data", val_data="data", fingerprint="a", init=None)
-    moved = {"data": "/elsewhere/data", "val_data": "/elsewhere/data", "init": None}
-    run_folder.check_run(run, TrainConfig(), {**moved, "fingerprint": "a"}, resume=True)
-    with pytest.raises(ValueError, match="fingerprint was 'a'"):
-        run_folder.check_run(run, TrainConfig(), {**moved, "fingerprint": "b"}, resume=True)
+def test_another_origin_is_refused(tmp_path: Path) -> None:
+    origin = {"data": "/a/data", "val_data": "/a/data", "fingerprint": "1", "init": "/a/best"}
+    run = make_run(tmp_path / "run", **origin)
+    run_folder.check_run(run, TrainConfig(), origin, resume=True)
+    for name, value in {"data": "/b/data", "fingerprint": "2", "init": "/a/last"}.items():
+        with pytest.raises(ValueError, match=f"--resume: {name} was '{origin[name]}' in .* now '{value}'"):
+            run_folder.check_run(run, TrainConfig(), origin | {name: value}, resume=True)
 
 
-def test_another_stream_is_another_origin(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", data="a/{0..9}.tar", val_data="val", fingerprint="a", init=None)
-    now = {"data": "b/{0..9}.tar", "val_data": "val", "fingerprint": "a", "init": None}
-    with pytest.raises(ValueError, match="data was 'a/"):
-        run_folder.check_run(run, TrainConfig(), now, resume=True)
-
-
-def test_an_older_run_noted_its_initial_model_by_a_relative_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_run(tmp_path / "run", data="data", val_data="data", fingerprint="a", init="first/best")
-    monkeypatch.chdir(tmp_path)
-    now = {"data": "data", "val_data": "data", "fingerprint": "a"}
-    run_folder.check_run(run, TrainConfig(), {**now, "init": str(tmp_path / "first/best")}, resume=True)
-    with pytest.raises(ValueError, match="init was 'first/best'"):
-        run_folder.check_run(run, TrainConfig(), {**now, "init": "/other/best"}, resume=True)
+def test_older_runs_saved_relative_paths(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", data="sets/f8k", val_data="sets/f8k", fingerprint="1", init="first/best")
+    now = {"data": "/x/sets/f8k", "val_data": "/x/sets/f8k", "fingerprint": "1", "init": "/x/first/best"}
+    run_folder.check_run(run, TrainConfig(), now, resume=True)
+    with pytest.raises(ValueError, match="data was 'sets/f8k'"):
+        run_folder.check_run(run, TrainConfig(), now | {"data": "/x/other/f8k"}, resume=True)
 
 
 def test_data_that_are_gone_are_named(tmp_path: Path) -> None:
