@@ -138,8 +138,8 @@ def _lengths(x: Tensor) -> Tensor:
 def _below(rows: Tensor, columns: Tensor, near: Tensor, own: Tensor, room: Tensor) -> Tensor:
     """Returns how many undecided candidates of each row are below its best positive: (r,) int64.
 
-    The boolean (r, N) masks `near` and `own` mark undecided candidates and positives. `room`, of shape (r, 1),
-    is twice the error bound of float64 products. The function overwrites `near`.
+    The boolean (r, N) masks `near` and `own` mark undecided candidates and positives. `room`, (r, 1), is
+    twice the error bound of float64 products. The function overwrites `near`.
     """
     count = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
     if rows.dtype != torch.float64 and near.count_nonzero() * SPARSE <= near.numel():

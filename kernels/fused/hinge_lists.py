@@ -103,8 +103,8 @@ class Counts:
     """Holds the number of violations in each row and column, and lists of the tiles with violations.
 
     `hinge_sum.py` writes `rows`, `columns` and `active` for a block. The kernel `_lists` reads them as
-    `row_counts`, `column_counts` and `active`. The argument `block` is the largest block. If `single` is true,
-    one tile holds the whole matrix. Then the tile's counts are the totals, and no lists are needed.
+    `row_counts`, `column_counts` and `active`. The argument `block` is the largest block. If `single` is
+    true, one tile holds the whole matrix. Then its counts are the totals, and no lists are needed.
     """
 
     def __init__(self, products: Products, block: Block, single: bool) -> None:

@@ -46,7 +46,7 @@ def _sweep(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Finds the maxima of ROWS rows, over `tiles` tiles of columns, in the strip that begins at row `start`."""
+    """Finds the maxima of ROWS rows over `tiles` tiles of columns, in the strip that begins at row `start`."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -91,7 +91,7 @@ def _first_largest(best, at, values, places, inside, parts, stride):
 
 @triton.jit
 def _cost(margin, best, positive, inside):
-    """Returns [margin + best - positive]+, or 0 without a negative. NaN stays NaN, so that the loss is NaN."""
+    """Returns [margin + best - positive]+, or 0 without a negative. NaN stays NaN, so the loss is NaN."""
     cost = margin + best - positive
     # On a GPU, a maximum ignores NaN. So a row of NaN is recognised by its positive.
     shown = (best != float("-inf")) | (positive != positive)

@@ -8,12 +8,12 @@ For each tile, it writes both numbers for each column. `_merge` adds up these pa
 order. The rows are processed in strips of STRIP rows, so partial results take 8 * STRIP / ROWS bytes per
 column. `info_nce_gradient.py` has the backward (6 B N D flops).
 
-Exponents are in base 2. Each exponent is one fused multiply-add, factor * S - reference, which rounds once. So
-the kernels store the largest similarity, not the largest exponent. Positives stay out of all sums. For each
-row and column, the forward saves the odds: log2 of (sum over the negatives / exponential of the positive). The
-cost is the softplus of the odds, and 1 - P(positive) is the sigmoid of the odds. If a model is certain, both
-keep all digits, unlike 1 - P computed from P. For the same reason, the backward computes exponents and d_scale
-from differences to the positive's similarity. `positives.py` computes this similarity again.
+Exponents are in base 2. Each exponent is one fused multiply-add, factor * S - reference, which rounds once.
+So the kernels store the largest similarity, not the largest exponent. Positives stay out of all sums. For
+each row and column, the forward saves the odds: log2 of (sum over the negatives / exponential of the
+positive). The cost is the softplus of the odds, and 1 - P(positive) is their sigmoid. If a model is certain,
+both keep all digits, unlike 1 - P computed from P. For the same reason, the backward computes exponents and
+d_scale from differences to the positive's similarity. `positives.py` computes this similarity again.
 """
 
 import torch

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from d2s.kernels.fused.tiles import Tile
 
-# Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1). It computes wrong products of 16-bit floats,
-# and its stores truncate to bf16. Triton reads the setting when it is imported.
+# Whether kernels run in Triton's interpreter. Its products of 16-bit floats are wrong, and its stores truncate
+# to bf16. Triton reads TRITON_INTERPRET when it is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# STRIP: rows that are swept before the partial results of the columns are merged. MERGED: rows or columns that
-# one merging program computes.
+# STRIP: rows that are swept before the partial results of the columns are merged. MERGED: rows (or columns)
+# that one merging program computes.
 STRIP = 4096
 MERGED = 256
 # Number of programs in a sweep, if there are enough columns. It must be the same on every device, because it
