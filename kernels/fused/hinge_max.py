@@ -46,7 +46,7 @@ def _sweep(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Finds the maxima of ROWS rows over `tiles` tiles of columns, in the strip that begins at row `start`."""
+    """Finds the maxima of ROWS rows over `tiles` tiles of columns. The strip begins at row `start`."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)

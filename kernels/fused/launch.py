@@ -9,8 +9,8 @@ from torch import Tensor
 
 from d2s.kernels.fused.tiles import Tile
 
-# Whether kernels run in Triton's interpreter. Its products of 16-bit floats are wrong, and its stores truncate
-# to bf16. Triton reads TRITON_INTERPRET when it is imported.
+# Whether kernels run in Triton's interpreter. Its products of 16-bit floats are wrong. Its stores of bf16
+# truncate. Triton reads TRITON_INTERPRET when it is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # STRIP: rows that are swept before the partial results of the columns are merged. MERGED: rows (or columns)
 # that one merging program computes.

@@ -39,7 +39,7 @@ FP16_SCALE = 16384.0
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Describes a block of `rows` x `columns` entries of dS. Earlier blocks have `first_tile` tiles in all."""
+    """Describes a block of `rows` x `columns` entries of dS. All earlier blocks have `first_tile` tiles."""
 
     first_tile: int
     row_start: int
@@ -59,7 +59,7 @@ class Lists:
 
 
 class Products:
-    """Computes `d_image` and `d_text`. For each block of `blocks`, the caller fills `ds` and calls `multiply`.
+    """Computes `d_image` and `d_text`. For each of `blocks`, the caller fills `ds` and calls `multiply`.
 
     `sides` must be contiguous. `tile` is the tile of the kernel that fills `ds`. This kernel must write zeros
     to the entries of its tiles that lie outside the matrix. `d_image` and `d_text` have the type `dtype`, or
@@ -116,7 +116,7 @@ class Products:
 
     @property
     def skippable(self) -> bool:
-        """Says whether the products can skip tiles. The rows of each program must lie within one tile of dS."""
+        """Whether the products can skip tiles. For this, each program's rows must lie within one tile of dS."""
         return self.pairs.rows % self.tile.rows == 0 and self.pairs.columns % self.tile.rows == 0
 
     def blocks(self) -> Iterator[Block]:

@@ -16,8 +16,8 @@ def _sum(
 ):  # fmt: skip
     """Returns rows `at` and channels `d` of dS @ y (dS^T @ y if TRANSPOSED) as a float32 tile.
 
-    `y` holds the rows y_first.. of y_ptr. The sum runs over `steps` chunks of DEPTH entries. If SKIP, it reads
-    only the tiles in the list `tiles`, each of SPAN entries.
+    `y` is y_ptr[y_first:]. The sum runs over `steps` chunks of DEPTH entries. If SKIP, it reads only the tiles
+    in the list `tiles`, each of SPAN entries.
     """
     value = tl.zeros((ROWS, COLUMNS), tl.float32)
     k = tl.arange(0, DEPTH)
@@ -51,7 +51,7 @@ def _finish(
 ):  # fmt: skip
     """Adds the tile `value` to the sums of earlier blocks. If this block is the `last`, writes `out`.
 
-    `sums` and `out` have the shape (size, WIDTH). `value` belongs to their rows from `at` on. The positives of
+    `sums` and `out` have shape (size, WIDTH). `value` belongs to their rows from `at` on. The positives of
     these rows begin at row `partner` of `other`, which has `others` rows. Their weights begin at pull[row].
     `at`, `partner` and `row` must be scalars, so that offsets within the tile fit into 32 bits.
     """

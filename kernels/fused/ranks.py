@@ -3,9 +3,9 @@
 rank_i = number of candidates j that are not positives of i and for which S_ij < best_i is false.
 
 Two sweeps compute tiles by the same arithmetic. So a candidate equal to the best positive ties with it
-exactly. The first sweep computes few tiles. If positives are listed, it gathers COLUMNS positives per tile. If
-they are given by ids, it computes only the tiles that hold a positive. The results take 8 bytes per query and
-range of columns. If the similarity of a positive is NaN, no candidate is below the best, and all others count.
+exactly. The first sweep computes few tiles. If positives are listed, it gathers COLUMNS positives per tile.
+If positives are given by ids, it computes only tiles with a positive. The results take 8 bytes per query and
+range of columns. If a positive's similarity is NaN, no candidate is below the best, and all others count.
 """
 
 import torch

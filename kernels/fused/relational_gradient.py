@@ -1,7 +1,7 @@
 """Computes the gradients of relational distillation, from blocks of the difference of two softmaxes.
 
-d_student = (q - p) @ student_all / temperature and d_all = (q - p)^T @ student / temperature. p is the softmax
-of a row of the teacher's similarities, and q the softmax of the student's row (see `relational.py`).
+d_student = (q - p) @ student_all / temperature and d_all = (q - p)^T @ student / temperature. p is the
+softmax of a row of the teacher's similarities, and q the softmax of the student's (see `relational.py`).
 
 `_difference` computes both tiles again by the forward's arithmetic and writes q - p, at most BLOCK_BYTES at a
 time. Two matrix products turn it into both gradients (2 B N (D + E) + 4 B N D flops). The blocks are about
@@ -72,7 +72,7 @@ def pair_constants(tile: Tile, student: Tensor, teacher: Tensor) -> dict[str, ob
 
 
 def spec_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    """Returns the same constants as `pair_constants`, for a KernelSpec. The teacher has the student's width."""
+    """Returns `pair_constants` for a KernelSpec, in which the teacher has the student's width."""
     return {**tile_constants(tile, width), "TEACHER_WIDTH": width, "TEACHER_UPCAST": False}
 
 
@@ -81,8 +81,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Returns (d_student, d_all), of shapes (B, D) and (N, D), in float32.
 
-    A gradient that `need` does not select is empty. `sides` are student, teacher, student_all and teacher_all.
-    `rows`, of shape (4, B), is written by `_finish` in `relational.py`.
+    A gradient that `need` does not select is empty. `sides` holds student, teacher, student_all, teacher_all.
+    `_finish` in `relational.py` writes `rows`, of shape (4, B).
     """
     student, teacher, student_all, _ = sides
     n, m = student.shape[0], student_all.shape[0]

@@ -15,7 +15,7 @@ class KernelSpec:
 
     name: the kernel's name, also in the tile table. kernel: the `@triton.jit` function. Its arguments in
     do_not_specialize have the type "i32". pointers: maps an argument to its Triton type, such as "*fp32" or
-    "*i64". "*x" is the type of the embeddings. COMMON has the other pointers. constants: returns the constexpr
+    "*i64". "*x" is the type of the embeddings. COMMON has more pointers. constants: returns the constexpr
     arguments for a tile, a width D and `half` (whether embeddings have 16 bits). scalars: maps the other
     arguments to "i32" (values divisible by 16) or "fp32". unaligned: pointers whose address may not be
     divisible by 16. dots: whether 16-bit variants must use tensor cores. widths, dtypes: the values of D and
@@ -47,7 +47,7 @@ class KernelSpec:
         return self.row or self.name
 
     def launch_options(self, tile: Tile, width: int, half: bool) -> dict[str, int]:
-        """Returns the launch options, such as "num_warps", for a tile, a width D and 16-bit types if `half`."""
+        """Returns the launch options for a tile and a width D. `half`: the embeddings have 16 bits."""
         own = self.options(tile, width, half) if self.options else {}
         return {"num_warps": tile.warps, "num_stages": tile.stages, **own}
 

@@ -26,7 +26,7 @@ def load_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.co
 
 @triton.jit
 def resident_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
-    """Loads the rows `at` if one chunk holds all of D, so that a sweep loads them once. Else a placeholder."""
+    """Loads the rows `at` if one chunk holds all of D. Otherwise returns a placeholder that is not read."""
     if WIDTH <= DEPTH:
         resident = load_rows(x_ptr, at, WIDTH, DEPTH, UPCAST)
     else:
@@ -38,7 +38,7 @@ def resident_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: t
 def similarities(
     resident, x_ptr, x_at, y_ptr, y_at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """Returns the float32 tile x[x_at] @ y[y_at]^T. `resident` is `resident_rows` of x. Indices must be valid."""
+    """Returns the float32 tile x[x_at] @ y[y_at]^T. `resident` comes from `resident_rows` of x and x_at."""
     if WIDTH <= DEPTH:
         y = load_rows(y_ptr, y_at, WIDTH, DEPTH, UPCAST)
         s = tl.dot(resident, tl.trans(y), input_precision="ieee")
