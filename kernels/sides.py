@@ -21,7 +21,7 @@ class Sides(NamedTuple):
 
 
 class Winners(NamedTuple):
-    """Holds the hardest negative of every row and column. Without `both`, the column fields are empty."""
+    """Holds the hardest negative per row and column. Column fields are empty if `Sides.both` is false."""
 
     row_at: Tensor  # (B,) int64: the column of each row's hardest negative
     row_active: Tensor  # (B,) bool: whether similarity + margin exceeds the positive's similarity

@@ -18,7 +18,7 @@ def _slices(dtype: torch.dtype) -> int:
 
 
 def _bits(width: int, count: int) -> int:
-    """Returns the bits per slice with which a sum of count * width products of slices is at most 2^53."""
+    """Returns how many bits a slice may have, so that a sum of count * width products is at most 2^53."""
     return (51 - (count * width - 1).bit_length()) // 2
 
 

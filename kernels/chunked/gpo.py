@@ -33,7 +33,7 @@ BLOCK_ENTRIES = 1 << 19
 def gpo_forward(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (pooled, order, value); see `d2s.kernels.functional.gpo_pool`.
+    """Returns (pooled, order, value). See `d2s.kernels.functional.gpo_pool`.
 
     `pooled` has shape (B, D) and the type of the features. `order` and `value` have shape (B, D * K) and are
     for the backward. They hold each channel's token positions (of `position_dtype`) and values (of the
@@ -60,8 +60,8 @@ def gpo_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns d_features, of shape (B, K, D), and d_weights, of shape (B, K).
 
-    They have the types of `grad` and of `weights`. `order` and `value` come from `gpo_forward`. `features` is
-    read only to compute d_weights if `value` is empty. `need` says which of the two gradients are computed.
+    They have the types of `grad` and of `weights`. `need` says which of the two are computed. `order` and
+    `value` come from `gpo_forward`. If `value` is empty, `features` is read to compute d_weights.
     """
     if _by_numpy(grad, mask.shape[1], grad.shape[1]):
         d_features, d_weights = _backward_by_numpy(
@@ -196,7 +196,7 @@ def _backward_by_numpy(
 
 
 def _blocks(width: int, length: int) -> list[tuple[int, int]]:
-    """Divides the channels of a sample with `length` tokens. Returns (first, last + 1) of each block."""
+    """Returns (first, end) of each block of channels. `end` is excluded. Samples have `length` tokens."""
     if length == 0:
         return []
     size = max(1, BLOCK_ENTRIES // length)

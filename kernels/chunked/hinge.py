@@ -117,9 +117,9 @@ def _add_products(a: Tensor, rows: Tensor, columns: Tensor, d_rows: Tensor, d_co
 def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (loss, d_image, d_text) of shapes (), (B, D) and (N, D), in the accumulator type.
 
-    A gradient that `need` does not select is empty. The gradient with respect to S_ij of a negative is the
-    number of margins that it violates: 0, 1 or, in its row and its column, 2. Each violation also adds -1 to
-    the gradient of its positive pair. See `d2s.kernels.functional.hinge_loss`.
+    A gradient that `need` does not select is empty. The gradient with respect to the similarity of a
+    negative is the number of margins that it violates: 0, 1 (in its row or column) or 2 (in both). Each
+    violation also subtracts 1 from the gradient of its positive pair. See `d2s.kernels.functional.hinge_loss`.
     """
     image, text, image_ids, text_ids, offset, both = sides
     need_image, need_text = need

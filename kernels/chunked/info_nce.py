@@ -34,7 +34,7 @@ def _mask(z: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Ten
 
 
 def common_shift(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> float | None:
-    """Returns the valid m nearest to 0 (see the module). Returns None if none is valid, or not on a CPU."""
+    """Returns the valid m nearest to 0 (see the module), or None if no m is valid or this is not a CPU."""
     if rows.device.type != "cpu":
         return None
     n, m = rows.shape[0], columns.shape[0]
@@ -119,7 +119,7 @@ def _probabilities(
     column_lse: Tensor | None,
     offset: int,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (start, stop, p). p is the softmax by rows, plus that by columns if `column_lse` is given."""
+    """Yields (start, stop, p). p is softmax by rows (+ softmax by columns if `column_lse` is given)."""
     shift = common_shift(rows, columns, factor, offset)
     sweep = Sweep(rows, columns, 1.0 if shift is None else float(factor))
     buffer = torch.empty_like(sweep.buffer)

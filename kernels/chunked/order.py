@@ -57,7 +57,7 @@ def sort_with_source(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) 
 
 
 def _mirror(bits: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-    """Inverts all bits but the sign of negative int32 numbers, and returns `out`, which may be `bits`."""
+    """Writes int32 `bits` to `out`. Inverts all bits but the sign of negative numbers. Returns `out`."""
     np.right_shift(bits, 31, out=scratch)
     np.bitwise_and(scratch, 0x7FFFFFFF, out=scratch)
     return np.bitwise_xor(bits, scratch, out=out)
@@ -96,7 +96,7 @@ def _sort_narrow(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> n
 
 
 def _repair(ordered: np.ndarray, source: np.ndarray) -> bool:
-    """Swaps neighbours in `ordered` and `source` until all rows descend. Returns False at a limit."""
+    """Swaps neighbours in both arrays until all rows descend. Returns False if it reaches MOST or ROUNDS."""
     length = ordered.shape[1]
     wrong = np.flatnonzero(ordered[:, 1:] > ordered[:, :-1])
     if wrong.size == 0:
@@ -124,7 +124,7 @@ def _repair(ordered: np.ndarray, source: np.ndarray) -> bool:
 
 
 def _sort_wide(values: np.ndarray, scratch: Scratch) -> np.ndarray:
-    """Returns the positions that `sort_with_source` describes, computed with 64-bit keys."""
+    """Computes the positions that `sort_with_source` returns, with 64-bit keys."""
     keys = _keys(values, scratch)
     np.invert(keys, out=keys)
     both = scratch.wide[: values.size].reshape(values.shape)

@@ -27,7 +27,7 @@ def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
 
 @triton.jit
 def _counted(counts, parts, at, size, out, first, inside):
-    """Adds the sum over the rows of `counts`, of shape (parts, size), to `out`. If `first`, sets `out`."""
+    """Sums columns `at` of counts (parts, size). Adds the sums to out[at], or writes them if `first`."""
     value = tl.load(out + at, mask=inside & (first == 0), other=0.0)
     pointers = counts + at
     for _ in range(parts):
@@ -104,7 +104,8 @@ class Counts:
 
     `hinge_sum.py` writes `rows`, `columns` and `active` for a block. The kernel `_lists` reads them as
     `row_counts`, `column_counts` and `active`. The argument `block` is the largest block. If `single` is
-    true, one tile holds the whole matrix. Then its counts are the totals, and no lists are needed.
+    true, one tile holds the whole matrix. Then its counts are the totals, and no lists are needed. Both
+    methods must be called inside `on_device_of`.
     """
 
     def __init__(self, products: Products, block: Block, single: bool) -> None:

@@ -112,7 +112,7 @@ def _merged(best, sums, tops, parts, inside, count, stride, factor):
 
 @triton.jit
 def _finished(best, sums, own, factor, inside, LN2: tl.constexpr):
-    """Returns (odds, cost). `best` is the largest negative, `own` the positive, both as similarities."""
+    """Returns (odds, cost). `best`: largest negative. `sums`: sum of exponentials. `own`: the positive."""
     reference = reference_of(best, factor)
     logarithm = tl.where(sums == 0, float("-inf"), tl.log2(tl.where(sums == 0, 1.0, sums)))
     odds = logarithm - tl.fma(own, factor, -reference)
@@ -163,7 +163,7 @@ def _merge(
 
 
 def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss, row_odds, column_odds) in float32. Without `both`, column_odds is empty."""
+    """Returns the float32 loss and odds of rows and columns. Without `both`, the columns' odds are empty."""
     image, text, image_ids, text_ids, offset, both = sides.contiguous()
     scale = scale.to(torch.float32)
     (n, width), m = image.shape, text.shape[0]

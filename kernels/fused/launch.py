@@ -32,7 +32,7 @@ def options(tile: Tile) -> dict[str, int]:
 
 
 def untiled(tile: Tile, width: int, half: bool) -> dict[str, int]:
-    """Returns Triton's default launch options, for the spec of a kernel that is launched without options."""
+    """Returns Triton's default launch options, for the KernelSpec of a kernel launched without options."""
     return {"num_warps": 4, "num_stages": 3}
 
 
@@ -77,7 +77,7 @@ def not_needed(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class Strips:
-    """Divides a forward sweep over n rows and m columns.
+    """Divides a forward sweep over n rows and m columns into strips of rows.
 
     Strips of `rows` rows are processed one after the other. `blocks` x `splits` programs sweep a strip. Each
     program takes one tile of rows and `tiles` tiles of columns. Then `merging` programs merge the results of
@@ -98,7 +98,7 @@ class Strips:
         self.losses = cdiv(n, self.rows) * self.merging
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
-        """Yields (start, stop, blocks, first_loss) for each strip of rows start..stop - 1."""
+        """Yields (start, stop, number of blocks, index of the first partial loss) for each strip of rows."""
         for k, start in enumerate(range(0, self.n, self.rows)):
             stop = min(start + self.rows, self.n)
             yield start, stop, cdiv(stop - start, self.tile.rows), k * self.merging

@@ -116,7 +116,7 @@ class Products:
 
     @property
     def skippable(self) -> bool:
-        """Whether the products can skip tiles. For this, each program's rows must lie within one tile of dS."""
+        """Tells whether the products can skip tiles. Each program's rows must lie within one tile of dS."""
         return self.pairs.rows % self.tile.rows == 0 and self.pairs.columns % self.tile.rows == 0
 
     def blocks(self) -> Iterator[Block]:
@@ -141,7 +141,7 @@ class Products:
     ) -> None:
         """Adds the products of a block to the gradients. Reads only the tiles in `lists`, if given.
 
-        The module explains `pull`, of shape (B,), and `factor`, of shape (1,). Both are float32.
+        The module's docstring explains `pull`, of shape (B,), and `factor`, of shape (1,). Both are float32.
         """
         (n, width), m = self.image.shape, self.text.shape[0]
         tile, ds = self.tile, self.ds

@@ -16,8 +16,8 @@ def _sum(
 ):  # fmt: skip
     """Returns rows `at` and channels `d` of dS @ y (dS^T @ y if TRANSPOSED) as a float32 tile.
 
-    `y` is y_ptr[y_first:]. The sum runs over `steps` chunks of DEPTH entries. If SKIP, it reads only the tiles
-    in the list `tiles`, each of SPAN entries.
+    `y` is y_ptr[y_first:]. The sum runs over `steps` chunks of DEPTH entries. If SKIP, it reads only the
+    tiles in the list `tiles`, each of SPAN entries.
     """
     value = tl.zeros((ROWS, COLUMNS), tl.float32)
     k = tl.arange(0, DEPTH)

@@ -103,7 +103,7 @@ def _count(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, LISTED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Counts the candidates of range k not below best[i], without positives of query i, in counts[k, i]."""
+    """Sets counts[k, i]: how many candidates of range k are neither positives of query i nor < best[i]."""
     split = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)

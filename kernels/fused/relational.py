@@ -42,7 +42,7 @@ def _statistics(
     WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, UPCAST: tl.constexpr, TEACHER_UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes `parts` for ROWS rows and a range of `tiles` tiles of columns."""
+    """Computes maxima, sums and cross terms for ROWS rows and a range of `tiles` tiles of columns."""
     block, split = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)

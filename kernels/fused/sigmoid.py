@@ -41,7 +41,7 @@ def _pairs(
     bias,  # (1,)
     ds,  # (block rows, stride)
     pull,  # (B,), -dz of the positives
-    sums,  # (3, tiles of all blocks): loss, d_scale, d_bias; without SCALARS the first alone
+    sums,  # (3, tiles of all blocks): loss, d_scale, d_bias. Without SCALARS: only the loss
     n, m, offset, row_start, column_start, first_sum, all_tiles, stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     DS_SCALE: tl.constexpr, STORE: tl.constexpr, SCALARS: tl.constexpr, UPCAST: tl.constexpr,

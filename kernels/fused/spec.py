@@ -43,7 +43,7 @@ class KernelSpec:
 
     @property
     def tile_name(self) -> str:
-        """The kernel name that selects this kernel's tile in `tiles.json`."""
+        """Names the kernel whose tile in `tiles.json` this kernel uses."""
         return self.row or self.name
 
     def launch_options(self, tile: Tile, width: int, half: bool) -> dict[str, int]:

@@ -118,7 +118,7 @@ def negatives(
 def own_similarities(
     positive, s, is_positive, inner_row, inner_column, SINGLE: tl.constexpr, BOTH: tl.constexpr
 ):
-    """Returns the positive's similarity for each row and each column of a tile. Reads tile `s` if SINGLE."""
+    """Returns the positive similarity of each row and each column of a tile. Reads tile `s` if SINGLE."""
     if SINGLE:
         of_row, of_column = selected(s, is_positive), tl.sum(tl.where(is_positive, s, 0.0), 0)
     else:
@@ -131,7 +131,7 @@ def own_similarities(
 
 @triton.jit
 def exponent_of(scale_ptr):
-    """Returns (sign, factor) so that exp(scale * s) = 2^(factor * sign * s). The factor is above 0."""
+    """Returns (sign, factor) so that exp(scale * s) = 2^(factor * sign * s). factor > 0, so it keeps -inf."""
     scale = tl.load(scale_ptr).to(tl.float32)
     sign = tl.where(scale < 0, -1.0, 1.0)
     # By default, a maximum on a GPU ignores NaN. Then the loss would hide a scale that is NaN.
@@ -140,7 +140,7 @@ def exponent_of(scale_ptr):
 
 @triton.jit
 def reference_of(top, factor):
-    """Returns the largest exponent, factor * top, to be subtracted from all; 0 if top = -inf."""
+    """Returns the largest exponent, factor * top, to be subtracted from all. Returns 0 if top = -inf."""
     return tl.where(top == float("-inf"), 0.0, top) * factor
 
 

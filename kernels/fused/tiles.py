@@ -19,7 +19,7 @@ BUCKETS = (64, 128, 256, 512, 1152)
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """Sizes of a program: it computes rows x columns similarities and loads `depth` channels at a time."""
+    """Holds a program's sizes. It computes rows x columns similarities and loads `depth` channels at once."""
 
     rows: int
     columns: int
@@ -31,7 +31,7 @@ class Tile:
         return f"{self.rows}x{self.columns}x{self.depth}/w{self.warps}s{self.stages}"
 
 
-# Devices with at least 163 KiB of shared memory per block; others may have only 99 KiB.
+# Devices with at least 163 KiB of shared memory per block. Others may have only 99 KiB.
 LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
 # Used in the interpreter, in which an operation takes about the same time for every tile size.
 INTERPRETED = Tile(rows=64, columns=64, depth=64, warps=4, stages=1)
@@ -72,7 +72,7 @@ def _sweep_tile(width: int, half: bool, capability: tuple[int, int]) -> Tile:
 
 
 def _contrastive_tile(kernel: str, width: int, half: bool, capability: tuple[int, int]) -> Tile | None:
-    """Returns the default tile of a contrastive kernel, chosen by register use, or None for other kernels."""
+    """Returns the default tile of a contrastive kernel, chosen by register use. None for other kernels."""
     if kernel in ("hinge_max_sweep", "info_nce_sweep"):
         return _sweep_tile(width, half, capability)
     if kernel == "hinge_gather":
