@@ -33,8 +33,7 @@ def exact_error(width: int, dtype: torch.dtype) -> float:
 def _cut(x: Tensor, count: int, bits: int) -> tuple[list[Tensor], Tensor]:
     """Returns (slices, power), so that x is about power * sum over k of slices[k] * 2^(-bits * (k + 1))."""
     peak = x.abs().amax(1, keepdim=True)
-    # Entries of x / power are at most 2. A number divided by its mantissa is exactly a power of two. exp2
-    # might round.
+    # x / power has entries up to 2. A number divided by its mantissa is exactly a power of two, unlike exp2.
     power = torch.where(peak > 0, peak / (2 * torch.frexp(peak).mantissa), 1)
     remainder, slices = x / power, []
     for _ in range(count):
@@ -56,8 +55,7 @@ def exact_products(rows: Tensor, columns: Tensor, at: Tensor) -> Tensor:
     for start in range(0, at.shape[0], size):
         right, power = _cut(columns[at[start : start + size]].double(), count, bits)
         total = torch.zeros(rows.shape[0], power.shape[0], dtype=torch.float64, device=rows.device)
-        # Add the smallest terms first. Products of slices i and k have order i + k. Sums within an order are
-        # exact.
+        # Products of slices i and k have order i + k. Sums within an order are exact. Add the smallest first.
         for order in reversed(range(count)):
             same = left[0] @ right[order].t()
             for k in range(1, order + 1):

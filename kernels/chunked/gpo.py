@@ -83,6 +83,7 @@ def _by_numpy(x: Tensor, tokens: int, width: int) -> bool:
 def _forward_by_torch(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `gpo_forward` with torch's sort."""
     real = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
     # First move padding behind the real tokens. Otherwise the sort could put it before real tokens of -inf.
     front = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True)[1]
@@ -103,6 +104,7 @@ def _forward_by_torch(
 def _backward_by_torch(
     grad: Tensor, weights: Tensor, mask: Tensor, order: Tensor, value: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Computes `gpo_backward` from the `order` and `value` of `_forward_by_torch`."""
     (batch, tokens), width = mask.shape, grad.shape[1]
     grad = upcast(grad)
     real = torch.arange(tokens, device=mask.device) < mask.sum(1, keepdim=True)
@@ -121,6 +123,7 @@ def _backward_by_torch(
 def _forward_by_numpy(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `gpo_forward` with numpy's sort, one sample at a time."""
     x, w = upcast(features.detach()), weights.to(torch.float32).contiguous().numpy()
     batch, tokens, width = x.shape
     # A sample with L real tokens uses the first D * L entries of its row of `order`. They hold the positions
@@ -206,7 +209,7 @@ def _blocks(width: int, length: int) -> list[tuple[int, int]]:
 def _turn(tokens: Tensor, scratch: Scratch) -> np.ndarray:
     """Writes the transpose of `tokens`, which has shape (L, D), to `scratch.values` and returns it."""
     turned = scratch.values[: tokens.numel()].reshape(tokens.shape[1], tokens.shape[0])
-    # torch transposes three times as fast as numpy. Adding 0 turns -0 into 0. The sort needs this, because it
+    # torch transposes three times as fast as numpy. Adding 0 turns -0 into 0, because the sort
     # compares bits.
     torch.from_numpy(turned).copy_(tokens.t())
     return np.add(turned, 0.0, out=turned)

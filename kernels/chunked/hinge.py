@@ -1,6 +1,6 @@
 """Implements the hinge loss of VSE++, with all negatives or the hardest of each row and column.
 
-A negative violates the margin if its similarity + margin exceeds the positive's similarity.
+A negative violates the margin if (similarity + margin) exceeds the similarity of the positive.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def hinge_max_backward(
         i, j = torch.cat([i, winners.column_at]), torch.cat([j, here])
         active = torch.cat([active, winners.column_active])
     weight = active.to(rows.dtype) * grad
-    # The positive of each violation is the pair (here, here + offset).
+    # `here` becomes the row of the positive that belongs to each violation. Its column is here + offset.
     here = here.repeat(i.shape[0] // n)
     i_all, j_all = torch.cat([i, here]), torch.cat([j, here + offset])
     weights = torch.cat([weight, -weight])
@@ -119,7 +119,7 @@ def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tupl
 
     A gradient that `need` does not select is empty. The gradient with respect to the similarity of a
     negative is the number of margins that it violates: 0, 1 (in its row or column) or 2 (in both). Each
-    violation also subtracts 1 from the gradient of its positive pair. See `d2s.kernels.functional.hinge_loss`.
+    violation subtracts 1 from the gradient of the positive pair. See `d2s.kernels.functional.hinge_loss`.
     """
     image, text, image_ids, text_ids, offset, both = sides
     need_image, need_text = need

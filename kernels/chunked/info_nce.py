@@ -107,6 +107,7 @@ def _forward_at_once(
 
 
 def _exponential(z: Tensor, shift: float) -> Tensor:
+    """Replaces z by exp(z - shift), in place, and returns z."""
     return (z.sub_(shift) if shift else z).exp_()
 
 

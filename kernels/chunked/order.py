@@ -71,8 +71,7 @@ def _keys(values: np.ndarray, scratch: Scratch) -> np.ndarray:
 
 def take(values: np.ndarray, places: torch.Tensor, out: np.ndarray) -> None:
     """Sets out[d, k] = values[d, places[d, k]] for all entries. `places` comes from `Scratch.places`."""
-    # torch gathers. numpy would need positions in the flattened matrix. Computing these takes as long as
-    # gathering.
+    # torch gathers. numpy would first have to compute positions in the flattened matrix, which is slow.
     torch.gather(torch.from_numpy(values), 1, places, out=torch.from_numpy(out))
 
 

@@ -1,9 +1,9 @@
 """Computes the rank of each query's best positive by counting. Ties and NaN count against the model.
 
 A matrix product may give equal candidates different similarities, because it can add up the last columns in
-another order. So a pair of similarities is compared by the matrix product only if they differ by more than
-its rounding error. `exact_products` decides the few other pairs. So ranks do not depend on the library, block
-sizes and number of threads.
+another order. So the matrix product decides only between similarities that differ by more than the rounding
+error. `exact_products` decides between the few others. So ranks do not depend on the library, block sizes and
+number of threads.
 """
 
 import math
@@ -40,8 +40,7 @@ def retrieval_ranks(
             own = torch.zeros(s.shape, dtype=torch.bool, device=s.device)
             mark(own, start, stop)
             best = torch.where(own, s, -torch.inf).amax(1, keepdim=True)
-            # If `best` is infinite or NaN, it is compared without a tolerance, because it has no rounding
-            # error.
+            # An infinite or NaN `best` has no rounding error, so it is compared without tolerance.
             room = 2 * rounding.of(dtype, start, stop)
             below = s < torch.where(best.isfinite(), best - room, best)
             near = (s <= torch.where(best.isfinite(), best + room, torch.nan)) > below
@@ -79,7 +78,7 @@ def _rows_with_any(x: Tensor) -> Tensor:
 
 
 def _moderate(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns x and the norms of its rows. Divides x by a power of two first if products might overflow."""
+    """Returns x and its row norms. First divides x by a power of two if products might overflow."""
     limit = 2.0**400 if x.dtype == torch.float64 else 2.0**40
     lengths = _lengths(x)
     if bool((lengths <= limit).all()):

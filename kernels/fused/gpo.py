@@ -82,7 +82,7 @@ def _backward(
     BLOCK_K: tl.constexpr, RANKS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
     WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradients for RANKS ranks (sorted positions) of one sample. Adds up the channels in ascending order."""
+    """Computes the gradients for RANKS ranks (sorted positions) of one sample. Sums ascend by channel."""
     blocks = tl.cdiv(tokens, RANKS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     every = tl.arange(0, BLOCK_K)

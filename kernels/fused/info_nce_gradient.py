@@ -1,4 +1,4 @@
-"""Computes the backward of InfoNCE. Computes S again, by the forward's arithmetic, in 6 B N D flops.
+"""Computes the backward of InfoNCE in 6 B N D flops. Computes S again, by the forward's arithmetic.
 
 P = softmax by rows + softmax by columns. d loss / d S is 0.5 * scale * P at a negative, and
 0.5 * scale * (P - 2) at a positive. d_scale = 0.5 * sum over negatives of P * (S - S_positive).

@@ -33,7 +33,7 @@ from d2s.kernels.sides import Sides
 
 BLOCK_ENTRIES = 1 << 24
 BLOCK_ROWS = 4096
-# Factor for dS in fp16, in which values below 6e-8 would become 0. The largest dS, 2, times it is finite.
+# Factor for dS in fp16, in which values below 6e-8 would become 0. dS <= 2, so the product stays finite.
 FP16_SCALE = 16384.0
 
 

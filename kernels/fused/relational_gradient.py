@@ -4,7 +4,7 @@ d_student = (q - p) @ student_all / temperature and d_all = (q - p)^T @ student 
 softmax of a row of the teacher's similarities, and q the softmax of the student's (see `relational.py`).
 
 `_difference` computes both tiles again by the forward's arithmetic and writes q - p, at most BLOCK_BYTES at a
-time. Two matrix products turn it into both gradients (2 B N (D + E) + 4 B N D flops). The blocks are about
+time. Two matrix products turn q - p into the gradients (2 B N (D + E) + 4 B N D flops). The blocks are about
 square, which keeps reads and writes of the gradients few.
 """
 
