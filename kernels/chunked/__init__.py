@@ -1,8 +1,8 @@
-"""The implementation for any device and float type.
+"""Implements all kernels with torch and numpy, for any device and float type.
 
-It holds only a few rows of the similarity matrix at a time. The functions take tensors and return new ones,
-without automatic differentiation: gradients are computed by hand. `d2s.kernels.operators.ops` makes torch
-operators of them. A gradient that is not needed comes back empty.
+Only a few rows of the similarity matrix are in memory at a time. The functions compute gradients by explicit
+formulas, without autograd. `d2s.kernels.operators.ops` wraps them as torch operators. Arguments named `need`
+hold a bool for each gradient: if it is false, the function returns an empty tensor for this gradient.
 """
 
 from d2s.kernels.chunked.gpo import gpo_backward, gpo_forward, gpo_saves_values

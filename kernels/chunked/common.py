@@ -9,11 +9,12 @@ from torch import Tensor
 
 from d2s.kernels.dtypes import accumulator
 
-# numpy is optional; with it, a CPU sorts and searches faster.
+# numpy is optional. With numpy, a CPU sorts and searches faster.
 HAS_NUMPY = find_spec("numpy") is not None
 # Entries in one chunk of the similarity matrix. A chunk is small enough to stay in a CPU's last cache level
-# between passes, and large enough for the matrix product to run at full speed.
+# between passes. It is large enough for the matrix product to run at full speed.
 CHUNK_ENTRIES = 1 << 22
+# The least number of rows in a chunk, even if the chunk then has more than CHUNK_ENTRIES entries.
 MIN_ROWS = 32
 # Entries that `row_dots` multiplies at once.
 DOT_ENTRIES = 1 << 17
@@ -22,7 +23,7 @@ BLOCK = 32
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Returns x (any shape), contiguous and in its accumulator type; copies only if necessary."""
+    """Returns x, contiguous and in the type `accumulator(x.dtype)`. Copies only if necessary."""
     return x.to(accumulator(x.dtype)).contiguous()
 
 
@@ -35,8 +36,8 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the dot product of each row of a (n, D) with the same row of b (n, D): (n,)."""
-    # A few rows at a time: all (n, D) products at once would fragment a CPU allocator's memory.
+    """Returns the dot product a[i] . b[i] for each row i. a and b have shape (n, D), the result (n,)."""
+    # On a CPU, multiply a few rows at a time. A buffer for all n x D products would fragment memory.
     size = max(1, DOT_ENTRIES // max(1, a.shape[1])) if a.device.type == "cpu" else a.shape[0]
     out = a.new_empty(a.shape[0])
     for start in range(0, a.shape[0], size or 1):
@@ -45,10 +46,11 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Sweep:
-    """Iterates over S = factor * rows @ columns^T, one chunk of rows at a time, in one buffer.
+    """Computes S = factor * rows @ columns^T, one chunk of rows at a time, in one buffer for all chunks.
 
-    `rows` (B, D) and `columns` (N, D) come from `upcast`. `factor` multiplies the finished product. The
-    forward and the backward of a loss use the same chunks, so both compute exactly the same probabilities.
+    `rows`, of shape (B, D), and `columns`, of shape (N, D), come from `upcast`. `factor` multiplies the
+    finished product. The forward and the backward of a loss use the same chunks. So both compute exactly the
+    same probabilities.
     """
 
     def __init__(self, rows: Tensor, columns: Tensor, factor: float = 1.0) -> None:
@@ -59,7 +61,7 @@ class Sweep:
         self.buffer = rows.new_empty(self.size, m)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yields (start, stop, chunk): rows start..stop of S. The next chunk overwrites this one."""
+        """Yields (start, stop, chunk). The chunk is S[start:stop], which the next iteration overwrites."""
         for start in range(0, self.rows.shape[0], self.size):
             stop = min(start + self.size, self.rows.shape[0])
             s = self.buffer[: stop - start]
@@ -70,8 +72,9 @@ class Sweep:
 class SamePairs:
     """Finds the entries of the similarity matrix whose row and column have the same image id.
 
-    The int64 ids are row_ids (B,) and column_ids (N,). A CPU lists the few such entries by sorting the ids.
-    On other devices the host would wait for a list, so all pairs of ids are compared.
+    The int64 ids have the shapes (B,) for `row_ids` and (N,) for `column_ids`. On a CPU, the class sorts the
+    ids and lists the few such entries. On other devices, making a list would force the host to wait. There,
+    the class compares all pairs of ids.
     """
 
     def __init__(self, row_ids: Tensor, column_ids: Tensor) -> None:
@@ -83,7 +86,7 @@ class SamePairs:
             self.count = torch.searchsorted(ordered, row_ids, right=True) - self.low
 
     def entries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Returns (row - start, column) of every same-image entry in rows start..stop, ordered by row."""
+        """Returns the indices (row - start, column) of the same-image entries in S[start:stop], by row."""
         count = self.count[start:stop]
         rows = torch.repeat_interleave(torch.arange(stop - start), count)
         first = torch.cumsum(count, 0) - count
@@ -91,7 +94,7 @@ class SamePairs:
         return rows, self.order[self.low[start:stop][rows] + within]
 
     def fill(self, s: Tensor, start: int, stop: int, value: float) -> None:
-        """Writes the value into the same-image entries of the chunk s (stop - start, N)."""
+        """Writes `value` into all same-image entries of the chunk `s` = S[start:stop], in place."""
         if self.listed:
             rows, columns = self.entries(start, stop)
             s[rows, columns] = value
@@ -101,26 +104,26 @@ class SamePairs:
 
 
 def positive_entries(s: Tensor, start: int, offset: int) -> Tensor:
-    """Returns a view (rows,) of a chunk's positive pairs; the positive of row i is column offset + i."""
+    """Returns a view of the positives of the chunk `s`, one per row. The chunk begins at row `start` of S."""
     return s[:, start + offset :].diagonal()
 
 
 def row_maxima(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (value, index), each (r,), of the largest entry in each row of s; the first in a tie."""
+    """Returns the largest entry of each row of s, and its column. In a tie, the first column is returned."""
     if s.device.type != "cpu" or not HAS_NUMPY:
         return s.max(1)
-    # numpy's search is vectorised, torch's is not: 0.4 ms against 3.6 ms for 512 x 8192 float32.
+    # numpy's search is vectorised, unlike torch's: it takes 0.4 ms, not 3.6 ms, for 512 x 8192 float32.
     at = torch.from_numpy(s.numpy().argmax(1))
     return s.gather(1, at[:, None]).squeeze(1), at
 
 
 def column_maxima(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (value, index), each (N,), of the largest entry in each column of s; the first in a tie."""
+    """Returns the largest entry of each column of s, and its row. In a tie, the first row is returned."""
     r, m = s.shape
     if s.device.type != "cpu" or r % BLOCK:
         return s.max(0)
-    # A CPU reduces columns fast but searches them slowly (0.5 ms against 10 ms for 256 x 8192). So this
-    # reduces blocks of rows, finds the block with the maximum, and searches only that block.
+    # On a CPU, the maximum of each column is fast (0.5 ms for 256 x 8192), but its position is slow (10 ms).
+    # So compute the maxima of blocks of rows, find the block with the largest, and search only this block.
     blocks = s.view(r // BLOCK, BLOCK, m)
     best, block = blocks.amax(1).max(0)
     within = blocks[block, :, torch.arange(m)]

@@ -1,12 +1,12 @@
-"""GPO pooling: sorts each channel by itself along the tokens, then takes a weighted sum.
+"""Implements GPO pooling: sorts each channel on its own along the tokens, then takes a weighted sum.
 
 pooled[b, d] = sum over k of weights[b, k] * ordered[b, k, d]. So d_weights[b, k] = sum over d of
-grad[b, d] * ordered[b, k, d], and the token of rank k gets the gradient grad[b, d] * weights[b, k].
+grad[b, d] * ordered[b, k, d]. The token of rank k gets the gradient grad[b, d] * weights[b, k].
 
-On a CPU, for float32 and smaller types, numpy sorts (see `order`); in all other cases torch sorts. numpy
-sorts each sample without its padding, so padding does not change its result by a bit. It sorts a block of
-channels at a time, which saves memory. The forward saves only the order, two bytes per entry. numpy and torch
-release the interpreter lock, so the samples are spread over as many threads as torch may use.
+On a CPU, for float32 and smaller types, numpy sorts (see `order`). In all other cases torch sorts. numpy
+sorts each sample without padding, so padding does not change a bit of the result. It sorts a block of
+channels at a time, which saves memory. The forward then saves only the order, with two bytes per entry. numpy
+and torch release the interpreter lock, so the samples are spread over as many threads as torch may use.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ if HAS_NUMPY:
 
     from d2s.kernels.chunked.order import Scratch, put, sort_values, sort_with_source, take
 
-# Entries in a block of channels. Blocks are large because threads pass the interpreter lock on at each block;
-# with two threads, this costs more than a block that fits into the cache would save.
+# Entries in a block of channels. Threads wait for the interpreter lock once per block. With two threads, this
+# costs more than the cache saves with small blocks. So blocks are large.
 BLOCK_ENTRIES = 1 << 19
 
 
 def gpo_forward(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (pooled, order, value); see `d2s.kernels.functional.gpo_pool`.
+    """Returns (pooled, order, value). See `d2s.kernels.functional.gpo_pool`.
 
-    `pooled` (B, D) has the type of the features. `order` and `value`, both (B, D * K), describe the sort for
-    the backward: each channel's tokens (of `position_dtype`) and values (of the accumulator type) in sorted
-    order. Each is empty if the backward does not read it. `need` tells whether features and weights need
-    gradients.
+    `pooled` has shape (B, D) and the type of the features. `order` and `value` have shape (B, D * K) and are
+    for the backward. They hold each channel's token positions (of `position_dtype`) and values (of the
+    accumulator type) in sorted order. Each is empty if the backward does not read it. `need` holds two bools:
+    whether the features and the weights need a gradient.
     """
     forward = _forward_by_numpy if _by_numpy(features, *features.shape[1:]) else _forward_by_torch
     return forward(features, weights, mask, need)
 
 
 def gpo_saves_values(features: Tensor) -> bool:
-    """Returns whether the forward saves the sorted values; if not, the backward reads the features again."""
+    """Returns whether `gpo_forward` saves the sorted values. If not, `gpo_backward` reads `features`."""
     return not _by_numpy(features, *features.shape[1:])
 
 
@@ -58,9 +58,10 @@ def gpo_backward(
     value: Tensor,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Returns d_features (B, K, D) and d_weights (B, K), in the types of grad (B, D) and of the weights.
+    """Returns d_features, of shape (B, K, D), and d_weights, of shape (B, K).
 
-    `gpo_forward` returns `order` and `value`. The features are read only for d_weights, if `value` is empty.
+    They have the types of `grad` and of `weights`. `need` says which of the two are computed. `order` and
+    `value` come from `gpo_forward`. If `value` is empty, `features` is read to compute d_weights.
     """
     if _by_numpy(grad, mask.shape[1], grad.shape[1]):
         d_features, d_weights = _backward_by_numpy(
@@ -75,15 +76,16 @@ def gpo_backward(
 
 
 def _by_numpy(x: Tensor, tokens: int, width: int) -> bool:
-    """Returns whether numpy sorts samples (tokens, width) with the type and device of x."""
+    """Returns whether numpy sorts samples of `tokens` x `width` entries with the type and device of x."""
     return HAS_NUMPY and x.device.type == "cpu" and x.dtype != torch.float64 and tokens * width < 2**31
 
 
 def _forward_by_torch(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `gpo_forward` with torch's sort."""
     real = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
-    # First move padding behind the tokens. Otherwise it could be sorted before real tokens of -inf.
+    # First move padding behind the real tokens. Otherwise the sort could put it before real tokens of -inf.
     front = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True)[1]
     x = upcast(features).gather(1, front[:, :, None].expand_as(features))
     w = torch.where(real, weights.to(x.dtype), 0)
@@ -102,6 +104,7 @@ def _forward_by_torch(
 def _backward_by_torch(
     grad: Tensor, weights: Tensor, mask: Tensor, order: Tensor, value: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Computes `gpo_backward` from the `order` and `value` of `_forward_by_torch`."""
     (batch, tokens), width = mask.shape, grad.shape[1]
     grad = upcast(grad)
     real = torch.arange(tokens, device=mask.device) < mask.sum(1, keepdim=True)
@@ -120,11 +123,12 @@ def _backward_by_torch(
 def _forward_by_numpy(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `gpo_forward` with numpy's sort, one sample at a time."""
     x, w = upcast(features.detach()), weights.to(torch.float32).contiguous().numpy()
     batch, tokens, width = x.shape
-    # A sample of L tokens uses its first D * L entries of `order`: for each channel, the positions of its
-    # tokens, the largest value first. torch allocates it: numpy asks for huge pages, which can take longer
-    # than the sort.
+    # A sample with L real tokens uses the first D * L entries of its row of `order`. They hold the positions
+    # of the tokens for each channel, the largest value first. torch allocates `order`, because numpy asks for
+    # huge pages, which can take longer than the sort.
     save = any(need)
     order = torch.empty(batch, tokens * width if save else 0, dtype=position_dtype(tokens)).numpy()
     pooled = np.zeros((batch, width), np.float32)
@@ -133,7 +137,7 @@ def _forward_by_numpy(
     def sample(b: int, scratch: Scratch) -> None:
         place = real[b].nonzero()[0]
         length = place.shape[0]
-        # No backward reads these entries, but an operator must return the same values at every call.
+        # The backward does not read these entries. But an operator must return the same values at every call.
         order[b, length * width :] = 0
         turned = _turn(x[b] if length == tokens else x[b, torch.from_numpy(place)], scratch)
         for first, last in _blocks(width, length):
@@ -157,7 +161,7 @@ def _forward_by_numpy(
 def _backward_by_numpy(
     grad: Tensor, features: Tensor | None, weights: Tensor, mask: Tensor, order: Tensor, need_features: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Returns d_features (B, K, D), maybe empty, and d_weights (B, K), zero without features, in float32."""
+    """Computes `gpo_backward` in float32. Returns zeros as d_weights if `features` is None."""
     (batch, tokens), width = mask.shape, grad.shape[1]
     g, w = (x.to(torch.float32).contiguous().numpy() for x in (grad, weights))
     x = None if features is None else upcast(features.detach())
@@ -181,7 +185,7 @@ def _backward_by_numpy(
                 take(values, places, between)
                 d_weights[b, :length] += np.einsum("dk,d->k", between, ours)
             if need_features:
-                # The values of this block are not needed any more; their gradient overwrites them.
+                # The values of this block are not needed any more. Their gradient overwrites them.
                 np.multiply(ours[:, None], w[b, :length], out=between)
                 put(between, places, values)
         if need_features and all_real:
@@ -195,7 +199,7 @@ def _backward_by_numpy(
 
 
 def _blocks(width: int, length: int) -> list[tuple[int, int]]:
-    """Returns (first, last) channel of each block, for a sample with `length` tokens."""
+    """Returns (first, end) of each block of channels. `end` is excluded. Samples have `length` tokens."""
     if length == 0:
         return []
     size = max(1, BLOCK_ENTRIES // length)
@@ -203,16 +207,16 @@ def _blocks(width: int, length: int) -> list[tuple[int, int]]:
 
 
 def _turn(tokens: Tensor, scratch: Scratch) -> np.ndarray:
-    """Returns the transpose (D, L) of tokens (L, D), in the memory of scratch.values."""
+    """Writes the transpose of `tokens`, which has shape (L, D), to `scratch.values` and returns it."""
     turned = scratch.values[: tokens.numel()].reshape(tokens.shape[1], tokens.shape[0])
-    # torch transposes three times as fast as numpy. Adding 0 turns -0 into 0, because equal values need equal
-    # bits.
+    # torch transposes three times as fast as numpy. Adding 0 turns -0 into 0, because the sort
+    # compares bits.
     torch.from_numpy(turned).copy_(tokens.t())
     return np.add(turned, 0.0, out=turned)
 
 
 def _each(sample: Callable[[int, Scratch], None], batch: int, tokens: int, width: int) -> None:
-    """Calls sample(b, scratch) for every b; large work is spread over as many threads as torch may use."""
+    """Calls sample(b, scratch) for every b < `batch`. Large batches use as many threads as torch may use."""
     entries = tokens * width
     lanes = min(torch.get_num_threads(), batch) if batch * entries >= 1 << 18 else 1
 

@@ -1,4 +1,7 @@
-"""The hinge loss of VSE++, with all violations, or with the hardest negative of each row and column."""
+"""Implements the hinge loss of VSE++, with all negatives or the hardest of each row and column.
+
+A negative violates the margin if (similarity + margin) exceeds the similarity of the positive.
+"""
 
 from collections.abc import Sequence
 
@@ -20,7 +23,7 @@ from d2s.kernels.sides import Sides, Winners
 
 
 def hinge_max_forward(sides: Sides, margin: float) -> tuple[Tensor, ...]:
-    """Returns (loss (), *Winners). See `d2s.kernels.functional.hinge_loss`."""
+    """Returns the loss, then the fields of `Winners`. See `d2s.kernels.functional.hinge_loss`."""
     image, text, image_ids, text_ids, offset, both = sides
     with full_precision(image.device):
         rows, columns = upcast(image), upcast(text)
@@ -38,7 +41,7 @@ def hinge_max_forward(sides: Sides, margin: float) -> tuple[Tensor, ...]:
             row_best[start:stop], row_at[start:stop] = row_maxima(s)
             if both:
                 best, at = column_maxima(s)
-                # Only a strictly larger value replaces an earlier one, so ties go to the lowest index.
+                # Only a strictly larger value replaces an earlier one. So ties go to the lowest index.
                 better = best > column_best
                 column_best = torch.where(better, best, column_best)
                 column_at = torch.where(better, at + start, column_at)
@@ -52,7 +55,7 @@ def hinge_max_forward(sides: Sides, margin: float) -> tuple[Tensor, ...]:
 
 
 def _sum_rows(index: Tensor, source: Tensor, weight: Tensor, target: Tensor, size: int) -> Tensor:
-    """Returns out (size, D) with out[target[k]] += weight[k] * source[index[k]], added in the order of k."""
+    """Adds weight[k] * source[index[k]] to out[target[k]] for k = 0, 1, ..., and returns `out` (size, D)."""
     order = torch.argsort(target, stable=True)
     starts = torch.searchsorted(target[order], torch.arange(size, device=target.device))
     return embedding_bag(index[order], source, starts, mode="sum", per_sample_weights=weight[order])
@@ -66,11 +69,11 @@ def hinge_max_backward(
     offset: int,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Returns d_image (B, D) and d_text (N, D) in the types of the inputs; `need` tells which are needed.
+    """Returns d_image, of shape (B, D), and d_text, of shape (N, D), in the types of `image` and `text`.
 
-    If column j violates the margin of row i, whose positive is p, grad * (T_j - T_p) is added to d_image[i],
-    grad * I_i to d_text[j] and -grad * I_i to d_text[p]. A violated column adds the same with the sides
-    exchanged.
+    A gradient that `need` does not select is empty. Let p be the positive of row i. If the winner j of row i
+    violates the margin, the function adds grad * (text[j] - text[p]) to d_image[i], grad * image[i] to
+    d_text[j], and -grad * image[i] to d_text[p]. For columns, image and text change places.
     """
     rows, columns = upcast(image), upcast(text)
     n, m = rows.shape[0], columns.shape[0]
@@ -80,7 +83,7 @@ def hinge_max_backward(
         i, j = torch.cat([i, winners.column_at]), torch.cat([j, here])
         active = torch.cat([active, winners.column_active])
     weight = active.to(rows.dtype) * grad
-    # The positive pair of each violation: that of its row for the first B, that of its column for the others.
+    # `here` becomes the row of the positive that belongs to each violation. Its column is here + offset.
     here = here.repeat(i.shape[0] // n)
     i_all, j_all = torch.cat([i, here]), torch.cat([j, here + offset])
     weights = torch.cat([weight, -weight])
@@ -91,9 +94,10 @@ def hinge_max_backward(
 
 
 def _add_products(a: Tensor, rows: Tensor, columns: Tensor, d_rows: Tensor, d_columns: Tensor) -> None:
-    """Computes d_rows = a @ columns and d_columns += a^T @ rows for a (r, N); skips an output that is empty.
+    """Writes a @ columns to `d_rows` and adds a^T @ rows to `d_columns`. Skips an output that is empty.
 
-    `d_rows` must be zero before. A CPU leaves out rows without violations, most rows late in training.
+    `a` has shape (r, N) and counts the margins that each pair violates. `d_rows` must be zero before. On a
+    CPU, the function skips the rows of `a` that are zero. Late in training, most rows are.
     """
     if a.device.type == "cpu":
         busy = a.sum(1).nonzero().squeeze(1)
@@ -111,11 +115,11 @@ def _add_products(a: Tensor, rows: Tensor, columns: Tensor, d_rows: Tensor, d_co
 
 
 def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss (), d_image (B, D), d_text (N, D)), all in the accumulator type.
+    """Returns (loss, d_image, d_text) of shapes (), (B, D) and (N, D), in the accumulator type.
 
-    `need` selects the gradients. dS_ij is the number of margins that pair (i, j) violates: of its row, its
-    column, both or none. Each violation adds -1 to dS of its positive pair. See
-    `d2s.kernels.functional.hinge_loss`.
+    A gradient that `need` does not select is empty. The gradient with respect to the similarity of a
+    negative is the number of margins that it violates: 0, 1 (in its row or column) or 2 (in both). Each
+    violation subtracts 1 from the gradient of the positive pair. See `d2s.kernels.functional.hinge_loss`.
     """
     image, text, image_ids, text_ids, offset, both = sides
     need_image, need_text = need
@@ -134,7 +138,7 @@ def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tupl
         for start, stop, s in sweep:
             positive_entries(s, start, offset).fill_(-torch.inf)
             same.fill(s, start, stop, -torch.inf)
-            # The sign of a clamped violation is 1 or 0, which is its gradient with respect to S.
+            # `a` becomes the cost of each entry. Its sign, 1 or 0, is the gradient with respect to S.
             a = torch.sub(s, positive[start:stop, None] - margin, out=active[: stop - start])
             loss += a.relu_().sum()
             pull[start:stop] += a.sign_().sum(1)

@@ -1,14 +1,13 @@
-"""Symmetric InfoNCE with a learnable scale. The backward does not read S: it computes S again.
+"""Implements symmetric InfoNCE with a learnable scale. The backward computes S again.
 
-With z = scale * S, the loss is half the sum over rows of logsumexp(z_i) - z_positive, and the same for
-columns. Its gradient with respect to z is half of (softmax by rows + softmax by columns), and 1 less at a
-positive.
+Let z = scale * S. Each row costs half of logsumexp(row of z) - z_positive, and so does each column. The
+gradient with respect to z is half of (softmax by rows + softmax by columns), minus 1 at a positive.
 
 On a CPU, rows and columns share one exponential per entry, exp(z - m), with one number m for the whole
-matrix. Bounds on z tell beforehand whether there is an m with which no sum overflows and none loses digits by
-underflow. With unit rows, there always is one for scale 14, and for scale 100 unless a positive is very
-dissimilar. Otherwise, and on other devices, where the host would wait for the bounds, rows and columns use
-their own maxima.
+matrix. Bounds on z tell beforehand whether there is an m with which no sum overflows and no sum loses digits
+by underflow. With rows of length 1, there always is one for scale 14. For scale 100 there is one unless a
+positive is very dissimilar. If there is none, rows and columns use their own maxima. Other devices do so
+always, because the host would have to wait for the bounds.
 """
 
 import math
@@ -20,13 +19,13 @@ from torch import Tensor
 from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, row_dots, upcast
 from d2s.kernels.sides import Sides
 
-# For each type: the largest exponent allowed, also for sums; and how far a log-sum-exp may lie below m.
-# Within this distance, terms that underflow are negligible (below exp(-32) and exp(-60) of the sum).
+# Maps a type to two limits: the largest exponent, also of a sum, and how far a log-sum-exp may lie below m.
+# Within this distance, terms that underflow are below exp(-32) of the sum (float64: exp(-60)).
 _RANGE = {torch.float32: (80.0, 55.0), torch.float64: (690.0, 640.0)}
 
 
 def _mask(z: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Tensor:
-    """Sets the chunk's same-image entries to -inf, except the positives (rows,), which it returns."""
+    """Sets the same-image entries of chunk `z` to -inf, except the positives. Returns the positives."""
     diagonal = positive_entries(z, start, offset)
     positive = diagonal.clone()
     same.fill(z, start, stop, -torch.inf)
@@ -35,7 +34,7 @@ def _mask(z: Tensor, same: SamePairs, start: int, stop: int, offset: int) -> Ten
 
 
 def common_shift(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> float | None:
-    """Returns the m nearest to 0 that works for the whole matrix; None if none does, or if not on a CPU."""
+    """Returns the valid m nearest to 0 (see the module), or None if no m is valid or this is not a CPU."""
     if rows.device.type != "cpu":
         return None
     n, m = rows.shape[0], columns.shape[0]
@@ -49,9 +48,10 @@ def common_shift(rows: Tensor, columns: Tensor, factor: Tensor, offset: int) -> 
 
 
 def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss (), row_lse (B,), column_lse (N,)), all in the accumulator type.
+    """Returns (loss, row_lse, column_lse) of shapes (), (B,) and (N,), in the accumulator type.
 
-    These are the loss and the log-sum-exp of scale * S by rows and columns; without `both` the last is empty.
+    `row_lse` and `column_lse` are the log-sum-exps of the rows and columns of scale * S. If `sides.both` is
+    false, `column_lse` is empty.
     """
     image, text, image_ids, text_ids, offset, both = sides
     with full_precision(image.device):
@@ -74,7 +74,7 @@ def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
             row_lse[start:stop] = row_top.squeeze(1) + row_total.log_()
             if both:
                 new = torch.maximum(top, s.amax(0))
-                # A column without entries so far has an empty sum, for which any finite reference will do.
+                # If all entries of a column are -inf so far, its sum is 0, and any finite reference is right.
                 reference = torch.where(new == -torch.inf, 0, new)
                 total *= torch.exp(top - reference)
                 total += s.sub_(reference).exp_().sum(0)
@@ -89,7 +89,7 @@ def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _forward_at_once(
     rows: Tensor, columns: Tensor, same: SamePairs, factor: float, shift: float, offset: int, both: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `info_nce_forward` with one exponential per entry."""
+    """Computes `info_nce_forward` with one exponential per entry. `shift` comes from `common_shift`."""
     n, m = rows.shape[0], columns.shape[0]
     positive, row_total = rows.new_empty(n), rows.new_empty(n)
     total = rows.new_zeros(m if both else 0)
@@ -107,6 +107,7 @@ def _forward_at_once(
 
 
 def _exponential(z: Tensor, shift: float) -> Tensor:
+    """Replaces z by exp(z - shift), in place, and returns z."""
     return (z.sub_(shift) if shift else z).exp_()
 
 
@@ -119,7 +120,7 @@ def _probabilities(
     column_lse: Tensor | None,
     offset: int,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (start, stop, p): the softmax by rows, plus the softmax by columns if `column_lse` is given."""
+    """Yields (start, stop, p). p is softmax by rows (+ softmax by columns if `column_lse` is given)."""
     shift = common_shift(rows, columns, factor, offset)
     sweep = Sweep(rows, columns, 1.0 if shift is None else float(factor))
     buffer = torch.empty_like(sweep.buffer)
@@ -145,9 +146,10 @@ def _probabilities(
 def info_nce_backward(
     sides: Sides, scale: Tensor, row_lse: Tensor, column_lse: Tensor, grad: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns d_image (B, D), d_text (N, D) and d_scale (the shape of scale), in the types of the inputs.
+    """Returns d_image, d_text and d_scale, in the shapes and types of `image`, `text` and `scale`.
 
-    `need` selects the gradients. `row_lse` and `column_lse` come from `info_nce_forward`.
+    A gradient that `need` does not select is empty. `row_lse` and `column_lse` come from `info_nce_forward`.
+    `grad` is the gradient with respect to the loss.
     """
     image, text, image_ids, text_ids, offset, both = sides
     need_image, need_text, need_scale = need
@@ -171,7 +173,7 @@ def info_nce_backward(
         if need_image or need_scale:
             d_rows.sub_(columns[offset : offset + n], alpha=pull)
             if need_scale:
-                # d_scale = sum of dz * S, which equals the dot product of the rows with their gradient.
+                # d_scale is the sum of dz * S. It equals the sum of the dot products of `rows` and `d_rows`.
                 d_scale = (half * row_dots(d_rows, rows).sum()).reshape(scale.shape).to(scale.dtype)
         if need_text:
             d_columns[offset : offset + n].sub_(rows, alpha=pull)

@@ -1,10 +1,11 @@
 """Sorts rows of floats in descending order with numpy, several times as fast as torch.
 
-numpy's fast sort returns only values, not their positions, so the position becomes part of the sorted key.
-The bits of a float, with negative numbers mirrored, sort like the float. A 32-bit key holds the upper bits of
-the value and, below them, the position. It orders values except for their last bits; neighbours in the wrong
-order are swapped afterwards. They are few: among 577 normally distributed values, about five pairs agree in
-22 bits. If there are many, 64-bit keys are used, which hold the full value and position, at half the speed.
+numpy's fast sort returns only values, not their positions. So the position becomes part of the sorted key.
+The bits of a float sort like the float if those of negative numbers are inverted, except the sign. A 32-bit
+key holds the upper bits of the value and, below them, the position. Values that differ only in their last
+bits can end up in the wrong order. They are swapped afterwards. They are few: among 577 normally distributed
+values, about five pairs have the same upper 22 bits. If there are many, the module uses 64-bit keys, which
+hold the full value and position, at half the speed.
 """
 
 import sys
@@ -12,13 +13,13 @@ import sys
 import numpy as np
 import torch
 
-# Limits of the repair by swaps: wrong neighbours per entry, and rounds. Beyond them, 64-bit keys are used.
+# Limits of `_repair`: wrong pairs of neighbours per entry, and rounds. Beyond them, 64-bit keys are used.
 MOST = 1 / 16
 ROUNDS = 48
 
 
 class Scratch:
-    """Buffers that a thread reuses, for samples of `entries` and channel blocks of `block` entries."""
+    """Holds the buffers of one thread, for samples of `entries` entries and blocks of `block` entries."""
 
     def __init__(self, entries: int, block: int) -> None:
         self.values = np.empty(entries, dtype=np.float32)
@@ -27,14 +28,14 @@ class Scratch:
         self.wide = np.empty(block, dtype=np.int64)
 
     def places(self, source: np.ndarray) -> torch.Tensor:
-        """Returns the source as an int64 tensor, in the memory of `self.wide`."""
+        """Copies `source` to `self.wide` and returns it as an int64 tensor."""
         wide = self.wide[: source.size].reshape(source.shape)
         np.copyto(wide, source)
         return torch.from_numpy(wide)
 
 
 def sort_values(values: np.ndarray, scratch: Scratch) -> np.ndarray:
-    """Returns values (D, L) float32, each row in descending order, in the memory of scratch.narrow."""
+    """Returns `values` (float32) with each row in descending order, in the memory of `scratch.narrow`."""
     keys = _keys(values, scratch)
     np.invert(keys, out=keys)
     keys.sort(axis=1)
@@ -43,10 +44,10 @@ def sort_values(values: np.ndarray, scratch: Scratch) -> np.ndarray:
 
 
 def sort_with_source(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> np.ndarray:
-    """Sorts each row of values (D, L) float32 in descending order and writes it to ordered (D, L).
+    """Sorts each row of `values` in descending order and writes it to `ordered`. Both are (D, L) float32.
 
-    The values must not contain -0. Returns source (D, L) int32: the position in its row that each value came
-    from. The sort is stable. `source` lies in the memory of scratch.narrow.
+    The sort is stable. The values must not contain -0. Returns int32 positions of shape (D, L), in the memory
+    of `scratch.narrow`: ordered[d, k] = values[d, positions[d, k]].
     """
     source = _sort_narrow(values, ordered, scratch)
     if source is None:
@@ -56,36 +57,35 @@ def sort_with_source(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) 
 
 
 def _mirror(bits: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-    """Flips all bits but the sign in negative int32 numbers. It is its own inverse. `out` may be `bits`."""
+    """Writes int32 `bits` to `out`. Inverts all bits but the sign of negative numbers. Returns `out`."""
     np.right_shift(bits, 31, out=scratch)
     np.bitwise_and(scratch, 0x7FFFFFFF, out=scratch)
     return np.bitwise_xor(bits, scratch, out=out)
 
 
 def _keys(values: np.ndarray, scratch: Scratch) -> np.ndarray:
-    """Returns int32 keys that sort like values (D, L), in the memory of scratch.narrow."""
+    """Returns int32 keys that sort like the float32 `values`, in the memory of `scratch.narrow`."""
     keys = scratch.narrow[: values.size].reshape(values.shape)
     return _mirror(values.view(np.int32), keys, keys)
 
 
 def take(values: np.ndarray, places: torch.Tensor, out: np.ndarray) -> None:
-    """Writes out[d, k] = values[d, places[d, k]], all (D, L); `places` comes from `Scratch.places`."""
-    # torch gathers, because numpy needs positions in the flat matrix, and computing these costs as much as
-    # the gathering.
+    """Sets out[d, k] = values[d, places[d, k]] for all entries. `places` comes from `Scratch.places`."""
+    # torch gathers. numpy would first have to compute positions in the flattened matrix, which is slow.
     torch.gather(torch.from_numpy(values), 1, places, out=torch.from_numpy(out))
 
 
 def put(values: np.ndarray, places: torch.Tensor, out: np.ndarray) -> None:
-    """Writes out[d, places[d, k]] = values[d, k]: the inverse of `take`."""
+    """Sets out[d, places[d, k]] = values[d, k] for all entries. This is the inverse of `take`."""
     torch.from_numpy(out).scatter_(1, places, torch.from_numpy(values))
 
 
 def _sort_narrow(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> np.ndarray | None:
-    """Computes `sort_with_source` with 32-bit keys; None if too many values agree in their upper bits."""
+    """Computes `sort_with_source` with 32-bit keys. Returns None if the order needs too many repairs."""
     length = values.shape[1]
     low = (1 << (length - 1).bit_length()) - 1
     keys = _keys(values, scratch)
-    # The inverted key is sorted ascending, which sorts the values descending; the position is not inverted.
+    # Invert the upper bits, so that an ascending sort puts the values in descending order. Keep the position.
     np.bitwise_or(keys, low, out=keys)
     np.bitwise_xor(keys, ~np.arange(length, dtype=np.int32), out=keys)
     keys.sort(axis=1)
@@ -95,7 +95,7 @@ def _sort_narrow(values: np.ndarray, ordered: np.ndarray, scratch: Scratch) -> n
 
 
 def _repair(ordered: np.ndarray, source: np.ndarray) -> bool:
-    """Swaps neighbours in `ordered` and `source` until all rows descend; False if this takes too long."""
+    """Swaps neighbours in both arrays until all rows descend. Returns False if it reaches MOST or ROUNDS."""
     length = ordered.shape[1]
     wrong = np.flatnonzero(ordered[:, 1:] > ordered[:, :-1])
     if wrong.size == 0:
@@ -123,7 +123,7 @@ def _repair(ordered: np.ndarray, source: np.ndarray) -> bool:
 
 
 def _sort_wide(values: np.ndarray, scratch: Scratch) -> np.ndarray:
-    """Returns the source of `sort_with_source`, computed with 64-bit keys."""
+    """Computes the positions that `sort_with_source` returns, with 64-bit keys."""
     keys = _keys(values, scratch)
     np.invert(keys, out=keys)
     both = scratch.wide[: values.size].reshape(values.shape)

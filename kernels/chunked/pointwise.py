@@ -1,4 +1,4 @@
-"""Pointwise distillation: each student row is compared with its teacher row."""
+"""Implements pointwise distillation, which compares each student row with the same teacher row."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ BLOCK_ENTRIES = 1 << 17
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
-    """Returns 1 / |row| of x (B, D): (B, 1); 0 for a row of zeros, NaN if the norm overflows."""
+    """Returns a column with 1 / |row| for each row of x: 0 for a zero row, NaN if the norm overflows."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return torch.where(norm == 0, 0, torch.where(norm < torch.inf, 1 / norm, torch.nan))
 
@@ -18,7 +18,11 @@ def _inverse_norm(x: Tensor) -> Tensor:
 def pointwise_forward(
     student: Tensor, teacher: Tensor, kind: str, normalize: bool, need_student: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns (loss (), d_student (B, D)); see `d2s.kernels.functional.pointwise_distillation`."""
+    """Returns the loss and d_student. See `d2s.kernels.functional.pointwise_distillation`.
+
+    Both have the accumulator type. The loss has shape () and d_student (B, D). If `need_student` is false,
+    d_student is empty.
+    """
     b, d = student.shape
     acc = accumulator(student.dtype)
     rows = max(1, BLOCK_ENTRIES // d)
@@ -39,7 +43,7 @@ def pointwise_forward(
 
 
 def _block(s: Tensor, t: Tensor, kind: str, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Returns the loss () of some rows s and t (r, D), and its gradient (r, D) with respect to s."""
+    """Returns the summed loss of student rows `s` and teacher rows `t`, and d loss / d s (maybe None)."""
     if kind == "cosine":
         return (1 - (s * t).sum(1)).sum(), -t if need_gradient else None
     difference = s - t

@@ -1,8 +1,9 @@
-"""Computes the rank of each query's best positive by counting; ties and NaN count against the model.
+"""Computes the rank of each query's best positive by counting. Ties and NaN count against the model.
 
-A matrix product may give equal candidates different similarities, because it can add up its last columns in
-another order. So it decides only between similarities that differ by more than its rounding error.
-`exact_products` decides the few others. So ranks do not depend on library, block sizes and threads.
+A matrix product may give equal candidates different similarities, because it can add up the last columns in
+another order. So the matrix product decides only between similarities that differ by more than the rounding
+error. `exact_products` decides between the few others. So ranks do not depend on the library, block sizes and
+number of threads.
 """
 
 import math
@@ -15,8 +16,8 @@ from d2s.kernels.chunked.common import DOT_ENTRIES, SamePairs, Sweep, full_preci
 from d2s.kernels.chunked.exact import exact_error, exact_products
 from d2s.kernels.dtypes import accumulator
 
-# If at most one pair in SPARSE is undecided, each pair is computed in float64; else exact products of rows
-# decide.
+# If at most one pair in SPARSE is undecided, float64 dot products of these pairs are tried first. Exact
+# products decide all pairs that are left.
 SPARSE = 64
 
 
@@ -27,7 +28,7 @@ def retrieval_ranks(
     query_ids: Tensor | None,
     candidate_ids: Tensor | None,
 ) -> Tensor:
-    """Implements `d2s.kernels.functional.retrieval_ranks`."""
+    """Implements `d2s.kernels.functional.retrieval_ranks`, which explains arguments and result."""
     dtype = accumulator(torch.promote_types(queries.dtype, candidates.dtype))
     mark = _marker(positives, query_ids, candidate_ids)
     ranks = torch.empty(queries.shape[0], dtype=torch.int64, device=queries.device)
@@ -39,12 +40,11 @@ def retrieval_ranks(
             own = torch.zeros(s.shape, dtype=torch.bool, device=s.device)
             mark(own, start, stop)
             best = torch.where(own, s, -torch.inf).amax(1, keepdim=True)
-            # Infinity and NaN are compared as they are: they have no rounding error, and no similarity is
-            # near them.
+            # An infinite or NaN `best` has no rounding error, so it is compared without tolerance.
             room = 2 * rounding.of(dtype, start, stop)
             below = s < torch.where(best.isfinite(), best - room, best)
             near = (s <= torch.where(best.isfinite(), best + room, torch.nan)) > below
-            # All candidates that are not strictly below the best positive count, ties and NaN included.
+            # Count all candidates that are not strictly below the best positive. Ties and NaN are included.
             ranks[start:stop] = s.shape[1] - (below | own).sum(1, dtype=torch.int32)
             unclear = _rows_with_any(near > own)
             if unclear.numel():
@@ -57,7 +57,7 @@ def retrieval_ranks(
 def _marker(
     positives: tuple[Tensor, Tensor] | None, query_ids: Tensor | None, candidate_ids: Tensor | None
 ) -> Callable[[Tensor, int, int], None]:
-    """Returns a function (mask, start, stop) that sets the positives of rows start..stop in the mask."""
+    """Returns a function (mask, start, stop) that sets mask[i, j] if j is a positive of row start + i."""
     if positives is None:
         same = SamePairs(query_ids, candidate_ids)
         return lambda mask, start, stop: same.fill(mask, start, stop, True)
@@ -72,13 +72,13 @@ def _marker(
 
 
 def _rows_with_any(x: Tensor) -> Tensor:
-    """Returns the indices of the rows of x (r, N) bool that have a true entry."""
+    """Returns the indices of the rows of the boolean matrix x that have a true entry."""
     # A CPU searches bytes 30 times as fast as bools.
     return x.view(torch.uint8).amax(1).nonzero().squeeze(1)
 
 
 def _moderate(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns x (r, D) and its rows' lengths (r,), divided by one power of two if products might overflow."""
+    """Returns x and its row norms. First divides x by a power of two if products might overflow."""
     limit = 2.0**400 if x.dtype == torch.float64 else 2.0**40
     lengths = _lengths(x)
     if bool((lengths <= limit).all()):
@@ -93,25 +93,27 @@ def _moderate(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rounding:
-    """Bounds |similarity - exact product| from the lengths of the rows (B,) and of the columns (N,)."""
+    """Bounds the rounding errors of similarities, given the norms of rows and columns."""
 
     def __init__(self, lengths: Tensor, longest: Tensor, width: int) -> None:
+        # `lengths` has the norms of the rows, (B,). `longest` has the norms of the columns, (N,).
         self.dtype, self.width, self.lengths = lengths.dtype, width, lengths
         self.shortened = lengths.dtype == torch.float32 and _shortens(lengths.device)
         # The similarities of a candidate with NaN or infinity have no rounding error.
         self.longest = torch.where(longest.isfinite(), longest, 0).amax()
 
     def of(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        """Returns the bounds (stop - start, 1) for products in `dtype`; not finite if the query is not.
+        """Returns error bounds of products in `dtype` for rows start to stop, of shape (stop - start, 1).
 
-        A sum of D products, in any order, has an error of at most D u / (1 - D u) |q| |c| (Higham, Accuracy
-        and Stability, 3.1), plus the smallest number for each product that underflows. Eight more terms and
-        the factor 2 cover the rounding of this bound itself. It is valid for D below a million.
+        If a row is not finite, neither is its bound. A sum of D products q_i c_i has an error of at most
+        D u / (1 - D u) |q| |c|, in any order (Higham, Accuracy and Stability, 3.1; u is the unit roundoff).
+        Each product that underflows adds the smallest normal number. Eight more terms and the factor 2 cover
+        the rounding of the bound itself. The bound is valid for D below a million.
         """
         units = (self.width + 8) * torch.finfo(dtype).eps / 2
         factor = units / (1 - 2 * units) + exact_error(self.width, self.dtype)
         if self.shortened and dtype == torch.float32:
-            # Covers both sides rounded to bf16, 2^-8 each; tf32 has more bits.
+            # Rounding both sides to bf16 adds 2^-8 each. tf32 has more bits and adds less.
             factor += 2.0**-6
         lengths = self.lengths[start:stop, None]
         floor = self.width * torch.finfo(self.dtype).tiny * (1 + lengths + self.longest)
@@ -127,16 +129,16 @@ def _shortens(device: torch.device) -> bool:
 
 
 def _lengths(x: Tensor) -> Tensor:
-    """Returns an upper bound (r,) on the length of each row of x (r, D), even if its squares underflow."""
+    """Returns an upper bound on the norm of each row of x. It holds even if squares underflow."""
     tiny = torch.finfo(x.dtype).tiny
     return torch.linalg.vector_norm(x, 2, 1) + math.sqrt(x.shape[1] * tiny)
 
 
 def _below(rows: Tensor, columns: Tensor, near: Tensor, own: Tensor, room: Tensor) -> Tensor:
-    """Returns for each row how many undecided candidates lie below the best positive: (r,) int64.
+    """Returns how many undecided candidates of each row are below its best positive: (r,) int64.
 
-    The bool masks (r, N) are `near`, the undecided candidates, and `own`, the positives. `rows` is (r, D);
-    `room` (r, 1) is twice the error bound of float64 products. Overwrites `near`.
+    The boolean (r, N) masks `near` and `own` mark undecided candidates and positives. `room`, (r, 1), is
+    twice the error bound of float64 products. The function overwrites `near`.
     """
     count = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
     if rows.dtype != torch.float64 and near.count_nonzero() * SPARSE <= near.numel():
@@ -159,7 +161,7 @@ def _below(rows: Tensor, columns: Tensor, near: Tensor, own: Tensor, room: Tenso
 
 
 def _dots(a: Tensor, b: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Returns the dot products a[row] . b[column] in float64: (P,)."""
+    """Returns the float64 dot product a[row[p]] . b[column[p]] for each index p."""
     out = torch.empty(row.shape[0], dtype=torch.float64, device=a.device)
     size = max(1, DOT_ENTRIES // a.shape[1])
     for start in range(0, row.shape[0], size):

@@ -1,7 +1,8 @@
-"""Relational distillation: the student's rows of similarities follow the teacher's.
+"""Implements relational distillation, which fits each row of the student's similarities to the teacher's.
 
-Let p be the softmax of a teacher row and q that of the student row. The loss is sum p (log p - log q), and
-its gradient with respect to the student's similarities is (q - p) / temperature.
+Let p be the softmax of a row of the teacher's similarities, and q the softmax of the student's.
+The loss of the row is sum p (log p - log q). Its gradient with respect to the student's similarities is
+(q - p) / temperature.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from d2s.kernels.dtypes import accumulator
 
 
 def _log_softmax(x: Tensor, scratch: Tensor) -> Tensor:
-    """Replaces each row of x (r, N) by the logarithm of its softmax, in place, and returns x."""
+    """Replaces each row of x by the logarithm of its softmax, in place. Returns x. Overwrites `scratch`."""
     x.sub_(x.amax(1, keepdim=True))
     return x.sub_(torch.exp(x, out=scratch).sum(1, keepdim=True).log_())
 
@@ -27,10 +28,10 @@ def relational_forward(
     temperature: float,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss (), d_student (B, D), d_all (N, D)), all in the student's accumulator type.
+    """Returns (loss, d_student, d_all) of shapes (), (B, D) and (N, D), in the student's accumulator type.
 
-    `need` tells which gradients are needed. Computes in the wider of the types of `student` and
-    `student_all`. See `d2s.kernels.functional.relational_distillation`.
+    d_all is the gradient with respect to `student_all`. A gradient that `need` does not select is empty. See
+    `d2s.kernels.functional.relational_distillation`.
     """
     need_student, need_all = need
     out = accumulator(student.dtype)
@@ -47,7 +48,7 @@ def relational_forward(
             log_s = _log_softmax(s.div_(temperature), p)
             log_t = _log_softmax(t.div_(temperature), p)
             torch.exp(log_t, out=p)
-            # KL(teacher || student); a probability that underflows to 0 contributes 0.
+            # This is KL(teacher || student). A teacher probability that underflows to 0 adds 0.
             loss += log_t.sub_(log_s).mul_(p).sum()
             difference = log_s.exp_().sub_(p)
             if need_student:

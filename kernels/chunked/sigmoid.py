@@ -1,4 +1,4 @@
-"""The sigmoid loss of SigLIP. It has no normaliser, so the forward sweep also computes the gradients.
+"""Implements the sigmoid loss of SigLIP. The forward also computes the gradients, in the same sweep.
 
 With z = scale * S + bias, a negative costs log(1 + exp(z)), and its gradient with respect to z is sigmoid(z).
 A positive costs log(1 + exp(-z)), and its gradient is -sigmoid(-z).
@@ -13,16 +13,16 @@ from torch.nn.functional import softplus
 from d2s.kernels.chunked.common import SamePairs, Sweep, full_precision, positive_entries, row_dots, upcast
 from d2s.kernels.sides import Sides
 
-# From here on softplus(x) = x, exactly even in float64. torch's default, 20, has an error of 2e-9.
+# Above this x, softplus(x) = x exactly, even in float64. torch's default, 20, has an error of 2e-9.
 LINEAR_FROM = 60.0
 
 
 def sigmoid_forward(
     sides: Sides, scale: Tensor, bias: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns (loss (), d_image (B, D), d_text (N, D), d_scale, d_bias), all in the accumulator type.
+    """Returns (loss, d_image, d_text, d_scale, d_bias), all in the accumulator type.
 
-    The last two have the shapes of `scale` and `bias`. `need` tells which gradients are needed.
+    The loss has shape (). Each gradient has the shape of its input, or is empty if `need` does not select it.
     """
     image, text, image_ids, text_ids, offset, _ = sides
     need_image, need_text, need_scale, need_bias = need

@@ -1,7 +1,8 @@
-"""The Triton kernels for CUDA devices. With TRITON_INTERPRET=1 they also run on small CPU tensors.
+"""Implements all kernels with Triton for CUDA devices, and for CPU tensors if TRITON_INTERPRET=1.
 
-Embeddings are float32, bfloat16 or float16. Products are computed in this type, with float32 accumulators. No
-function here uses autograd or waits for the device. `d2s.kernels.compile` builds `ALL_SPECS`.
+Embeddings are float32, bfloat16 or float16. Products have this type, with float32 accumulators. No function
+uses autograd or waits for the device. `d2s.kernels.compile` compiles `ALL_SPECS`. Arguments named `need` hold
+a bool for each gradient: if it is false, the function returns an empty tensor for this gradient.
 """
 
 from d2s.kernels.fused import (

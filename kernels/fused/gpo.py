@@ -1,12 +1,12 @@
-"""GPO pooling: sorts each channel along its tokens in registers, then takes the weighted sum.
+"""Implements GPO pooling: sorts each channel along the tokens in registers, then takes the weighted sum.
 
 pooled[b, d] = sum over k of weights[b, k] * ordered[b, d, k], where `ordered` has each channel's real tokens
-in descending order. d_weights[b, k] = sum over d of grad[b, d] * ordered[b, d, k], and the token of rank k
-gets the gradient grad[b, d] * weights[b, k].
+in descending order. d_weights[b, k] = sum over d of grad[b, d] * ordered[b, d, k]. The token of rank k gets
+the gradient grad[b, d] * weights[b, k].
 
-`channel_sort.py` sorts. It gives a permutation of all tokens, so the backward writes every entry of the
+The sort (`channel_sort.py`) gives a permutation of all tokens. So the backward writes every entry of the
 features' gradient exactly once, without atomics or clearing. The forward saves 2 bytes per entry for the
-order, and 4 for the sorted values if the weights need a gradient.
+order. If the weights need a gradient, it also saves 4 bytes per entry for the sorted values.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from d2s.kernels.fused.launch import cdiv, not_needed, on_device_of, power_of_tw
 from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile, tile_for
 
-# The most tokens that are sorted in registers; the chunked implementation takes more.
+# The most tokens that are sorted in registers. Longer samples use the chunked implementation.
 TOKENS = 4096
 # The most tokens that one warp sorts.
 WARP = 1024
@@ -43,7 +43,7 @@ def _forward(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, AXES: tl.constexpr, HALF: tl.constexpr,
     ORDER: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Pools BLOCK_D channels of one sample. BLOCK_K = 2^BITS and BLOCK_K * BLOCK_D = 2^AXES."""
+    """Pools BLOCK_D channels of one sample. BLOCK_K = 2^BITS >= tokens, and BLOCK_K * BLOCK_D = 2^AXES."""
     blocks = tl.cdiv(width, BLOCK_D)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -82,7 +82,7 @@ def _backward(
     BLOCK_K: tl.constexpr, RANKS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
     WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradients for RANKS ranks of one sample; sums run over its channels in ascending order."""
+    """Computes the gradients for RANKS ranks (sorted positions) of one sample. Sums ascend by channel."""
     blocks = tl.cdiv(tokens, RANKS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     every = tl.arange(0, BLOCK_K)
@@ -98,8 +98,7 @@ def _backward(
         at = (b * width + d)[:, None] * tokens + k[None, :]
         g = tl.load(grad + b * width + d, mask=d < width, other=0.0).to(tl.float32)[:, None]
         if FEATURES:
-            # The order holds every token once, so each entry is written once. Tokens that are not real get
-            # zeros.
+            # The order holds every token once, so each entry is written once. Padding gets zeros.
             token = tl.load(order + at, mask=inside, other=0).to(tl.int32)
             to = (b * tokens + token) * width + d[:, None]
             spread = tl.where(used[None, :], g * w[None, :], 0.0)
@@ -114,10 +113,11 @@ def _backward(
 def gpo_forward(
     features: Tensor, weights: Tensor, mask: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (pooled (B, D) in the features' type, order (B, D * K) int16, value (B, D * K) float32).
+    """Returns (pooled, order, value). See `d2s.kernels.functional.gpo_pool`.
 
-    `need` tells whether features and weights need gradients. `order` is for the features' gradient and
-    `value` for the weights'; one that is not needed is empty. See `d2s.kernels.functional.gpo_pool`.
+    `pooled` has shape (B, D) and the features' type. `order` (int16) and `value` (float32), of shape
+    (B, D * K), hold each channel's sorted token positions and values. The gradient of the features needs
+    `order`, and the gradient of the weights needs `value`. `need` tells which of the two are computed.
     """
     batch, tokens, width = features.shape
     if tokens > TOKENS:
@@ -130,7 +130,7 @@ def gpo_forward(
     pooled = features.new_empty(batch, width, dtype=storage(features.dtype))
     constants, warps = _sizes(tile_for("gpo_forward", features), tokens, features.element_size() == 2)
     with on_device_of(features):
-        # The grid has one axis, because the other axes are limited to 65,535 programs.
+        # Use the first grid axis only, because the others are limited to 65,535 programs.
         _forward[(cdiv(width, constants["BLOCK_D"]) * batch,)](
             features.contiguous(), weights.contiguous(), mask.contiguous(), pooled, order, value, tokens, width,
             ORDER=need[0], VALUE=need[1], **constants, num_warps=warps,
@@ -139,7 +139,7 @@ def gpo_forward(
 
 
 def gpo_saves_values(features: Tensor) -> bool:
-    """Returns whether the forward saves the sorted values; if not, the backward reads the features again."""
+    """Returns whether `gpo_forward` saves the sorted values. If not, `gpo_backward` reads `features`."""
     return features.shape[1] <= TOKENS or chunked.gpo_saves_values(features)
 
 
@@ -152,7 +152,7 @@ def gpo_backward(
     value: Tensor,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Returns d_features (B, K, D) and d_weights (B, K), in the types of grad (B, D) and of the weights."""
+    """Returns d_features, (B, K, D) in the type of `grad`, and d_weights, (B, K) in the type of `weights`."""
     (batch, tokens), width, dtype = weights.shape, grad.shape[1], grad.dtype
     if tokens > TOKENS:
         return chunked.gpo_backward(grad, features, weights, mask, order, value, need)
@@ -172,7 +172,7 @@ def gpo_backward(
 
 
 def _sizes(tile: Tile, tokens: int, half: bool) -> tuple[dict[str, object], int]:
-    """Returns the forward's constants and warps. A program sorts tile.rows * tile.columns entries."""
+    """Returns the forward's constants and number of warps. `half`: the features have 16 bits."""
     block_k = power_of_two(max(tokens, 2))
     block_d = max(1, tile.rows * tile.columns // block_k)
     bits, axes = block_k.bit_length() - 1, (block_k * block_d).bit_length() - 1
@@ -181,7 +181,7 @@ def _sizes(tile: Tile, tokens: int, half: bool) -> tuple[dict[str, object], int]
 
 
 _BACKWARD = {"RANKS": RANKS, "CHANNELS": CHANNELS, "FEATURES": True, "WEIGHTS": True}
-# In the specs of these kernels, the width is the number of tokens.
+# In these specs, the `width` of a KernelSpec is the number of tokens.
 SPECS = [
     KernelSpec(
         name="gpo_forward",

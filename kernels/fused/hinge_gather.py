@@ -1,14 +1,14 @@
-"""The backward of the hinge with hardest negatives: sparse, O(B D) work, one program per row of a gradient.
+"""Computes the backward of the hinge loss with hardest negatives, in O(B D) operations.
 
-A violated row i with winner (hardest negative) j and positive p gives dI_i += T_j - T_p, dT_j += I_i and
-dT_p -= I_i. A violated column gives the same with sides exchanged. So a row of a gradient has three parts:
-its winner, its partner (the positive), and its bucket: the rows of the other side whose winner it is.
+I and T are images and texts. Let j be the winner (hardest negative) of row i and p its positive. If j
+violates the margin, dI_i += T_j - T_p, dT_j += I_i and dT_p -= I_i. For columns, I and T change places. So a
+row of a gradient has three parts: its winner, its partner (the positive), and its bucket. The bucket of a row
+is the set of rows of the other side that have this row as their winner.
 
-With many rows, one stable sort of the winners makes the buckets, and `_gather` adds up a bucket in ascending
-order, LINES entries at a time. The largest possible bucket holds all rows, as after a collapse; it takes one
-program B / LINES iterations. With few rows of 16 bits, `_few` makes dS from the winners and multiplies it
-with the other side. The entries of dS are integers from -2 to 2, exact in any type. `_few` takes 2 B N D
-flops, but one launch and no sort.
+With many rows, one stable sort of the winners makes the buckets. Then one program of `_gather` per row adds
+up the row's bucket in ascending order, LINES entries at a time. With few rows of 16 bits, `_few` makes dS
+from the winners and multiplies dS with the other side. The entries of dS are integers from -2 to 2, exact in
+any type. `_few` takes 2 B N D flops, but one launch and no sort.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.tiles import Tile, tile_for
 from d2s.kernels.sides import Winners
 
-# `_few` is used up to this many rows and columns, for 16-bit types. It is not used for float32, because for
-# sm_100 Triton 3.7 rounds this product's operands to TF32, whatever precision it is asked for.
+# `_few` is used up to this many rows and columns, for 16-bit types. It is not used for float32, because on
+# sm_100 Triton 3.7 rounds the operands of this product to TF32, with every precision setting.
 FEW = 1024
 SIZES = ("size", "others", "shift")
 
@@ -42,7 +42,7 @@ def _gather(
     size, others, shift,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, OWN: tl.constexpr, BUCKET: tl.constexpr,
 ):  # fmt: skip
-    """Computes COLUMNS channels of one row of `out`; the row's partner is row + shift of `other`."""
+    """Computes COLUMNS channels of one row of `out`. The partner of the row is other[row + shift]."""
     row = tl.program_id(0)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     line = tl.arange(0, LINES)
@@ -82,7 +82,7 @@ def _few(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, OWN: tl.constexpr,
     BUCKET: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes ROWS x COLUMNS entries of out = dS @ other, with LINES rows of `other` at a time."""
+    """Computes ROWS x COLUMNS entries of out = dS @ other. Reads LINES rows of `other` at a time."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     partner = row + shift
@@ -116,7 +116,7 @@ def _few(
 
 
 def _buckets(at: Tensor, active: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Returns (starts, order): order[starts[r]:starts[r + 1]] is the bucket of row r, in ascending order."""
+    """Returns (starts, order). order[starts[r] : starts[r + 1]] is the bucket of row r, ascending."""
     keys = torch.where(active, at, size).to(torch.int32)
     keys, order = torch.sort(keys, stable=True)
     rows = torch.arange(size + 1, dtype=torch.int32, device=at.device)
@@ -131,7 +131,7 @@ def _one_side(
     bucket: tuple[Tensor, Tensor] | None,
     shift: int,
 ) -> Tensor:
-    """Returns one side's gradient (size, D); own, bucket: (winners, active) of this and of the other side."""
+    """Returns one side's gradient (size, D). `own` has this side's `Winners` fields, `bucket` the other's."""
     others, width = other.shape
     out = torch.empty(size, width, dtype=storage(other.dtype), device=other.device)
     own_at, own_active = own or (grad, grad)
@@ -163,9 +163,9 @@ def hinge_max_backward(
     offset: int,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Returns d_image (B, D) and d_text (N, D) in the types of image and text.
+    """Returns d_image, of shape (B, D), and d_text, of shape (N, D), in the types of `image` and `text`.
 
-    A gradient that `need` does not select is empty. `hinge_max_forward` returns `winners`.
+    A gradient that `need` does not select is empty. `winners` comes from `hinge_max_forward`.
     """
     grad = grad.to(torch.float32)
     image, text = image.contiguous(), text.contiguous()

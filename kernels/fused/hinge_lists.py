@@ -1,7 +1,7 @@
-"""For the hinge with all violations: counts violations, lists tiles, and subtracts the positives' part.
+"""Counts violated margins for `hinge_sum.py`, lists tiles, and adds the gradient of the positives.
 
-d_image[i] -= count[i] * text[offset + i] and d_text[offset + i] -= count[i] * image[i], where count[i] is the
-number of violations in row i and in column offset + i.
+Let count[i] be the number of negatives that violate the margin in row i or column offset + i. The positives
+add -count[i] * text[offset + i] to d_image[i] and -count[i] * image[i] to d_text[offset + i].
 """
 
 import torch
@@ -18,7 +18,7 @@ _PULL = {"ROWS": 16, "COLUMNS": 128}
 
 @triton.jit
 def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
-    """Writes the indices of the active ones among `tiles` tiles to `list_at`, and their number to `count`."""
+    """Writes all k < `tiles` with active[k * stride] = 1 to `list_at`, and the number of them to `count`."""
     lane = tl.arange(0, TILES)
     some = tl.load(active + lane * stride, mask=lane < tiles, other=0)
     tl.store(list_at + tl.cumsum(some, 0) - 1, lane, mask=some > 0)
@@ -27,7 +27,7 @@ def _listed(active, stride, tiles, list_at, count, TILES: tl.constexpr):
 
 @triton.jit
 def _counted(counts, parts, at, size, out, first, inside):
-    """Adds the column sums of counts (parts, size), for columns `at`, to `out`; overwrites it if `first`."""
+    """Sums columns `at` of counts (parts, size). Adds the sums to out[at], or writes them if `first`."""
     value = tl.load(out + at, mask=inside & (first == 0), other=0.0)
     pointers = counts + at
     for _ in range(parts):
@@ -52,7 +52,7 @@ def _lists(
     row_start, column_start, n, m, row_tiles, column_tiles, height, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Lists tiles and counts violations: first one row of tiles per program, then one column per program."""
+    """Lists the tiles with violations and adds up counts, for one row or column of tiles per program."""
     program = tl.program_id(0)
     if program < row_tiles:
         start = active + program * column_tiles
@@ -82,7 +82,7 @@ def _pull(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOTH: tl.constexpr, IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
 ):  # fmt: skip
-    """Subtracts count * partner from both gradients, for ROWS positives and COLUMNS channels."""
+    """Subtracts count * partner from both gradients, for ROWS positive pairs and COLUMNS channels."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < n)[:, None] & (k < WIDTH)[None, :]
@@ -100,11 +100,12 @@ def _pull(
 
 
 class Counts:
-    """The number of violations in each row and column, and lists of the tiles that have any.
+    """Holds the number of violations in each row and column, and lists of the tiles with violations.
 
-    The kernel that computes a block writes `rows`, `columns` and `active`; `_lists` reads them as
-    `row_counts`, `column_counts` and `active`. `block` is the largest block. `single` means that one tile
-    holds the whole matrix; then its counts are the totals, and no lists are needed.
+    `hinge_sum.py` writes `rows`, `columns` and `active` for a block. The kernel `_lists` reads them as
+    `row_counts`, `column_counts` and `active`. The argument `block` is the largest block. If `single` is
+    true, one tile holds the whole matrix. Then its counts are the totals, and no lists are needed. Both
+    methods must be called inside `on_device_of`.
     """
 
     def __init__(self, products: Products, block: Block, single: bool) -> None:
@@ -130,7 +131,7 @@ class Counts:
             )
 
     def add(self, block: Block) -> Lists | None:
-        """Adds a block's counts to the totals and lists its tiles. The tensors' device must be current."""
+        """Adds a block's counts to the totals. Returns lists of tiles, or None if no tile can be skipped."""
         if self.lists is None:
             return None
         tile, (row_tiles, column_tiles) = self.products.pairs, self.products.grid(block)
@@ -143,7 +144,7 @@ class Counts:
         return self.lists if self.products.skippable else None
 
     def pull(self) -> None:
-        """Subtracts the positives' part from the gradients. The tensors' device must be current."""
+        """Adds the gradient of the positives to d_image and d_text."""
         products, (n, width) = self.products, self.products.image.shape
         d_image, d_text = products.d_image, products.d_text
         _pull[cdiv(n, _PULL["ROWS"]), cdiv(width, _PULL["COLUMNS"])](

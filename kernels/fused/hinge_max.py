@@ -1,13 +1,13 @@
-"""The hinge with the hardest negative of each row and column: one sweep, then the choice of the winners.
+"""Computes the hinge loss with the hardest negative ("winner") of each row and column.
 
 loss = sum over rows of [margin + max over negatives S_ij - S_positive]+, and the same over columns.
 
 `_sweep` computes every tile of S once (2 B N D flops). A program takes a tile of rows (a "block") and a range
-of columns (a "split"). It keeps the largest negative of each row, with its column, in registers; for each
-tile it writes the largest negative of each column, with its row. `_merge` goes through these partial results
-in ascending order, and only a larger value replaces another, so ties go to the lowest index. The rows are
-processed in strips of STRIP rows. So the partial results take 8 * STRIP / ROWS bytes per column, independent
-of B. The backward is in `hinge_gather.py`.
+of columns (a "split"). It keeps the largest negative of each row, and its column, in registers. For each tile
+it writes the largest negative of each column, and its row. `_merge` reads these partial results in ascending
+order. Only a larger value replaces another, so ties go to the lowest index. The rows are processed in strips
+of STRIP rows. So the partial results take 8 * STRIP / ROWS bytes per column, for any B. The backward is in
+`hinge_gather.py`.
 """
 
 import torch
@@ -46,7 +46,7 @@ def _sweep(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sweeps a tile of rows (program 0) of the strip from `start` on over a range of columns (program 1)."""
+    """Finds the maxima of ROWS rows over `tiles` tiles of columns. The strip begins at row `start`."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -78,7 +78,7 @@ def _sweep(
 
 @triton.jit
 def _first_largest(best, at, values, places, inside, parts, stride):
-    """Merges (best, at) with `parts` results, `stride` entries apart; the first of equal maxima wins."""
+    """Merges the maxima (best, at) with `parts` more, `stride` entries apart. The first of equals is kept."""
     for _ in range(parts):
         value = tl.load(values, mask=inside, other=float("-inf"))
         place = tl.load(places, mask=inside, other=0)
@@ -91,9 +91,9 @@ def _first_largest(best, at, values, places, inside, parts, stride):
 
 @triton.jit
 def _cost(margin, best, positive, inside):
-    """Returns the violation; 0 without a negative. NaN stays NaN, so that the loss shows it."""
+    """Returns [margin + best - positive]+, or 0 without a negative. NaN stays NaN, so the loss is NaN."""
     cost = margin + best - positive
-    # On a device, a maximum ignores NaN, so a row of NaN is recognised by its positive.
+    # On a GPU, a maximum ignores NaN. So a row of NaN is recognised by its positive.
     shown = (best != float("-inf")) | (positive != positive)
     return tl.where(inside & shown & ~(cost <= 0), cost, 0.0)
 
@@ -114,7 +114,7 @@ def _merge(
     margin, n, m, start, stop, strip, splits, blocks, first_loss,
     BOTH: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Merges partial results of MERGED rows and MERGED columns. Columns are final after the last strip."""
+    """Merges partial maxima of MERGED rows and MERGED columns. Columns are complete after the last strip."""
     program = tl.program_id(0)
     lane = program * MERGED + tl.arange(0, MERGED)
     row = start + lane
@@ -142,7 +142,7 @@ def _merge(
 
 
 def hinge_max_forward(sides: Sides, margin: float) -> tuple[Tensor, ...]:
-    """Returns (loss (), *Winners); the loss is float32. See `d2s.kernels.functional.hinge_loss`."""
+    """Returns the loss (float32), then the fields of `Winners`. See `d2s.kernels.functional.hinge_loss`."""
     image, text, image_ids, text_ids, offset, both = sides.contiguous()
     (n, width), m = image.shape, text.shape[0]
     tile = tile_for("hinge_max_sweep", image)

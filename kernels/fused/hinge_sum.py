@@ -1,14 +1,15 @@
-"""The hinge with all violations: one sweep computes loss and gradients, in 6 B N D flops.
+"""Computes the hinge loss over all negatives, and its gradients, in one sweep of 6 B N D flops.
 
-loss = sum over negatives of [margin + S_ij - S_ii]+ + [margin + S_ij - S_jj]+, the second with `both` only.
-At a negative, dS is its number of violations. At a positive, dS is minus the number in its row and column.
+loss = sum over negatives of [margin + S_ij - S_ii]+ + [margin + S_ij - S_jj]+. The second term needs `both`.
+A term above 0 is a violation. dS of a negative is its number of violations. dS of a positive is minus the
+number of violations in its row and column.
 
-The dS of a negative is 0, 1 or 2, exact in any type. It depends only on the pair's similarity and on those of
-its two positives. `positives.py` computes these first, by the same arithmetic as the sweep. So a negative
+The dS of a negative is 0, 1 or 2, exact in any type. It depends on the similarities of the pair and of two
+positives. `positives.py` computes the positives first, by the same arithmetic as the sweep. So a negative
 equal to its positive violates a margin of 0 by exactly 0. `_pairs` then writes one block of dS (see
-`products.py`), partial losses, and for each tile the number of violations in each row and column.
-`hinge_lists.py` adds up these counts and lists the tiles with violations; the products skip all others. Last,
-the positives' part is subtracted.
+`products.py`), partial losses, and the number of violations in each row and column of each tile.
+`hinge_lists.py` adds up these counts and lists the tiles with violations. The products skip all other tiles.
+Last, the gradient of the positives is added.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from d2s.kernels.sides import Sides
 
 @triton.jit
 def _violation(s, threshold):
-    """Returns [s - threshold]+; NaN stays NaN."""
+    """Returns the larger of s - threshold and 0. NaN stays NaN."""
     v = s - threshold
     return tl.where(v <= 0, 0.0, v)
 
@@ -58,9 +59,9 @@ def _pairs(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     GRADIENT: tl.constexpr, SKIP: tl.constexpr, SINGLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes tile (program 0, program 1) of the block of dS that begins at (row_start, column_start).
+    """Computes tile (program_id(0), program_id(1)) of the block that begins at (row_start, column_start).
 
-    SINGLE: this tile is the whole matrix. SKIP: tiles without violations are not written.
+    SINGLE: the tile is the whole matrix. SKIP: the program does not write `ds` for a tile without violations.
     """
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -103,7 +104,7 @@ def _pairs(
 
 
 def hinge_sum_forward(sides: Sides, margin: float, need: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss (), d_image (B, D), d_text (N, D)) in float32; `need` selects the gradients."""
+    """Returns (loss, d_image, d_text) in float32. `need` tells whether d_image and d_text are computed."""
     sides = sides.contiguous()
     image, text, image_ids, text_ids, offset, both = sides
     (n, width), m = image.shape, text.shape[0]

@@ -1,19 +1,19 @@
-"""Symmetric InfoNCE with a learnable scale, in 8 B N D flops, without storing the similarity matrix.
+"""Computes symmetric InfoNCE with a learnable scale, in 8 B N D flops. Does not store the similarity matrix.
 
 loss = 0.5 * sum over rows, and over columns, of log(1 + sum over negatives exp(scale * (S_ij - S_positive))).
 
 In the forward (2 B N D flops), `_sweep` computes every tile of S once. A program takes a tile of rows (a
-"block") and a range of columns (a "split"). It keeps (largest, sum of exponentials) of each row in registers;
-for each tile, it writes both for each column. `_merge` adds them up in ascending order. The rows are
-processed in strips of STRIP rows, so the columns' partial results take 8 * STRIP / ROWS bytes per column.
-`info_nce_gradient.py` has the backward (6 B N D flops).
+"block") and a range of columns (a "split"). It keeps (largest, sum of exponentials) of each row in registers.
+For each tile, it writes both numbers for each column. `_merge` adds up these partial results in ascending
+order. The rows are processed in strips of STRIP rows, so partial results take 8 * STRIP / ROWS bytes per
+column. `info_nce_gradient.py` has the backward (6 B N D flops).
 
-Exponents are in base 2. Each is one fused multiply-add, factor * S - reference, which rounds once; so the
-largest similarity is stored, not the largest exponent. Positives stay out of all sums. For each row and
-column, the forward saves the odds: log2 of (sum over the negatives / exponential of the positive). The cost
-is the softplus of the odds, and 1 - P(positive) is their sigmoid. Both keep all digits when a model is
-certain, which 1 - P computed from P would not. For the same reason, exponents and d_scale are computed from
-differences to the positive's similarity, which `positives.py` computes again for the backward.
+Exponents are in base 2. Each exponent is one fused multiply-add, factor * S - reference, which rounds once.
+So the kernels store the largest similarity, not the largest exponent. Positives stay out of all sums. For
+each row and column, the forward saves the odds: log2 of (sum over the negatives / exponential of the
+positive). The cost is the softplus of the odds, and 1 - P(positive) is their sigmoid. If a model is certain,
+both keep all digits, unlike 1 - P computed from P. For the same reason, the backward computes exponents and
+d_scale from differences to the positive's similarity. `positives.py` computes this similarity again.
 """
 
 import torch
@@ -62,7 +62,7 @@ def _sweep(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sweeps a tile of rows (program 0) of the strip from `start` on over a range of columns (program 1)."""
+    """Computes (largest, sum of exponentials) of ROWS rows and of columns. The strip begins at `start`."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -97,7 +97,7 @@ def _sweep(
 
 @triton.jit
 def _merged(best, sums, tops, parts, inside, count, stride, factor):
-    """Merges (largest, sum of exponentials) with `count` more such pairs, `stride` entries apart."""
+    """Merges (best, sums) with `count` more pairs (largest, sum of exponentials), `stride` entries apart."""
     for _ in range(count):
         other = tl.load(tops, mask=inside, other=float("-inf"))
         top = tl.maximum(best, other)
@@ -112,7 +112,7 @@ def _merged(best, sums, tops, parts, inside, count, stride, factor):
 
 @triton.jit
 def _finished(best, sums, own, factor, inside, LN2: tl.constexpr):
-    """Returns (odds, cost), from the largest negative, the sum of exponentials and the positive (`own`)."""
+    """Returns (odds, cost). `best`: largest negative. `sums`: sum of exponentials. `own`: the positive."""
     reference = reference_of(best, factor)
     logarithm = tl.where(sums == 0, float("-inf"), tl.log2(tl.where(sums == 0, 1.0, sums)))
     odds = logarithm - tl.fma(own, factor, -reference)
@@ -135,7 +135,7 @@ def _merge(
     n, m, start, stop, strip, splits, blocks, first_loss,
     BOTH: tl.constexpr, MERGED: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """Merges partial results of MERGED rows and MERGED columns. Columns are final after the last strip."""
+    """Merges partial results of MERGED rows and columns. Columns are complete after the last strip."""
     program = tl.program_id(0)
     _, factor = exponent_of(scale)
     lane = program * MERGED + tl.arange(0, MERGED)
@@ -163,7 +163,7 @@ def _merge(
 
 
 def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss (), row_odds (B,), column_odds (N,)) in float32; without `both`, column_odds is empty."""
+    """Returns the float32 loss and odds of rows and columns. Without `both`, the columns' odds are empty."""
     image, text, image_ids, text_ids, offset, both = sides.contiguous()
     scale = scale.to(torch.float32)
     (n, width), m = image.shape, text.shape[0]
@@ -173,8 +173,8 @@ def info_nce_forward(sides: Sides, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
     positive, state, row_odds, column_odds, losses = (
         torch.empty(k, **floats) for k in (n, merged_columns, n, merged_columns, strips.losses)
     )
-    # Separate tensors, because halves of one would be aligned for some sizes only, and Triton would compile
-    # two variants.
+    # Allocate separate tensors. Halves of one tensor would be aligned for some sizes only, and Triton would
+    # compile two variants.
     rows, columns = (
         (torch.empty(k, **floats), torch.empty(k, **floats)) for k in (strips.row_parts, strips.column_parts)
     )

@@ -1,10 +1,10 @@
-"""The backward of InfoNCE: computes S again, by the forward's arithmetic, in 6 B N D flops.
+"""Computes the backward of InfoNCE in 6 B N D flops. Computes S again, by the forward's arithmetic.
 
 P = softmax by rows + softmax by columns. d loss / d S is 0.5 * scale * P at a negative, and
 0.5 * scale * (P - 2) at a positive. d_scale = 0.5 * sum over negatives of P * (S - S_positive).
 
-`_pairs` writes P without the positives, as a block of dS, and partial sums of d_scale. `products.py` turns dS
-into gradients and applies the positives' weights in float32. `info_nce.py` explains the odds.
+`_pairs` writes blocks of dS, which hold P of the negatives, and partial sums of d_scale. `products.py` turns
+dS into gradients and adds the gradient of the positives in float32. `info_nce.py` explains the odds.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def _pairs(
     DS_SCALE: tl.constexpr, BOTH: tl.constexpr, STORE: tl.constexpr, SCALE: tl.constexpr, SINGLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes tile (program 0, program 1) of a block. SINGLE: the tile is the whole matrix."""
+    """Computes tile (program_id(0), program_id(1)) of a block. SINGLE: the tile is the whole matrix."""
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     row, column = row_start + at_row, column_start + at_column
@@ -100,9 +100,10 @@ def _pairs(
 def info_nce_backward(
     sides: Sides, scale: Tensor, row_odds: Tensor, column_odds: Tensor, grad: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns d_image (B, D), d_text (N, D) and d_scale (the shape of scale), in the types of the inputs.
+    """Returns d_image, d_text and d_scale, in the shapes and types of `image`, `text` and `scale`.
 
-    A gradient that `need` does not select is empty. The odds come from `info_nce_forward`.
+    A gradient that `need` does not select is empty. The odds come from `info_nce_forward`. `grad` is the
+    gradient with respect to the loss.
     """
     sides = sides.contiguous()
     image, text, image_ids, text_ids, offset, both = sides

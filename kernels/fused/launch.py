@@ -1,4 +1,4 @@
-"""Helpers for launching kernels: the current device, options and constants, the division of a sweep."""
+"""Helps to launch kernels: sets the current device, chooses options and constants, and divides sweeps."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -9,34 +9,34 @@ from torch import Tensor
 
 from d2s.kernels.fused.tiles import Tile
 
-# Triton decides this when it is imported. In the interpreter, products of 16-bit floats are wrong, and stores
-# of bf16 truncate.
+# Whether kernels run in Triton's interpreter. Its products of 16-bit floats are wrong. Its stores of bf16
+# truncate. Triton reads TRITON_INTERPRET when it is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# STRIP: rows swept before the columns' partial results are merged. MERGED: entries that a merging program
-# computes.
+# STRIP: rows that are swept before the partial results of the columns are merged. MERGED: rows (or columns)
+# that one merging program computes.
 STRIP = 4096
 MERGED = 256
-# Programs that a sweep is divided into if there are enough columns. The number is the same on every device,
-# because it sets the order in which partial sums are merged.
+# Number of programs in a sweep, if there are enough columns. It must be the same on every device, because it
+# sets the order in which partial sums are merged.
 PROGRAMS = 256
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Returns a context in which the device of x is the current device, to which kernels are launched."""
+    """Returns a context in which kernels are launched on the device of x."""
     return torch.cuda.device_of(x) if x.device.type == "cuda" else nullcontext()
 
 
 def options(tile: Tile) -> dict[str, int]:
-    """Returns the launch options of a tile."""
+    """Returns Triton's launch options for `tile`."""
     return {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def untiled(tile: Tile, width: int, half: bool) -> dict[str, int]:
-    """Returns Triton's default launch options, for the spec of a kernel that is launched without options."""
+    """Returns Triton's default launch options, for the KernelSpec of a kernel launched without options."""
     return {"num_warps": 4, "num_stages": 3}
 
 
-# Of the spec of a kernel that merges partial results: it sees no embeddings, so one build serves all of them.
+# KernelSpec fields of a kernel that merges partial results. It reads no embeddings, so one build is enough.
 MERGE = {"dots": False, "options": untiled, "dtypes": ("fp32",), "widths": (64,)}
 
 
@@ -67,27 +67,27 @@ def storage(dtype: torch.dtype) -> torch.dtype:
 
 
 def total(partials: Tensor) -> Tensor:
-    """Returns the sum of partials (P,), 0-dim; launches no kernel for P = 1."""
+    """Returns the sum of `partials`, of shape (). Launches no kernel if there is only one partial."""
     return partials.reshape(()) if partials.numel() == 1 else partials.sum()
 
 
 def not_needed(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns an empty tensor, in place of a result that is not needed."""
+    """Returns an empty tensor on the device of `like`, for a result that the caller does not need."""
     return like.new_empty(0, dtype=dtype or like.dtype)
 
 
 class Strips:
-    """Divides a forward sweep over n rows and m columns.
+    """Divides a forward sweep over n rows and m columns into strips of rows.
 
-    The rows are processed in strips of `rows` rows, one after the other. `blocks` x `splits` programs sweep a
-    strip; each takes one tile of rows and `tiles` tiles of columns. Then `merging` programs merge the results
-    of the rows and, if `columns` is true, of the columns.
+    Strips of `rows` rows are processed one after the other. `blocks` x `splits` programs sweep a strip. Each
+    program takes one tile of rows and `tiles` tiles of columns. Then `merging` programs merge the results of
+    the rows and, if `columns` is true, of the columns.
     """
 
     def __init__(self, n: int, m: int, tile: Tile, columns: bool) -> None:
         self.n, self.tile = n, tile
-        # A multiple of the tile, because a tile that crosses the strip's end would overwrite results of the
-        # next split.
+        # The size must be a multiple of the tile. A tile that crosses the strip's end would overwrite results
+        # of the next split.
         self.rows = min(n, round_up(STRIP, tile.rows))
         self.blocks = cdiv(self.rows, tile.rows)
         column_tiles = cdiv(m, tile.columns)
@@ -98,7 +98,7 @@ class Strips:
         self.losses = cdiv(n, self.rows) * self.merging
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
-        """Yields (start, stop, blocks, index of the first partial loss) of each strip."""
+        """Yields (start, stop, number of blocks, index of the first partial loss) for each strip of rows."""
         for k, start in enumerate(range(0, self.n, self.rows)):
             stop = min(start + self.rows, self.n)
             yield start, stop, cdiv(stop - start, self.tile.rows), k * self.merging

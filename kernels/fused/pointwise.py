@@ -1,8 +1,8 @@
-"""Pointwise distillation: computes the loss and the gradient of a row in one pass over student and teacher.
+"""Implements pointwise distillation: reads student and teacher once to compute loss and gradient.
 
-s and t are the rows, normalised if requested, and g is the gradient with respect to s. "cosine" costs
-1 - s.t, with g = -t. "l1" costs sum |s - t|, with g = sign(s - t). "l2" costs sum (s - t)^2, with
-g = 2 (s - t). Normalisation turns g into (g - s (s.g)) / |row|.
+s and t are the rows, normalised if requested, and g is the gradient with respect to s. For "cosine",
+the loss is 1 - s.t and g = -t. For "l1", the loss is sum |s - t| and g = sign(s - t). For "l2", the loss is
+sum (s - t)^2 and g = 2 (s - t). Normalisation turns g into (g - s (s.g)) / |row|.
 
 A program holds full rows. In float32 it reads 8 bytes per entry and writes 4. Only the partial losses, one
 number per program, are added up across programs.
@@ -24,7 +24,7 @@ ENTRIES = 2048
 
 @triton.jit
 def _inverse_norm(x):
-    """Returns 1 / |row| of x (r, c): (r, 1). A row of zeros gives 0, and a norm beyond float32 gives NaN."""
+    """Returns a column with 1 / |row| for each row of x: 0 for a zero row, NaN if the norm overflows."""
     norm = tl.sqrt(tl.sum(x * x, 1, keep_dims=True))
     usual = (norm > 0) & (norm < float("inf"))
     return tl.where(usual, 1.0 / tl.where(usual, norm, 1.0), tl.where(norm == 0, 0.0, float("nan")))
@@ -40,7 +40,7 @@ def _pointwise(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Computes ROWS rows. KIND is a value of KINDS. Rows beyond the last are zero on both sides."""
+    """Computes the loss and gradient of ROWS rows. KIND is a value of KINDS. Rows beyond `n` add 0."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     k = tl.arange(0, BLOCK)[None, :]
     inside = (row < n) & (k < WIDTH)
@@ -48,8 +48,8 @@ def _pointwise(
     t = tl.load(teacher + row * teacher_row + k * teacher_step, mask=inside, other=0.0).to(tl.float32)
     if NORMALIZE:
         inverse = _inverse_norm(s)
-        # A plain product would be fused with the difference below, which would then not be exactly 0 for
-        # equal rows.
+        # The compiler would fuse a plain product with the difference below. Then the difference would not be
+        # exactly 0 for equal rows.
         s = tl.fma(s, inverse, 0.0)
         t = tl.fma(t, _inverse_norm(t), 0.0)
     difference = s - t
@@ -72,7 +72,7 @@ def _pointwise(
 def pointwise_forward(
     student: Tensor, teacher: Tensor, kind: str, normalize: bool, need_student: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns (loss (), d_student (B, D)) in float32; see `d2s.kernels.functional.pointwise_distillation`."""
+    """Returns (loss, d_student) in float32. See `d2s.kernels.functional.pointwise_distillation`."""
     n, width = student.shape
     block = power_of_two(width)
     rows = max(1, ENTRIES // block)
@@ -91,7 +91,7 @@ def pointwise_forward(
 
 
 def _warps(block: int) -> int:
-    """Returns the number of warps of a program whose rows are padded to `block` entries."""
+    """Returns the number of warps for a program that pads rows to `block` entries."""
     return min(16, max(4, block // 1024))
 
 

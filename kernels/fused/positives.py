@@ -1,4 +1,4 @@
-"""Computes the similarities of positive pairs by the sweeps' arithmetic, as the diagonals of tiles."""
+"""Computes the similarities of positive pairs with the same bits as the sweeps, as diagonals of tiles."""
 
 import torch
 import triton
@@ -29,7 +29,7 @@ def _positives(
 
 
 def positives(image: Tensor, text: Tensor, offset: int) -> Tensor:
-    """Returns image[i] . text[offset + i] for contiguous image (B, D) and text (N, D): (B,) float32."""
+    """Returns image[i] . text[offset + i] for each row i, in float32. The inputs must be contiguous."""
     n, width = image.shape
     out = torch.empty(n, dtype=torch.float32, device=image.device)
     tile = tile_for("positives", image)

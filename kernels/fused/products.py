@@ -1,14 +1,15 @@
-"""The two products that turn dS into gradients: d_image = dS @ text and d_text = dS^T @ image.
+"""Turns dS, the gradient with respect to S, into gradients: d_image = dS @ text and d_text = dS^T @ image.
 
 A program that computes S cannot hold rows of a gradient in registers, because D is too wide. So dS is written
 to memory in the type of the embeddings, one block of BLOCK_ENTRIES at a time: 32 MiB in 16 bits, 64 MiB in
 float32, for any N. The kernel of a loss writes a block (2 D flops per entry). Then `products_kernel`
 multiplies the block with both sides in one launch (4 D flops per entry). It reads the block D / COLUMNS times
-from the cache. Sums over blocks are kept in float32: in the gradient itself if that is float32, else in
-buffers. No atomics are needed: the order of blocks is fixed, and one program writes each entry.
+from the cache. Sums over blocks are float32. They are kept in the gradient itself if it is float32, else in
+buffers. No atomics are needed, because the order of blocks is fixed and one program writes each entry.
 
-Positives stay out of dS. Their weights, pull (B,), are applied in float32 after the last block:
-d_image[i] = factor * (sum - pull[i] * text[offset + i]), and d_text likewise.
+Positives stay out of dS. `pull`, of shape (B,), holds their weights, applied in float32 after the last block:
+d_image[i] = factor * (sum - pull[i] * text[offset + i]). The formula for d_text is the same with the sides
+exchanged.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,14 +33,13 @@ from d2s.kernels.sides import Sides
 
 BLOCK_ENTRIES = 1 << 24
 BLOCK_ROWS = 4096
-# Factor for dS in fp16, where softmax and sigmoid values below 6e-8 would become 0. 2 times this is still
-# finite.
+# Factor for dS in fp16, in which values below 6e-8 would become 0. dS <= 2, so the product stays finite.
 FP16_SCALE = 16384.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A block of dS, which begins at (row_start, column_start); earlier blocks have `first_tile` tiles."""
+    """Describes a block of `rows` x `columns` entries of dS. All earlier blocks have `first_tile` tiles."""
 
     first_tile: int
     row_start: int
@@ -50,7 +50,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Lists:
-    """Lists the tiles of a block that are not zero, for each row and each column of tiles."""
+    """Lists the tiles of a block that are not all zero, for each row and each column of tiles."""
 
     row_tiles: Tensor  # (row tiles, length) int32
     row_count: Tensor  # (row tiles,) int32
@@ -59,12 +59,12 @@ class Lists:
 
 
 class Products:
-    """The gradients of one call. For each of `blocks`, the caller writes `ds` and calls `multiply`.
+    """Computes `d_image` and `d_text`. For each of `blocks`, the caller fills `ds` and calls `multiply`.
 
-    `sides` must be contiguous, and `tile` is the tile of the kernel that writes `ds` (block rows, stride).
-    That kernel pads `ds` to full tiles, with zeros outside the matrix. `need` tells which of `d_image` (B, D)
-    and `d_text` (N, D) are needed; they have the type `dtype`, and one that is not needed is empty. With
-    `scaled`, `ds` holds dS * `scale`, which keeps small numbers in fp16.
+    `sides` must be contiguous. `tile` is the tile of the kernel that fills `ds`. This kernel must write zeros
+    to the entries of its tiles that lie outside the matrix. `d_image` and `d_text` have the type `dtype`, or
+    are empty if `need` does not select them. If `scaled` is true, `ds` holds dS * `self.scale`, so that small
+    numbers do not become 0 in fp16.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Products:
         self.image, self.text = image, text = sides.image, sides.text
         (n, width), m = image.shape, text.shape[0]
         self.pairs, self.tile = tile, tile_for("products", image)
-        # The tiles of the two kernels are tuned separately. If a chunk were deeper than a tile of dS, it
-        # would include memory that was never written.
+        # The tiles of the two kernels are tuned separately. A chunk that is deeper than a tile of dS would
+        # include memory that was never written.
         if (deepest := min(tile.rows, tile.columns)) < self.tile.depth:
             self.tile = replace(self.tile, depth=deepest)
-        # A multiple of the tile, because a tile that crosses the block's end would be counted again in the
-        # next block.
+        # The size must be a multiple of the tile. A tile that crosses the block's end would be counted again
+        # in the next block.
         self.row_size = min(n, round_up(BLOCK_ROWS, tile.rows))
         height = self._padded(self.row_size, tile.rows)
         fitting = max(1, BLOCK_ENTRIES // height // tile.columns) * tile.columns
@@ -95,12 +95,12 @@ class Products:
         self.text_sum = self._sums(self.d_text, self.row_size < n, m)
 
     def _padded(self, size: int, span: int) -> int:
-        """Returns the size, rounded up to full tiles of both kernels."""
+        """Returns `size`, rounded up to full tiles of both kernels. `span` is the loss kernel's tile size."""
         return round_up(size, max(span, self.tile.rows))
 
     @staticmethod
     def _sums(gradient: Tensor, several: bool, size: int) -> Tensor | None:
-        """Returns a float32 buffer for sums over blocks; None if the gradient itself can hold them."""
+        """Returns a float32 buffer for sums over blocks, or None if the gradient itself can hold the sums."""
         if gradient.dtype == torch.float32 or not several or not gradient.numel():
             return None
         return gradient.new_empty(size, gradient.shape[1], dtype=torch.float32)
@@ -111,16 +111,16 @@ class Products:
 
     @property
     def tiles(self) -> int:
-        """The number of tiles in all blocks."""
+        """Counts the tiles in all blocks."""
         return sum(rows * columns for rows, columns in map(self.grid, self.blocks()))
 
     @property
     def skippable(self) -> bool:
-        """Whether the products can skip tiles: each program's rows must lie within one tile of dS."""
+        """Tells whether the products can skip tiles. Each program's rows must lie within one tile of dS."""
         return self.pairs.rows % self.tile.rows == 0 and self.pairs.columns % self.tile.rows == 0
 
     def blocks(self) -> Iterator[Block]:
-        """Yields the blocks, row by row."""
+        """Yields the blocks of dS, row by row."""
         n, m = self.image.shape[0], self.text.shape[0]
         first_tile = 0
         for row_start in range(0, n, self.row_size):
@@ -139,9 +139,9 @@ class Products:
     def multiply(
         self, block: Block, pull: Tensor | None, factor: Tensor | None, lists: Lists | None = None
     ) -> None:
-        """Adds a block's part to the gradients; reads only the tiles in `lists`, if given.
+        """Adds the products of a block to the gradients. Reads only the tiles in `lists`, if given.
 
-        `pull` (B,) and `factor` (1,), both float32, are applied after the last block.
+        The module's docstring explains `pull`, of shape (B,), and `factor`, of shape (1,). Both are float32.
         """
         (n, width), m = self.image.shape, self.text.shape[0]
         tile, ds = self.tile, self.ds

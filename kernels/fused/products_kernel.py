@@ -1,4 +1,4 @@
-"""The kernel of `products.py`: computes a block's part of d_image = dS @ text and d_text = dS^T @ image."""
+"""Implements the kernel of `products.py`, which adds one block to dS @ text and to dS^T @ image."""
 
 import triton
 import triton.language as tl
@@ -14,10 +14,10 @@ def _sum(
     SPAN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     TRANSPOSED: tl.constexpr, SKIP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Returns the entries (at, d) of dS @ y, or with TRANSPOSED of dS^T @ y: (ROWS, COLUMNS) float32.
+    """Returns rows `at` and channels `d` of dS @ y (dS^T @ y if TRANSPOSED) as a float32 tile.
 
-    ds is (block rows, stride) and y (any, WIDTH). The sum runs over `steps` chunks of DEPTH entries. With
-    SKIP, it reads only the tiles in the list `tiles`, each of SPAN entries.
+    `y` is y_ptr[y_first:]. The sum runs over `steps` chunks of DEPTH entries. If SKIP, it reads only the
+    tiles in the list `tiles`, each of SPAN entries.
     """
     value = tl.zeros((ROWS, COLUMNS), tl.float32)
     k = tl.arange(0, DEPTH)
@@ -49,11 +49,11 @@ def _finish(
     value, sums, out, at, size, d, other, partner, others, pull, row, factor, first, last,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, UNSCALE: tl.constexpr, PULL: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """Adds value (ROWS, COLUMNS) to the sums of earlier blocks; after the last block, writes `out`.
+    """Adds the tile `value` to the sums of earlier blocks. If this block is the `last`, writes `out`.
 
-    `sums` and `out` are (size, WIDTH), and `value` belongs to their rows from `at` on. The positives of these
-    rows are the rows of other (others, WIDTH) from `partner` on, and their weights begin at pull[row]. `at`,
-    `partner` and `row` are scalars, so that offsets within the tile fit into 32 bits.
+    `sums` and `out` have shape (size, WIDTH). `value` belongs to their rows from `at` on. The positives of
+    these rows begin at row `partner` of `other`, which has `others` rows. Their weights begin at pull[row].
+    `at`, `partner` and `row` must be scalars, so that offsets within the tile fit into 32 bits.
     """
     lane = tl.arange(0, ROWS)
     here = lane[:, None] * WIDTH + d[None, :]
@@ -103,7 +103,7 @@ def products_kernel(
     ROW_SPAN: tl.constexpr, COLUMN_SPAN: tl.constexpr, UNSCALE: tl.constexpr, PULL: tl.constexpr,
     FACTOR: tl.constexpr, SKIP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes ROWS x COLUMNS entries of d_image in the first row_programs programs, else of d_text."""
+    """Computes ROWS x COLUMNS entries of d_image (in the first `row_programs` programs) or of d_text."""
     program = tl.program_id(0)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if program < row_programs:
@@ -146,7 +146,7 @@ def products_kernel(
 def _spec(skip: bool) -> KernelSpec:
     pointers = {
         **dict.fromkeys(("pull", "factor", "image_sum", "text_sum"), "*fp32"),
-        # The hinge's gradients are float32.
+        # The hinge loss, which skips tiles, has float32 gradients.
         **dict.fromkeys(("d_image", "d_text"), "*fp32" if skip else "*x"),
         **dict.fromkeys(("row_tiles", "row_count", "column_tiles", "column_count"), "*i32"),
     }

@@ -1,12 +1,11 @@
-"""Retrieval ranks: finds each query's best positive, then counts the candidates not below it.
+"""Computes retrieval ranks: finds each query's best positive, then counts the candidates not below it.
 
-rank_i = number of candidates j, not positives of i, with not (S_ij < best_i).
+rank_i = number of candidates j that are not positives of i and for which S_ij < best_i is false.
 
-Two sweeps compute their tiles by the same arithmetic, so a candidate equal to the best positive ties with it
-exactly. The first sweep computes few tiles. If positives are listed, it gathers them, a tile for every
-COLUMNS of them. If they are given by ids, it computes only the tiles that hold a positive. The results take 8
-bytes per query and range of columns. If a positive's similarity is NaN, nothing is below the best, and every
-other candidate counts.
+Two sweeps compute tiles by the same arithmetic. So a candidate equal to the best positive ties with it
+exactly. The first sweep computes few tiles. If positives are listed, it gathers COLUMNS positives per tile.
+If positives are given by ids, it computes only tiles with a positive. The results take 8 bytes per query and
+range of columns. If a positive's similarity is NaN, no candidate is below the best, and all others count.
 """
 
 import torch
@@ -24,7 +23,7 @@ SIZES = ("n", "m", "tiles")
 
 @triton.jit
 def _better(best, broken, s, own):
-    """Updates the best positive (r,) and whether one was NaN; own (r, c) marks the positives in s (r, c)."""
+    """Updates each row's best positive and whether a positive is NaN. `own` marks the positives in `s`."""
     broken = broken | (tl.max((own & (s != s)).to(tl.int32), 1) > 0)
     return tl.maximum(best, tl.max(tl.where(own & (s == s), s, float("-inf")), 1)), broken
 
@@ -39,7 +38,7 @@ def _best_listed(
     n,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes best[i], the largest similarity of query i with its positives, which are listed."""
+    """Computes best[i], the largest similarity of query i with its positives, listed in `indices`."""
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
@@ -83,7 +82,7 @@ def _best_by_id(
         if tl.max(tl.max(own.to(tl.int32), 1), 0) > 0:
             # Columns beyond the last column repeat it, which changes no maximum.
             s = similarities(resident, queries, inner_row, candidates, inner, WIDTH, DEPTH, UPCAST)
-            # Compared again, because keeping the mask would take more registers.
+            # Compare the ids again, because keeping the mask would take more registers.
             own = row_id[:, None] == tl.load(candidate_ids + inner)[None, :]
             value, broken = _better(value, broken, s, own)
     to = best + split.to(tl.int64) * n + row
@@ -104,7 +103,7 @@ def _count(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, LISTED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes counts[k, i], the number of other candidates in column range k that are not below best[i]."""
+    """Sets counts[k, i]: how many candidates of range k are neither positives of query i nor < best[i]."""
     split = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
@@ -139,12 +138,12 @@ def retrieval_ranks(
     query_ids: Tensor | None,
     candidate_ids: Tensor | None,
 ) -> Tensor:
-    """Returns the ranks (B,) int64. See `d2s.kernels.functional.retrieval_ranks`."""
+    """Returns int64 ranks of shape (B,). See `d2s.kernels.functional.retrieval_ranks`."""
     dtype = torch.promote_types(queries.dtype, candidates.dtype)
     dtype = torch.float32 if dtype == torch.float64 else dtype
     queries, candidates = queries.to(dtype).contiguous(), candidates.to(dtype).contiguous()
     (n, width), m = queries.shape, candidates.shape[0]
-    # Both sweeps use one tile, because another tile could add up in another order.
+    # Both sweeps must use the same tile, because another tile could add up in another order.
     tile = tile_for("ranks_count", queries)
     upcast = INTERPRETED and queries.element_size() == 2
     constants = tile_constants(tile, width, upcast) | options(tile)
@@ -157,15 +156,14 @@ def retrieval_ranks(
             starts, indices = (x.contiguous() for x in positives)
             best = queries.new_empty(n, dtype=torch.float32)
             _best_listed[(blocks,)](queries, candidates, starts, indices, best, n, **constants)
-            # The kernel takes both forms of positives and does not read the pointers of the form that is not
-            # used.
+            # `_count` also takes pointers to ids, but does not read them. Any tensor will do.
             ids = starts, starts
         else:
             ids = query_ids.contiguous(), candidate_ids.contiguous()
             starts, indices = ids
             best = queries.new_empty(splits, n, dtype=torch.float32)
             _best_by_id[blocks, splits](queries, candidates, *ids, best, n, m, tiles, **constants)
-            # torch's maximum keeps NaN.
+            # Unlike the maximum in Triton, torch's keeps NaN.
             best = best.amax(0)
         _count[blocks, splits](
             queries, candidates, best, *ids, starts, indices, counts, n, m, tiles,

@@ -1,15 +1,15 @@
-"""Relational distillation: one sweep computes the loss; another, in blocks, computes the gradients.
+"""Implements relational distillation. One sweep computes the loss. A second one computes the gradients.
 
-Let s and t be the similarities of the student and the teacher, divided by the temperature, and by rows
-q = softmax(s) and p = softmax(t). loss = sum over rows of sum p (log p - log q), and d loss / d s = q - p.
+Let s and t be the similarities of the student and the teacher, divided by the temperature. In each row,
+q = softmax(s) and p = softmax(t). loss = sum over rows of sum p (log p - log q). d loss / d s = q - p.
 
 `_statistics` computes the student's and the teacher's tile of the same pairs (2 B N (D + E) flops). For each
 row, it keeps the running maximum and sum of both softmaxes, and the cross term sum e^t (t - s). A program
-takes a tile of rows and a range of columns; `_finish` merges the ranges in ascending order.
+takes a tile of rows and a range of columns. `_finish` merges the ranges in ascending order.
 
 Exponents are in base 2. At a temperature of 0.01, careless rounding would cost every probability several
-bits. So the maximum of a row (in units of similarity) and its sum are stored apart, not as one logarithm, and
-the maximum is subtracted before the division by the temperature.
+bits. So the maximum of a row (in units of similarity) and its sum are stored apart, not as one logarithm. The
+maximum is subtracted before the division by the temperature.
 """
 
 import math
@@ -42,7 +42,7 @@ def _statistics(
     WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, UPCAST: tl.constexpr, TEACHER_UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sweeps a tile of rows (program 0) over a range of `tiles` tiles of columns (program 1)."""
+    """Computes maxima, sums and cross terms for ROWS rows and a range of `tiles` tiles of columns."""
     block, split = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
     inner_row = tl.minimum(row, n - 1)
@@ -89,7 +89,7 @@ def _finish(
     scale, n, splits,
     MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Merges the ranges of columns for MERGED rows and adds up the losses of these rows."""
+    """Merges the `parts` of all column ranges for MERGED rows, and adds up the losses of these rows."""
     row = tl.program_id(0) * MERGED + tl.arange(0, MERGED)
     inside = row < n
     at = parts + tl.minimum(row, n - 1)
@@ -115,7 +115,7 @@ def _finish(
     tl.store(rows + n + row, s_sum, mask=inside)
     tl.store(rows + 2 * n + row, t_top, mask=inside)
     tl.store(rows + 3 * n + row, t_sum, mask=inside)
-    # Subtract maxima and divide sums: the difference of two large logarithms would lose digits.
+    # Subtract maxima and divide sums. The difference of two large logarithms would lose digits.
     value = (cross / t_sum + (s_top - t_top)) * scale + tl.log2(s_sum / t_sum)
     tl.store(loss + tl.program_id(0), tl.sum(tl.where(inside, value, 0.0), 0) * 0.6931471805599453)
 
@@ -128,7 +128,7 @@ def relational_forward(
     temperature: float,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss (), d_student (B, D), d_all (N, D)) in float32; `need` selects the gradients."""
+    """Returns (loss, d_student, d_all) in float32. d_all is the gradient with respect to `student_all`."""
     student, student_all = _alike(student, student_all)
     teacher, teacher_all = _alike(teacher, teacher_all)
     sides = student, teacher, student_all, teacher_all
@@ -151,7 +151,7 @@ def relational_forward(
 
 
 def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns both tensors contiguous and in one type of at most 32 bits."""
+    """Returns x and y as contiguous tensors of the same type, which has at most 32 bits."""
     dtype = torch.promote_types(x.dtype, y.dtype)
     dtype = torch.float32 if dtype == torch.float64 else dtype
     return x.to(dtype).contiguous(), y.to(dtype).contiguous()

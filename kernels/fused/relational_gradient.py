@@ -1,10 +1,10 @@
-"""The gradients of relational distillation: differences of softmaxes, a block at a time, and two products.
+"""Computes the gradients of relational distillation, from blocks of the difference of two softmaxes.
 
-d_student = (q - p) @ student_all / temperature and d_all = (q - p)^T @ student / temperature, where p is the
-softmax of the teacher's rows and q that of the student's (see `relational.py`).
+d_student = (q - p) @ student_all / temperature and d_all = (q - p)^T @ student / temperature. p is the
+softmax of a row of the teacher's similarities, and q the softmax of the student's (see `relational.py`).
 
 `_difference` computes both tiles again by the forward's arithmetic and writes q - p, at most BLOCK_BYTES at a
-time. Two matrix products turn it into both gradients (2 B N (D + E) + 4 B N D flops). The blocks are about
+time. Two matrix products turn q - p into the gradients (2 B N (D + E) + 4 B N D flops). The blocks are about
 square, which keeps reads and writes of the gradients few.
 """
 
@@ -21,10 +21,10 @@ from d2s.kernels.fused.spec import KernelSpec
 from d2s.kernels.fused.sweep import resident_rows, similarities
 from d2s.kernels.fused.tiles import Tile
 
-# Memory for a block of differences, and its largest number of rows.
+# The largest size of a block of differences, in bytes and in rows.
 BLOCK_BYTES = 64 << 20
 BLOCK_ROWS = 4096
-# The differences are multiplied by this in fp16, where small numbers would become 0.
+# Factor for the differences in fp16, in which small numbers would become 0.
 FLOAT16_GAIN = 2.0**15
 
 
@@ -41,7 +41,7 @@ def _difference(
     WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, UPCAST: tl.constexpr, TEACHER_UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes tile (program 1, program 0) of the block of rows start..stop and columns first..last."""
+    """Computes one tile of the block with rows start..stop - 1 and columns first..last - 1."""
     row = start + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = first + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner_row, inner = tl.minimum(row, stop - 1), tl.minimum(column, last - 1)
@@ -54,8 +54,7 @@ def _difference(
     at = rows + inner_row
     q = tl.exp2((s - tl.load(at)[:, None]) * scale)
     p = tl.exp2((t - tl.load(at + 2 * n)[:, None]) * scale)
-    # A plain product would be fused with the difference, and equal numbers would give p's rounding error
-    # instead of 0.
+    # The compiler would fuse a plain product with the difference. Then equal numbers would not give 0.
     q = tl.fma(q, (gain / tl.load(at + n))[:, None], 0.0)
     p = tl.fma(p, (gain / tl.load(at + 3 * n))[:, None], 0.0)
     to = block + (row - start).to(tl.int64)[:, None] * (last - first) + (column - first)[None, :]
@@ -64,7 +63,7 @@ def _difference(
 
 
 def pair_constants(tile: Tile, student: Tensor, teacher: Tensor) -> dict[str, object]:
-    """Returns the constants of a kernel that computes the student's and the teacher's tiles."""
+    """Returns the constants of a kernel that computes tiles of both the student and the teacher."""
     return {
         **tile_constants(tile, student.shape[1], INTERPRETED and student.element_size() == 2),
         "TEACHER_WIDTH": teacher.shape[1],
@@ -73,16 +72,17 @@ def pair_constants(tile: Tile, student: Tensor, teacher: Tensor) -> dict[str, ob
 
 
 def spec_constants(tile: Tile, width: int, half: bool) -> dict[str, object]:
-    """Returns the constants of `pair_constants` for a spec, with a teacher as wide as the student."""
+    """Returns `pair_constants` for a KernelSpec, in which the teacher has the student's width."""
     return {**tile_constants(tile, width), "TEACHER_WIDTH": width, "TEACHER_UPCAST": False}
 
 
 def gradients(
     sides: tuple[Tensor, ...], tile: Tile, rows: Tensor, temperature: float, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Returns (d_student (B, D), d_all (N, D)) in float32; gradients that `need` does not select are empty.
+    """Returns (d_student, d_all), of shapes (B, D) and (N, D), in float32.
 
-    `sides` are student, teacher, student_all and teacher_all. `rows` (4, B) comes from `relational.py`.
+    A gradient that `need` does not select is empty. `sides` holds student, teacher, student_all, teacher_all.
+    `_finish` in `relational.py` writes `rows`, of shape (4, B).
     """
     student, teacher, student_all, _ = sides
     n, m = student.shape[0], student_all.shape[0]
@@ -113,7 +113,7 @@ def gradients(
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """Adds factor * a @ b to `out`, accumulated in float32."""
+    """Adds factor * a @ b to the float32 tensor `out`. The product is accumulated in float32."""
     if a.dtype == out.dtype:
         out.addmm_(a, b, alpha=factor)
     else:

@@ -1,10 +1,10 @@
-"""The sigmoid loss of SigLIP. It has no normaliser, so one sweep gives loss and gradients: 6 B N D flops.
+"""Implements the sigmoid loss of SigLIP. One sweep of 6 B N D flops computes the loss and the gradients.
 
-With z = scale * S + bias, a negative costs log(1 + exp(z)), with gradient dz = sigmoid(z). A positive costs
+Let z = scale * S + bias. A negative costs log(1 + exp(z)), with gradient dz = sigmoid(z). A positive costs
 log(1 + exp(-z)), with dz = -sigmoid(-z). dS = scale * dz, d_scale = sum of dz * S, d_bias = sum of dz.
 
 `_pairs` writes a block of dz (see `products.py`) and, for each tile, partial sums of the loss, d_scale and
-d_bias. Positives stay out of the block; their gradients are added in float32.
+d_bias. Positives stay out of the block. Their gradients are added in float32.
 """
 
 from collections.abc import Sequence
@@ -41,12 +41,12 @@ def _pairs(
     bias,  # (1,)
     ds,  # (block rows, stride)
     pull,  # (B,), -dz of the positives
-    sums,  # (3, tiles of all blocks): loss, d_scale, d_bias; without SCALARS the first alone
+    sums,  # (3, tiles of all blocks): loss, d_scale, d_bias. Without SCALARS: only the loss
     n, m, offset, row_start, column_start, first_sum, all_tiles, stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     DS_SCALE: tl.constexpr, STORE: tl.constexpr, SCALARS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes tile (program 0, program 1) of the block that begins at (row_start, column_start)."""
+    """Computes tile (program_id(0), program_id(1)) of the block that begins at (row_start, column_start)."""
     block, tile = tl.program_id(0), tl.program_id(1)
     at_row, at_column = block * ROWS + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     row, column = row_start + at_row, column_start + at_column
@@ -80,10 +80,9 @@ def _pairs(
 def sigmoid_forward(
     sides: Sides, scale: Tensor, bias: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns (loss (), d_image (B, D), d_text (N, D), d_scale, d_bias) in float32.
+    """Returns (loss, d_image, d_text, d_scale, d_bias) in float32.
 
-    `scale` and `bias` have one entry each, like their gradients. `need` selects the gradients; others are
-    empty.
+    The loss has shape (). Each gradient has the shape of its input, or is empty if `need` does not select it.
     """
     sides = sides.contiguous()
     image, text, image_ids, text_ids, offset, _ = sides

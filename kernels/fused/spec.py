@@ -5,22 +5,22 @@ from dataclasses import dataclass, field
 
 from d2s.kernels.fused.tiles import Tile
 
-# The pointers that have the same type in all kernels.
+# The types of pointers that have the same type in all kernels.
 COMMON = {"image": "*x", "text": "*x", "ds": "*x", "image_ids": "*i64", "text_ids": "*i64"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSpec:
-    """The description of a kernel, from which `d2s.kernels.compile` builds it without a device.
+    """Describes a kernel. `d2s.kernels.compile` builds the kernel from it without a device.
 
-    name: the kernel's name, also in the tile table. kernel: the `@triton.jit` function; its arguments that are not
-    specialized have the type "i32". pointers: maps an argument to its Triton type ("*fp32", "*i64", "*i1"; "*x" is
-    the type of the embeddings), except those in COMMON. constants: returns the constexpr arguments for a tile, a
-    width D and whether the embeddings have 16 bits. scalars: maps the other arguments to their types ("i32",
-    divisible by 16, or "fp32"). unaligned: pointers that may not be divisible by 16. dots: whether 16-bit variants
-    must use tensor cores. widths: the values of D to compile for. dtypes: the types to use for "*x". row: the name
-    of another kernel whose tile this kernel uses, because it has to repeat that kernel's sums. options: returns
-    launch options, such as "num_warps", that differ from the tile's.
+    name: the kernel's name, also in the tile table. kernel: the `@triton.jit` function. Its arguments in
+    do_not_specialize have the type "i32". pointers: maps an argument to its Triton type, such as "*fp32" or
+    "*i64". "*x" is the type of the embeddings. COMMON has more pointers. constants: returns the constexpr
+    arguments for a tile, a width D and `half` (whether embeddings have 16 bits). scalars: maps the other
+    arguments to "i32" (values divisible by 16) or "fp32". unaligned: pointers whose address may not be
+    divisible by 16. dots: whether 16-bit variants must use tensor cores. widths, dtypes: the values of D and
+    the types of "*x" to compile for. row: the name of another kernel whose tile this kernel must use, to add
+    in the same order. options: returns launch options, such as "num_warps", that differ from the tile's.
     """
 
     name: str
@@ -37,21 +37,21 @@ class KernelSpec:
 
     @property
     def types(self) -> dict[str, str]:
-        """Maps the pointers and scalars to their types."""
+        """Maps the names of pointers and scalars to their Triton types."""
         common = {name: kind for name, kind in COMMON.items() if name in self.kernel.arg_names}
         return {**common, **self.pointers, **self.scalars}
 
     @property
     def tile_name(self) -> str:
-        """The name under which the tile table has this kernel's tile."""
+        """Names the kernel whose tile in `tiles.json` this kernel uses."""
         return self.row or self.name
 
     def launch_options(self, tile: Tile, width: int, half: bool) -> dict[str, int]:
-        """Returns the options for launching the kernel."""
+        """Returns the launch options for a tile and a width D. `half`: the embeddings have 16 bits."""
         own = self.options(tile, width, half) if self.options else {}
         return {"num_warps": tile.warps, "num_stages": tile.stages, **own}
 
     def build_key(self, tile: Tile, width: int, half: bool) -> tuple[object, ...]:
-        """Returns a key that is equal for tiles from which the compiler builds the same code."""
+        """Returns a key. If two tiles have equal keys, the compiler builds the same code for both."""
         constants, options = self.constants(tile, width, half), self.launch_options(tile, width, half)
         return self.name, *constants.items(), *options.items()

@@ -1,8 +1,8 @@
-"""Device functions shared by all sweeps over S = image @ text^T.
+"""Provides the device functions for sweeps over tiles of the n x m matrix S = image @ text^T.
 
-All kernels of a loss compute S with `similarities`, so they see the same bits. It adds ascending chunks of
-DEPTH channels into one float32 accumulator. Products are in the type of the embeddings (float32 without
-TF32). Tiles are r x c with r = ROWS and c = COLUMNS, and WIDTH is D. UPCAST is for the interpreter, whose
+All kernels of a loss compute S with `similarities`, so they get the same bits. The function adds chunks of
+DEPTH channels, in ascending order, to one float32 accumulator. Products have the type of the embeddings (no
+TF32). Tiles have r = ROWS rows and c = COLUMNS columns. WIDTH is D. UPCAST is for the interpreter, whose
 products of 16-bit floats are wrong. Indices inner_... are clamped into the matrix, so loads need no mask.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
-    """Returns rows `at` (r,) of the contiguous x (any, WIDTH), padded with zeros to (r, DEPTH)."""
+    """Returns the rows `at` of a contiguous matrix with WIDTH columns, padded with zeros to DEPTH columns."""
     k = tl.arange(0, DEPTH)
     pointers = x_ptr + at.to(tl.int64)[:, None] * WIDTH + k[None, :]
     if WIDTH == DEPTH:
@@ -26,7 +26,7 @@ def load_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.co
 
 @triton.jit
 def resident_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
-    """Returns the rows that a sweep loads once, if one chunk holds all of D; else a placeholder."""
+    """Loads the rows `at` if one chunk holds all of D. Otherwise returns a placeholder that is not read."""
     if WIDTH <= DEPTH:
         resident = load_rows(x_ptr, at, WIDTH, DEPTH, UPCAST)
     else:
@@ -38,7 +38,7 @@ def resident_rows(x_ptr, at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: t
 def similarities(
     resident, x_ptr, x_at, y_ptr, y_at, WIDTH: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """Returns the tile x[x_at] @ y[y_at]^T: (r, c) float32. All indices must lie inside the matrices."""
+    """Returns the float32 tile x[x_at] @ y[y_at]^T. `resident` comes from `resident_rows` of x and x_at."""
     if WIDTH <= DEPTH:
         y = load_rows(y_ptr, y_at, WIDTH, DEPTH, UPCAST)
         s = tl.dot(resident, tl.trans(y), input_precision="ieee")
@@ -64,31 +64,31 @@ def similarities(
 
 @triton.jit
 def positive_column(row, n, offset):
-    """Returns the column of each row's positive; for rows beyond the last -1, which is in no tile."""
+    """Returns the column of each row's positive, or -1, which is in no tile, if row >= n."""
     return tl.where(row < n, row + offset, -1)
 
 
 @triton.jit
 def within(target, first, COLUMNS: tl.constexpr):
-    """Returns (r,) bool: whether a row's `target` column lies in the tile that begins at column `first`."""
+    """Returns, for each row, whether its column `target` lies in the tile that begins at column `first`."""
     return (target >= first) & (target < first + COLUMNS)
 
 
 @triton.jit
 def crosses(first_row, first, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns whether the tile at (first_row, first) can hold positives; if not, code for them is skipped."""
+    """Returns whether the tile that begins at (first_row, first) can hold pairs (i, i + offset)."""
     return (first_row + offset < first + COLUMNS) & (first_row + ROWS + offset > first)
 
 
 @triton.jit
 def different(row_ids, column_ids, row, column, n, m):
-    """Returns (r, c) bool: whether a pair lies inside the matrix and has different image ids."""
+    """Returns a boolean tile: true for pairs inside the n x m matrix whose two image ids differ."""
     return (row < n)[:, None] & (column < m)[None, :] & (row_ids[:, None] != column_ids[None, :])
 
 
 @triton.jit
 def selected(tile, positive):
-    """Returns (r,): each row's entry of tile (r, c) where positive (r, c) is true; 0 if there is none."""
+    """Returns, for each row of `tile`, its entry where the mask `positive` is true, or 0 without one."""
     return tl.sum(tl.where(positive, tile, 0.0), 1)
 
 
@@ -97,10 +97,11 @@ def negatives(
     resident, image, text, text_ids, positive, sign, row, inner_row, row_id, target, first_row, first, n, m, offset,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Returns the columns (c,) of the tile at (first_row, first), and sign * S (r, c).
+    """Returns the column indices of the tile that begins at (first_row, first), and sign * S of the tile.
 
-    In the latter, all entries but negatives are -inf. Writes sign * S of the positives in the tile to
-    positive (B,). The other arguments belong to the program's rows.
+    In sign * S, all entries that are not negatives are set to -inf. The function also writes sign * S of the
+    tile's positives to the array `positive`, of shape (B,). `resident`, `row`, `inner_row`, `row_id` and
+    `target` describe the rows of the tile.
     """
     column = first + tl.arange(0, COLUMNS)
     inner_column = tl.minimum(column, m - 1)
@@ -117,7 +118,7 @@ def negatives(
 def own_similarities(
     positive, s, is_positive, inner_row, inner_column, SINGLE: tl.constexpr, BOTH: tl.constexpr
 ):
-    """Returns the similarities of the positives of a tile's rows and columns, from the tile s if SINGLE."""
+    """Returns the positive similarity of each row and each column of a tile. Reads tile `s` if SINGLE."""
     if SINGLE:
         of_row, of_column = selected(s, is_positive), tl.sum(tl.where(is_positive, s, 0.0), 0)
     else:
@@ -130,22 +131,22 @@ def own_similarities(
 
 @triton.jit
 def exponent_of(scale_ptr):
-    """Returns (sign, factor) with exp(scale * s) = 2^(factor * (sign * s)); factor > 0 keeps -inf."""
+    """Returns (sign, factor) so that exp(scale * s) = 2^(factor * sign * s). factor > 0, so it keeps -inf."""
     scale = tl.load(scale_ptr).to(tl.float32)
     sign = tl.where(scale < 0, -1.0, 1.0)
-    # By default, a maximum on a device ignores NaN, and the loss would hide a scale that has become NaN.
+    # By default, a maximum on a GPU ignores NaN. Then the loss would hide a scale that is NaN.
     return sign, tl.maximum(tl.abs(scale) * 1.4426950408889634, 1e-30, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def reference_of(top, factor):
-    """Returns the number to subtract from exponents: their largest, factor * top; 0 if top = -inf."""
+    """Returns the largest exponent, factor * top, to be subtracted from all. Returns 0 if top = -inf."""
     return tl.where(top == float("-inf"), 0.0, top) * factor
 
 
 @triton.jit
 def log1p_of(e):
-    """Returns log(1 + e) for e in 0..1, exact to a few ulp: 2 artanh(e / (2 + e)) as a series."""
+    """Returns log(1 + e) = 2 artanh(e / (2 + e)), as a series, exact to a few ulp for 0 <= e <= 1."""
     t = e / (2.0 + e)
     q = t * t
     return (

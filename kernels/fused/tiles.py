@@ -1,7 +1,7 @@
-"""Chooses the tile of a kernel by device capability, width and type, from the committed table `tiles.json`.
+"""Chooses a kernel's tile by device capability, width and type, from the committed table `tiles.json`.
 
 `d2s.kernels.tune` measures tiles on a device and writes the table. Kernels without an entry use the defaults
-below. Nothing is timed while training: workers could choose different tiles, and add in different orders.
+below. Tiles are not timed during training. Else workers could choose different tiles and add in other orders.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ import torch
 from d2s.common.files import read_json
 
 TABLE = Path(__file__).with_name("tiles.json")
-# The largest width of each bucket. Embeddings wider than all of them use the last bucket.
+# The largest width in each bucket. Wider embeddings than 1152 use the last bucket.
 BUCKETS = (64, 128, 256, 512, 1152)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A program computes rows x columns of the similarity matrix and loads `depth` entries of D at a time."""
+    """Holds a program's sizes. It computes rows x columns similarities and loads `depth` channels at once."""
 
     rows: int
     columns: int
@@ -31,23 +31,23 @@ class Tile:
         return f"{self.rows}x{self.columns}x{self.depth}/w{self.warps}s{self.stages}"
 
 
-# Devices with at least 163 KiB of shared memory per block; others may have only 99 KiB.
+# Devices with at least 163 KiB of shared memory per block. Others may have only 99 KiB.
 LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
-# For the interpreter, where each operation on a tile costs about the same, whatever the tile's size.
+# Used in the interpreter, in which an operation takes about the same time for every tile size.
 INTERPRETED = Tile(rows=64, columns=64, depth=64, warps=4, stages=1)
 
 
 def bucket(width: int) -> int:
-    """Returns the bucket of the width D."""
+    """Returns the largest width in the bucket of `width`."""
     return next((b for b in BUCKETS if width <= b), BUCKETS[-1])
 
 
 @cache
 def tuned_tiles() -> dict[str, Tile]:
-    """Reads the committed table once and returns it by entry. The tuner adds its candidates to it.
+    """Returns the committed table, which maps the keys of `entry` to tiles. The tuner adds candidates to it.
 
-    Raises ValueError for a damaged table: with defaults instead, this worker would add its sums in another
-    order than the other workers.
+    Raises ValueError for a damaged table. If this worker used defaults instead, it would add its sums in
+    another order than the other workers.
     """
     if not TABLE.exists():
         return {}
@@ -59,7 +59,7 @@ def tuned_tiles() -> dict[str, Tile]:
 
 
 def _sweep_tile(width: int, half: bool, capability: tuple[int, int]) -> Tile:
-    """Returns the tile for a sweep over all columns; the rows stay in shared memory if they fit."""
+    """Returns the tile for a sweep over all columns. The rows stay in shared memory if they fit."""
     if not half:
         return Tile(rows=64, columns=64, depth=16, warps=4, stages=2)
     depth = max(64, 1 << (width - 1).bit_length())
@@ -72,7 +72,7 @@ def _sweep_tile(width: int, half: bool, capability: tuple[int, int]) -> Tile:
 
 
 def _contrastive_tile(kernel: str, width: int, half: bool, capability: tuple[int, int]) -> Tile | None:
-    """Returns the tile of a contrastive kernel, else None. Chosen by registers and spills, not timed."""
+    """Returns the default tile of a contrastive kernel, chosen by register use. None for other kernels."""
     if kernel in ("hinge_max_sweep", "info_nce_sweep"):
         return _sweep_tile(width, half, capability)
     if kernel == "hinge_gather":
@@ -96,7 +96,7 @@ def _contrastive_tile(kernel: str, width: int, half: bool, capability: tuple[int
 
 
 def default_tile(kernel: str, width: int, half: bool, capability: tuple[int, int] = (8, 0)) -> Tile:
-    """Returns the tile of a kernel without an entry in the table. `half` means embeddings of 16 bits."""
+    """Returns the tile of a kernel that is not in the table. `half`: the embeddings have 16 bits."""
     if found := _contrastive_tile(kernel, width, half, capability):
         return found
     if kernel == "gpo_forward":
@@ -106,7 +106,7 @@ def default_tile(kernel: str, width: int, half: bool, capability: tuple[int, int
         # The 64-bit ids of the columns take registers in addition to the tile.
         return Tile(rows=64, columns=64, depth=64 if half else 32, warps=8, stages=3)
     if kernel.startswith("relational") and half:
-        # A program holds two tiles at a time; larger ones spill registers before sm_100.
+        # A program holds two tiles at a time. Larger tiles spill registers before sm_100.
         return Tile(rows=128, columns=64, depth=64, warps=8, stages=2)
     if half:
         return Tile(rows=128, columns=128, depth=64, warps=8, stages=3)
@@ -114,12 +114,12 @@ def default_tile(kernel: str, width: int, half: bool, capability: tuple[int, int
 
 
 def entry(kernel: str, capability: tuple[int, int], width: int, half: bool) -> str:
-    """Returns the key of a tile in the table."""
+    """Returns the key in `tiles.json` of a kernel's tile, such as "positives/sm_90/512/half"."""
     return f"{kernel}/sm_{capability[0]}{capability[1]}/{bucket(width)}/{'half' if half else 'float'}"
 
 
 def tile_for(kernel: str, x: torch.Tensor) -> Tile:
-    """Returns the tile that a kernel uses for embeddings like x (n, D)."""
+    """Returns the tile that `kernel` uses for embeddings with the device, type and width of x."""
     if x.device.type != "cuda":
         return INTERPRETED
     half, width = x.element_size() == 2, x.shape[1]
