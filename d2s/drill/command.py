@@ -20,7 +20,7 @@ from d2s.drill.kills import DrillError
 
 
 def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> bool:
-    """Runs the drill in the folder `out` and prints the report. Returns whether the drill passed."""
+    """Runs the drill in `out`, with `overrides` for train.py. Prints the report. Returns whether it passed."""
     from d2s.drill.kill_loop import KillLoop, train_reference
     from d2s.drill.options import small_batch, training_arguments
     from d2s.shards.cli import build_scenes
@@ -51,7 +51,7 @@ def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> b
 
 
 def worker_counts(text: str) -> tuple[int, ...]:
-    """Parses numbers of workers, as in `2` or `2,1,4`. Raises ArgumentTypeError for anything else."""
+    """Parses one or several numbers of workers, such as `2` or `2,1,4`. Raises ArgumentTypeError for other text."""
     parts = text.split(",")
     if not all(part.isdigit() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers (2), nor several (2,1,4)")
@@ -101,7 +101,7 @@ def parser() -> command.Parser:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> bool:
-    """Compares two runs, attaches to a job or runs a drill, depending on the options. Returns whether it passed."""
+    """Compares two runs, attaches to a job, or runs a drill, as the options say. Returns whether the check passed."""
     if options.compare:
         comparison = compare(*options.compare)
         print("\n".join(comparison.lines()))
