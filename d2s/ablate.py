@@ -69,7 +69,7 @@ ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """An ablation on one data set. It uses the recipes `<family>_pretrain`, `<family>_align`, `<family>_finetune`."""
+    """An ablation on one data set. Recipes: `<family>_pretrain`, `<family>_align`, `<family>_finetune`."""
 
     family: str
     data: Path
@@ -81,10 +81,9 @@ class Ablation:
     jobs: int
     """Number of trainings that run at the same time."""
     overrides: tuple[str, ...]
-    """Arguments for train.py that replace fields of every run's configuration."""
 
     def settings(self) -> dict[str, object]:
-        """Returns the settings that affect the results. Seeds are left out, because each run's path contains its seed.
+        """Returns the settings that affect the results. Seeds are left out: a run's path has its seed.
 
         A run in the output folder is used again only if it was made with equal settings.
         """
@@ -135,7 +134,7 @@ class Ablation:
         print(f"seed {seed}  {row.name:<36} {time.monotonic() - start:6.0f} s", flush=True)
 
     def train_all(self) -> None:
-        """Trains all runs, `jobs` at a time. A run that needs a pre-trained model starts after that model is ready."""
+        """Trains all runs, `jobs` at a time. A run that needs a pre-trained model waits for that model."""
         seeds = range(self.seeds)
         with ThreadPoolExecutor(self.jobs) as pool:
             pretrainings = [pool.submit(self.train, ROWS[0], seed) for seed in seeds]

@@ -122,7 +122,7 @@ def plain_caption(
 def side_by_side(
     plain: Callable[[], object], ours: Callable[[], object], items: int, rounds: int
 ) -> tuple[float, float]:
-    """Calls both functions `rounds` times; a call processes `items` items. Returns their best rates per CPU second."""
+    """Calls both functions `rounds` times on `items` items. Returns their best rates in items per CPU second."""
     best = [0.0, 0.0]
     for _ in range(rounds):
         for which, work in enumerate((plain, ours)):

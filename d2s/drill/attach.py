@@ -22,7 +22,8 @@ from d2s.workers.local_job import wait_until
 def attach(options: argparse.Namespace) -> bool:
     """Kills the job's workers again and again, waits for the job to end, and prints the verdict.
 
-    Returns whether the drill passed. Raises ValueError if the run is already finished, and DrillError if the job makes no progress.
+    Returns whether the drill passed. Raises ValueError if the run is already finished. Raises DrillError if the
+    job makes no progress.
     """
     run: Path = options.run
     if finished(run):
@@ -54,10 +55,7 @@ def attach(options: argparse.Namespace) -> bool:
 
 
 def _kill(run: Path, kill: Kill, pause: float, patience: float) -> bool:
-    """Waits until the job makes progress, then waits `pause` seconds, and kills the victims of `kill`.
-
-    Returns True if it killed a worker before the run was finished, else False. `patience` is explained in `_await`.
-    """
+    """Waits for progress, then `pause` seconds, and kills. Returns whether a worker died before the run finished."""
     before = metrics_version(run)
     if not _await(run, lambda: bool(workers_of(run)), patience):
         return False
