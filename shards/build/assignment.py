@@ -42,11 +42,7 @@ class Assignment:
         """Number of rows in the separate caption files that match no image."""
 
     def _joined(self, number: int | None, join: str) -> tuple[tuple, tuple]:
-        """Returns the sparse and the dense captions of one image, from its rows in the separate caption files.
-
-        number: the last row of the image. Each row holds the number of the row before.
-        join: the expected join key. Rows are found by a hash of it.
-        """
+        """Returns an image's sparse and dense captions from separate files. number: the last row of `join`'s rows."""
         rows = []
         while number is not None:
             rows.append(found := self._captions.row(number))

@@ -42,10 +42,7 @@ def link_tars(folder: Path, out: Path, tars: list[Path]) -> None:
 
 
 def remove_description(folder: Path, force: bool) -> None:
-    """Removes the files that describe the tars in `folder`, before they are indexed.
-
-    Raises ValueError if the folder is indexed already and `force` is False.
-    """
+    """Removes the files that describe `folder`. Raises ValueError if it is indexed and `force` is False."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / CHECKSUMS).exists() and not force:
@@ -70,9 +67,9 @@ def lock(file: IO[str], out: Path, shared: bool = False) -> None:
 
 
 def remove_empty_build(out: Path, own: Path) -> None:
-    """Removes the scratch folder of a build that failed before its first shard, unless another part uses it.
+    """Removes the scratch folder of a build that failed before its first shard.
 
-    own: the folder in the scratch folder that only this part writes to.
+    It stays if another part of the build uses it, with a folder other than `own`.
     """
     scratch = out / SCRATCH
     others = [path for path in scratch.glob("assignment-*") if path != own]

@@ -46,10 +46,7 @@ def index_schema(shards: list[str], splits: dict[str, list[int]], json_home: str
 
 
 class IndexWriter:
-    """Collects the rows of all shards in memory-mapped files in `scratch`, so that it needs little memory.
-
-    rows: number of rows of all shards together.
-    """
+    """Collects the `rows` rows of all shards in memory-mapped files in `scratch`, so that it needs little memory."""
 
     def __init__(self, rows: int, scratch: Path) -> None:
         assert rows, "an index has at least one row"
@@ -64,11 +61,7 @@ class IndexWriter:
         self._splits: dict[str, list[int]] = {}
 
     def add(self, table: pa.Table, crc32: np.ndarray) -> None:
-        """Appends the rows of a shard.
-
-        table: the rows of the shard in the manifest.
-        crc32: the CRC-32 of each sample's image bytes followed by its JSON bytes, of shape (rows,).
-        """
+        """Appends a shard's manifest rows. crc32: CRC-32 of each sample's image and JSON, of shape (rows,)."""
         split = table.column("split")[0].as_py()
         start, stop = self._next, self._next + table.num_rows
         self._splits.setdefault(split, [start, stop])[1] = stop

@@ -36,17 +36,14 @@ def schema() -> pa.Schema:
 
 
 def record(row: dict) -> bytes:
-    """Returns the content of a sample's JSON file, in UTF-8 with sorted keys and no spaces.
-
-    row: the sample's row in the manifest.
-    """
+    """Returns a sample's JSON file, made from its manifest row: UTF-8 with sorted keys and no spaces."""
     fields = ("key", "image_id", "split", "sparse", "dense", "width", "height", "sha256")
     value = {name: row[name] for name in fields}
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
 def open_writer(file: object) -> pq.ParquetWriter:
-    """Returns a writer of the manifest. Callers write a row group for each shard, to allow reading one shard alone."""
+    """Returns a writer of the manifest. Callers write each shard's rows as one row group, which is read alone."""
     return pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_page_checksum=True)
 
 
