@@ -98,10 +98,7 @@ def _check_folders(options: argparse.Namespace) -> None:
 
 
 def _check_against(options: argparse.Namespace, every: int) -> None:
-    """Raises ValueError unless `options.against` recorded the same training steps that this drill will record.
-
-    every: the drill logs every `every`-th training step.
-    """
+    """Raises ValueError unless `options.against` logged the steps that this drill logs: each `every`-th step."""
     run, steps = options.against, options.steps
     try:
         found = recorded_steps(run)

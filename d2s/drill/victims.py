@@ -32,10 +32,7 @@ def _is_training(command: Sequence[str]) -> bool:
 
 
 def _run_folder(command: Sequence[str], folder: Path) -> Path | None:
-    """Returns the path that follows --run in `command`, or None without --run.
-
-    folder: working directory of the command; a relative path starts there.
-    """
+    """Returns the --run path of a command that was started in `folder`, or None if it has no --run."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         value = (
             following if word == "--run" else word.removeprefix("--run=") if word.startswith("--run=") else ""

@@ -67,10 +67,7 @@ def lock(file: IO[str], out: Path, shared: bool = False) -> None:
 
 
 def remove_empty_build(out: Path, own: Path) -> None:
-    """Removes the scratch folder of a build that failed before its first shard.
-
-    It stays if another part of the build uses it, with a folder other than `own`.
-    """
+    """Removes the scratch folder of a build that failed early, if it has no part's folder except `own`."""
     scratch = out / SCRATCH
     others = [path for path in scratch.glob("assignment-*") if path != own]
     if not (scratch / "settings.json").exists() and not others:

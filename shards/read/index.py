@@ -84,7 +84,7 @@ class ShardIndex:
         """Opens the index of data set `root`. Checks that all shards exist and, up to 5 million rows, their lengths.
 
         Raises:
-            ValueError: `python -m d2s.shard build` or `index` did not make `root`, or a shard is missing or cut short.
+            ValueError: `root` was not made by `python -m d2s.shard`, or a shard is missing or cut short.
         """
         root = Path(root)
         if not root.is_dir():
@@ -127,16 +127,13 @@ class ShardIndex:
         return self._columns[name]
 
     def take(self, name: str, rows: I64) -> NDArray:
-        """Returns the values of column `name` at `rows`. Limits how much of the file stays in memory.
-
-        rows: int64, of any shape (k,); the result has the same shape.
-        """
+        """Returns the values of a column at int64 `rows`, both of shape (k,). Limits the memory that pages take."""
         values = self._columns[name][rows]
         self._release(len(values))
         return values
 
     def total(self, split: str, kind: str) -> int:
-        """Returns how many captions a split has. kind: which captions, "sparse" or "dense"."""
+        """Returns how many captions `split` has. kind: which captions, "sparse" or "dense"."""
         rows = self.rows(split)
         starts, counts = self._columns[f"{kind}_start"], self._columns[f"n_{kind}"]
         return int(starts[rows[-1]]) + int(counts[rows[-1]]) - int(starts[rows[0]])
@@ -167,7 +164,7 @@ class ShardIndex:
         return local + rows.start, numbers
 
     def without(self, split: str, kind: str) -> tuple[int, int]:
-        """Returns how many images of `split` lack "sparse" or "dense" captions (`kind`), and the first such row or -1."""
+        """Returns how many images of `split` have no captions of `kind`, and the first such row or -1."""
         rows, chunk, count, first = self.rows(split), 1 << 22, 0, -1
         for start in range(rows.start, rows.stop, chunk):
             none = np.flatnonzero(self._columns[f"n_{kind}"][start : min(start + chunk, rows.stop)] == 0)
@@ -178,7 +175,7 @@ class ShardIndex:
         return count, first
 
     def shard_sizes(self, split: str, unit: str = "rows") -> I64:
-        """Returns how many items each shard of `split` has. unit: "rows" for images, or "sparse" or "dense" captions."""
+        """Returns the number of images (`unit` "rows") or captions ("sparse", "dense") in each shard of `split`."""
         rows = self.rows(split)
         shards = self._columns["shard"][rows.start : rows.stop]
         # Shards are numbered in row order. So bisection finds the first row of each shard without reading all rows.
@@ -192,7 +189,7 @@ class ShardIndex:
         return np.diff(borders)
 
     def location(self, row: int) -> Location:
-        """Returns the location of a row. Raises DamagedSample if the index gives a shard number that does not exist."""
+        """Returns the location of a row. Raises DamagedSample if the row's shard number does not exist."""
         value = {name: int(self._columns[name][row]) for name in _PLACE}
         self._release(len(_PLACE))
         number = value.pop("shard")
@@ -228,10 +225,7 @@ class ShardIndex:
 
 
 def _check(batch: pa.RecordBatch, schema: pa.Schema) -> dict:
-    """Checks an index, and returns its metadata.
-
-    Raises ValueError, KeyError, TypeError or pa.ArrowException if the index is damaged.
-    """
+    """Returns the metadata of an index. Raises one of the errors that `ShardIndex` catches if the index is damaged."""
     meta = json.loads((schema.metadata or {}).get(b"d2s", b"{}"))
     if not isinstance(meta, dict) or meta.get("version") != index_file.VERSION:
         raise ValueError(f"no index of version {index_file.VERSION}")

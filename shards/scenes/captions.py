@@ -113,10 +113,7 @@ def _name(rng: random.Random, pattern: Pattern, plural: bool = False) -> str:
 
 
 def _partial(rng: random.Random, thing: Thing, least: int = 1) -> Pattern:
-    """Draws which attributes of `thing` a caption mentions: at least `least`, including shape or colour.
-
-    A plain texture is rarely mentioned.
-    """
+    """Draws at least `least` attributes of `thing`, with shape or colour. A plain texture is rarely drawn."""
     while True:
         said = {name: rng.random() < chance for name, chance in SAID.items()}
         if thing.texture == "plain":
@@ -197,7 +194,7 @@ def _ground(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _relation(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """Describes two objects and the relation between them. If no object has a relation to `thing`, says both exist."""
+    """Describes two objects and their relation. If `thing` has no relation, only states that both exist."""
     options = [
         (relation, other)
         for relation in RELATIONS
@@ -222,10 +219,7 @@ def _relation(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _count(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """States how many objects have a certain attribute, and one more fact. If possible, `thing` is among them.
-
-    If no attribute occurs in two or more, but not all, objects, describes the background with `_ground`.
-    """
+    """States how many objects share an attribute, and one more fact. If possible, `thing` has the attribute."""
     groups = []
     for name in ("colour", "shape", "texture", "size"):
         for value in sorted({getattr(other, name) for other in scene.things}):

@@ -59,10 +59,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Both:
-    """Claims that an object fits `first` and another object fits `second`.
-
-    If `relation` is not None, also claims that the first object has this relation to the second.
-    """
+    """Claims that two different objects fit `first` and `second` and, if `relation` is set, are so related."""
 
     first: Pattern
     second: Pattern

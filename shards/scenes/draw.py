@@ -132,10 +132,7 @@ def _patch(
     half: float,
     tilt: float,
 ) -> tuple[Image.Image, Image.Image]:
-    """Returns the mask (mode L) and the colours (RGB) of an object, both `side` x `side` pixels.
-
-    `centre` and the radius `half` are in pixels. `tilt` is an angle in radians.
-    """
+    """Returns an object's mask (L) and colours (RGB), `side` x `side` pixels each. half: its radius in pixels."""
     x, y, half = centre[0] * SUPER, centre[1] * SUPER, half * SUPER
     cos, sin = half * math.cos(tilt), half * math.sin(tilt)
     outlines = [
@@ -186,7 +183,7 @@ def _texture(brush: ImageDraw.ImageDraw, thing: Thing, centre: tuple[float, floa
 
 @lru_cache(maxsize=64)
 def _background(name: str, size: int, variant: int) -> Image.Image:
-    """Returns picture `variant`, 0 to 3, of the background `name`. Do not change the picture, because it is cached."""
+    """Returns picture `variant` (0 to 3) of a background. Do not change the picture, because it is cached."""
     noise = numpy.random.RandomState(variant)
     fine = noise.randint(-1000, 1001, (size, size, 1)) / 1000
     coarse = _smooth(noise.randint(-1000, 1001, (7, 7)) / 1000, size)[..., None]

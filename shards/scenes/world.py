@@ -118,7 +118,7 @@ def content(seed: int, number: int) -> Content:
 
 @lru_cache(maxsize=64)
 def _family(seed: int, family: int) -> tuple[Content, ...]:
-    """Returns the scenes of a family, all different. All but the first are made from the first by one or two edits."""
+    """Returns the scenes of a family, all different. Edits of the first scene make the other scenes."""
     rng = random.Random(f"d2s scenes {seed} family {family}")
     members = [_first(rng)]
     seen = {_signature(members[0])}
