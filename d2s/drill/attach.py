@@ -55,7 +55,7 @@ def attach(options: argparse.Namespace) -> bool:
 
 
 def _kill(run: Path, kill: Kill, pause: float, patience: float) -> bool:
-    """Waits for progress, then `pause` seconds, and kills. Returns whether a worker died before the run finished."""
+    """Waits for progress (see `_await`), then `pause` seconds, then kills. Returns whether a running job was hit."""
     before = metrics_version(run)
     if not _await(run, lambda: bool(workers_of(run)), patience):
         return False

@@ -1,10 +1,10 @@
 """Kills a training again and again, and compares the result with an uninterrupted training.
 
-`python -m d2s.drill --workers 2 --kills 20 --seed 0` starts a real training with two workers. It kills one worker or
-all with SIGKILL (after a training step, while a checkpoint is being written, or at a start), restarts the training
-with `--resume`, and repeats this until the training is done. Then it compares every loss and the final weights with
-those of an uninterrupted run. The seed determines the moments of the kills. `--workers 2,1,4` changes the number of
-workers at each restart.
+`python -m d2s.drill --workers 2 --kills 20 --seed 0` starts a real training with two workers. The drill kills one
+worker or all workers with SIGKILL (after a training step, while a checkpoint is being written, or at a start). It
+restarts the training with `--resume`, and repeats this until the training is done. Then it compares every loss and
+the final weights with an uninterrupted run. The seed determines the moments of the kills. `--workers 2,1,4` changes
+the number of workers at each restart.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Compares two finished runs: every loss and the final weights, bit by bit or within a tolerance."""
+"""Compares every loss and the final weights of two finished runs, bit by bit or within a tolerance."""
 
 import math
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Comparison:
     loss: float
     """Largest difference between the two losses of a training step, relative to the other run's loss."""
     loss_step: int
-    """The training step at which the losses differ most; 0 if all losses are equal."""
+    """The training step at which the losses differ most, or 0 if all losses are equal."""
     weights: float
     """L2 norm of the difference between the final weights, relative to the L2 norm of the other run's weights."""
     unlike: tuple[str, ...]

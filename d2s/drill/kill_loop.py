@@ -1,4 +1,4 @@
-"""Starts a training, kills it and restarts it, until the training is done."""
+"""Starts, kills and restarts a training until the training is done."""
 
 import argparse
 import math

@@ -22,7 +22,7 @@ class Kill:
     moment: str
     """A key of MOMENTS, which says when to kill."""
     everyone: bool
-    """Whether all workers are killed, or only one."""
+    """Whether all workers are killed. If False, only one worker is killed."""
     where: float
     """In [0, 1): chooses the training step or, if `moment` is "start", the fraction of the start-up time."""
     delay: float
@@ -63,7 +63,7 @@ def target_step(kill: Kill, seen: int, last: int, left: int) -> int:
 
 @dataclass
 class Tally:
-    """Counts what happened in a drill."""
+    """Counts the events of a drill, such as kills, restarts and repeated training steps."""
 
     kills: list[Kill] = field(default_factory=list)
     restarts: int = 0

@@ -37,7 +37,7 @@ def measure(arguments: list[str], workers: int) -> dict[str, float]:
     """Trains with `arguments` as train.py does, and stops after STEPS training steps.
 
     Returns a dictionary. "weights", "gradients", "optimizer", "activations" and "resident" are bytes on the first
-    worker; "samples_per_s" is for all workers; "vocabulary" is a number of tokens; "on_cpu" is a bool. Raises
+    worker. "samples_per_s" is for all workers. "vocabulary" is a number of tokens. "on_cpu" is a bool. Raises
     ValueError with the worker's error message if a worker fails.
     """
     with tempfile.TemporaryDirectory(prefix="d2s-plan-") as folder:

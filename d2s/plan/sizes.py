@@ -34,7 +34,7 @@ class Sizes:
     learned: int
     """Number of parameters that are trained."""
     teacher: int
-    """Number of parameters of the online teacher, a frozen copy of the text encoder; 0 without an online teacher."""
+    """Number of parameters of the online teacher, a frozen copy of the text encoder, or 0 if there is none."""
     saved: int
     """Bytes that a forward pass saves for the backward pass whatever the batch size is."""
     saved_per_pair: int

@@ -77,7 +77,7 @@ def compare(request: Request, measured: dict[str, float], steps: int) -> str:
 
 
 def _table(names: Sequence[str], columns: list[dict[str, int]], unit: int) -> list[str]:
-    """Returns a heading, a row for each of `names`, and a row of sums. columns: bytes by name, a ZeRO stage each."""
+    """Returns a heading, a row for each of `names`, and a row of sums. columns: bytes by name, for each stage."""
     rows = {name: [column[name] for column in columns] for name in names}
     rows["total"] = [sum(column.values()) for column in columns]
     head = _row("", [f"ZeRO {stage}" for stage in STAGES])

@@ -20,7 +20,7 @@ class Series:
     colour: int = 1
     """Number of the colour, 1 to COLOURS."""
     smooth: bool = False
-    """Whether to draw a moving average of the points over a faint line through all points."""
+    """Whether to draw a moving average, over a faint line through all points."""
     dots: bool = False
     """Whether to draw a dot at each point if the line has at most 60 points."""
 
@@ -88,7 +88,7 @@ def short(value: float) -> str:
 
 
 def average(values: np.ndarray) -> np.ndarray:
-    """Returns the centred moving average of `values`. Both have shape (n,). The window has about n / 20 values."""
+    """Returns the centred moving average of `values`. Both have shape (n,). The window has about n / 20 entries."""
     half = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))

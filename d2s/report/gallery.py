@@ -30,7 +30,7 @@ class Answer:
     image: int
     """Position of the picture in the split. For a caption, it is the position of the described picture."""
     text: str | None
-    """The caption; None if the candidate is a picture."""
+    """The caption, or None if the candidate is a picture."""
     similarity: float
     right: bool
     rank: int
@@ -44,7 +44,7 @@ class Query:
     image: int
     """Position of a picture in the split, as in `Answer`."""
     text: str | None
-    """The caption; None if the query is a picture."""
+    """The caption, or None if the query is a picture."""
     rank: int
     """Rank of the best right answer, from 1. A wrong answer with equal similarity ranks before it."""
     outcome: str
@@ -130,9 +130,9 @@ class _Side:
     """The queries or the candidates of one direction. They are n pictures or n captions."""
 
     embeddings: Tensor
-    """Normalised embeddings, of shape (n, D)."""
+    """Normalised embeddings, of shape (n, width)."""
     images: Tensor
-    """Position in the split of each picture, or of each caption's picture. It is int64, of shape (n,)."""
+    """Positions in the split of the n pictures, or of the n captions' pictures. They are int64, of shape (n,)."""
     text: Callable[[int], str | None] = lambda row: None
     """Returns the caption with the given number, or None for pictures."""
 

@@ -42,7 +42,7 @@ class Assignment:
         """Number of rows in the separate caption files that match no image."""
 
     def _joined(self, number: int | None, join: str) -> tuple[tuple, tuple]:
-        """Returns an image's sparse and dense captions from separate files. number: the last row of `join`'s rows."""
+        """Returns an image's sparse and dense captions. number: its last row in the separate files. join: its key."""
         rows = []
         while number is not None:
             rows.append(found := self._captions.row(number))

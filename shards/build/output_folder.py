@@ -67,7 +67,10 @@ def lock(file: IO[str], out: Path, shared: bool = False) -> None:
 
 
 def remove_empty_build(out: Path, own: Path) -> None:
-    """Removes the scratch folder of a build that failed early, if it has no part's folder except `own`."""
+    """Removes the scratch folder, and an empty `out`, after a build failed before its first shard.
+
+    Keeps the scratch folder if another part of the build has a folder there. own: the folder of this part.
+    """
     scratch = out / SCRATCH
     others = [path for path in scratch.glob("assignment-*") if path != own]
     if not (scratch / "settings.json").exists() and not others:

@@ -42,7 +42,7 @@ class Permutation:
         return self.n
 
     def __call__(self, positions: I64) -> I64:
-        """Returns the items at `positions`. Both are int64 arrays of the same shape (k,) with entries in 0..n-1."""
+        """Returns the items at `positions`. Both are int64 arrays of one shape (k,), with entries in 0..n-1."""
         items = np.array(positions, np.uint64, ndmin=1)
         assert items.size == 0 or items.max() < self.n, "position beyond the order"
         items = self._encipher(items)
@@ -95,7 +95,7 @@ class BlockPermutation:
         return self.n
 
     def __call__(self, positions: I64) -> I64:
-        """Returns the items at `positions`. Both are int64 arrays of the same shape (k,) with entries in 0..n-1."""
+        """Returns the items at `positions`. Both are int64 arrays of one shape (k,), with entries in 0..n-1."""
         positions = np.array(positions, np.int64, ndmin=1)
         assert positions.size == 0 or positions.max() < self.n, "position beyond the order"
         mixed = np.empty_like(positions)

@@ -127,7 +127,7 @@ class ShardIndex:
         return self._columns[name]
 
     def take(self, name: str, rows: I64) -> NDArray:
-        """Returns the values of a column at int64 `rows`, both of shape (k,). Limits the memory that pages take."""
+        """Returns a column's values at int64 `rows`. Both have shape (k,). Limits how much memory pages take."""
         values = self._columns[name][rows]
         self._release(len(values))
         return values
@@ -225,7 +225,7 @@ class ShardIndex:
 
 
 def _check(batch: pa.RecordBatch, schema: pa.Schema) -> dict:
-    """Returns the metadata of an index. Raises one of the errors that `ShardIndex` catches if the index is damaged."""
+    """Returns the metadata of an index. If the index is damaged, raises an error that `ShardIndex` catches."""
     meta = json.loads((schema.metadata or {}).get(b"d2s", b"{}"))
     if not isinstance(meta, dict) or meta.get("version") != index_file.VERSION:
         raise ValueError(f"no index of version {index_file.VERSION}")

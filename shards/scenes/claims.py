@@ -59,7 +59,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Both:
-    """Claims that two different objects fit `first` and `second` and, if `relation` is set, are so related."""
+    """Claims that one object fits `first`, another fits `second` and, if set, `relation` holds between them."""
 
     first: Pattern
     second: Pattern
