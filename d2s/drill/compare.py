@@ -78,7 +78,7 @@ def compare(run: Path, other: Path) -> Comparison:
     unlike, largest, where = [], 0.0, 0
     for step in steps:
         for name in COMPARED:
-            # The numbers are compared as text, because NaN equals NaN only as text.
+            # The numbers are compared as text, because NaN is not equal to NaN as a number.
             if repr(ours[step].get(name)) != repr(theirs[step].get(name)):
                 unlike.append(f"step {step} {name}")
         difference = _relative(ours[step]["loss"], theirs[step]["loss"])

@@ -34,10 +34,10 @@ def training_arguments(options: argparse.Namespace, overrides: list[str], data: 
     fields = {"--batch_size": str(small_batch(options)), **_SMALL} if small else {}
     fields |= {
         "--max_steps": str(options.steps), "--log.every": "1", "--checkpoint.every_steps": str(options.save_steps),
-        "--checkpoint.max_stalled_restarts": "0",  # after a kill while saving or at a start, a run is not stalled
+        "--checkpoint.max_stalled_restarts": "0",  # kills while saving or at a start must not count as stalls
     }  # fmt: skip
     if len(set(options.workers)) > 1:
-        fields["--model.text_dropout"] = "0"  # its random numbers depend on the worker, not on the sample
+        fields["--model.text_dropout"] = "0"  # dropout draws depend on the worker, not on the sample
         fields |= _SMALL_RATE if small else {}
     given = {argument.split("=", 1)[0] for argument in overrides}
     arguments = [word for name, value in fields.items() if name not in given for word in (name, value)]

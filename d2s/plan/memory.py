@@ -18,7 +18,7 @@ def memory(
     """
     divided = workers if stage else 1
     learned, width = FP32 * sizes.learned, config.model.width
-    # ZeRO 3 divides all weights of the model among the workers, also frozen weights. It does not divide a teacher's.
+    # ZeRO 3 divides all weights of the model, also frozen weights. It does not divide an online teacher.
     model, teacher = FP32 * sizes.parameters, FP32 * sizes.teacher
     local = batch // workers
     micro_batch = config.engine.micro_batch or local

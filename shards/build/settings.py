@@ -56,7 +56,7 @@ def settings_of(config: BuildConfig, facts: dict | None = None) -> dict:
         "on_error": "quarantine" if config.quarantine else "stop",
         **(facts or {}),
     }
-    # Converted to JSON and back, so that the result can be compared with settings read from a file.
+    # The conversion to JSON and back makes the settings comparable with settings read from a file.
     return json.loads(json.dumps(settings))
 
 

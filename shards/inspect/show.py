@@ -9,7 +9,7 @@ from d2s.shards.format import manifest
 from d2s.shards.format.file_names import MANIFEST
 from d2s.shards.format.image_file import check_image
 
-# A similar key is suggested only for data sets of up to this many samples, because all keys must be read.
+# `find` suggests a similar key only if there are at most this many samples, because it must read all keys.
 _HINT_ROWS = 200_000
 
 

@@ -36,7 +36,7 @@ def verify(folder: Path, workers: int = 1, decode: bool = True) -> Iterator[Faul
     yield from faults
     damaged = {fault.file for fault in faults}
     if MANIFEST in damaged:
-        # A damaged manifest cannot tell where samples are. So only the checksums of the tars are checked.
+        # With a damaged manifest, samples cannot be found in the tars. So only the tars' checksums are checked.
         yield from _check_files(folder, {name: facts for name, facts in files.items() if _is_tar(name)})
         return
     groups = manifest.open_manifest(folder)

@@ -22,10 +22,10 @@ from d2s.shards.read.shard_files import check_files, check_lengths
 
 I64 = NDArray[np.int64]
 _PLACE = ("shard", "image_offset", "image_size", "json_offset", "json_size", "crc32")
-# If there are more rows than this, only the existence of shards is checked, and not their lengths.
+# If the index has more rows, `open` checks only whether the shards exist, and not their lengths.
 _SIZED_ROWS = 5_000_000
-# The operating system maps 16 pages for each page that is read. All pages are released after this many values, so
-# that the whole file does not count as resident memory of the process.
+# The operating system maps 16 pages for each page that is read. After every _TRIM_AFTER values that are read, all
+# pages are released, so that the whole file does not count as resident memory of the process.
 _TRIM_AFTER = 1 << 12
 
 

@@ -11,7 +11,7 @@ from d2s.shards.read.index import DamagedSample, Location, ShardIndex
 __all__ = ["DamagedSample", "Record", "ShardReader"]
 
 # In the shards of a build, only a tar header and padding lie between an image and its JSON. So one read gets both.
-# In other tars more bytes may lie between image and JSON. If they are more than this, two reads are used.
+# In other tars, more bytes may lie between them. If there are more than _GAP bytes, two reads are used.
 _GAP = 1 << 16
 
 
