@@ -1,1 +1,1 @@
-"""Reads samples, either by row number with the index, or as a stream of tars."""
+"""Reads samples: by row number with the index, or as a stream of tars."""
