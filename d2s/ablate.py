@@ -83,7 +83,7 @@ class Ablation:
     overrides: tuple[str, ...]
 
     def settings(self) -> dict[str, object]:
-        """Returns the settings that affect the results. Seeds are left out: a run's path has its seed.
+        """Returns the settings that affect the results. Seeds are left out, as each run's path has its seed.
 
         A run in the output folder is used again only if it was made with equal settings.
         """

@@ -72,7 +72,7 @@ def measure_sizes(config: TrainConfig, words: int, local_batch: int) -> Sizes:
 
 
 def build(config: TrainConfig, words: int, local_batch: int) -> TrainingModule:
-    """Builds the module that training wraps in an engine. Has the arguments and errors of `measure_sizes`."""
+    """Builds the module that training wraps in an engine. `measure_sizes` lists arguments and errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleSetting)
         made_from_captions = config.model.text_encoder.tokenizer == WORDS

@@ -66,7 +66,7 @@ class Axis:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Returns about `count` numbers. Their distance is 1, 2, 2.5 or 5 times a power of ten."""
+    """Returns about `count` numbers in low..high, spaced by 1, 2, 2.5 or 5 times a power of ten."""
     if not high > low:
         return [low]
     rough = (high - low) / count

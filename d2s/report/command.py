@@ -38,8 +38,8 @@ def write_report(
 
     Args:
         runs: the run that the report describes, then runs to compare it with in the curves and the recall table.
-        data: the data set for the pictures. None selects the run's training data set. If then the data set or the
-            run's best model is missing, the page shows the reason instead of the pictures.
+        data: the data set for the pictures. None selects the run's training data set. If this data set
+            or the run's best model is missing, the page shows the reason instead of the pictures.
         split: the split that the pictures come from.
         device: as in `d2s.evaluate`.
         batch_size: number of images or captions that are embedded at a time.

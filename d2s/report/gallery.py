@@ -91,7 +91,7 @@ def make_gallery(
 
     Args:
         embedded: the embeddings of this split.
-        kind: which captions to show, "sparse" or "dense". If the split has none, the other captions are shown.
+        kind: which captions to show, "sparse" or "dense". If the split lacks these, the others are shown.
 
     Raises:
         ValueError: the split has no captions, or a sample is damaged.

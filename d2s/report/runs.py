@@ -77,7 +77,7 @@ class Run:
         return [(row["epoch"], self._score(row)) for row in self._rows("val")]
 
     def recall_rows(self) -> list[RecallRow]:
-        """Returns the rows for the best validation and each split's last evaluation, sparse and dense apart."""
+        """Returns the table's rows for this run: its best validation, and the last evaluation of each split."""
         found = []
         validated = self._rows("val")
         if validated:

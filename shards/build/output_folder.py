@@ -10,7 +10,7 @@ from d2s.shards.format.file_names import CHECKSUMS, DESCRIPTION, QUARANTINE, SCR
 
 
 def check_output(out: Path, resume: bool) -> None:
-    """Raises ValueError unless `out` is missing, is empty or, if `resume`, has an interrupted build."""
+    """Checks that `out` can be used: missing, empty, or with an interrupted build if `resume`. Raises ValueError."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, not a folder")
     found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
@@ -42,7 +42,7 @@ def link_tars(folder: Path, out: Path, tars: list[Path]) -> None:
 
 
 def remove_description(folder: Path, force: bool) -> None:
-    """Removes the files that describe `folder`. Raises ValueError if it is indexed and `force` is False."""
+    """Removes the files that describe the tars in `folder`. Raises ValueError if there are any, unless `force`."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / CHECKSUMS).exists() and not force:
@@ -67,7 +67,7 @@ def lock(file: IO[str], out: Path, shared: bool = False) -> None:
 
 
 def remove_empty_build(out: Path, own: Path) -> None:
-    """Removes the scratch folder, and an empty `out`, after a build failed before its first shard.
+    """Removes the scratch folder, and an empty `out`, if a build fails before its first shard.
 
     Keeps the scratch folder if another part of the build has a folder there. own: the folder of this part.
     """
