@@ -42,7 +42,7 @@ def link_tars(folder: Path, out: Path, tars: list[Path]) -> None:
 
 
 def remove_description(folder: Path, force: bool) -> None:
-    """Removes the files that describe the tars in `folder`. Raises ValueError if there are any, unless `force`."""
+    """Removes the files that describe the tars in `folder`. Raises ValueError if CHECKSUMS exists, unless `force`."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / CHECKSUMS).exists() and not force:
