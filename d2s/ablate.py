@@ -1,8 +1,9 @@
 """Runs the paper's ablation with two controls: `python -m d2s.ablate [--data DIR] [--seeds 3]`.
 
-Trains the paper's five rows and two controls with several seeds each, and prints a table of rSum on test. All
-fine-tuning runs take the same number of training steps. Each run's model is its best on val, and test is
-evaluated once, at the end. Complete runs are not trained again, so an interrupted ablation continues.
+Trains the five rows of the paper's table and two controls, each with several seeds. Prints a table of rSum on the
+test split. All fine-tuning runs have the same number of training steps. Each run is represented by its best model on
+the val split. The test split is evaluated once, at the end. If the command is started again after an interruption, it
+does not repeat the runs that are complete.
 """
 
 import argparse
@@ -39,15 +40,15 @@ class TrainingError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the ablation table, and how the runs of this row are trained."""
+    """A row of the ablation table. Its fields say how the runs of this row are trained."""
 
     name: str
     recipe: str
-    """Last part of the recipe's name: "pretrain", "align" or "finetune"."""
+    """Last part of the recipe's name: "pretrain", "align" or "finetune". The first part is `Ablation.family`."""
     pretrained: bool = False
     """Whether each run starts from the pre-trained model of the same seed."""
     total_steps: bool = False
-    """Whether each run trains for the number of steps of pre-training plus that of fine-tuning."""
+    """Whether each run has as many training steps as pre-training and fine-tuning together."""
     overrides: tuple[str, ...] = ()
     control: bool = False
     """Whether this row is one of our controls, which are not in the paper."""
@@ -68,7 +69,7 @@ ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """An ablation on one data set with the recipes `<family>_pretrain`, `<family>_align`, `<family>_finetune`."""
+    """An ablation on one data set. Recipes: `<family>_pretrain`, `<family>_align`, `<family>_finetune`."""
 
     family: str
     data: Path
@@ -82,15 +83,15 @@ class Ablation:
     overrides: tuple[str, ...]
 
     def settings(self) -> dict[str, object]:
-        """Returns the settings that affect the results, except the seeds, which every run has in its path.
+        """Returns the settings that affect the results. Seeds are left out, as each run's path has its seed.
 
-        Runs in the output folder are used again only if they were made with equal settings.
+        A run in the output folder is used again only if it was made with equal settings.
         """
         same = {name: getattr(self, name) for name in ("family", "steps", "pretrain_steps")}
         return {**same, "data": str(self.data), "overrides": list(self.overrides)}
 
     def claim_folder(self) -> None:
-        """Writes the settings to the output folder. Raises ValueError if it is used for anything else."""
+        """Writes the settings to `out`. Raises ValueError if `out` has other files or other settings."""
         path, used = self.out / "settings.json", self.out.exists() and any(self.out.iterdir())
         if used and not (path.is_file() and read_json(path) == self.settings()):
             raise ValueError(
@@ -103,7 +104,7 @@ class Ablation:
         return self.out / f"seed{seed}" / slug
 
     def command(self, row: Row, seed: int) -> list[str]:
-        """Returns the command line that trains one run."""
+        """Returns the command line that trains the run of `row` with `seed`."""
         steps = self.pretrain_steps if row.recipe == "pretrain" else self.steps
         if row.total_steps:
             steps += self.pretrain_steps
@@ -113,7 +114,7 @@ class Ablation:
         return [*words, "--init", str(self.run_folder(ROWS[0], seed))] if row.pretrained else words
 
     def train(self, row: Row, seed: int) -> None:
-        """Trains one run, unless it is complete. Raises TrainingError if the training fails."""
+        """Trains the run of `row` with `seed` unless it is complete. Raises TrainingError if training fails."""
         folder = self.run_folder(row, seed)
         if (folder / "last" / "model.safetensors").is_file():
             return
@@ -133,7 +134,7 @@ class Ablation:
         print(f"seed {seed}  {row.name:<36} {time.monotonic() - start:6.0f} s", flush=True)
 
     def train_all(self) -> None:
-        """Trains all runs, `jobs` at a time. A run that starts from a pre-trained model waits for that model."""
+        """Trains all runs, `jobs` at a time. A run that needs a pre-trained model waits for that model."""
         seeds = range(self.seeds)
         with ThreadPoolExecutor(self.jobs) as pool:
             pretrainings = [pool.submit(self.train, ROWS[0], seed) for seed in seeds]
@@ -155,7 +156,7 @@ class Ablation:
 
 
 def evaluate_all(ablation: Ablation) -> list[dict]:
-    """Evaluates the best model of every run on test. Returns one dictionary for each row of the table."""
+    """Evaluates the best model of every run on the test split. Returns a dictionary for each table row."""
     index, results = ShardIndex.open(ablation.data), []
     for row in ROWS:
         folders = [ablation.run_folder(row, seed) for seed in range(ablation.seeds)]
@@ -180,9 +181,9 @@ def _evaluate(folder: Path, index: ShardIndex) -> dict[str, float]:
 
 
 def read_ablation(options: argparse.Namespace, overrides: list[str]) -> Ablation:
-    """Builds the ablation from the command line's options and checks that its data and recipes exist.
+    """Builds the ablation from the options of the command line. Checks that its data set and recipes exist.
 
-    Raises ValueError if an option is wrong or `overrides` sets a field that the ablation sets itself.
+    Raises ValueError if an option is wrong, or if `overrides` sets a field that the ablation sets itself.
     """
     for name in (word.split("=")[0] for word in overrides):
         if name.removeprefix("--") in _OWN_FIELDS:
@@ -229,7 +230,7 @@ def parser() -> command.Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command. Returns its exit code: 0, 1 if a training failed, or 2 for a user's mistake."""
+    """Runs the command. Returns exit code 0 for success, 1 if a training failed, or 2 for a user's mistake."""
     options, overrides = parser().parse_known_args(arguments)
     return command.run(lambda: _ablate(options, overrides), failure=TrainingError)
 

@@ -1,9 +1,9 @@
 """Compares the speed of our data loading and pooling with the plain way, on one core (`python -m d2s.bench`).
 
-The plain way is our rewrite of the loader in the paper's release. It decodes each photo from the original file,
+The plain way is our rewrite of the loader in the paper's release. It decodes each photo from the original file. It
 crops, resizes and normalises floating-point pixels, and tokenises captions word by word in Python. Our way reads
-the same photos from shards, in which the shorter side of a photo is 256 pixels, and augments captions in batches.
-Photos are synthetic: 640 x 480 JPEGs with the spectrum of real photos. Captions come from a small grammar.
+the same photos from shards, in which the shorter side of a photo is 256 pixels. It augments captions in batches.
+The photos are synthetic 640 x 480 JPEGs with the spectrum of real photos. A small grammar generates the captions.
 """
 
 import argparse
@@ -44,7 +44,7 @@ _VERBS = "runs past,stands beside,jumps over,looks at,holds,rides near,sits behi
 
 
 def photo(number: int, width: int = 640, height: int = 480) -> Image.Image:
-    """Makes a photo of noise with spectrum f^-1.2. As a JPEG it is about as large as a photo of COCO."""
+    """Makes photo `number` from noise with spectrum f^-1.2. Saved as a JPEG, it is about as large as a COCO photo."""
     rng = np.random.default_rng(number)
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     falloff = np.maximum(np.hypot(fy, fx), 1 / width) ** -1.2
@@ -55,7 +55,7 @@ def photo(number: int, width: int = 640, height: int = 480) -> Image.Image:
 
 
 def caption(rng: random.Random, sentences: int) -> str:
-    """Generates a caption of one or more sentences, with about twelve words in each."""
+    """Generates a caption of `sentences` sentences. Each sentence has about twelve words."""
 
     def thing() -> str:
         return f"a {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
@@ -65,7 +65,7 @@ def caption(rng: random.Random, sentences: int) -> str:
 
 
 def make_data(folder: Path, count: int) -> ShardIndex:
-    """Writes `count` photos to `folder`/originals, builds shards from them with --resize 256 and opens these."""
+    """Writes `count` photos to `folder`/originals. Builds shards from them with --resize 256, and opens these."""
     rng = random.Random(0)
     (folder / "originals").mkdir()
     with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
@@ -84,13 +84,13 @@ def make_data(folder: Path, count: int) -> ShardIndex:
 
 
 def plain_image(path: Path, rng: random.Random) -> torch.Tensor:
-    """Loads one photo for training as the release does. Returns float32 (3, SIZE, SIZE)."""
+    """Loads one photo for training as the paper's release does. Returns float32 pixels of shape (3, SIZE, SIZE)."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.float32)
     ratio = rng.uniform(0.6, 1)
     height, width = int(pixels.shape[0] * ratio), int(pixels.shape[1] * ratio)
     top, left = rng.randint(0, pixels.shape[0] - height), rng.randint(0, pixels.shape[1] - width)
     crop = torch.from_numpy(pixels[top : top + height, left : left + width])
-    # OpenCV's method: bilinear, without antialiasing, on floats. Of the implementations torch's is the fastest.
+    # Resizes floats like OpenCV: bilinear, without antialiasing. torch has the fastest implementation of this.
     resized = torch.nn.functional.interpolate(
         crop.permute(2, 0, 1)[None], size=(SIZE, SIZE), mode="bilinear", align_corners=False
     )
@@ -104,7 +104,7 @@ def plain_image(path: Path, rng: random.Random) -> torch.Tensor:
 def plain_caption(
     text: str, tokenizer: PreTrainedTokenizerFast, vocabulary: list[str], rng: random.Random
 ) -> torch.Tensor:
-    """Tokenises and augments one caption as the release does. Returns int64 token ids of shape (L,)."""
+    """Tokenises and augments one caption as the paper's release does. Returns int64 token ids of shape (length,)."""
     tokens = []
     for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text.lower()):
         pieces = tokenizer.tokenize(word)
@@ -122,7 +122,7 @@ def plain_caption(
 def side_by_side(
     plain: Callable[[], object], ours: Callable[[], object], items: int, rounds: int
 ) -> tuple[float, float]:
-    """Runs both functions in turn for `rounds` rounds. Returns the best rate of each, in items per CPU second."""
+    """Calls both functions `rounds` times on `items` items. Returns their best rates in items per CPU second."""
     best = [0.0, 0.0]
     for _ in range(rounds):
         for which, work in enumerate((plain, ours)):
@@ -133,7 +133,7 @@ def side_by_side(
 
 
 def bench_images(originals: Path, index: ShardIndex, rounds: int) -> tuple[float, float]:
-    """Measures how fast images are loaded, from file to array. Returns (plain, ours) in images/s."""
+    """Measures how fast images are loaded from files into arrays. Returns both rates, (plain, ours), in images/s."""
     paths = sorted(originals.iterdir())
     rng, reader = random.Random(0), ShardReader(index)
 
@@ -148,7 +148,7 @@ def bench_images(originals: Path, index: ShardIndex, rounds: int) -> tuple[float
 def bench_captions(
     tokenizer: PreTrainedTokenizerFast, sentences: int, count: int, rounds: int
 ) -> tuple[float, float]:
-    """Measures how fast captions are augmented; our way in batches of 128. Returns (plain, ours) in captions/s."""
+    """Measures how fast captions are augmented, ours in batches of 128. Returns (plain, ours) in captions/s."""
     rng = random.Random(0)
     texts = [caption(rng, sentences) for _ in range(count)]
     vocabulary, pipeline = list(tokenizer.get_vocab()), TextPipeline(tokenizer, 256)
@@ -164,7 +164,7 @@ def bench_captions(
 
 
 def bench_gpo(shape: Shape, rounds: int) -> tuple[float, float]:
-    """Measures GPO forward and backward. Returns (the published layer's, our layer's) rate in samples/s."""
+    """Measures GPO pooling, forward and backward. Returns rates in samples/s: published layer, our layer."""
     case, layer = CASES["gpo"], GPO()
     inputs = case.make(shape, torch.float32, "cpu", 0)
     features, mask = inputs.tensors["features"], inputs.tensors["mask"]

@@ -1,7 +1,8 @@
-"""Runs the drill on a job that something else starts and restarts: a batch system, or a launcher with restarts.
+"""Runs the drill on a job that a batch system or another launcher starts and restarts.
 
-The drill kills workers of the job on this machine. For a job on several machines, run the drill on one machine or on
-each. The job's launcher must restart the job with `--resume`. The finished run is compared with an uninterrupted run.
+The drill kills workers of the job on this machine. If the job uses several machines, run the drill on one or on all
+of them. The job's launcher must restart the job with `--resume`. At the end, the drill compares the finished run with
+an uninterrupted run.
 """
 
 import argparse
@@ -19,9 +20,10 @@ from d2s.workers.local_job import wait_until
 
 
 def attach(options: argparse.Namespace) -> bool:
-    """Kills the job's workers, waits for the job to end, prints the verdict. Returns whether the drill passed.
+    """Kills the job's workers again and again, waits for the job to end, and prints the verdict.
 
-    Raises ValueError if the run is already finished, and DrillError if the job makes no progress.
+    Returns whether the drill passed. Raises ValueError if the run is already finished. Raises DrillError if the
+    job makes no progress.
     """
     run: Path = options.run
     if finished(run):
@@ -53,7 +55,7 @@ def attach(options: argparse.Namespace) -> bool:
 
 
 def _kill(run: Path, kill: Kill, pause: float, patience: float) -> bool:
-    """Waits for progress, then for `pause` seconds, and kills. Returns False if the job ended before."""
+    """Waits for progress (see `_await`), then `pause` seconds, then kills. Returns whether a running job was hit."""
     before = metrics_version(run)
     if not _await(run, lambda: bool(workers_of(run)), patience):
         return False
@@ -74,7 +76,7 @@ def _kill(run: Path, kill: Kill, pause: float, patience: float) -> bool:
 
 
 def _await(run: Path, moment: Callable[[], bool], patience: float) -> bool:
-    """Waits until `moment()` is true. Returns False if the run finished before, else True.
+    """Waits until `moment()` is true. Returns True then, or False if the run finishes first.
 
     Raises DrillError if the job writes no row of metrics and no checkpoint for `patience` seconds.
     """

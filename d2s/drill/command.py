@@ -1,10 +1,10 @@
 """Kills a training again and again, and compares the result with an uninterrupted training.
 
-`python -m d2s.drill --workers 2 --kills 20 --seed 0` starts a real training with two workers. It kills one worker or
-all with SIGKILL (after a training step, while a checkpoint is being written, or at a start), restarts the training
-with `--resume`, and repeats this until the training is done. Then it compares every loss and the final weights with
-those of an uninterrupted run. The seed determines the moments of the kills. `--workers 2,1,4` changes the number of
-workers at each restart.
+`python -m d2s.drill --workers 2 --kills 20 --seed 0` starts a real training with two workers. The drill kills one
+worker or all workers with SIGKILL (after a training step, while a checkpoint is being written, or at a start). It
+restarts the training with `--resume`, and repeats this until the training is done. Then it compares every loss and
+the final weights with an uninterrupted run. The seed determines the moments of the kills. `--workers 2,1,4` changes
+the number of workers at each restart.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from d2s.drill.kills import DrillError
 
 
 def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> bool:
-    """Runs the drill in the folder `out` and prints the report. Returns whether the drill passed."""
+    """Runs the drill in `out`, with `overrides` for train.py. Prints the report. Returns whether it passed."""
     from d2s.drill.kill_loop import KillLoop, train_reference
     from d2s.drill.options import small_batch, training_arguments
     from d2s.shards.cli import build_scenes
@@ -51,7 +51,7 @@ def run_drill(options: argparse.Namespace, overrides: list[str], out: Path) -> b
 
 
 def worker_counts(text: str) -> tuple[int, ...]:
-    """Parses numbers of workers, as in `2` or `2,1,4`. Raises ArgumentTypeError for anything else."""
+    """Parses one or several numbers of workers, such as `2` or `2,1,4`. Raises ArgumentTypeError for other text."""
     parts = text.split(",")
     if not all(part.isdigit() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers (2), nor several (2,1,4)")
@@ -101,7 +101,7 @@ def parser() -> command.Parser:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> bool:
-    """Compares two runs, attaches to a job or runs a drill, depending on the options. Returns whether it passed."""
+    """Compares two runs, attaches to a job, or runs a drill, as the options say. Returns whether the check passed."""
     if options.compare:
         comparison = compare(*options.compare)
         print("\n".join(comparison.lines()))

@@ -1,4 +1,4 @@
-"""Compares two finished runs: every loss and the final weights, bit by bit or within a tolerance."""
+"""Compares every loss and the final weights of two finished runs, bit by bit or within a tolerance."""
 
 import math
 from dataclasses import dataclass
@@ -13,34 +13,34 @@ COMPARED = ("loss", "align", "distill", "lr", "grad_norm")
 TOLERANCE = 1e-4
 """Largest relative difference that is allowed if the number of workers changed during the drill.
 
-The number of workers sets the order in which floating-point numbers are summed. At the drill's own learning rate
-another order changes a loss by about 3e-6; a restart that loses AdamW's first moments changes it by 5e-2.
+The number of workers decides in which order floating-point numbers are summed. At the drill's own learning rate, a
+different order changes a loss by about 3e-6. A restart that loses AdamW's first moments changes a loss by 5e-2.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The differences between a run and the other run, which it is compared with."""
+    """The differences between a run and the other run, with which `compare` compared it."""
 
     steps: int
-    """Number of steps that both runs have."""
+    """Number of training steps that both runs recorded."""
     missing: tuple[int, ...]
-    """Steps that only one of the two runs has."""
+    """Training steps that only one of the two runs recorded."""
     loss: float
-    """Largest difference between two losses of the same step, relative to the other run's loss."""
+    """Largest difference between the two losses of a training step, relative to the other run's loss."""
     loss_step: int
-    """The step at which the losses differ most."""
+    """The training step at which the losses differ most, or 0 if all losses are equal."""
     weights: float
-    """Norm of the difference between all weights, relative to the norm of the other run's weights."""
+    """L2 norm of the difference between the final weights, relative to the L2 norm of the other run's weights."""
     unlike: tuple[str, ...]
-    """Names of the numbers ("step 3 loss") and of the tensors that are not bit-equal."""
+    """Names of all logged numbers ("step 3 loss") and weight tensors that are not bit-equal."""
 
     @property
     def bit_equal(self) -> bool:
         return not self.unlike and not self.missing
 
     def within(self, tolerance: float) -> bool:
-        """Returns whether no step is missing, and all losses and the weights differ by at most `tolerance`."""
+        """Returns whether the runs recorded the same steps, and losses and weights differ by at most `tolerance`."""
         return not self.missing and self.loss <= tolerance and self.weights <= tolerance
 
     def lines(self) -> list[str]:
@@ -55,7 +55,8 @@ class Comparison:
     def verdict(self, *, fixed: bool, tolerance: float) -> tuple[str, bool]:
         """Returns the last line of a drill's report, and whether the drill passed.
 
-        fixed: whether the number of workers never changed, so that the runs must be bit-equal.
+        fixed: whether the number of workers never changed. If True, the drill passes only if the runs are bit-equal.
+        tolerance: the largest relative difference that passes if `fixed` is False.
         """
         passed = self.bit_equal if fixed else self.within(tolerance)
         answer = "yes" if passed else "no"
@@ -68,7 +69,7 @@ class Comparison:
 
 
 def compare(run: Path, other: Path) -> Comparison:
-    """Compares two finished runs. If metrics.jsonl has several rows for a step, the last row counts.
+    """Compares two finished runs. If metrics.jsonl has several rows for a training step, the last row counts.
 
     Raises ValueError if a run is not finished, or if a folder is no run.
     """
@@ -77,7 +78,7 @@ def compare(run: Path, other: Path) -> Comparison:
     unlike, largest, where = [], 0.0, 0
     for step in steps:
         for name in COMPARED:
-            # Compared as text, because NaN equals NaN only as text.
+            # The numbers are compared as text, because NaN is not equal to NaN as a number.
             if repr(ours[step].get(name)) != repr(theirs[step].get(name)):
                 unlike.append(f"step {step} {name}")
         difference = _relative(ours[step]["loss"], theirs[step]["loss"])
@@ -95,7 +96,7 @@ def compare(run: Path, other: Path) -> Comparison:
 
 
 def recorded_steps(run: Path) -> set[int]:
-    """Returns the training steps that a finished run recorded. Raises ValueError as :func:`compare` does."""
+    """Returns the training steps that a finished run recorded. Raises ValueError as `compare` does."""
     steps = set(_rows(run))
     _weights_file(run)
     return steps
@@ -116,7 +117,7 @@ def _relative(a: float, b: float) -> float:
 
 
 def _weights(run: Path, other: Path) -> tuple[float, list[str]]:
-    """Returns the relative difference between all weights, and the names of the tensors that differ."""
+    """Returns `Comparison.weights`, and the names of the tensors that differ in shape, type or values."""
     from safetensors.numpy import load_file
 
     ours, theirs = load_file(_weights_file(run)), load_file(_weights_file(other))

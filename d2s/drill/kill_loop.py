@@ -1,4 +1,4 @@
-"""Starts a training, kills it and restarts it, until the training is done."""
+"""Starts, kills and restarts a training until the training is done."""
 
 import argparse
 import math
@@ -15,18 +15,18 @@ from d2s.workers.local_job import LocalJob, start_job, wait_until
 from d2s.workers.preemption import PREEMPTED
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-# Longest delay in seconds from seeing the moment of a kill to the kill, by `Kill.moment`.
+# The longest delay, in seconds, after the drill sees the moment of a kill. The keys are values of `Kill.moment`.
 _DELAY = {"step": 0.05, "save": 0.2}
 _SECONDS_TO_MEET = 10.0
 
 
 def start_training(arguments: Sequence[str], run: Path, workers: int, log: Path, launcher: str) -> LocalJob:
-    """Starts `train.py ARGUMENTS --run RUN --resume` with `workers` processes; see `start_job`."""
+    """Starts `train.py ARGUMENTS --run RUN --resume`. `start_job` explains the other parameters."""
     return start_job([str(TRAIN), *arguments, "--run", str(run), "--resume"], workers, log, launcher)
 
 
 def train_reference(arguments: Sequence[str], run: Path, logs: Path, options: argparse.Namespace) -> float:
-    """Trains without a kill. Returns the seconds from the start to the end of the first training step.
+    """Trains into `run` without a kill. Returns the seconds from the start to the end of the first training step.
 
     Raises DrillError if the training fails or does not end.
     """
@@ -52,9 +52,9 @@ class KillLoop:
     run: Path
     logs: Path
     options: argparse.Namespace
-    """The drill's options. Used: workers, kills, seed, steps, save_steps, launcher, grace, patience."""
+    """The drill's options. This class uses workers, kills, seed, steps, save_steps, launcher, grace and patience."""
     start_seconds: float
-    """Seconds from a start of the training to the end of its first step."""
+    """Seconds from a start of the training to the end of the first training step."""
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,10 @@ class KillLoop:
         self.kills = draw_kills(self.options.kills, self.options.seed)
 
     def go(self) -> None:
-        """Starts, kills and restarts the training until it is done. Raises DrillError if it fails by itself."""
+        """Starts, kills and restarts the training until it is done.
+
+        Raises DrillError if the training gets stuck, or stops with an error that was not one of our kills.
+        """
         start = time.monotonic()
         while not self._start_once():
             self.tally.restarts += 1
@@ -89,7 +92,7 @@ class KillLoop:
         if not any(codes):
             return True
         if not killed and PREEMPTED in codes:
-            return False  # a batch system stopped the training, which is no failure
+            return False  # A batch system stopped the training. This is no failure.
         if not killed:
             raise DrillError(f"the training ended by itself with {codes}: {job.error()}")
         self.tally.kills.append(kill)
@@ -99,9 +102,9 @@ class KillLoop:
         return False
 
     def _kill(self, job: LocalJob, kill: Kill) -> bool:
-        """Waits for the moment of `kill` and kills. Returns False if the job ended before."""
+        """Waits for the moment of `kill`, then kills. Returns whether a process was killed before the job ended."""
         if kill.moment == "start":
-            # The wait also ends at the first row of metrics, because this start may be quicker than the measured one.
+            # The wait also ends at the first row of metrics, because this start may be faster than `start_seconds`.
             before, until = metrics_version(self.run), job.started + kill.where * self.start_seconds
             self._await(job, lambda: time.monotonic() >= until or metrics_version(self.run) != before)
         else:
@@ -126,10 +129,10 @@ class KillLoop:
             raise DrillError(f"nothing happened in {self.patience:.0f} s: {job.error()}")
 
     def _wait_for_survivors(self, job: LocalJob, kill: Kill, *, trained: bool) -> None:
-        """Waits until the other workers end by themselves after one was killed, and notes the outcome in `tally`.
+        """Waits until the surviving workers end by themselves after one was killed. Counts the outcome in `tally`.
 
-        trained: whether this start reached a training step. Before the process group is formed, workers cannot
-            notice that another died. Then the drill waits only 10 s and kills them, as a launcher does.
+        trained: whether this start reached a training step. If False, the process group may not exist yet, and the
+            survivors cannot notice the kill. The drill then waits only 10 s before it kills them, as launchers do.
         """
         start = time.monotonic()
         ended = job.wait(min(self.options.grace, math.inf if trained else _SECONDS_TO_MEET))

@@ -1,4 +1,4 @@
-"""Draws the kills of a drill from its seed, and counts how much of the training they cost."""
+"""Draws the kills of a drill from a seed, and counts how much training time the kills cost."""
 
 import random
 from dataclasses import dataclass, field
@@ -7,31 +7,31 @@ from pathlib import Path
 from d2s.training.run_log import read_rows
 
 MOMENTS = {"step": "after a step", "save": "while saving", "start": "at a start"}
-# The moments of every ten kills. Few are at a start, because little can be lost there.
+# The moments of every ten kills. Only two are at a start, because little can be lost there.
 _TEN = ["step"] * 4 + ["save"] * 4 + ["start"] * 2
 
 
 class DrillError(Exception):
-    """Raised if the drill cannot go on, because the training failed by itself or got stuck."""
+    """Raised if the training stops with an error that was not one of our kills, or gets stuck."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """One kill. All fields are drawn before the drill starts, so that a seed always gives the same kills."""
+    """One kill. All fields are drawn before the drill starts. So a seed always gives the same kills."""
 
     moment: str
-    """When to kill: a key of MOMENTS."""
+    """A key of MOMENTS, which says when to kill."""
     everyone: bool
-    """Whether all workers are killed, or only one."""
+    """Whether all workers are killed. If False, only one worker is killed."""
     where: float
-    """In [0, 1): position of the kill among the steps that it may hit or, for "start", in the start-up time."""
+    """In [0, 1): chooses the training step or, if `moment` is "start", the fraction of the start-up time."""
     delay: float
-    """In [0, 1): time from seeing the moment to the kill, as a share of the longest delay."""
+    """In [0, 1): time between the moment and the kill, as a fraction of the longest delay."""
     who: float
-    """In [0, 1): chooses the worker if only one is killed."""
+    """In [0, 1): chooses the worker if only one worker is killed."""
 
     def victims(self, workers: list[int]) -> list[int]:
-        """Returns the process numbers to kill, out of the process numbers of all workers."""
+        """Returns the process ids to kill. `workers` has the process ids of all workers."""
         return workers if self.everyone else workers[int(self.who * len(workers)) :][:1]
 
 
@@ -51,34 +51,35 @@ def draw_kills(count: int, seed: int) -> list[Kill]:
 
 
 def target_step(kill: Kill, seen: int, last: int, left: int) -> int:
-    """Returns the step after which to kill: later than `seen`, and early enough for the kills that follow.
+    """Returns the training step after which to kill. It is later than `seen`, and leaves steps for later kills.
 
     Args:
-        seen: the highest step that the training has reached so far.
-        last: the last step that may be chosen, unless `seen` is later.
-        left: number of kills still to make, this one included.
+        seen: the highest training step that was reached so far.
+        last: the last training step that may be chosen. If `seen` is not earlier, `seen` + 1 is chosen.
+        left: number of kills that remain, this one included.
     """
     return min(seen + 1 + int(kill.where * max((last - seen) // left, 1)), max(last, seen + 1))
 
 
 @dataclass
 class Tally:
-    """Counts what happened in a drill."""
+    """Counts the events of a drill, such as kills, restarts and repeated training steps."""
 
     kills: list[Kill] = field(default_factory=list)
     restarts: int = 0
     lost: int = 0
-    """Number of training steps that had to be done again."""
+    """Number of training steps that had to be repeated."""
     slowest: float = 0.0
-    """Longest time in seconds from the kill of one worker until all other workers had ended by themselves."""
+    """The longest time, in seconds, from the kill of one worker until all other workers ended by themselves."""
     hung: int = 0
-    """Number of kills of one worker after which the other workers did not end by themselves."""
+    """Number of kills of one worker, after a training step, after which the others did not end by themselves."""
     unmet: int = 0
-    """Number of kills of one worker before the process group was formed, so that the drill killed the others."""
+    """Like `hung`, but for kills before the first training step: workers may not notice these."""
     seconds: float = 0.0
+    """Time in seconds from the first start of the training to its end."""
 
     def lines(self, planned: int, run: Path) -> list[str]:
-        """Returns the lines of the report for a drill of `planned` kills, which trained into `run`."""
+        """Returns the lines of the report. planned: number of kills asked for. run: the run folder."""
         moments = ", ".join(
             f"{sum(kill.moment == name for kill in self.kills)} {text}" for name, text in MOMENTS.items()
         )

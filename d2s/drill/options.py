@@ -1,4 +1,4 @@
-"""Checks the drill's options before any long work, and turns them into arguments of train.py."""
+"""Checks the drill's options before any long work starts, and turns them into arguments of train.py."""
 
 import argparse
 import math
@@ -12,32 +12,32 @@ from d2s.training.config import override
 from d2s.training.recipes import find_recipe
 from d2s.workers.group import local_batch
 
-# The smallest training that has all parts. A training step takes about 10 ms; an epoch has 30 steps.
+# The smallest training that has all parts. A training step takes about 10 ms. An epoch has 30 training steps.
 _SMALL = {
     "--model.width": "16", "--data.image_size": "32", "--model.image_size": "32",
     "--data.loader_workers": "0", "--optim.warmup_steps": "0",
 }  # fmt: skip
-# At the usual learning rate AdamW amplifies rounding errors so much that even two undisturbed runs with different
-# numbers of workers would differ. At this rate rounding errors do not grow.
+# At the usual learning rate, AdamW amplifies rounding errors: even runs without kills would differ if their
+# numbers of workers differ. At this learning rate, rounding errors do not grow.
 _SMALL_RATE = {"--optim.lr": "1e-5", "--optim.backbone_lr": "1e-5"}
 
 
 def small_batch(options: argparse.Namespace) -> int:
-    """Returns the smallest batch size of at least 8 that every number in `options.workers` divides."""
+    """Returns the smallest batch size that is at least 8 and a multiple of every number in `options.workers`."""
     common = lcm(*options.workers)
     return common * -(-8 // common)
 
 
 def training_arguments(options: argparse.Namespace, overrides: list[str], data: Path) -> list[str]:
-    """Returns the arguments of train.py, without --run. The user's `overrides` replace the drill's own values."""
+    """Returns the arguments of train.py, without --run. The user's `overrides` replace values set here."""
     small = options.recipe.startswith("scenes_small") and options.data is None
     fields = {"--batch_size": str(small_batch(options)), **_SMALL} if small else {}
     fields |= {
         "--max_steps": str(options.steps), "--log.every": "1", "--checkpoint.every_steps": str(options.save_steps),
-        "--checkpoint.max_stalled_restarts": "0",  # a kill while saving or at a start is no sign of a stalled run
+        "--checkpoint.max_stalled_restarts": "0",  # kills while saving or at a start must not count as stalls
     }  # fmt: skip
     if len(set(options.workers)) > 1:
-        fields["--model.text_dropout"] = "0"  # its random numbers depend on the worker, not on the sample
+        fields["--model.text_dropout"] = "0"  # dropout draws depend on the worker, not on the sample
         fields |= _SMALL_RATE if small else {}
     given = {argument.split("=", 1)[0] for argument in overrides}
     arguments = [word for name, value in fields.items() if name not in given for word in (name, value)]
@@ -45,7 +45,7 @@ def training_arguments(options: argparse.Namespace, overrides: list[str], data: 
 
 
 def check(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Sets `options.steps` if it is None. Raises ValueError for options that do not fit together."""
+    """Checks the options, and sets `options.steps` if it is None. Raises ValueError for a wrong option."""
     from d2s.training.arguments import parse
 
     _check_numbers(options)
@@ -98,7 +98,7 @@ def _check_folders(options: argparse.Namespace) -> None:
 
 
 def _check_against(options: argparse.Namespace, every: int) -> None:
-    """Raises ValueError unless `options.against` has the rows that this drill will have. every: steps per row."""
+    """Raises ValueError unless `options.against` logged the steps that this drill logs: each `every`-th step."""
     run, steps = options.against, options.steps
     try:
         found = recorded_steps(run)

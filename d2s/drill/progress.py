@@ -8,12 +8,12 @@ from d2s.training.run_log import read_rows
 
 
 def last_step(run: Path) -> int:
-    """Returns the last training step in metrics.jsonl, or 0 if there is none."""
+    """Returns the last training step in metrics.jsonl, or 0 if the file has no training step."""
     return max((row["step"] for row in read_rows(run) if row["kind"] == "train"), default=0)
 
 
 def saved_step(run: Path) -> int:
-    """Returns the training step of the newest complete checkpoint, or 0 if there is none."""
+    """Returns the training step of the newest complete checkpoint, or 0 if there is no complete checkpoint."""
     found = newest(run)
     return int("".join(filter(str.isdigit, found.name))) if found else 0
 
@@ -24,7 +24,7 @@ def finished(run: Path) -> bool:
 
 
 def incomplete_checkpoints(run: Path) -> dict[str, int]:
-    """Returns the modification time (ns) of each incomplete checkpoint by name; a kill leaves some behind."""
+    """Maps the name of each checkpoint that was not completely written to its modification time in ns."""
     found = {}
     for path in (run / "checkpoints").glob(".*"):
         with contextlib.suppress(FileNotFoundError):
@@ -33,7 +33,7 @@ def incomplete_checkpoints(run: Path) -> dict[str, int]:
 
 
 def metrics_version(run: Path) -> tuple[int, int, int]:
-    """Returns a value that changes with every write to metrics.jsonl: zeros if there is no such file."""
+    """Returns a value that changes with every write to metrics.jsonl. Returns zeros if the file does not exist."""
     try:
         facts = (run / "metrics.jsonl").stat()
     except FileNotFoundError:

@@ -10,9 +10,10 @@ import psutil
 
 
 def workers_of(run: Path) -> list[int]:
-    """Returns the process numbers of the workers on this machine that train into `run`, ordered by rank.
+    """Returns the process ids of the workers on this machine that train into `run`, ordered by rank.
 
-    A worker has RANK in its environment. Its data-loading processes inherit RANK, but are children of a worker.
+    A worker has RANK in its environment. The data-loading processes of a worker inherit RANK. They are left out,
+    because their parent process has RANK too.
     """
     ranks, parents = {}, {}
     for process in psutil.process_iter(["pid", "ppid", "cmdline"]):
@@ -31,7 +32,7 @@ def _is_training(command: Sequence[str]) -> bool:
 
 
 def _run_folder(command: Sequence[str], folder: Path) -> Path | None:
-    """Returns the folder that --run names in a command that was started in `folder`; None without --run."""
+    """Returns the --run path of a command that was started in `folder`, or None if it has no --run."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         value = (
             following if word == "--run" else word.removeprefix("--run=") if word.startswith("--run=") else ""

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class SavedActivations:
-    """A context that counts the bytes that each forward pass of a module saves for its backward pass.
+    """A context manager. Counts the bytes that each forward pass of a module saves for its backward pass.
 
-    A storage counts once even if several tensors share it. The module's parameters do not count.
+    A storage counts once, even if several tensors share it. The module's parameters do not count.
 
         with SavedActivations(module) as saved:
             module(batch)
@@ -18,7 +18,7 @@ class SavedActivations:
 
     def __init__(self, module: nn.Module) -> None:
         self.most = 0
-        """Bytes saved by the forward pass that saved the most."""
+        """The largest number of bytes that one forward pass saved."""
         self._module = module
         self._sizes: dict[int, int] = {}
         self._parameters: set[int] = set()
@@ -47,6 +47,6 @@ class SavedActivations:
         return tensor
 
     def _after(self, *_: Any) -> None:
-        # The output keeps all saved storages alive until here, so no two of them had the same address.
+        # The output keeps all saved storages alive until here. So two different storages never had the same address.
         self._hooks.__exit__(None, None, None)
         self.most = max(self.most, sum(self._sizes.values()))

@@ -1,8 +1,9 @@
 """Plans a training: `python -m d2s.plan RECIPE --gpus 4 --memory 80 [--throughput 900] [--field value ...]`.
 
-Prints for each ZeRO stage the memory of a worker by part, the bytes that a worker sends in a training step and the
-largest batch that fits, and then the time of an epoch. Needs neither a GPU nor data: the model is built with random
-weights on the CPU. `--check` trains a few real steps on this machine and prints measured beside planned figures.
+Prints for each ZeRO stage how much memory each part takes on a worker, how many bytes a worker sends in a training
+step, and the largest batch that fits. Then prints the time of an epoch. Needs neither a GPU nor data, because the
+model is built with random weights on the CPU. `--check` trains a few real steps on this machine and prints measured
+figures beside the planned figures.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Describes a training for `train.py --dry-run`: configuration, parameters by part, steps and estimated memory."""
+"""Describes a training for `train.py --dry-run`: configuration, parameters, training steps, estimated memory."""
 
 import dataclasses
 import json
@@ -23,12 +23,12 @@ _PAIRS = 2
 
 
 def describe(spec: RunSpec) -> str:
-    """Returns the text to print. Builds the model on the CPU and runs a forward pass of two real pairs.
+    """Returns the text to print. Builds the model on the CPU and runs a forward pass on two pairs of the data set.
 
-    The paper's towers get their real shapes with random weights; BERT's vocabulary is then built from the captions.
+    The paper's towers get their real shapes, but random weights. BERT's vocabulary is then built from the captions.
     """
     resolved = json.dumps(spec.config.to_dict(), indent=2)
-    # Warn about the configuration that the user gave; `by_shape` replaces its towers by ones with random weights.
+    # Warns about the user's own configuration, before `by_shape` replaces its towers.
     for line in idle_settings(spec.config.model, {"decoder"} if spec.init else None):
         warnings.warn(line, IdleSetting, stacklevel=2)
     spec = dataclasses.replace(spec, config=by_shape(spec.config))
@@ -61,7 +61,7 @@ def describe(spec: RunSpec) -> str:
 
 
 def _parameters(module: TrainingModule) -> list[str]:
-    """Returns the lines of the table of parameters. A parameter shared by several parts counts in the first part."""
+    """Returns the lines of the parameter table. A parameter that several parts share counts in the first part."""
     model = module.model
     parts = {
         "image tower": model.image_encoder.tower,
@@ -83,7 +83,7 @@ def _parameters(module: TrainingModule) -> list[str]:
 
 
 def memory_parts(spec: RunSpec, module: TrainingModule) -> dict[str, int]:
-    """Returns the bytes on one worker by part. Counts like `d2s.plan`, but measures activations on real pairs."""
+    """Maps each part of the memory to its bytes on one worker. Measures activations on pairs of the data set."""
     config = spec.config
     sizes = Sizes(**count(module, config), saved=0, saved_per_pair=_saved_per_pair(spec, module))
     bucket = bucket_size(spec.engine_settings())

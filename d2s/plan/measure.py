@@ -1,6 +1,6 @@
-"""Measures the memory and speed of a few real training steps on this machine, to check the planned figures.
+"""Measures memory and speed of a few real training steps on this machine, to check the planned figures.
 
-`measure` runs this file in a process for each worker. The first worker writes its figures to a JSON file.
+`measure` runs this file in one process for each worker. The first worker writes its figures to a JSON file.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ _TIMEOUT = 900.0
 
 
 def measure(arguments: list[str], workers: int) -> dict[str, float]:
-    """Starts the training that train.py would do with `arguments`, and stops after STEPS steps.
+    """Trains with `arguments` as train.py does, and stops after STEPS training steps.
 
-    Returns the bytes on the first worker ("weights", "gradients", "optimizer", "activations", "resident"),
-    "samples_per_s" over all workers, the size of the "vocabulary", and "on_cpu". Raises ValueError with the
-    worker's error message if a worker fails.
+    Returns a dictionary. "weights", "gradients", "optimizer", "activations" and "resident" are bytes on the first
+    worker. "samples_per_s" is for all workers. "vocabulary" is a number of tokens. "on_cpu" is a bool. Raises
+    ValueError with the worker's error message if a worker fails.
     """
     with tempfile.TemporaryDirectory(prefix="d2s-plan-") as folder:
         run = Path(folder) / "run"
@@ -53,8 +53,8 @@ def measure(arguments: list[str], workers: int) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Trains as one worker with train.py's `arguments`. The first worker writes RUN/measured.json."""
-    import deepspeed  # noqa: F401  # its import takes memory that is not to be measured
+    """Trains as one of the workers, with `arguments` of train.py. The first worker writes RUN/measured.json."""
+    import deepspeed  # noqa: F401  # imported before the measurement starts, so that its memory is not counted
 
     spec = check_arguments(*parse(arguments))
     spec = dataclasses.replace(spec, config=by_shape(spec.config))
@@ -67,20 +67,20 @@ def main(arguments: list[str]) -> None:
 
 
 def peak_memory() -> int:
-    """Returns the most bytes that this process has used so far, on the GPU if there is one, else in RAM."""
+    """Returns the peak number of bytes that this process has used: on the GPU if there is one, else in RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def take_steps(trainer: Trainer) -> dict[str, float]:
-    """Trains STEPS steps. Returns the figures of `measure`, except "resident" and "on_cpu"."""
+    """Takes STEPS training steps. Returns the dictionary of `measure` without "resident" and "on_cpu"."""
     engine, module = trainer.engine, trainer.engine.module
     seconds, gradients, saved = [], [], SavedActivations(module)
     engine.train()
     for number, batch in enumerate(trainer.batches.epoch(0)):
         start = time.monotonic()
-        with saved if number == 1 else nullcontext():  # only one step, because counting is slow
+        with saved if number == 1 else nullcontext():  # only in one training step, because counting is slow
             losses = trainer.computation.forward(batch, number, 1.0)
             trainer.computation.backward(losses[0])
         gradients.append(gradient_bytes(engine))
@@ -99,7 +99,7 @@ def take_steps(trainer: Trainer) -> dict[str, float]:
 
 
 def gradient_bytes(engine: Any) -> int:
-    """Returns the bytes of gradients on this worker after the backward pass; ZeRO 2 and 3 keep only a part."""
+    """Returns the bytes of gradients on this worker after the backward pass. ZeRO 2 and 3 keep only a part."""
     parts = [p.grad for p in engine.module.parameters() if p.grad is not None]
     averaged = getattr(engine.optimizer, "averaged_gradients", None) or {}
     parts += [tensor for tensors in averaged.values() for tensor in tensors or [] if tensor is not None]
@@ -108,7 +108,7 @@ def gradient_bytes(engine: Any) -> int:
 
 
 def optimizer_bytes(engine: Any) -> int:
-    """Returns the bytes of AdamW's moments and of ZeRO's flat copies of the weights."""
+    """Returns the bytes of AdamW's moments and ZeRO's flat copies of the weights on this worker."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     weights = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
     updated = [p for group in inner.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""Estimates the bytes that a training needs on each worker, by part and ZeRO stage."""
+"""Estimates how many bytes a training needs on each worker, for each part of the memory and each ZeRO stage."""
 
 from d2s.kernels.chunked.common import CHUNK_ENTRIES, MIN_ROWS
 from d2s.losses.table import losses_of
@@ -12,19 +12,19 @@ PARTS = ("weights", "gradients", "optimizer", "buckets", "activations", "gathere
 def memory(
     config: TrainConfig, sizes: Sizes, workers: int, stage: int, batch: int, bucket: int
 ) -> dict[str, int]:
-    """Returns the bytes on one worker for each of PARTS, with ZeRO `stage` and a global batch of `batch` pairs.
+    """Maps each name in PARTS to its bytes on one worker, for ZeRO `stage` and a global batch of `batch` pairs.
 
-    bucket: size of DeepSpeed's communication bucket, in numbers of 4 bytes; it does not depend on the model.
+    bucket: size of DeepSpeed's communication bucket, in numbers of 4 bytes. It does not depend on the model.
     """
     divided = workers if stage else 1
     learned, width = FP32 * sizes.learned, config.model.width
-    # ZeRO 3 divides all weights of the model, frozen ones too, but not those of an online teacher.
+    # ZeRO 3 divides all weights of the model, also frozen weights. It does not divide an online teacher.
     model, teacher = FP32 * sizes.parameters, FP32 * sizes.teacher
     local = batch // workers
     micro_batch = config.engine.micro_batch or local
     embedded = min(micro_batch, local)
     cached = 4 * FP32 * width * local if micro_batch < local else 0
-    # ZeRO 3 keeps gathered weights from the forward to the backward pass, at most 10^9 numbers.
+    # ZeRO 3 keeps up to 10^9 gathered weights from the forward pass to the backward pass.
     gathered_weights = min(model, FP32 * 10**9) if stage == 3 else 0
     copies = 3 if stage else 2  # AdamW's two moments, and ZeRO's flat fp32 copy of the weights
     offloaded = config.engine.offload_optimizer and stage
@@ -43,11 +43,11 @@ def memory(
 
 
 def largest_batch(config: TrainConfig, sizes: Sizes, workers: int, stage: int, room: int, bucket: int) -> int:
-    """Returns the largest global batch that needs at most `room` bytes on each worker; 0 if none fits."""
+    """Returns the largest global batch that needs at most `room` bytes on each worker, or 0 if no batch fits."""
 
     def fits(local: int) -> bool:
         if sizes.batch_norm and 0 < config.engine.micro_batch < local:
-            return False  # training refuses micro-batches with a BatchNorm
+            return False  # training raises an error for micro-batches with a BatchNorm
         return sum(memory(config, sizes, workers, stage, local * workers, bucket).values()) <= room
 
     if not fits(1):

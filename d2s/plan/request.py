@@ -15,7 +15,7 @@ from d2s.training.recipes import find_recipe
 from d2s.workers.group import local_batch
 
 GIB = 2**30
-# (training images, sparse captions) if --data is not given: Karpathy's splits, and the scenes of `make demo`.
+# (training images, sparse captions) without --data: in Karpathy's splits, or in the scenes of `make demo`.
 _USUAL_SIZES = {
     "f30k": (29_000, 145_000),
     "coco": (113_287, 566_747),
@@ -34,11 +34,11 @@ class Request:
     memory: int
     """Bytes of memory that each worker's device has."""
     items: int
-    """Number of images or image-caption pairs in an epoch."""
+    """Number of images or of image-caption pairs in an epoch."""
     items_text: str
-    """`items` as text: "29,000 images, the usual size of f30k"."""
+    """`items` in words, such as "29,000 images, the usual size of f30k"."""
     vocabulary: int
-    """Number of tokens in the vocabulary; used only if the vocabulary is built from captions."""
+    """Number of tokens in the vocabulary. It is used only if the vocabulary is built from captions."""
     bucket: int
     """Size of DeepSpeed's communication bucket, in numbers of 4 bytes."""
 
@@ -48,7 +48,7 @@ class Request:
 
 
 def read_request(options: argparse.Namespace, overrides: list[str]) -> Request:
-    """Reads the request from the command line. Raises ValueError for unknown or contradictory options."""
+    """Builds the request from the command line. Raises ValueError for wrong or contradictory options."""
     config = by_shape(override(find_recipe(options.recipe), overrides))
     local = local_batch(config.batch_size, options.gpus)
     if not 0 < options.memory * GIB < math.inf:
@@ -58,7 +58,7 @@ def read_request(options: argparse.Namespace, overrides: list[str]) -> Request:
     items, items_text, vocabulary = _measure_data(config, options)
     try:
         steps_per_epoch(items, config.batch_size)
-    except ValueError as error:  # the training would refuse this batch size, too
+    except ValueError as error:  # the training would raise this error, too
         raise ValueError(f"{error} ({items_text})") from error
     settings = engine_settings(config.engine, local, config.optim.grad_clip)
     return Request(
@@ -68,7 +68,7 @@ def read_request(options: argparse.Namespace, overrides: list[str]) -> Request:
 
 
 def _measure_data(config: TrainConfig, options: argparse.Namespace) -> tuple[int, str, int]:
-    """Returns `items`, `items_text` and `vocabulary` of --data or, without it, of the recipe's usual data set."""
+    """Returns `items`, `items_text` and `vocabulary` for --data or, without it, for the usual data set."""
     pairs = config.stage == "finetune" and config.data.sparse == "all"
     kind = "image-caption pairs" if pairs else "images"
     if options.data is None:

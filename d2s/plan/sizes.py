@@ -1,7 +1,7 @@
-"""Counts the parameters of a recipe's model and the bytes of activations for each pair, on the CPU.
+"""Counts on the CPU how many parameters a recipe's model has, and how many bytes of activations a pair needs.
 
-The model is built with random weights. Activations are measured on forward passes of two and of four random pairs
-whose captions have the greatest length. Neither a GPU nor data is needed.
+The model is built with random weights. Activations are measured in forward passes of two pairs and of four pairs.
+The pairs are random, and their captions have the greatest length. Neither a GPU nor data is needed.
 """
 
 import dataclasses
@@ -30,35 +30,35 @@ class Sizes:
     """The sizes of a recipe's model."""
 
     parameters: int
-    """Number of parameters of the model, frozen ones included."""
+    """Number of parameters of the model, including frozen parameters."""
     learned: int
     """Number of parameters that are trained."""
     teacher: int
-    """Number of parameters in an online teacher's frozen copy of the text encoder; 0 without an online teacher."""
+    """Number of parameters of the online teacher, a frozen copy of the text encoder, or 0 if there is none."""
     saved: int
-    """Bytes that a forward pass saves for the backward pass, for a batch of any size."""
+    """Bytes that a forward pass saves for the backward pass whatever the batch size is."""
     saved_per_pair: int
-    """Bytes that a forward pass saves in addition for each pair."""
+    """Bytes that a forward pass saves for each pair of the batch, in addition to `saved`."""
     batch_norm: bool = False
-    """Whether the model has a BatchNorm that is trained; training then refuses micro-batches."""
+    """Whether the model has a BatchNorm that is trained. If so, training raises an error for micro-batches."""
 
 
 def by_shape(config: TrainConfig) -> TrainConfig:
-    """Returns `config` with the paper's towers replaced by their shapes, so that no weights are downloaded."""
+    """Returns `config` with only the shapes of the paper's towers, so that no weights are downloaded."""
     model = config.model
     towers = {name: shape_of(getattr(model, name)) for name in ("image_encoder", "text_encoder")}
     return dataclasses.replace(config, model=dataclasses.replace(model, **towers))
 
 
 def measure_sizes(config: TrainConfig, words: int, local_batch: int) -> Sizes:
-    """Builds the model of `config` and measures it.
+    """Builds the model of `config` and measures its sizes.
 
     Args:
-        words: size of the vocabulary; used only if the vocabulary is built from captions.
-        local_batch: number of pairs of the batch on each worker.
+        words: number of tokens in the vocabulary. It is used only if the vocabulary is built from captions.
+        local_batch: number of pairs on each worker.
 
     Raises:
-        ValueError: engine.micro_batch is set and the model has a BatchNorm.
+        ValueError: engine.micro_batch is below `local_batch`, and the model has a BatchNorm that is trained.
     """
     module = build(config, words, local_batch)
     two, four = (saved_bytes(module, made_up_batch(config, module, pairs)) for pairs in (2, 4))
@@ -72,7 +72,7 @@ def measure_sizes(config: TrainConfig, words: int, local_batch: int) -> Sizes:
 
 
 def build(config: TrainConfig, words: int, local_batch: int) -> TrainingModule:
-    """Returns the module that training would wrap in an engine. Takes and raises the same as `measure_sizes`."""
+    """Builds the module that training wraps in an engine. `measure_sizes` lists arguments and errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleSetting)
         made_from_captions = config.model.text_encoder.tokenizer == WORDS
@@ -84,14 +84,14 @@ def build(config: TrainConfig, words: int, local_batch: int) -> TrainingModule:
 
 
 def vocabulary(words: int) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with `words` made-up tokens, or slightly more if `words` is below the least size."""
+    """Returns a tokenizer of `words` tokens, or of the smallest possible number if `words` is less."""
     captions = [" ".join(f"w{number}" for number in range(words))]
     least = len(build_word_tokenizer(captions, max_words=1)) - 1
     return build_word_tokenizer(captions, min_count=1, max_words=max(1, words - least))
 
 
 def count(module: TrainingModule, config: TrainConfig) -> dict[str, int]:
-    """Returns the fields of `Sizes` that count parameters: `parameters`, `learned` and `teacher`."""
+    """Counts parameters. Returns the fields `parameters`, `learned` and `teacher` of `Sizes`."""
     parameters = sum(p.numel() for p in module.parameters())
     learned = sum(p.numel() for p in module.parameters() if p.requires_grad)
     online = config.loss.distill_weight and config.loss.teacher == "online"
@@ -100,7 +100,7 @@ def count(module: TrainingModule, config: TrainConfig) -> dict[str, int]:
 
 
 def made_up_batch(config: TrainConfig, module: TrainingModule, pairs: int) -> Batch:
-    """Returns a batch of random images, with random captions of the greatest length that the recipe allows."""
+    """Returns a batch of `pairs` random images and captions. The captions have the recipe's greatest length."""
     data, model = config.data, module.model
     length = data.max_words_dense if config.stage == "pretrain" else data.max_words_sparse
     length = min(length, model.max_words)
@@ -118,7 +118,7 @@ def made_up_batch(config: TrainConfig, module: TrainingModule, pairs: int) -> Ba
 
 
 def saved_bytes(module: nn.Module, batch: Batch) -> int:
-    """Returns the bytes that a forward pass of `batch` saves for the backward pass, without the parameters."""
+    """Returns how many bytes a forward pass of `batch` saves for the backward pass. Parameters do not count."""
     width = module.model.config.width
     teacher = torch.zeros(len(batch), width) if module.objective.config.distill_weight else None
     module.train()

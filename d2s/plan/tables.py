@@ -11,13 +11,13 @@ from d2s.shards.order.permutation import steps_per_epoch
 MIB = 2**20
 STAGES = (0, 1, 2, 3)
 RESERVE = 0.1
-"""Share of the memory to leave free for temporary tensors of the backward pass, the allocator and the device."""
+"""Fraction of the memory that is left free for temporary tensors of the backward pass, allocator and device."""
 
 
 def describe(request: Request, throughput: float | None) -> str:
     """Returns the text of the plan: memory, largest batch and traffic by ZeRO stage, and the time of an epoch.
 
-    throughput: pairs per second over all workers; None if unknown.
+    throughput: pairs per second over all workers, or None if it is unknown.
     """
     config, workers, batch = request.config, request.workers, request.config.batch_size
     sizes = measure_sizes(config, request.vocabulary, request.local_batch)
@@ -57,11 +57,11 @@ def describe(request: Request, throughput: float | None) -> str:
 
 
 def compare(request: Request, measured: dict[str, float], steps: int) -> str:
-    """Returns a table of the planned figures beside those that `measure` took from `steps` real steps."""
+    """Returns a table of planned and measured figures. `measure` took `measured` from `steps` training steps."""
     stage = request.config.engine.zero_stage
     sizes = measure_sizes(request.config, int(measured["vocabulary"]), request.local_batch)
     planned = memory(request.config, sizes, request.workers, stage, request.config.batch_size, request.bucket)
-    # A CPU process does not write to its buckets, and memory becomes resident only when it is written to.
+    # On a CPU nothing is written to the buckets. Memory becomes resident only when something is written to it.
     untouched = planned["buckets"] if measured["on_cpu"] else 0
     planned["resident"] = sum(planned.values()) - untouched
     lines = [
@@ -77,7 +77,7 @@ def compare(request: Request, measured: dict[str, float], steps: int) -> str:
 
 
 def _table(names: Sequence[str], columns: list[dict[str, int]], unit: int) -> list[str]:
-    """Returns a row for each of `names` and a row of sums. columns: bytes by name, for each ZeRO stage."""
+    """Returns a heading, a row for each of `names`, and a row of sums. columns: bytes by name, for each stage."""
     rows = {name: [column[name] for column in columns] for name in names}
     rows["total"] = [sum(column.values()) for column in columns]
     head = _row("", [f"ZeRO {stage}" for stage in STAGES])

@@ -1,4 +1,4 @@
-"""Estimates the bytes that a worker sends in a training step, by part and ZeRO stage."""
+"""Estimates how many bytes a worker sends in a training step, for each part and each ZeRO stage."""
 
 from d2s.losses.table import losses_of
 from d2s.plan.sizes import Sizes
@@ -9,19 +9,19 @@ FP32 = 4
 
 
 def traffic(config: TrainConfig, sizes: Sizes, workers: int, stage: int, batch: int) -> dict[str, int]:
-    """Returns the bytes that a worker sends in a training step, by part, for a global batch of `batch` pairs.
+    """Maps each part to the bytes that a worker sends in a training step, for a global batch of `batch` pairs.
 
-    Collectives run in a ring of W workers. To all-gather M bytes, each worker sends (W - 1) / W * M bytes; to
-    all-reduce M bytes, twice as much.
+    Collectives run in a ring of W workers. To all-gather M bytes, each worker sends (W - 1) / W * M bytes. To
+    all-reduce M bytes, each worker sends twice as much.
     """
     share = (workers - 1) / workers
     learned, frozen = FP32 * sizes.learned, FP32 * (sizes.parameters - sizes.learned)
     local = batch // workers
     pieces = config.engine.micro_batch
     passes = -(-local // pieces) if 0 < pieces < local else 1
-    # ZeRO 1 and 2 reduce each gradient to one worker and gather the updated weights; together this sends as much as
+    # ZeRO 1 and 2 reduce each gradient to one worker and gather the updated weights. Both together send as much as
     # an all-reduce. ZeRO 3 gathers weights for each forward and each backward pass. A micro-batch takes two forward
-    # passes and a backward pass. ZeRO 2 and 3, which divide the gradients, reduce them after each backward pass.
+    # passes and a backward pass. ZeRO 2 and 3 reduce the gradients after each backward pass.
     gathered = learned if stage in (1, 2) else 0
     if stage == 3:
         forward = 2 * passes if passes > 1 else 1

@@ -1,1 +1,1 @@
-"""Builds one self-contained HTML page about a run."""
+"""Builds an HTML page about a run. The page needs no other files."""

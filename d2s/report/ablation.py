@@ -4,9 +4,9 @@ from statistics import mean, median, stdev
 
 
 def ablation_table(results: list[dict]) -> str:
-    """Returns a Markdown table. Steps and time include pre-training; time is the median over the seeds.
+    """Returns a Markdown table. Training steps and time include pre-training. Time is the median over the seeds.
 
-    results: the return value of `d2s.ablate.evaluate_all`; its first entry is pre-training alone.
+    results: the return value of `d2s.ablate.evaluate_all`. Its first entry is the row "pre-training alone".
     """
     pretraining = results[0]["runs"]
     lines = ["| row | steps | test rSum | val rSum | training time |", "|---|---|---|---|---|"]

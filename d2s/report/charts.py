@@ -1,4 +1,4 @@
-"""Computes the positions of lines, areas and marks in charts; templates/chart.svg draws them as SVG."""
+"""Computes the positions of lines, areas and marks in charts. templates/chart.svg draws them as SVG."""
 
 import math
 from collections.abc import Sequence
@@ -16,38 +16,39 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float]]
-    """(x, y) of each point, in the order in which the line joins them. Points that are not finite are left out."""
+    """(x, y) of each point, in the order of the line. Points that are not finite are not drawn."""
     colour: int = 1
     """Number of the colour, 1 to COLOURS."""
     smooth: bool = False
-    """Whether to draw a moving average of the points over a faint line through all points."""
+    """Whether to draw a moving average, over a faint line through all points."""
     dots: bool = False
-    """Whether to draw a dot at each point; made for lines of few points."""
+    """Whether to draw a dot at each point if the line has at most 60 points."""
 
 
 @dataclass(kw_only=True)
 class Chart:
-    """A chart, `width` by `height` units: x grows to the right, y downwards."""
+    """A chart of `width` by `height` units. x grows to the right, and y grows downwards."""
 
     title: str
     note: str
-    """A line below the title: what the lines show, or the main figure."""
+    """Text below the title, which explains the lines or states the main figure."""
     x_label: str
     x_marks: list[tuple[float, str]]
     """(x, text) of each number under the horizontal axis."""
     y_marks: list[tuple[float, str]]
+    """(y, text) of each number beside the vertical axis."""
     shapes: list[tuple[str, int, str]] = field(default_factory=list)
     """(kind, colour, points) of each shape. Kinds: "line", "faint", "area", "mean". Points: "x,y x,y ..."."""
     dots: list[tuple[float, float, int]] = field(default_factory=list)
     """(x, y, colour) of each dot."""
     readings: list[dict] = field(default_factory=list)
-    """Values to show at the pointer: for each line "name", "colour" and "at", a list of (x, y, x text, y text)."""
+    """For each line: "name", "colour", and "at", a list of (x, y, x text, y text) to show at the pointer."""
     width, height = 520, 250
     left, right, top, bottom = 58, 506, 14, 216
 
 
 class Axis:
-    """An axis that maps the values `low` to `high` linearly to the chart's units `start` to `end`."""
+    """An axis. It maps the values from `low` to `high` linearly to positions from `start` to `end` in the chart."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         if not high > low:  # a single value still needs a range
@@ -60,12 +61,12 @@ class Axis:
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
     def marks(self, count: int, unit: str = "") -> list[tuple[float, str]]:
-        """Returns (position, text) of about `count` round numbers on the axis."""
+        """Returns (position, text) of about `count` round numbers on the axis. `unit` is appended to each text."""
         return [(self.place(value), short(value) + unit) for value in ticks(self.low, self.high, count)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Returns about `count` evenly spaced round numbers; the distance is 1, 2, 2.5 or 5 times a power of ten."""
+    """Returns about `count` numbers in low..high, spaced by 1, 2, 2.5 or 5 times a power of ten."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -76,7 +77,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """Formats a number for people: 1,234,567 or 12.34 or 1e-5."""
+    """Formats a number for people, such as 1,234,567 or 12.34 or 1e-5."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
@@ -87,7 +88,7 @@ def short(value: float) -> str:
 
 
 def average(values: np.ndarray) -> np.ndarray:
-    """Returns the centred moving average of `values`; both have shape (n,). The window has about n / 20 values."""
+    """Returns the centred moving average of `values`. Both have shape (n,). The window has about n / 20 entries."""
     half = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
@@ -98,11 +99,11 @@ def average(values: np.ndarray) -> np.ndarray:
 def line_chart(
     series: Sequence[Series], title: str, note: str, *, x_label: str, x_max: float, from_zero: bool
 ) -> Chart | None:
-    """Returns a line chart whose horizontal axis starts at 0, or None if no series has a finite point.
+    """Returns a line chart, or None if no series has a finite point. The horizontal axis starts at 0 or less.
 
     Args:
-        x_max: the horizontal axis ends at this value or later.
-        from_zero: whether the vertical axis starts at 0, too.
+        x_max: the horizontal axis reaches at least this value.
+        from_zero: whether the vertical axis contains 0.
     """
     lines = [(s, x, y) for s in series for x, y in [_finite(s)] if len(x)]
     if not lines:
@@ -131,7 +132,7 @@ def histogram(
 ) -> Chart | None:
     """Returns overlaid histograms of `groups`, or None if no group has a finite value.
 
-    groups: (values, colour) of each. Bars are in percent of the group; a dashed line marks the group's mean.
+    groups: (values, colour) of each group. Bars show percentages of a group. A dashed line marks its mean.
     """
     groups = [(values[np.isfinite(values)], colour) for values, colour in groups]
     groups = [(values, colour) for values, colour in groups if len(values)]
@@ -161,12 +162,12 @@ def _points(xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def _finite(series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Returns x and y of the series' finite points; more than 400 points are averaged to 400."""
+    """Returns x and y of the series' finite points. If there are more than 400 points, averages them to 400."""
     x, y = np.asarray(series.points, float).reshape(-1, 2).T
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = x[finite], y[finite]
     if len(x) > _MOST_POINTS:
-        # Averages neighbours, because a line through every tenth point would show noise as a trend.
+        # Neighbours are averaged, because a line through every tenth point would show noise as a trend.
         parts = np.array_split(np.arange(len(x)), _MOST_POINTS)
         x, y = (np.array([values[part].mean() for part in parts]) for values in (x, y))
     return x, y

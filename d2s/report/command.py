@@ -1,7 +1,7 @@
 """Writes a run's report: `python -m d2s.report RUN [RUN ...] [--data DIR] [--split val] [--picture FILE.svg]`.
 
-Writes RUN/report.html for the first run; further runs appear in its curves and tables for comparison. Curves and
-recall come from the files in the run folders. For the pictures the first run's best model is evaluated on a split.
+Writes RUN/report.html for the first run. Further runs appear in its curves and tables for comparison. Curves and
+recall come from the files in the run folders. For the pictures, the first run's best model is evaluated on a split.
 """
 
 import sys
@@ -37,15 +37,16 @@ def write_report(
     """Writes report.html atomically into the folder of the first run and returns its path.
 
     Args:
-        runs: the run that the report is about, then others to compare with in curves and recall table.
-        data: the data set for the pictures; None for the one that the run was trained on. If that data set or the
-            run's best model is missing, the page shows the reason instead of the pictures.
+        runs: the run that the report describes, then runs to compare it with in the curves and the recall table.
+        data: the data set for the pictures. None selects the run's training data set. If this data set
+            or the run's best model is missing, the page shows the reason instead of the pictures.
         split: the split that the pictures come from.
         device: as in `d2s.evaluate`.
-        picture: an SVG file, for a README, to which curves and a few queries are drawn.
+        batch_size: number of images or captions that are embedded at a time.
+        picture: path of an SVG file for a README. It gets curves and a few queries. None writes no such file.
 
     Raises:
-        ValueError: data, split or model do not fit, report.html is a folder, or there is nothing to draw.
+        ValueError: data set, split or model cannot be used, report.html is a folder, or `picture` would be empty.
     """
     run = runs[0]
     target = run.path / "report.html"
@@ -75,7 +76,7 @@ def write_report(
 
 
 def _find_data(run: Run, data: Path | None) -> tuple[ShardIndex | None, str]:
-    """Returns the data set for the pictures and "", or None and the reason why no pictures can be shown."""
+    """Returns (data set for the pictures, ""), or (None, reason why no pictures can be shown)."""
     if data is not None:
         return ShardIndex.open(data), ""
     known = run.config.get("data")
@@ -96,7 +97,7 @@ def _evaluate(
     config = data_config_of(folder, model)
     embedded = embed_split(model, index, split, config=config, batch_size=batch_size)
     numbers = evaluate_embeddings(embedded, index, split).to_dict()
-    # Shows the captions that the run's stage aligns: a model of stage 1 has learned dense captions only.
+    # Shows the captions that the run's stage aligns, because a model of stage 1 has only learned dense captions.
     return make_gallery(index, split, embedded, kind=run.aligned), numbers
 
 
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(folders: Sequence[Path], *, picture: Path | None, **options: Any) -> None:
-    """Writes the report and the picture, and prints the recall table. Raises ValueError and OSError."""
+    """Writes the report and the picture, and prints the recall table. Raises ValueError as `write_report` does."""
     runs = [read_run(folder) for folder in folders]
     target = write_report(runs, picture=picture, **options)
     rows = [

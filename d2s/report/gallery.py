@@ -1,4 +1,4 @@
-"""Chooses queries and their top five candidates for the report, and computes similarities of pairs."""
+"""Chooses queries for the report, finds their top five candidates, and computes similarities of pairs."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ from d2s.shards.read.records import ShardReader
 TOP = 5
 THUMBNAIL = 160
 _CHUNK = 1024
-# For each outcome of a query, the lowest and the highest rank (from 1) of the best right answer.
+# The outcome of a query is the entry whose (lowest, highest) range contains the rank of its best right answer.
 OUTCOMES = {"hit": (1, 1), "near": (2, TOP), "miss": (TOP + 1, 1 << 62)}
 
 
@@ -28,9 +28,9 @@ class Answer:
     """A candidate in the answer list of a query."""
 
     image: int
-    """Position in the split of the picture or, for a caption, of the picture that the caption describes."""
+    """Position of the picture in the split. For a caption, it is the position of the described picture."""
     text: str | None
-    """The caption; None if the candidate is a picture."""
+    """The caption, or None if the candidate is a picture."""
     similarity: float
     right: bool
     rank: int
@@ -42,15 +42,15 @@ class Query:
     """A query with its best answers."""
 
     image: int
-    """Position in the split, as in `Answer`."""
+    """Position of a picture in the split, as in `Answer`."""
     text: str | None
-    """The caption; None if the query is a picture."""
+    """The caption, or None if the query is a picture."""
     rank: int
-    """Rank of the best right answer, from 1; ties count against the model."""
+    """Rank of the best right answer, from 1. A wrong answer with equal similarity ranks before it."""
     outcome: str
     """"hit" (rank 1), "near" (2 to 5), or "miss"."""
     answers: list[Answer]
-    """The first five answers, then the best right answer if it is not among these."""
+    """The first five answers. The best right answer follows if it is not one of the five."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class Direction:
     """The results of one direction, image to text or text to image, for n queries."""
 
     queries: list[Query]
-    """The queries that are shown, a few of the n."""
+    """The few queries that the report shows."""
     percent: dict[str, float]
-    """Percent of the n queries that have each outcome."""
+    """Maps each outcome to the percentage of the n queries that have it."""
     right: np.ndarray
     """Similarity of each query's best right candidate, of shape (n,)."""
     wrong: np.ndarray
@@ -68,7 +68,7 @@ class Direction:
 
     @property
     def won(self) -> float:
-        """R@1: the percentage of queries with a right candidate that is more similar than every wrong candidate."""
+        """R@1 in percent. A query counts if a right candidate is more similar than every wrong candidate."""
         return 100.0 * float((self.right > self.wrong).mean())
 
 
@@ -77,21 +77,21 @@ class Gallery:
     """All queries, pictures and similarities that the report shows for one split."""
 
     kind: str
-    """The kind of captions: "sparse" or "dense"."""
+    """Which captions are shown: "sparse" or "dense"."""
     i2t: Direction
     t2i: Direction
     thumbnails: dict[int, str]
-    """Maps the position in the split of each picture that is shown to its JPEG, in base64."""
+    """Maps the position of each shown picture in the split to its JPEG file in base64."""
 
 
 def make_gallery(
     index: ShardIndex, split: str, embedded: Embeddings, *, kind: str = "sparse", per_outcome: int = 4
 ) -> Gallery:
-    """Chooses up to `per_outcome` queries of each outcome, evenly over the split, and finds their top five answers.
+    """Chooses queries evenly over the split, up to `per_outcome` for each outcome. Finds their top five answers.
 
     Args:
         embedded: the embeddings of this split.
-        kind: which captions to show, "sparse" or "dense"; if the split has none of this kind, the other is shown.
+        kind: which captions to show, "sparse" or "dense". If the split lacks these, the others are shown.
 
     Raises:
         ValueError: the split has no captions, or a sample is damaged.
@@ -127,14 +127,14 @@ def make_gallery(
 
 @dataclass(frozen=True)
 class _Side:
-    """The queries or the candidates of one direction: n pictures or n captions."""
+    """The queries or the candidates of one direction. They are n pictures or n captions."""
 
     embeddings: Tensor
-    """Normalised embeddings, of shape (n, D)."""
+    """Normalised embeddings, of shape (n, width)."""
     images: Tensor
-    """Position in the split of each picture, or of the picture of each caption; int64, of shape (n,)."""
+    """Positions in the split of the n pictures, or of the n captions' pictures. They are int64, of shape (n,)."""
     text: Callable[[int], str | None] = lambda row: None
-    """Returns the caption of a row; None for pictures."""
+    """Returns the caption with the given number, or None for pictures."""
 
 
 def _direction(queries: _Side, candidates: _Side, per_outcome: int) -> Direction:
@@ -163,7 +163,7 @@ def _direction(queries: _Side, candidates: _Side, per_outcome: int) -> Direction
 
 
 def _answers(query: Tensor, image: int, candidates: _Side) -> list[Answer]:
-    """Returns the top five candidates for a query of shape (D,), and the best right one if it comes later."""
+    """Returns the top five candidates, then the best right candidate if it ranks lower. query: shape (width,)."""
     similarity = candidates.embeddings @ query
     right = candidates.images == image
     order = torch.argsort(similarity, descending=True, stable=True)
@@ -185,7 +185,7 @@ def _answers(query: Tensor, image: int, candidates: _Side) -> list[Answer]:
 
 
 def _best_similarities(queries: _Side, candidates: _Side) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each query's similarity with its best right and with its best wrong candidate, both of shape (n,)."""
+    """Returns each query's similarity with its best right and its best wrong candidate. Shapes: (queries,)."""
     best_right, best_wrong = [], []
     for start in range(0, len(queries.embeddings), _CHUNK):
         similarity = queries.embeddings[start : start + _CHUNK] @ candidates.embeddings.T

@@ -1,4 +1,4 @@
-"""Renders the report and the picture from the templates in this folder. The templates escape every text."""
+"""Renders the report and the SVG picture from the templates in this folder. The templates escape all text."""
 
 import math
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ def render_page(
     capacity: dict[str, float],
     no_gallery: str,
 ) -> str:
-    """Returns the report, one HTML file, on the first of `runs`; the other runs are for comparison.
+    """Returns the HTML of the report on the first of `runs`. The other runs are shown for comparison.
 
     Args:
         rows: the rows of the recall table.
         gallery_source: a phrase that names the split and the model of the pictures.
-        capacity: information capacity by name of the measure, from `d2s.evaluate`; empty to leave it out.
-        no_gallery: the reason to show instead of the pictures if `gallery` is None.
+        capacity: maps each measure of information capacity to its value, from `d2s.evaluate`. Empty shows none.
+        no_gallery: if `gallery` is None, the reason that is shown instead of the pictures.
     """
     return _environment().get_template("page.html").render(
         run=runs[0],
@@ -46,7 +46,7 @@ def render_page(
 
 
 def render_picture(runs: Sequence[Run], gallery: Gallery | None) -> str:
-    """Returns an SVG file for a README: loss, validation rSum, and a caption of each outcome with its top pictures.
+    """Returns an SVG picture for a README. It shows loss, validation rSum, and text-to-image results by outcome.
 
     Raises:
         ValueError: no run has a row of metrics yet.
@@ -65,7 +65,7 @@ def render_picture(runs: Sequence[Run], gallery: Gallery | None) -> str:
 
 
 def curves(runs: Sequence[Run]) -> list[Chart]:
-    """Returns the charts over epochs, without those for which no run has numbers."""
+    """Returns the charts over epochs. A chart is left out if no run has numbers for it."""
     epochs = [row["epoch"] for run in runs for row in run.rows]
 
     def chart(title: str, note: str, points: list, *, from_zero: bool = True, **style: bool) -> Chart | None:
@@ -106,7 +106,7 @@ def _number(value: float, form: str = ".1f") -> str:
 
 
 def _breaking(text: str, mark: str) -> Markup:
-    """Escapes `text` for HTML, and allows a line break after each `mark` in it."""
+    """Escapes `text` for HTML, and allows a line break after each `mark` in `text`."""
     return Markup(f"{mark}<wbr>").join(text.split(mark))
 
 
@@ -115,7 +115,7 @@ def _legend(runs: Sequence[Run]) -> list[tuple[str, int]]:
 
 
 def _tiles(run: Run, rows: Sequence[RecallRow]) -> list[tuple[str, str, str]]:
-    """Returns (value, name, note) of each figure in large letters at the top of the page."""
+    """Returns (value, name, note) for each of the large figures at the top of the page."""
     scores = [
         (
             f"{row.retrieval.rsum:.1f}",

@@ -1,4 +1,4 @@
-"""Reads a run folder for the report: settings, rows of metrics and evaluations."""
+"""Reads the settings, metrics and evaluations in a run folder for the report."""
 
 import statistics
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class RecallRow:
     run: str
     split: str
     captions: str
-    """Which captions: "sparse", "dense", or "sparse, 5 folds" for the mean over folds."""
+    """Captions that were used: "sparse", "dense", or "sparse, 5 folds" for the mean over five folds."""
     retrieval: Retrieval
 
 
@@ -29,30 +29,30 @@ class Run:
     path: Path
     name: str
     config: dict[str, Any]
-    """The content of config.json; empty without that file."""
+    """The content of config.json. It is empty if the file does not exist."""
     rows: list[dict[str, Any]]
     """The rows of metrics.jsonl."""
     evaluations: list[tuple[str, dict[str, Any]]]
-    """(split, numbers) of each file in the run folder that `d2s.evaluate --json` wrote."""
+    """(split, results) from each file in the run folder that `d2s.evaluate --json` wrote."""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The configuration of the training, by field."""
+        """The configuration of the training. Maps each field to its value."""
         return self.config.get("config", {})
 
     @property
     def aligned(self) -> str:
-        """The captions that the stage aligns and by which the best model is chosen: "dense" or "sparse"."""
+        """The captions, "dense" or "sparse", that the stage aligns and that choose the best model."""
         return "dense" if self.fields.get("stage") == "pretrain" else "sparse"
 
     @property
     def description(self) -> str:
-        """One line with recipe, stage and data set."""
+        """A line of text that names recipe, stage and data set."""
         parts = [self.fields.get("recipe"), self.fields.get("stage"), self.config.get("data")]
         return ", ".join(str(part) for part in parts if part)
 
     def facts(self) -> list[tuple[str, str, str]]:
-        """Returns (value, name, note) for the number of steps, the training time and the speed."""
+        """Returns (value, name, note) for the number of training steps, the training time and the speed."""
         rows = self._rows("train")
         if not rows:
             return []
@@ -68,16 +68,16 @@ class Run:
         return found
 
     def points(self, field: str) -> list[tuple[float, float]]:
-        """Returns (epoch, value) of `field` for each logged training step; an empty list if all values are 0."""
+        """Returns (epoch, value of `field`) for each logged training step, or an empty list if all are 0."""
         found = [(row["epoch"], row[field]) for row in self._rows("train") if field in row]
         return found if any(value for _, value in found) else []
 
     def validations(self) -> list[tuple[float, float]]:
-        """Returns (epoch, rSum on the captions that the stage aligns) of each validation."""
+        """Returns (epoch, rSum) of each validation. The rSum is on the captions that the stage aligns."""
         return [(row["epoch"], self._score(row)) for row in self._rows("val")]
 
     def recall_rows(self) -> list[RecallRow]:
-        """Returns the rows of the best validation and of each split's last evaluation, by kind of captions."""
+        """Returns the table's rows for this run: its best validation, and the last evaluation of each split."""
         found = []
         validated = self._rows("val")
         if validated:
@@ -88,7 +88,7 @@ class Run:
         return found
 
     def rows_of(self, split: str, numbers: dict[str, Any]) -> list[RecallRow]:
-        """Returns the rows for `numbers`, the result of `Evaluation.to_dict()`."""
+        """Returns the table rows for `numbers`, which has the form that `Evaluation.to_dict()` returns."""
         kinds = [("sparse", numbers), ("dense", numbers.get("dense"))]
         if folds := numbers.get("folds"):
             kinds.insert(1, (f"sparse, {folds['number']} folds", folds))
@@ -99,7 +99,7 @@ class Run:
         ]
 
     def settings(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """Returns all settings as text: (group, list of (name, value)) for each group."""
+        """Returns (group, [(name, value), ...]) for each group of settings. Values are text."""
         groups = {"run": _flat({name: value for name, value in self.config.items() if name != "config"})}
         for name, value in self.fields.items():
             if isinstance(value, dict):
@@ -142,7 +142,7 @@ def read_run(path: Path) -> Run:
 
 
 def _retrieval(numbers: dict[str, Any]) -> Retrieval:
-    """Builds a `Retrieval` from the result of `Retrieval.to_dict`, but without the number of candidates."""
+    """Builds a `Retrieval` from the result of `Retrieval.to_dict`. Sets the number of candidates to 0."""
 
     def direction(name: str) -> Recall:
         return Recall(
@@ -158,7 +158,7 @@ def _retrieval(numbers: dict[str, Any]) -> Retrieval:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Returns (name, text) of every value; the names of nested values are joined by dots."""
+    """Returns (name, text) of every value. Nested values have names joined by dots, such as "optim.lr"."""
     found = []
     for name, value in values.items():
         if isinstance(value, dict) and value:

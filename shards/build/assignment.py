@@ -1,7 +1,7 @@
 """Assigns each image of a source to a position in a shard: lists, checks, joins captions, sorts, cuts.
 
-All faults that can be found without decoding images are found here, before the first shard is written. The
-assignment is stored on disk, and the workers memory-map it. Making it needs about 100 bytes for each image.
+This finds all faults that do not need decoded images, before the first shard is written. The assignment is
+stored on disk, and the workers memory-map it. Building an assignment takes about 100 bytes of memory per image.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _ENTRIES, _CAPTIONS, _ORDER, _MATCHED, _FACTS = _FILES
 
 
 class Assignment:
-    """A stored assignment, opened for reading."""
+    """An assignment that is stored in `folder`, opened for reading."""
 
     def __init__(self, folder: Path) -> None:
         self._entries = RowFile(folder / _ENTRIES)
@@ -37,12 +37,12 @@ class Assignment:
         self._renamed = {int(row): key for row, key in facts["renamed"].items()}
         self.shards = [Shard(*shard) for shard in facts["shards"]]
         self.counts: dict[str, int] = facts["counts"]
-        """number of images in each split"""
+        """Maps each split to its number of images."""
         self.extra: int = facts["extra"]
-        """number of rows of separate captions that have no image"""
+        """Number of rows in the separate caption files that match no image."""
 
     def _joined(self, number: int | None, join: str) -> tuple[tuple, tuple]:
-        """Sparse and dense captions of a row and of those of the same image before it."""
+        """Returns an image's sparse and dense captions. number: its last row in the separate files. join: its key."""
         rows = []
         while number is not None:
             rows.append(found := self._captions.row(number))
@@ -50,7 +50,7 @@ class Assignment:
             number = found.get("previous")
         if len(rows) == 1:
             return tuple(found["sparse"]), tuple(found["dense"])
-        # A caption that stands in several rows counts once.
+        # A caption that occurs in several rows is used once.
         both = (
             dict.fromkeys(text for row in reversed(rows) for text in row[kind])
             for kind in ("sparse", "dense")
@@ -58,7 +58,7 @@ class Assignment:
         return tuple(map(tuple, both))
 
     def entries(self, shard: Shard) -> Iterator[Entry]:
-        """Yields the entries of a shard in their final order, with their final keys, splits and captions."""
+        """Yields the entries of `shard` in their final order. Their keys, splits and captions are final, too."""
         for number in self._order[shard.start : shard.stop].tolist():
             row = self._entries.row(number)
             join = row.pop("join")
@@ -79,7 +79,7 @@ def assign(
     layout: Layout,
     faults: Faults,
 ) -> Assignment:
-    """Makes the assignment in `folder`. Raises ValueError, in one line, for mistakes of the user."""
+    """Writes the assignment to `folder` and opens it. Raises ValueError, in one line, for mistakes of the user."""
     images = list_images(entries, folder / _ENTRIES, join, layout.seed, faults)
     if not len(images.usable):
         raise ValueError("the source has no images; nothing to build")
@@ -121,6 +121,6 @@ def assign(
 
 
 def digest(folder: Path) -> str:
-    """Returns a checksum of the assignment. An interrupted build continues only if this is unchanged."""
+    """Returns a checksum of the assignment. An interrupted build continues only if the checksum is the same."""
     sums = [file_sha256(folder / name) for name in _FILES if (folder / name).exists()]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Builds a data set: assigns the images to shards, writes the shards, and writes their description."""
+"""Builds a data set. Assigns the images to shards, writes the shards, and writes files that describe them."""
 
 import fcntl
 import shutil
@@ -24,17 +24,17 @@ from d2s.shards.sources.faults import Faults
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """Counts of a finished build."""
+    """The counts that a finished build reports."""
 
     samples: dict[str, int]
-    """number of samples in each split"""
+    """Maps each split to its number of samples."""
     shards: int
     bytes: int
-    """size of all tars together"""
+    """Size of all tars together."""
     quarantined: int
-    """number of faults listed in the quarantine file"""
+    """Number of faults that quarantine.jsonl lists."""
     extra: int
-    """number of rows of separate captions that have no image"""
+    """Number of rows in the separate caption files that match no image."""
 
 
 def build(
@@ -51,17 +51,17 @@ def build(
     """Builds a data set from the entries of a source, or continues an interrupted build in `out`.
 
     Args:
-        entries: the entries of the source, which adds its own faults to `faults`.
+        entries: the entries of the source. While they are read, the source adds its own faults to `faults`.
         out: the output folder, already checked by `check_output` or `remove_description`.
-        join: where separate captions come from, if there are any.
-        facts: what build.json says about the input, in addition to the settings.
-        workers: number of processes; the output does not depend on it.
-        part: (i, n) builds only the i-th of n parts of the shards, counted from 1. Other processes or
-            machines build the other parts. The last part completes the data set; the others return None.
+        join: says how captions from separate files are joined to the images. None if there are no such files.
+        facts: entries for build.json that describe the input. They are added to the settings.
+        workers: number of processes. The output does not depend on this number.
+        part: (i, n) builds only the i-th of n parts of the shards, counted from 1. Other processes or machines
+            build the other parts. The part that finishes last completes the data set. The others return None.
 
     Raises:
-        ValueError: bad input (in one line), another build is writing to `out`, or the input or the settings
-            differ from those of the interrupted build.
+        ValueError: the input is bad (in one line), another build is writing to `out`, or the interrupted build had
+            other input or settings.
     """
     faults = faults or Faults(config.quarantine)
     scratch = out / SCRATCH
@@ -70,7 +70,7 @@ def build(
     own.mkdir(parents=True, exist_ok=True)
     with open(scratch / "lock", "w") as common_lock, open(own / "own-lock", "w") as own_lock:
         lock(own_lock, out)
-        # Parts of one build share the output folder; a build without parts locks it for itself.
+        # Parts of one build share the lock of the output folder. A build without parts locks it exclusively.
         lock(common_lock, out, shared=part is not None)
         settings = settings_of(config, facts)
         with _kept_faults(out, faults):
@@ -90,7 +90,7 @@ def build(
 
 @contextmanager
 def _kept_faults(out: Path, faults: Faults) -> Iterator[None]:
-    """Keeps the faults found so far if the build ends with an error: they are listed, and the first ones named."""
+    """If the build ends with ValueError, writes the faults found so far to quarantine.jsonl and adds a summary."""
     try:
         yield
     except ValueError as error:
@@ -101,9 +101,9 @@ def _kept_faults(out: Path, faults: Faults) -> Iterator[None]:
 
 
 def _is_last(common_lock: IO[str], assignment: Assignment, out: Path) -> bool:
-    """Returns whether all shards are done and no other part runs: then this part completes the build.
+    """Returns whether all shards are done and no other part is running. If so, this part completes the build.
 
-    The shared lock is released before the exclusive one is requested, so that one part always completes it.
+    Each part releases its shared lock before it requests the exclusive lock. So one part always gets the lock.
     """
     fcntl.flock(common_lock, fcntl.LOCK_UN)
     try:

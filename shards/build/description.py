@@ -28,11 +28,11 @@ from d2s.shards.format.index_file import IndexWriter
 def write_description(
     out: Path, shards: list[Shard], markers: dict[str, dict], faults: list[dict], settings: dict
 ) -> None:
-    """Writes all files that describe the shards; checksums.json last, as it marks complete data sets.
+    """Writes all files that describe the shards. Writes checksums.json last, because it marks a complete data set.
 
     Args:
-        shards: the shards with at least one sample, in order.
-        markers: maps the name of each shard to its number of samples, bytes and sha256.
+        shards: the shards that have at least one sample, in their final order.
+        markers: maps each shard's name to a dictionary with "samples" (their number), "bytes" and "sha256".
         faults: the rows of quarantine.jsonl.
         settings: the content of build.json.
     """
@@ -54,7 +54,7 @@ def write_description(
 
 
 def write_quarantine(out: Path, faults: list[dict]) -> None:
-    """Writes quarantine.jsonl, or removes that of an earlier try if there are no faults now."""
+    """Writes `faults` to quarantine.jsonl. If there are none, removes the file of an earlier build."""
     if not faults:
         (out / QUARANTINE).unlink(missing_ok=True)
         return
@@ -64,7 +64,7 @@ def write_quarantine(out: Path, faults: list[dict]) -> None:
 
 
 def _write_manifest_and_index(out: Path, shards: list[Shard], rows: int, in_place: bool) -> None:
-    """Writes manifest.parquet and index.arrow. Only one shard's rows are in memory at a time."""
+    """Writes manifest.parquet and index.arrow. rows: number of samples. Only one shard is in memory at a time."""
     index = IndexWriter(rows, out / SCRATCH)
     sidecar_bytes = 0
     with atomic_file(out / MANIFEST) as file, manifest.open_writer(file) as writer:
@@ -73,7 +73,7 @@ def _write_manifest_and_index(out: Path, shards: list[Shard], rows: int, in_plac
             crc32 = table.column("crc32").to_numpy()
             table = table.drop_columns(["crc32"])
             if in_place:
-                # One file gets the captions of all shards, so offsets grow by the size of the shards before.
+                # One file gets the captions of all shards. So the captions of earlier shards shift the offsets.
                 column = table.schema.get_field_index("json_offset")
                 moved = pa.array(table.column("json_offset").to_numpy() + sidecar_bytes)
                 table = table.set_column(column, "json_offset", moved)

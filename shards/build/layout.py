@@ -1,4 +1,4 @@
-"""Arranges images: shuffles them in each split and cuts them into shards, or leaves them in their tars."""
+"""Arranges images in shards. Shuffles and cuts each split, or leaves the images in their existing tars."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -11,7 +11,7 @@ from d2s.shards.format.keys import split_rank
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSize:
-    """Size of a shard: a number of samples or, if `bytes` is set, about that many bytes of source images."""
+    """The size of a shard: `samples` samples or, if `bytes` is set, about `bytes` bytes of source images."""
 
     samples: int | None = 1000
     bytes: int | None = None
@@ -19,20 +19,20 @@ class ShardSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How images are assigned to splits, ordered, and cut into shards."""
+    """Settings that say how images are assigned to splits, ordered, and cut into shards."""
 
     shard_size: ShardSize = field(default_factory=ShardSize)
     seed: int = 0
-    """seed of the random order within each split"""
+    """Seed of the random order within each split."""
     holdout: dict[str, int] = field(default_factory=dict)
-    """maps each new split to how many train images are moved to it, chosen by the same shuffle"""
+    """Maps each new split to the number of train images that move there: the first ones after the shuffle."""
     in_place: Path | None = None
-    """folder of existing tars that stay unchanged: each tar becomes a shard and keeps its order"""
+    """Folder of existing tars that stay unchanged, or None. Each tar becomes a shard and keeps its order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A shard: the images at positions start..stop - 1 in the final order of all images."""
+    """A shard. It has the images at positions `start` to `stop` - 1 in the final order of all images."""
 
     name: str
     split: str
@@ -47,19 +47,22 @@ def arrange(
     tars: tuple[np.ndarray, list[str]],
     layout: Layout,
 ) -> tuple[list[Shard], dict[str, int], np.ndarray]:
-    """Orders each split by hash and cuts it into shards. Tars in place keep their order.
+    """Orders the images of each split by their hashes, and cuts the split into shards.
+
+    If `layout.in_place` is set, each tar is a shard and keeps its order.
 
     Args:
-        groups: maps each split to the numbers of its images, int64, in the order of the source.
-        shuffle: uint64 (images,), the keyed hash of each image; images are ordered by it.
-        sizes: int64 (images,), the size of each image in bytes, or -1 if it is unknown.
-        tars: int32 (images,), the number of each image's tar; and the list of the paths of the tars.
+        groups: maps each split to the int64 numbers of its images, in the order of the source.
+        shuffle: the keyed hash of each image, uint64 of shape (images,). Images are ordered by hash.
+        sizes: the size of each image in bytes, or -1 if it is unknown. It is int64 of shape (images,).
+        tars: the number of each image's tar, int32 of shape (images,), and the list of the tars' paths.
 
     Returns:
-        The shards; the number of images in each split; and the numbers of all images in final order, int64.
+        (shards, counts, order): `counts` maps each split to its number of images. `order` has the int64 numbers of
+        all images in their final order.
 
     Raises:
-        ValueError: an empty split, a holdout that is too large, or a shard size in bytes for unknown sizes.
+        ValueError: a split is empty, a holdout is too large, or the shard size is in bytes but a size is unknown.
     """
     if not layout.in_place:
         groups = {name: rows[np.argsort(shuffle[rows], kind="stable")] for name, rows in groups.items()}
@@ -87,7 +90,7 @@ def arrange(
 
 
 def _hold_out(groups: dict[str, np.ndarray], holdout: dict[str, int]) -> None:
-    """Moves the first images of train to the splits of `holdout`."""
+    """Moves the first images of train to the new splits of `holdout`. Changes `groups`. Raises ValueError."""
     for split, count in holdout.items():
         train = groups.get("train", np.empty(0, np.int64))
         if split in groups:
@@ -100,7 +103,7 @@ def _hold_out(groups: dict[str, np.ndarray], holdout: dict[str, int]) -> None:
 
 
 def _cuts(rows: np.ndarray, sizes: np.ndarray, limit: ShardSize) -> list[int]:
-    """Returns the positions in a split at which its shards begin."""
+    """Returns the positions in `rows`, the images of a split, at which shards begin."""
     if limit.bytes is None:
         return list(range(0, len(rows), limit.samples))
     if (sizes[rows] < 0).any():

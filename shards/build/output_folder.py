@@ -1,4 +1,4 @@
-"""Checks and locks the folder that a build writes to."""
+"""Checks and locks the output folder of a build."""
 
 import errno
 import fcntl
@@ -10,11 +10,11 @@ from d2s.shards.format.file_names import CHECKSUMS, DESCRIPTION, QUARANTINE, SCR
 
 
 def check_output(out: Path, resume: bool) -> None:
-    """Raises ValueError unless `out` is missing or empty or, with `resume`, holds an interrupted build."""
+    """Checks that `out` can be used: missing, empty, or with an interrupted build if `resume`. Raises ValueError."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, not a folder")
     found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    # A build that left out everything ends with an error and leaves the list of reasons; that is no data set.
+    # A build that left out every image ends with an error. It leaves only quarantine.jsonl, which lists the reasons.
     if not found or found == [QUARANTINE]:
         return
     interrupted = SCRATCH in found
@@ -28,7 +28,7 @@ def check_output(out: Path, resume: bool) -> None:
 
 
 def link_tars(folder: Path, out: Path, tars: list[Path]) -> None:
-    """Fills `out` with links to tars in `folder`, under the same names. Raises ValueError if it holds other tars."""
+    """Fills `out` with links to `tars`, which are in `folder`. Raises ValueError if `out` has other tars."""
     if out.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"--out {out}: lies in {folder} or around it; choose another folder")
     links = {out / path.relative_to(folder): path.resolve() for path in tars}
@@ -42,12 +42,12 @@ def link_tars(folder: Path, out: Path, tars: list[Path]) -> None:
 
 
 def remove_description(folder: Path, force: bool) -> None:
-    """Prepares a folder of tars for indexing. Raises ValueError if it is indexed, unless `force`."""
+    """Removes the files that describe the tars in `folder`. Raises ValueError if CHECKSUMS exists, unless `force`."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / CHECKSUMS).exists() and not force:
         raise ValueError(f"{folder}: is indexed already; --force does it anew")
-    # The checksums are removed first, so that a half-removed description never looks complete.
+    # checksums.json is removed first, because a data set that has this file counts as complete.
     for name in (CHECKSUMS, *DESCRIPTION):
         (folder / name).unlink(missing_ok=True)
     if force:
@@ -55,7 +55,7 @@ def remove_description(folder: Path, force: bool) -> None:
 
 
 def lock(file: IO[str], out: Path, shared: bool = False) -> None:
-    """Locks a file until it is closed. Raises ValueError if another process holds the lock."""
+    """Locks `file` until it is closed. Raises ValueError, which names `out`, if another process holds the lock."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -67,7 +67,10 @@ def lock(file: IO[str], out: Path, shared: bool = False) -> None:
 
 
 def remove_empty_build(out: Path, own: Path) -> None:
-    """Removes the scratch folder of a build refused before its first shard, unless other parts use it."""
+    """Removes the scratch folder, and an empty `out`, if a build fails before its first shard.
+
+    Keeps the scratch folder if another part of the build has a folder there. own: the folder of this part.
+    """
     scratch = out / SCRATCH
     others = [path for path in scratch.glob("assignment-*") if path != own]
     if not (scratch / "settings.json").exists() and not others:

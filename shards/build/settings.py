@@ -1,4 +1,4 @@
-"""The settings of a build, which decide its bytes. They are stored in build.json and compared on --resume."""
+"""The settings of a build. They decide its bytes, are stored in build.json, and are compared on --resume."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from d2s.shards.build.layout import Layout
 from d2s.shards.format.file_names import CHECKSUMS, SCRATCH, SETTINGS
 
 INPUT = "input_sha256"
-"""Key in build.json for the sha256 of the caption files and split lists. Older data sets do not have it."""
+"""Key in build.json of the sha256 of caption files and split lists. Older data sets do not have this key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +18,15 @@ class BuildConfig:
     """The settings that, together with the input, decide the bytes of a data set."""
 
     resize: int | None = None
-    """shrink the shorter side of larger images to this number of pixels"""
+    """Number of pixels to which the shorter side of larger images is shrunk. None keeps all sizes."""
     quality: int = 95
-    """JPEG quality of images that are re-encoded, 1 to 100"""
+    """JPEG quality, 1 to 100, of images that are re-encoded."""
     layout: Layout = field(default_factory=Layout)
-    """how the images are ordered and cut into shards"""
+    """The order of the images and their division into shards."""
     quarantine: bool = False
-    """list bad input and leave it out, instead of stopping at it"""
+    """Whether bad input is left out and listed in quarantine.jsonl. If False, the build stops at bad input."""
     decode: bool = True
-    """for tars indexed in place: False reads only the headers of images"""
+    """Whether images are decoded if tars are indexed in place. If False, only image headers are read."""
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < 16:
@@ -36,12 +36,12 @@ class BuildConfig:
 
     @property
     def in_place(self) -> bool:
-        """Whether the tars exist already and stay unchanged."""
+        """Whether the build only indexes existing tars, which stay unchanged."""
         return self.layout.in_place is not None
 
 
 def settings_of(config: BuildConfig, facts: dict | None = None) -> dict:
-    """Returns the content of build.json: all that decides the bytes, nothing of machine or time."""
+    """Returns the content of build.json: the settings that decide the bytes, and `facts` about the input."""
     layout = config.layout
     size = layout.shard_size
     settings = {
@@ -56,12 +56,12 @@ def settings_of(config: BuildConfig, facts: dict | None = None) -> dict:
         "on_error": "quarantine" if config.quarantine else "stop",
         **(facts or {}),
     }
-    # Converted to JSON and back, so that the result can be compared with settings read from a file.
+    # The conversion to JSON and back makes the settings comparable with settings read from a file.
     return json.loads(json.dumps(settings))
 
 
 def is_complete(out: Path, settings: dict) -> bool:
-    """Returns whether `out` has a complete data set. Raises ValueError if it has other settings or input."""
+    """Returns whether `out` has a complete data set. Raises ValueError if its settings or input differ."""
     if not (out / CHECKSUMS).exists():
         return False
     found = read_json(out / SETTINGS) if (out / SETTINGS).exists() else {}
@@ -76,19 +76,20 @@ def is_complete(out: Path, settings: dict) -> bool:
 
 
 def check_same_build(scratch: Path, own: Path, settings: dict, assignment: str) -> None:
-    """Records the settings and input of this build. Raises ValueError if the interrupted build had others.
+    """Stores settings and input of this build. Raises ValueError if the interrupted build had different ones.
 
     Args:
+        scratch: the folder of unfinished work, which all parts of the build share.
         own: the folder that only this process writes to.
-        assignment: the digest of the assignment.
+        assignment: the value of `assignment.digest`.
     """
     path = scratch / "settings.json"
-    # `on_error` may change, as finished shards had no faults. INPUT is not needed: the digest covers it.
+    # `on_error` may change, because finished shards had no faults. INPUT is left out, because the digest covers it.
     deciding = {name: value for name, value in settings.items() if name not in ("on_error", INPUT)}
     now = {"settings": deciding, "assignment": assignment}
     if path.exists() and read_json(path) != now:
         remedy = "run with --force" if settings["in_place"] else "delete it, or build elsewhere"
         raise ValueError(f"{scratch.parent}: input or options changed since the interrupted build; {remedy}")
-    # The file is written in `own` and then renamed, because another part may write it at the same time.
+    # The file is written in `own` and then renamed, because another part may write the same file now.
     write_json(own / "own-settings.json", now)
     (own / "own-settings.json").replace(path)

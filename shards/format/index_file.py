@@ -1,7 +1,7 @@
-"""Writes index.arrow: the fixed-width columns of the manifest in one Arrow record batch, to be memory-mapped.
+"""Writes index.arrow, which readers memory-map. It has fixed-width columns for all samples in one record batch.
 
-All processes that open the file share its pages, and a column is a numpy view without a copy. So opening the
-file is fast, even if it has hundreds of millions of rows.
+All processes that open the file share its pages. Each column is a numpy view without a copy. So opening the file
+is fast, even if it has hundreds of millions of rows.
 """
 
 import json
@@ -30,13 +30,14 @@ _COLUMNS = {
 }
 COLUMNS = tuple(_COLUMNS)
 FROM_MANIFEST = ("image_offset", "image_size", "json_offset", "json_size", "image_id")
-"""Columns that are copied from the manifest."""
+"""The columns that are copied from the manifest."""
 
 
 def index_schema(shards: list[str], splits: dict[str, list[int]], json_home: str = "tar") -> pa.Schema:
-    """Returns the columns of the index. The metadata holds the shard names and the row range of each split.
+    """Returns the Arrow schema of the index. Its metadata has the shard names and the row range of each split.
 
-    `json_home` says where the captions are: "tar" (in the shards) or "sidecar" (in captions.jsonl).
+    splits: maps each split to [first row, last row + 1].
+    json_home: "tar" if the captions are in the shards, or "sidecar" if they are in captions.jsonl.
     """
     assert json_home in ("tar", "sidecar")
     meta = {"version": VERSION, "shards": shards, "splits": splits, "json": json_home}
@@ -45,7 +46,7 @@ def index_schema(shards: list[str], splits: dict[str, list[int]], json_home: str
 
 
 class IndexWriter:
-    """Collects the rows of all shards in memory-mapped files, so that memory does not grow with them."""
+    """Collects the `rows` rows of all shards in memory-mapped files in `scratch`, so that it needs little memory."""
 
     def __init__(self, rows: int, scratch: Path) -> None:
         assert rows, "an index has at least one row"
@@ -60,7 +61,7 @@ class IndexWriter:
         self._splits: dict[str, list[int]] = {}
 
     def add(self, table: pa.Table, crc32: np.ndarray) -> None:
-        """Appends a shard's manifest rows and samples' CRC-32 (of image bytes, then JSON bytes)."""
+        """Appends a shard's manifest rows. crc32: CRC-32 of each sample's image and JSON, of shape (rows,)."""
         split = table.column("split")[0].as_py()
         start, stop = self._next, self._next + table.num_rows
         self._splits.setdefault(split, [start, stop])[1] = stop
@@ -78,7 +79,7 @@ class IndexWriter:
         self._next = stop
 
     def finish(self, folder: Path, json_home: str = "tar") -> None:
-        """Writes index.arrow atomically."""
+        """Writes index.arrow to `folder` atomically. `index_schema` explains `json_home`."""
         assert self._next == self._rows, f"{self._next} rows came, {self._rows} were announced"
         assert list(self._splits) == sorted(self._splits, key=split_rank), "splits come in their order"
         form = index_schema(self._shards, self._splits, json_home)

@@ -9,7 +9,7 @@ _KEY_LENGTH = 80
 
 
 def clean_key(name: str) -> str:
-    """Makes a key for any WebDataset reader from a file name: no folder, suffix, dots or slashes."""
+    """Makes a sample's key from a file name. The key has no folder, suffix, dot or slash, as WebDataset needs."""
     stem = name.replace("\\", "/").rsplit("/", 1)[-1]
     stem = stem.rsplit(".", 1)[0] or stem
     key = _UNCLEAN.sub("_", stem).strip("_")
@@ -19,11 +19,11 @@ def clean_key(name: str) -> str:
 
 
 def hash64(text: str, secret: bytes = b"") -> int:
-    """Returns a keyed 64-bit hash of a string (BLAKE2b), equal on all machines and in all processes."""
+    """Returns the 64-bit BLAKE2b hash of `text` with the key `secret`. All machines return the same hash."""
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=secret).digest(), "little")
 
 
 def split_rank(split: str) -> tuple[int, str]:
-    """Returns the sort key of a split: train, val, test, then all others by name."""
+    """Returns a sort key that puts train, val and test first, and then all other splits by name."""
     return (SPLIT_ORDER.index(split) if split in SPLIT_ORDER else len(SPLIT_ORDER), split)

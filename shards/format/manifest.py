@@ -1,4 +1,4 @@
-"""Reads and writes manifest.parquet, which has one row for each sample, with all its data but the pixels."""
+"""Reads and writes manifest.parquet. It has a row for each sample, with all data of the sample except the pixels."""
 
 import json
 from itertools import pairwise
@@ -31,41 +31,41 @@ _SCHEMA = pa.schema(
 
 
 def schema() -> pa.Schema:
-    """Returns the columns of the manifest. Offsets and sizes are in bytes, width and height in pixels."""
+    """Returns the columns of the manifest. Offsets and sizes are in bytes. Width and height are in pixels."""
     return _SCHEMA
 
 
 def record(row: dict) -> bytes:
-    """Returns the content of a sample's JSON file: UTF-8, sorted keys, no spaces."""
+    """Returns a sample's JSON file, made from its manifest row: UTF-8 with sorted keys and no spaces."""
     fields = ("key", "image_id", "split", "sparse", "dense", "width", "height", "sha256")
     value = {name: row[name] for name in fields}
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
 def open_writer(file: object) -> pq.ParquetWriter:
-    """Returns a writer. Write one row group for each shard, so that the rows of a shard can be read alone."""
+    """Returns a writer of the manifest. Callers write each shard's rows as one row group, which is read alone."""
     return pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_page_checksum=True)
 
 
 def split_by_shard(table: pa.Table) -> list[pa.Table]:
-    """Splits a table, whose rows are in the order of the manifest, into one table for each shard."""
+    """Splits a table into one table for each shard. The rows must be in the order of the manifest."""
     shards = table.column("shard").to_pylist()
     cuts = [0, *(i for i in range(1, len(shards)) if shards[i] != shards[i - 1]), len(shards)]
     return [table.slice(start, stop - start) for start, stop in pairwise(cuts)]
 
 
 def write_manifest(folder: Path, table: pa.Table) -> None:
-    """Writes manifest.parquet atomically, with one row group for each shard."""
+    """Writes `table` to manifest.parquet atomically, with one row group for each shard."""
     with atomic_file(Path(folder) / MANIFEST) as file, open_writer(file) as writer:
         for part in split_by_shard(table):
             writer.write_table(part, row_group_size=max(1, part.num_rows))
 
 
 def open_manifest(folder: Path) -> pq.ParquetFile:
-    """Opens the manifest, so that its row groups can be read one at a time.
+    """Opens the manifest without reading its rows. The caller can then read one row group at a time.
 
     Raises:
-        ValueError: it is missing or damaged, or was not written by this project.
+        ValueError: the manifest is missing or damaged, or was not written by this project.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -86,7 +86,7 @@ def open_manifest(folder: Path) -> pq.ParquetFile:
 
 
 def read_row(file: pq.ParquetFile, number: int, columns: list[str]) -> dict:
-    """Returns some columns of row `number` of an open manifest. Slow: it reads a whole row group."""
+    """Returns the given columns of row `number`. This is slow, because it reads a whole row group."""
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         if number < rows:
@@ -96,7 +96,7 @@ def read_row(file: pq.ParquetFile, number: int, columns: list[str]) -> dict:
 
 
 def read_manifest(folder: Path, columns: list[str] | None = None, split: str | None = None) -> pa.Table:
-    """Reads the manifest: all columns or some, all splits or one. The rows keep their stored order.
+    """Reads the rows of all splits or of `split`, with all columns or `columns`. Rows keep their stored order.
 
     Raises:
         ValueError: as in `open_manifest`, or if the split has no rows.

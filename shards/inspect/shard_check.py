@@ -1,4 +1,4 @@
-"""Checks one shard: compares every byte of its tar, and its index rows, with its manifest rows."""
+"""Checks one shard. Compares every byte of its tar, and its rows in the index, with its rows in the manifest."""
 
 import hashlib
 import mmap
@@ -22,7 +22,7 @@ _Bytes = mmap.mmap | bytes
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault found in a file. key: the damaged sample's key, or "" if the fault is in no sample."""
+    """A fault that was found in a file. `key` is the damaged sample's key, or "" if no sample is damaged."""
 
     file: str
     key: str
@@ -34,7 +34,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """A row group of the manifest, with the rows of one shard: its number, first row, number of rows."""
+    """A row group of the manifest. It has `rows` rows, all of one shard. `start` is its first row in the manifest."""
 
     number: int
     start: int
@@ -43,7 +43,7 @@ class RowGroup:
 
 @dataclass
 class CheckedShard:
-    """The faults of one shard, and its key hashes and image ids, to be compared across shards."""
+    """The result for one shard. Key hashes and image ids serve to find duplicates in different shards."""
 
     faults: list[Fault] = field(default_factory=list)
     shard: str = ""
@@ -52,7 +52,7 @@ class CheckedShard:
 
 
 def open_index(folder: Path) -> tuple[pa.RecordBatch | None, list[Fault]]:
-    """Opens the index as one memory-mapped record batch: (batch, []), or (None, [fault]) if damaged."""
+    """Opens the index, memory-mapped. Returns (batch, []), or (None, [fault]) if it is missing or damaged."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(folder / INDEX)))
         return reader.get_batch(0), []
@@ -77,7 +77,7 @@ _data: _DataSet | None = None
 
 
 def start_worker(folder: Path, checksums: dict[str, dict], decode: bool, indexed: bool) -> None:
-    """Opens a data set in this process. `indexed` says whether to check its index."""
+    """Opens a data set in this process. indexed: whether to check its index. decode: whether to decode images."""
     global _data
     index = open_index(folder)[0] if indexed else None
     sidecar = _map(folder / SIDECAR) if (folder / SIDECAR).exists() else None
@@ -91,7 +91,7 @@ def _map(path: Path) -> _Bytes:
 
 
 def check_shard(group: RowGroup) -> CheckedShard:
-    """Checks the shard of one row group: its tar, and its rows in the index."""
+    """Checks the tar and the index rows of the shard that `group` describes."""
     assert _data is not None
     try:
         table = _data.manifest.read_row_group(group.number)
@@ -125,7 +125,7 @@ def _check_index_rows(table: pa.Table, indexed: pa.RecordBatch, rows: list[dict]
 
 
 def _check_tar(shard: str, data: _Bytes, rows: list[dict], crc32: list[int | None]) -> list[Fault]:
-    """Returns the faults of a tar's samples and, for a wrong checksum, of the bytes between them."""
+    """Returns the faults of a tar: of its samples and, if its checksum is wrong, of the bytes between samples."""
     assert _data is not None
     reasons = ((row["key"], _sample_fault(data, row, crc)) for row, crc in zip(rows, crc32, strict=True))
     faults = [Fault(shard, key, reason) for key, reason in reasons if reason]
@@ -150,7 +150,7 @@ def _check_tar(shard: str, data: _Bytes, rows: list[dict], crc32: list[int | Non
 
 
 def _sample_fault(data: _Bytes, row: dict, crc32: int | None) -> str | None:
-    """Returns how a sample differs from the manifest or the index, or None if it does not."""
+    """Returns a text that says how a sample differs from manifest or index, or None if it is undamaged."""
     assert _data is not None
     image = data[row["image_offset"] : row["image_offset"] + row["image_size"]]
     home = data if _data.sidecar is None else _data.sidecar
@@ -172,7 +172,7 @@ def _sample_fault(data: _Bytes, row: dict, crc32: int | None) -> str | None:
 
 
 def _check_between(data: _Bytes, rows: list[dict]) -> Iterator[tuple[str, str]]:
-    """Yields (key, reason) for each header, padding or end of a tar that is not what a build writes."""
+    """Yields (key, reason) for each header, padding or tar end that differs from the bytes that a build writes."""
     position = 0
     for row in rows:
         start = row["image_offset"]

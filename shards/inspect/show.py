@@ -1,4 +1,4 @@
-"""Shows the sample with a given key: its properties and captions as text, and its image as a file."""
+"""Shows a sample. Prints its properties and captions, and saves its image to a file."""
 
 import difflib
 from pathlib import Path
@@ -9,12 +9,12 @@ from d2s.shards.format import manifest
 from d2s.shards.format.file_names import MANIFEST
 from d2s.shards.format.image_file import check_image
 
-# A similar key is searched only in data sets of up to this many samples, as all keys must be read.
+# `find` suggests a similar key only if there are at most this many samples, because it must read all keys.
 _HINT_ROWS = 200_000
 
 
 def find(folder: Path, key: str) -> dict:
-    """Returns the manifest row of a key. Raises ValueError, with a similar key, if there is none."""
+    """Returns the manifest row of `key`. Raises ValueError, which may suggest a similar key, if there is no row."""
     path = folder / MANIFEST
     manifest.open_manifest(folder).close()
     rows = pq.read_table(path, filters=[("key", "==", key)]).to_pylist()
@@ -28,8 +28,9 @@ def find(folder: Path, key: str) -> dict:
 
 
 def save_image(folder: Path, row: dict, out: Path | None) -> Path:
-    """Writes the image of a row to `out` (a file or an existing folder), by default to <key>.<suffix> here.
+    """Writes the image of a manifest row to a file, and returns the path of the file.
 
+    `out` is a file or an existing folder. None means the working directory. In folders, the file is <key>.<suffix>.
     Raises ValueError if the image in the tar is damaged, or if the file exists with other content.
     """
     with open(folder / row["shard"], "rb") as file:
@@ -48,7 +49,7 @@ def save_image(folder: Path, row: dict, out: Path | None) -> Path:
 
 
 def describe(row: dict) -> str:
-    """Formats a row as text: its properties, then its captions."""
+    """Returns a text with the properties of a manifest row, followed by its captions."""
     lines = [
         f"key        {row['key']}",
         f"source     {row['source_id']} (image id {row['image_id']})",

@@ -1,4 +1,4 @@
-"""Computes statistics of each split of a data set: counts, caption lengths, image sizes and bytes."""
+"""Computes statistics of each split of a data set: counts, caption lengths, image sizes, numbers of bytes."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,19 +15,19 @@ _COLUMNS = ["split", "shard", "image_size", "width", "height", "sparse", "dense"
 
 @dataclass
 class SplitStats:
-    """Statistics of one split. Each counter maps a value to how often it occurs."""
+    """Statistics of one split. Each counter maps a value to its number of occurrences."""
 
     images: int = 0
     bytes: int = 0
     shards: set[str] = field(default_factory=set)
     words: dict[str, Counter] = field(default_factory=lambda: {"sparse": Counter(), "dense": Counter()})
-    """number of words in a caption, for sparse and for dense captions"""
+    """Counts captions by their number of words, separately for sparse and dense captions."""
     widths: Counter = field(default_factory=Counter)
     heights: Counter = field(default_factory=Counter)
 
 
 def stats(folder: Path) -> dict[str, SplitStats]:
-    """Computes statistics from the manifest. Raises ValueError if it is missing, damaged or empty."""
+    """Maps each split to its statistics. Raises ValueError if the manifest is missing, damaged or empty."""
     found: dict[str, SplitStats] = {}
     with manifest.open_manifest(folder) as file:
         for group in range(file.num_row_groups):
@@ -44,7 +44,7 @@ def stats(folder: Path) -> dict[str, SplitStats]:
 
 
 def _count(split: SplitStats, columns: dict[str, list]) -> None:
-    """Adds the manifest rows of one shard to the statistics."""
+    """Adds the manifest rows of one shard, given as lists of column values, to `split`."""
     split.images += len(columns["split"])
     split.bytes += sum(columns["image_size"])
     split.shards.update(columns["shard"])
@@ -55,7 +55,7 @@ def _count(split: SplitStats, columns: dict[str, list]) -> None:
 
 
 def _quantiles(counter: Counter, fractions: tuple[float, ...]) -> list[int]:
-    """Returns one quantile for each fraction: 0 gives the smallest value, 0.5 the median, 1 the largest."""
+    """Returns a quantile for each fraction. 0 gives the smallest value, 0.5 the median, 1 the largest value."""
     values = np.array(sorted(counter))
     ends = np.cumsum([counter[value] for value in values.tolist()])
     places = [min(len(values) - 1, int(np.searchsorted(ends, fraction * ends[-1]))) for fraction in fractions]
@@ -63,7 +63,7 @@ def _quantiles(counter: Counter, fractions: tuple[float, ...]) -> list[int]:
 
 
 def table(found: dict[str, SplitStats]) -> str:
-    """Formats the statistics as text for a terminal."""
+    """Returns the statistics as a table for a terminal."""
     sizes = "width min/median/max  height min/median/max"
     lines = [f"{'split':<8}{'images':>12}{'shards':>8}{'image MB':>11}  {sizes}"]
     for name, split in found.items():

@@ -1,4 +1,4 @@
-"""Checks every byte of a data set for damage, and that manifest, index and tars agree on every sample."""
+"""Checks every byte of a data set for damage. Also checks that manifest, index and tars match in every sample."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +22,13 @@ from d2s.shards.inspect.shard_check import (
 
 
 def verify(folder: Path, workers: int = 1, decode: bool = True) -> Iterator[Fault]:
-    """Checks a data set and yields all faults.
+    """Checks a data set and yields every fault that it finds.
 
     Args:
         workers: number of processes.
-        decode: whether to decode every image; if False, correct checksums are enough.
+        decode: whether to decode every image. If False, an image passes if its checksum is correct.
     Raises:
-        ValueError: the manifest is missing or cannot be read, so nothing can be compared with it.
+        ValueError: the manifest is missing or cannot be read.
     """
     if not (folder / MANIFEST).is_file():
         manifest.read_manifest(folder)
@@ -36,7 +36,7 @@ def verify(folder: Path, workers: int = 1, decode: bool = True) -> Iterator[Faul
     yield from faults
     damaged = {fault.file for fault in faults}
     if MANIFEST in damaged:
-        # A damaged manifest cannot locate the samples, so the tars are only compared with checksums.
+        # With a damaged manifest, samples cannot be found in the tars. So only the tars' checksums are checked.
         yield from _check_files(folder, {name: facts for name, facts in files.items() if _is_tar(name)})
         return
     groups = manifest.open_manifest(folder)
@@ -60,7 +60,7 @@ def _is_tar(name: str) -> bool:
 
 
 def _read_checksums(folder: Path) -> tuple[dict[str, dict], list[Fault]]:
-    """Returns the recorded checksums, and the faults of all files except tars, which `check_shard` checks."""
+    """Returns the content of checksums.json, and the faults of all files except tars. `check_shard` checks tars."""
     if not (folder / CHECKSUMS).is_file():
         return {}, [Fault(CHECKSUMS, "", "missing: the build did not finish")]
     try:
@@ -79,7 +79,7 @@ def _read_checksums(folder: Path) -> tuple[dict[str, dict], list[Fault]]:
 
 
 def _check_files(folder: Path, files: dict[str, dict]) -> Iterator[Fault]:
-    """Yields files that are missing or differ from their recorded size or checksum."""
+    """Yields a fault for each file that is missing, or that differs from its recorded size or checksum."""
     for name, facts in files.items():
         if not (folder / name).is_file():
             yield Fault(name, "", "missing")
@@ -99,7 +99,7 @@ def _row_groups(groups: pq.ParquetFile) -> list[RowGroup]:
 
 
 def _check_across_shards(folder: Path, checked: list[CheckedShard]) -> Iterator[Fault]:
-    """Yields faults of all shards together: tars unknown to the manifest, repeated keys and ids."""
+    """Yields a fault for each tar that the manifest does not name, and for each repeated key or image id."""
     tars = {path.relative_to(folder).as_posix() for path in [*folder.glob("*.tar"), *folder.glob("*/*.tar")]}
     for name in sorted(tars - {part.shard for part in checked}):
         yield Fault(name, "", "is no part of the data set: the manifest does not know it")

@@ -1,10 +1,10 @@
-"""The order of samples as a pure function of (n, seed, epoch).
+"""Computes the order of n samples as a pure function of (n, seed, epoch).
 
 Nothing is stored, and the number of workers does not matter. A keyed bijection of 0..n-1 replaces a shuffled
-list. So an order of hundreds of millions of items needs no memory, and the item at any position can be
-computed alone. The bijection is a Feistel network on a grid of a x b cells, with a and b near the square root
-of n. Each round adds a keyed hash of one coordinate to the other. The grid has up to a - 1 more cells than n;
-cycle walking avoids them (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+list. So an order of hundreds of millions of items needs no memory. The item at any position can be computed
+alone. The bijection is a Feistel network on a grid of a x b cells. a and b are near the square root of n. Each
+round adds a keyed hash of one coordinate to the other coordinate. The grid has up to a - 1 cells more than n.
+Cycle walking skips these cells (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,12 @@ _ROUNDS = 8
 
 
 class Permutation:
-    """A bijection of 0..n-1, computed from (seed, epoch, part). Raises ValueError if n is less than 1.
+    """A bijection of 0..n-1 that depends on `seed`, `epoch` and `part`. Raises ValueError if `n` is less than 1.
 
     Args:
         n: number of items, at least 1.
-        seed, epoch: the seed of the training run, and the epoch, counted from 0.
+        seed: the seed of the training run.
+        epoch: the epoch, counted from 0.
         part: selects one of several permutations of an epoch.
     """
 
@@ -41,11 +42,11 @@ class Permutation:
         return self.n
 
     def __call__(self, positions: I64) -> I64:
-        """Returns the items at the given positions; both are int64 (k,) in 0..n-1."""
+        """Returns the items at `positions`. Both are int64 arrays of one shape (k,), with entries in 0..n-1."""
         items = np.array(positions, np.uint64, ndmin=1)
         assert items.size == 0 or items.max() < self.n, "position beyond the order"
         items = self._encipher(items)
-        # From a cell beyond n, follow its cycle back into 0..n-1. The result is still a bijection.
+        # A cell of n or more is enciphered again until the result is below n. This is still a bijection.
         while (outside := np.flatnonzero(items >= self.n)).size:
             items[outside] = self._encipher(items[outside])
         return items.astype(np.int64)
@@ -61,17 +62,18 @@ class Permutation:
 
 
 class BlockPermutation:
-    """An order for slow random reads: shuffles the shards, then the items in each block of shards.
+    """An order of items for disks with slow random reads. Shuffles the shards, then the items in each block.
 
-    A block has `block` consecutive shards of the shuffled order (the last may have fewer). It takes
-    consecutive positions, so a reader needs the shards of at most two neighbouring blocks at a time. Memory:
-    O(number of shards).
+    A block has `block` consecutive shards of the shuffled order. The last block may have fewer. The items of a
+    block have consecutive positions. So a reader needs the shards of at most two neighbouring blocks at a time.
+    The memory is proportional to the number of shards.
 
     Args:
-        shard_sizes: number of items in each shard, in the order of the items' numbers; may be zero.
+        shard_sizes: number of items in each shard, 0 or more. Items are numbered in the order of the shards.
+        seed, epoch: as in `Permutation`.
         block: number of shards in a block, at least 1.
     Raises:
-        ValueError: there are no items, or block is less than 1.
+        ValueError: there are no items, or `block` is less than 1.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, epoch: int, block: int) -> None:
@@ -93,7 +95,7 @@ class BlockPermutation:
         return self.n
 
     def __call__(self, positions: I64) -> I64:
-        """Returns the items at the given positions; both are int64 (k,) in 0..n-1."""
+        """Returns the items at `positions`. Both are int64 arrays of one shape (k,), with entries in 0..n-1."""
         positions = np.array(positions, np.int64, ndmin=1)
         assert positions.size == 0 or positions.max() < self.n, "position beyond the order"
         mixed = np.empty_like(positions)
@@ -111,8 +113,8 @@ class BlockPermutation:
 def batch_positions(step: int, global_batch: int, rank: int = 0, world: int = 1) -> range:
     """Returns the positions that worker `rank` of `world` reads for global batch `step` of an epoch.
 
-    With N = global_batch and B = N / world, worker r takes rows r*B to (r+1)*B - 1 of the batch. Raises
-    ValueError if the batch cannot be divided equally.
+    With B = `global_batch` / `world`, worker r takes rows r*B to (r+1)*B - 1 of the batch. Raises ValueError if
+    the batch cannot be divided equally. `step` counts the training steps of the epoch from 0.
     """
     if global_batch % world:
         raise ValueError(
@@ -124,9 +126,9 @@ def batch_positions(step: int, global_batch: int, rank: int = 0, world: int = 1)
 
 
 def steps_per_epoch(n: int, global_batch: int) -> int:
-    """Returns the number of full global batches in n items; an incomplete last batch is left out.
+    """Returns the number of full global batches in `n` items. An incomplete last batch does not count.
 
-    Raises ValueError if there is not one full batch.
+    Raises ValueError if `n` items do not fill one batch.
     """
     if global_batch < 1:
         raise ValueError(f"batch_size is {global_batch}: use at least 1")

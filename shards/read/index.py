@@ -1,7 +1,7 @@
-"""Reads the index of a data set: fixed-width columns of the manifest, memory-mapped and shared.
+"""Reads the index of a data set. Processes share its fixed-width columns, which are memory-mapped.
 
 Opening an index reads only the footer of its file, so it is as fast for a hundred million rows as for a
-thousand. Columns are views of the mapped file; no function here copies a whole column.
+thousand. Columns are views of the mapped file. No function here copies a whole column.
 """
 
 import json
@@ -22,15 +22,15 @@ from d2s.shards.read.shard_files import check_files, check_lengths
 
 I64 = NDArray[np.int64]
 _PLACE = ("shard", "image_offset", "image_size", "json_offset", "json_size", "crc32")
-# Up to this many rows, the length of every shard is compared with the index; with more, only its existence.
+# If the index has more rows, `open` checks only whether the shards exist, and not their lengths.
 _SIZED_ROWS = 5_000_000
-# For each page that is read, the operating system maps 16. Pages are released after this many values, so that
-# the whole file does not count as resident memory of the process.
+# The operating system maps 16 pages for each page that is read. After every _TRIM_AFTER values that are read, all
+# pages are released, so that the whole file does not count as resident memory of the process.
 _TRIM_AFTER = 1 << 12
 
 
 class DamagedSample(ValueError):
-    """Raised for a sample that cannot be used. The message is one line with shard, key or row, and reason."""
+    """Raised for a sample that cannot be used. The message, one line, names shard, key or row, and reason."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(shard, key, reason)
@@ -42,7 +42,7 @@ class DamagedSample(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Where a row's image and captions are: file names in the data set, offsets and sizes in bytes."""
+    """Says where the image and the captions of a row are stored. Offsets and sizes are in bytes."""
 
     shard: str
     image_offset: int
@@ -54,7 +54,7 @@ class Location:
 
 
 class ShardIndex:
-    """An opened index; use `ShardIndex.open(dir)` to open one. Safe to pickle and to fork.
+    """An opened index. `ShardIndex.open(folder)` opens it. It is safe to pickle and to fork.
 
     Rows are numbered across the whole data set, and each split is a range of rows.
     """
@@ -81,10 +81,10 @@ class ShardIndex:
 
     @classmethod
     def open(cls, root: str | Path) -> "ShardIndex":
-        """Opens DIR/index.arrow. Checks that all shards exist and, up to 5 million rows, are long enough.
+        """Opens the index of data set `root`. Checks that all shards exist and, up to 5 million rows, their lengths.
 
         Raises:
-            ValueError: DIR was not made by `python -m d2s.shard build` or `index`, or shards are incomplete.
+            ValueError: `root` was not made by `python -m d2s.shard`, or a shard is missing or cut short.
         """
         root = Path(root)
         if not root.is_dir():
@@ -123,32 +123,33 @@ class ShardIndex:
         return range(start, stop)
 
     def column(self, name: str) -> NDArray:
-        """Returns a whole column, (rows,), as a view of the file. Slices are views; other indexing copies."""
+        """Returns a whole column, of shape (rows,), as a view of the file. Slices of it are views, too."""
         return self._columns[name]
 
     def take(self, name: str, rows: I64) -> NDArray:
-        """Returns a column's values (k,) at int64 rows (k,). Limits how much of the file stays in memory."""
+        """Returns a column's values at int64 `rows`. Both have shape (k,). Limits how much memory pages take."""
         values = self._columns[name][rows]
         self._release(len(values))
         return values
 
     def total(self, split: str, kind: str) -> int:
-        """Returns how many captions of a kind ("sparse" or "dense") a split has."""
+        """Returns how many captions `split` has. kind: which captions, "sparse" or "dense"."""
         rows = self.rows(split)
         starts, counts = self._columns[f"{kind}_start"], self._columns[f"n_{kind}"]
         return int(starts[rows[-1]]) + int(counts[rows[-1]]) - int(starts[rows[0]])
 
     def n_sparse_total(self, split: str) -> int:
-        """Returns how many pairs of an image and a sparse caption a split has."""
+        """Returns how many pairs of an image and a sparse caption `split` has."""
         return self.total(split, "sparse")
 
     def pair(self, split: str, indices: I64, kind: str = "sparse") -> tuple[I64, I64]:
-        """Finds the images and captions of pairs, which are numbered 0..total-1 within a split.
+        """Finds the image and the caption of each pair. Pairs are numbered from 0 within `split`.
 
         Args:
-            indices: int64 (k,), numbers of pairs.
+            indices: the numbers of k pairs, int64 of shape (k,).
+            kind: which captions are paired with the images, "sparse" or "dense".
         Returns:
-            Each pair's image row, and the number of its caption within that image, both int64 (k,).
+            (rows, numbers), both int64 of shape (k,): the row of each image, and the caption's number in its image.
         """
         rows = self.rows(split)
         starts = self._columns[f"{kind}_start"][rows.start : rows.stop]
@@ -163,7 +164,7 @@ class ShardIndex:
         return local + rows.start, numbers
 
     def without(self, split: str, kind: str) -> tuple[int, int]:
-        """Returns how many images of a split lack captions of a kind, and the first such row or -1."""
+        """Returns how many images of `split` have no captions of `kind`, and the first such row or -1."""
         rows, chunk, count, first = self.rows(split), 1 << 22, 0, -1
         for start in range(rows.start, rows.stop, chunk):
             none = np.flatnonzero(self._columns[f"n_{kind}"][start : min(start + chunk, rows.stop)] == 0)
@@ -174,10 +175,10 @@ class ShardIndex:
         return count, first
 
     def shard_sizes(self, split: str, unit: str = "rows") -> I64:
-        """Returns how many images ("rows") or captions ("sparse", "dense") each shard of a split has."""
+        """Returns the number of images (`unit` "rows") or captions ("sparse", "dense") in each shard of `split`."""
         rows = self.rows(split)
         shards = self._columns["shard"][rows.start : rows.stop]
-        # Shards are numbered in row order, so bisection finds where each begins without reading all rows.
+        # Shards are numbered in row order. So bisection finds the first row of each shard without reading all rows.
         numbers = np.arange(shards[0], shards[-1] + 2, dtype=shards.dtype)
         borders = np.searchsorted(shards, numbers) + rows.start
         if unit != "rows":
@@ -188,7 +189,7 @@ class ShardIndex:
         return np.diff(borders)
 
     def location(self, row: int) -> Location:
-        """Returns where a row is stored. Raises DamagedSample if the row's shard number is impossible."""
+        """Returns the location of a row. Raises DamagedSample if the row's shard number does not exist."""
         value = {name: int(self._columns[name][row]) for name in _PLACE}
         self._release(len(_PLACE))
         number = value.pop("shard")
@@ -198,7 +199,7 @@ class ShardIndex:
         return Location(shard=shard, json_file=SIDECAR if self._sidecar else shard, **value)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
-        """Returns the keys of some rows, from the manifest. Slow: each key costs a whole row group.
+        """Returns the keys of `rows` from the manifest. This is slow, because each key costs a whole row group.
 
         Raises:
             ValueError: the manifest cannot be read.
@@ -210,21 +211,21 @@ class ShardIndex:
             raise ValueError(f"{self.root / MANIFEST} cannot be read: {error}") from None
 
     def fingerprint(self) -> str:
-        """Returns a hash of number of rows, splits and shards. It changes if the data set is replaced."""
+        """Returns a hash of the number of rows, the splits and the shard names, to notice a replaced data set."""
         text = json.dumps([len(self), self.splits, self.shards], sort_keys=True)
         return f"{draws.hash_name(text):016x}"
 
     def _release(self, touched: int) -> None:
-        """Counts `touched` more values as read, and releases the mapped pages once many values were read."""
+        """Counts `touched` more values as read. Releases all mapped pages if _TRIM_AFTER values were read."""
         self._touched += touched
         if self._touched >= _TRIM_AFTER and hasattr(mmap, "MADV_DONTNEED"):
-            # The pages stay in the machine's page cache; they only stop counting as memory of this process.
+            # The pages stay in the machine's page cache. They only stop counting as memory of this process.
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
 
 
 def _check(batch: pa.RecordBatch, schema: pa.Schema) -> dict:
-    """Returns the metadata of an index. Raises ValueError, KeyError, TypeError or pa.ArrowException."""
+    """Returns the metadata of an index. If the index is damaged, raises an error that `ShardIndex` catches."""
     meta = json.loads((schema.metadata or {}).get(b"d2s", b"{}"))
     if not isinstance(meta, dict) or meta.get("version") != index_file.VERSION:
         raise ValueError(f"no index of version {index_file.VERSION}")

@@ -1,4 +1,4 @@
-"""Reads samples by row, with one `pread` for each, and compares them with the checksums in the index."""
+"""Reads samples by row, usually with one `pread` per sample, and checks them with checksums of the index."""
 
 import os
 import zlib
@@ -10,32 +10,32 @@ from d2s.shards.read.index import DamagedSample, Location, ShardIndex
 
 __all__ = ["DamagedSample", "Record", "ShardReader"]
 
-# In shards from a build, only a tar header and padding lie between an image and its JSON, so one read gets
-# both. If more bytes than this lie between them, as is possible in other tars, they are read separately.
+# In the shards of a build, only a tar header and padding lie between an image and its JSON. So one read gets both.
+# In other tars, more bytes may lie between them. If there are more than _GAP bytes, two reads are used.
 _GAP = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A sample as it is stored."""
+    """A sample with its data as stored in the shard."""
 
     row: int
-    """row in the index; -1 for a sample of a stream"""
+    """Row in the index, or -1 for a sample of a stream."""
     key: str
     image: bytes
-    """the encoded image file"""
+    """The content of the encoded image file."""
     sparse: tuple[str, ...]
     dense: tuple[str, ...]
     image_id: int
 
 
 class ShardReader:
-    """Reads samples by their row. Opens files when they are first needed. Safe to fork and to pickle.
+    """Reads samples by their row. Opens a file when it is first needed. It is safe to fork and to pickle.
 
     Args:
         index: the opened index.
-        verify: whether to check each sample's CRC-32 (takes about 1 % of the time to decode an image).
-        max_open: maximum number of open files; the least recently used one is closed first.
+        verify: whether to check each sample's CRC-32. The check takes about 1 % of the time to decode an image.
+        max_open: maximum number of open files. The least recently used file is closed first.
     """
 
     def __init__(self, index: ShardIndex, verify: bool = True, max_open: int = 64) -> None:
@@ -49,7 +49,7 @@ class ShardReader:
         self.close()
 
     def close(self) -> None:
-        """Closes the open files; a later read opens them again."""
+        """Closes the open files. A later read opens its file again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -57,7 +57,7 @@ class ShardReader:
         """Reads, checks and parses the sample of a row.
 
         Raises:
-            DamagedSample: it cannot be read or parsed, or its length or checksum is not that in the index.
+            DamagedSample: the sample cannot be read or parsed, or its length or checksum differs from the index.
         """
         place = self.index.location(row)
         try:
@@ -73,7 +73,7 @@ class ShardReader:
         return Record(row=row, key=key, image=image, sparse=sparse, dense=dense, image_id=image_id)
 
     def captions(self, row: int) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-        """Returns key, sparse and dense captions of a row. It does not read the image or check the checksum.
+        """Returns the key, the sparse captions and the dense captions of a row, without a check of the CRC-32.
 
         Raises:
             DamagedSample: the captions cannot be read or parsed, or their number differs from the index.
@@ -86,7 +86,7 @@ class ShardReader:
         return self._captions(row, text)
 
     def damaged(self, row: int, reason: str) -> DamagedSample:
-        """Returns the error to raise for a row, with its shard and, if the manifest is readable, its key."""
+        """Returns an error for the caller to raise. It names the shard and, if the manifest is readable, the key."""
         try:
             key = f"key {self.index.keys([row])[0]} (row {row})"
         except ValueError:

@@ -1,4 +1,4 @@
-"""Compares files with the index when a data set is opened; training would find faults only after hours."""
+"""Compares files with the index when a data set is opened. Training would find these faults only after hours."""
 
 import os
 from pathlib import Path
@@ -11,16 +11,16 @@ _CHUNK = 1 << 18
 
 
 def check_files(root: Path, names: list[str], sized: bool) -> list[int]:
-    """Returns the files' sizes in bytes, or zeros if not `sized`. Raises ValueError if one is missing."""
+    """Returns the size of each file in bytes, or zeros if not `sized`. Raises ValueError if a file is missing."""
     found: dict[str, int] = {}
-    # Folders are listed as a whole, because a shared disk is slow if asked for thousands of files one by one.
+    # Whole folders are listed, because asking a shared disk for thousands of single files is slow.
     for folder in {os.path.dirname(name) for name in names}:
         try:
             with os.scandir(root / folder) as entries:
                 files = [entry for entry in entries if entry.is_file()]
             found |= {os.path.join(folder, e.name): e.stat().st_size if sized else 0 for e in files}
         except (OSError, ValueError):
-            # The folder is missing or its name is damaged; its files are reported as missing below.
+            # The folder is missing or its name is damaged. Its files are reported as missing below.
             continue
     missing = next((name for name in names if name not in found), None)
     if missing is not None:
@@ -31,12 +31,12 @@ def check_files(root: Path, names: list[str], sized: bool) -> list[int]:
 def check_lengths(
     root: Path, places: dict[str, np.ndarray], names: list[str], sizes: list[int], sidecar: bool
 ) -> None:
-    """Raises ValueError if a file ends before its last sample does.
+    """Raises ValueError if a file ends before the end of its last sample.
 
     Args:
-        places: the index columns that say where samples are stored, each of shape (rows,).
-        names: the names of the shards; if `sidecar`, followed by the name of the file with all captions.
-        sizes: the length of each of these files in bytes.
+        places: maps each index column that locates samples to its values, of shape (rows,).
+        names: the names of the shards. If `sidecar`, the name of the file with all captions follows.
+        sizes: the length in bytes of each file in `names`.
     """
     shards = len(names) - sidecar
     ends = np.zeros(len(names), np.int64)

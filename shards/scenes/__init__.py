@@ -1,24 +1,24 @@
-"""A procedural data set: pictures of simple objects, each with five sparse captions and a dense one.
+"""Generates a data set: pictures of simple objects, each with five sparse captions and one dense caption.
 
-The demo, the tests and the ablation use it. It needs no downloads. Its properties can be measured, because
-every caption is written from claims that can be checked (`d2s.shards.scenes.claims`).
+The demo, the tests and the ablation use these scenes. They need no downloads. A caption states claims that can be
+checked (`d2s.shards.scenes.claims`). So the properties of the data set can be measured.
 
-A scene has four to six objects (shape, colour, texture, size, place) on a background. The dense caption names
-them all. A sparse caption names a part: one or two objects with some of their attributes, or the number of
-similar objects, or an object and the background. Three structures decide what a model can learn:
+A scene has four to six objects on a background. An object has a shape, a colour, a texture, a size and a place. The
+dense caption names all objects. A sparse caption names one or two objects with some of their attributes, or the
+number of similar objects, or an object and the background. Three properties decide how much a model can learn:
 
-- *Families of similar scenes.* Five scenes with consecutive numbers share theme, background and most objects;
-  each differs from the first by one or two edits. A sparse caption is often true of several of them, the
-  dense caption only of one.
+- *Families of similar scenes.* Five scenes with consecutive numbers share theme, background and most objects.
+  Each scene differs from the first one by one or two edits. A sparse caption is often true of several scenes of
+  a family. A dense caption is true of only one.
 - *Themes.* Certain backgrounds, objects and attributes occur together (a dark sky, a yellow crescent, white
-  stars). So a sparse caption contains information about the things that it leaves out. Without themes, a
-  model could not learn to predict the dense embedding from a sparse caption.
-- *Points of view.* The five captions of an image take turns over its objects, so they overlap little.
+  stars). So a sparse caption contains information about objects that it does not name. Without themes, a model
+  could not learn to predict the dense embedding from a sparse caption.
+- *Points of view.* The five sparse captions of an image take turns over its objects. So they overlap little.
 
 Constants at the top of `world` set how similar and how regular scenes are. Constants at the top of `captions`
-set how much a caption tells.
+set how many facts a caption states.
 
-Captions say left and right, so train without horizontal flips, and with little cropping.
+Captions say left and right. So train without horizontal flips, and with little cropping.
 """
 
 import io
@@ -39,7 +39,7 @@ SPLIT_NUMBERS = {
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene: its content and its captions. `image` draws the picture each time it is called."""
+    """A scene with its content and its captions. `image` draws the picture each time it is called."""
 
     number: int
     seed: int
@@ -50,16 +50,16 @@ class Scene:
 
     @property
     def sparse(self) -> tuple[str, ...]:
-        """Five captions, each about a part of the scene."""
+        """The five sparse captions. Each is about a part of the scene."""
         return tuple(caption.text for caption in self.sparse_captions)
 
     @property
     def dense(self) -> tuple[str, ...]:
-        """A tuple of one caption, about the whole scene."""
+        """A tuple of the one dense caption, which is about the whole scene."""
         return (self.dense_caption.text,)
 
     def image(self) -> Image.Image:
-        """Draws the picture: RGB, size x size pixels."""
+        """Draws the picture, in RGB with `size` x `size` pixels."""
         return draw.render(self.content, self.size, _draws(self.seed, self.number, "picture"))
 
     def encoded(self) -> bytes:
@@ -73,7 +73,7 @@ def scene(number: int, seed: int, size: int) -> Scene:
     """Returns scene `number` of the world `seed`, to be drawn at `size` x `size` pixels.
 
     The result depends only on the arguments. `size` changes neither objects nor captions. Raises ValueError
-    for a negative number and a size below 16 pixels.
+    if `number` is negative or `size` is below 16 pixels.
     """
     if number < 0:
         raise ValueError(f"scene number {number}: must not be negative")
@@ -90,17 +90,17 @@ def scene(number: int, seed: int, size: int) -> Scene:
 
 
 def scene_numbers(counts: dict[str, int], size: int) -> Iterator[tuple[int, str]]:
-    """Returns the number and the split of each scene in a data set, split by split.
+    """Returns (number, split) for each scene of a data set, split by split.
 
-    Each split has its own range of numbers, which starts with a new family. So no family lies in two splits,
-    and a larger training split does not change val and test.
+    Each split has its own range of numbers, which starts with a new family. So no family is in two splits. A
+    larger training split does not change val and test.
 
     Args:
-        counts: number of scenes in each of "train", "val" and "test".
-        size: width of the pictures in pixels; it is only checked here.
+        counts: maps "train", "val" and "test" to numbers of scenes. Missing splits get no scenes.
+        size: width of the pictures in pixels. This function only checks it.
 
     Raises:
-        ValueError: an unknown split, a count that is negative or too large, or a size below 16 pixels.
+        ValueError: a split is unknown, a count is negative or too large, or `size` is below 16.
     """
     _check_size(size)
     for split, count in counts.items():

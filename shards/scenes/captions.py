@@ -1,7 +1,7 @@
-"""Writes the captions of a scene: five sparse ones from several points of view, and a dense one.
+"""Writes the captions of a scene: five sparse captions from several points of view, and one dense caption.
 
-A caption is drawn in two steps: first its claims (`d2s.shards.scenes.claims`), then its words (templates and
-synonyms). `SAID` holds the probability that a sparse caption mentions an attribute. Higher values make
+For each caption, the claims (`d2s.shards.scenes.claims`) are drawn first. Then templates and synonyms are drawn,
+which give its words. `SAID` has the probabilities that a sparse caption mentions an attribute. Higher values make
 captions more informative and retrieval easier.
 """
 
@@ -12,10 +12,10 @@ from d2s.shards.scenes.claims import Both, Claim, Ground, Number, Pattern, Some,
 from d2s.shards.scenes.world import Content, Thing, pick, shuffled
 
 SAID = {"shape": 0.95, "colour": 0.85, "texture": 0.45, "size": 0.4}
-"""Probability that a sparse caption mentions an attribute of an object."""
+"""For each attribute of an object, the probability that a sparse caption mentions it."""
 SPARSE_WORDS = (8, 14)
 VIEWS = ("place", "ground", "relation", "relation", "count")
-"""Points of view of the five sparse captions of an image, which are shuffled for each image."""
+"""The points of view of an image's five sparse captions. Their order is shuffled for each image."""
 
 NOUNS = {
     "circle": ("circle", "disc"),
@@ -82,7 +82,7 @@ PICTURE = ("the picture", "the image", "this scene")
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption and its claims, all of which are true of the caption's scene."""
+    """A caption and its claims. All claims are true of the scene that the caption describes."""
 
     text: str
     claims: tuple[Claim, ...]
@@ -99,7 +99,7 @@ def _sentence(text: str) -> str:
 
 
 def _name(rng: random.Random, pattern: Pattern, plural: bool = False) -> str:
-    """Returns the pattern in words without an article, e.g. "large striped red star"."""
+    """Returns `pattern` in words without an article, such as "large striped red star"."""
     words = []
     if pattern.size:
         words.append(pick(rng, SIZES[pattern.size]))
@@ -113,7 +113,7 @@ def _name(rng: random.Random, pattern: Pattern, plural: bool = False) -> str:
 
 
 def _partial(rng: random.Random, thing: Thing, least: int = 1) -> Pattern:
-    """Draws `least` or more attributes, including shape or colour; a plain texture is rarely drawn."""
+    """Draws at least `least` attributes of `thing`, with shape or colour. A plain texture is rarely drawn."""
     while True:
         said = {name: rng.random() < chance for name, chance in SAID.items()}
         if thing.texture == "plain":
@@ -123,10 +123,10 @@ def _partial(rng: random.Random, thing: Thing, least: int = 1) -> Pattern:
 
 
 def sparse(scene: Content, rng: random.Random) -> tuple[Caption, ...]:
-    """Returns five captions from five points of view.
+    """Returns five sparse captions, one for each entry of VIEWS.
 
-    Each is about one or two objects, or about the number of similar objects. The captions take turns over the
-    objects, so that they are about different parts of the image.
+    A caption is about one or two objects, or about the number of similar objects. The captions take turns over
+    the objects, so that they describe different parts of the image.
     """
     turns = shuffled(rng, scene.things)
     views = shuffled(rng, VIEWS)
@@ -134,7 +134,7 @@ def sparse(scene: Content, rng: random.Random) -> tuple[Caption, ...]:
 
 
 def _worded(rng: random.Random, scene: Content, thing: Thing, view: str) -> Caption:
-    """Draws captions until one has a number of words within SPARSE_WORDS, and returns it."""
+    """Draws captions from the point of view `view` until the number of words is within SPARSE_WORDS."""
     low, high = SPARSE_WORDS
     while True:
         caption = {"place": _place, "ground": _ground, "relation": _relation, "count": _count}[view](
@@ -169,7 +169,7 @@ def _place(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _ground(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """Describes the background and one object, or two objects without their relation."""
+    """Describes the background and either one object, or two objects without their relation."""
     where = pick(rng, GROUNDS[scene.background])
     ground = Ground(scene.background)
     if rng.random() < 0.6:
@@ -194,7 +194,7 @@ def _ground(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _relation(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """Describes two objects and the relation between them; if there is none, only that both exist."""
+    """Describes two objects and their relation. If `thing` has no relation, only states that both exist."""
     options = [
         (relation, other)
         for relation in RELATIONS
@@ -219,7 +219,7 @@ def _relation(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def _count(rng: random.Random, scene: Content, thing: Thing) -> Caption:
-    """Tells the number of objects that share an attribute (with `thing`, if possible), and another fact."""
+    """States how many objects share an attribute, and one more fact. If possible, `thing` has the attribute."""
     groups = []
     for name in ("colour", "shape", "texture", "size"):
         for value in sorted({getattr(other, name) for other in scene.things}):
@@ -255,7 +255,7 @@ def _count(rng: random.Random, scene: Content, thing: Thing) -> Caption:
 
 
 def dense(scene: Content, rng: random.Random) -> Caption:
-    """Describes the background, the number of objects, their attributes and places, and all overlaps."""
+    """Describes the background, the number of objects, the attributes and places of each object, and all overlaps."""
     number = NUMBERS[len(scene.things)]
     where = pick(rng, GROUNDS[scene.background])
     opening = pick(

@@ -1,7 +1,7 @@
-"""Claims about a scene. Every caption is written from claims, and the tests check that they are true.
+"""Defines claims about a scene. Every caption is written from claims. The tests check that all claims are true.
 
-Claims are meant literally. "two red objects" is true if exactly two are red. A pattern without a texture fits
-every texture. "next to" means neighbouring places in one row.
+Claims are literal. "two red objects" is true if exactly two objects are red. A pattern without a texture fits
+objects of every texture. "next to" means neighbouring places in one row.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from d2s.shards.scenes.world import Thing
 class Pattern:
     """A partial description of one object. None stands for any value.
 
-    `row` and `col` together name a place; one of them alone names a side.
+    `row` and `col` together name one of nine places. `row` or `col` alone names a third of the picture.
     """
 
     shape: str | None = None
@@ -37,21 +37,21 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Some:
-    """Claims that at least one object fits the pattern."""
+    """Claims that at least one object fits `pattern`."""
 
     pattern: Pattern
 
 
 @dataclass(frozen=True)
 class Ground:
-    """Claims that the scene has this background."""
+    """Claims that the scene has the background `background`."""
 
     background: str
 
 
 @dataclass(frozen=True)
 class Number:
-    """Claims that exactly `count` objects fit the pattern."""
+    """Claims that exactly `count` objects fit `pattern`."""
 
     pattern: Pattern
     count: int
@@ -59,7 +59,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Both:
-    """Claims that two different objects fit the two patterns and are in the relation, if one is given."""
+    """Claims that one object fits `first`, another fits `second` and, if set, `relation` holds between them."""
 
     first: Pattern
     second: Pattern
@@ -70,11 +70,11 @@ Claim = Some | Ground | Number | Both
 
 
 def related(a: Thing, relation: str, b: Thing) -> bool:
-    """Returns whether `a` is in the relation to `b`, judged by their places on the grid.
+    """Returns whether `a` has the relation to `b`, judged by their places on the grid.
 
-    Relations are the keys of `captions.RELATIONS`. Left, right, above and below require the same row or
-    column; beside requires neighbouring places in a row. If both have the same place, the small one is in
-    front of the large one, and no other relation holds between them.
+    Relations are the keys of `captions.RELATIONS`. "left" and "right" require the same row. "above" and "below"
+    require the same column. "beside" requires neighbouring places in a row. If `a` and `b` have the same place, the
+    small object is in front of the large object, and no other relation is true.
     """
     if a.cell == b.cell:
         return relation == {"small": "front", "large": "behind"}.get(a.size) and a.size != b.size

@@ -1,9 +1,9 @@
-"""Draws the pixels of a scene: a background at the final size, and each object on its own patch.
+"""Draws the pixels of a scene: a background at the final size, and each object on a small image of its own.
 
-An object is drawn `SUPER` times larger, as polygons filled with a texture, then scaled down with its mask and
-pasted. So its edges are smooth, and empty parts of the picture cost no time. Places, angles and shades are
-jittered with `random.Random` (see `d2s.shards.scenes.world`). Backgrounds use numpy's `RandomState`, whose
-sequence never changes, so that pictures do not change with numpy's version.
+An object is drawn `SUPER` times larger, as polygons filled with a texture. Then it is scaled down and pasted
+with its mask. So edges are smooth, and empty parts of the picture cost no time. `random.Random` jitters places,
+angles and shades (see `d2s.shards.scenes.world`). Backgrounds use numpy's `RandomState`. Its sequence never changes,
+so pictures do not depend on numpy's version.
 """
 
 import math
@@ -18,7 +18,7 @@ from d2s.shards.scenes.world import Content, Thing
 
 SUPER = 4
 DIAMETER = {"small": 0.22, "medium": 0.29, "large": 0.37}
-"""Width of an object as a fraction of the image's width."""
+"""Width of an object of each size, as a fraction of the image's width."""
 CENTRES = (0.2, 0.5, 0.8)
 PALETTE = {
     "red": (214, 38, 44),
@@ -33,13 +33,13 @@ PALETTE = {
     "white": (250, 250, 250),
 }
 SECOND = {"white": (128, 132, 142), "yellow": (150, 104, 10), "pink": (170, 34, 104), "orange": (132, 58, 4)}
-"""The second colour of a texture, for first colours on which white can hardly be seen."""
+"""The second colour of a texture if the first colour is one of these. For other colours it is nearly white."""
 
 Contour = tuple[tuple[float, float], ...]
 
 
 def _polar(radius: Callable[[float], float], count: int) -> Contour:
-    """Returns the points of a closed curve, clockwise from the top; `radius` gives the radius at an angle."""
+    """Returns `count` points of a closed curve, clockwise from the top. `radius` maps an angle to a radius."""
     turns = [2 * math.pi * i / count for i in range(count)]
     return tuple((radius(turn) * math.sin(turn), -radius(turn) * math.cos(turn)) for turn in turns)
 
@@ -87,11 +87,11 @@ CONTOURS: dict[str, tuple[Contour, ...]] = {
     "flower": (_polar(lambda turn: 0.72 + 0.3 * math.cos(5 * turn), 60), _polar(lambda turn: 0.22, 14)),
     "drop": (_drop(),),
 }  # fmt: skip
-"""Outline of every shape, within about -1..1 (x to the right, y down). A second contour is a hole."""
+"""The outline of each shape. Coordinates are within about -1..1. y grows downwards. A second contour is a hole."""
 
 
 def render(scene: Content, size: int, rng: random.Random) -> Image.Image:
-    """Draws a scene as an RGB image of size x size pixels; `rng` in the same state gives the same image."""
+    """Draws a scene as an RGB image of `size` x `size` pixels. Equal states of `rng` give equal images."""
     tile = _background(scene.background, size, int(rng.random() * 4))
     if rng.random() < 0.5:
         tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -132,7 +132,7 @@ def _patch(
     half: float,
     tilt: float,
 ) -> tuple[Image.Image, Image.Image]:
-    """Returns an object's mask (L) and colours (RGB), side x side pixels; `half` is its radius in pixels."""
+    """Returns an object's mask (L) and colours (RGB), `side` x `side` pixels each. half: its radius in pixels."""
     x, y, half = centre[0] * SUPER, centre[1] * SUPER, half * SUPER
     cos, sin = half * math.cos(tilt), half * math.sin(tilt)
     outlines = [
@@ -153,7 +153,7 @@ def _patch(
 
 
 def _texture(brush: ImageDraw.ImageDraw, thing: Thing, centre: tuple[float, float], half: float) -> None:
-    """Draws the texture of an object. Larger objects have a longer period, which is at least 4 pixels."""
+    """Draws the texture of an object. The period is half the radius, but at least 4 pixels of the final image."""
     if thing.texture == "plain":
         return
     second = SECOND.get(thing.colour, (248, 248, 248))
@@ -183,7 +183,7 @@ def _texture(brush: ImageDraw.ImageDraw, thing: Thing, centre: tuple[float, floa
 
 @lru_cache(maxsize=64)
 def _background(name: str, size: int, variant: int) -> Image.Image:
-    """Returns one of four similar pictures of a background. The picture is cached: do not change it."""
+    """Returns picture `variant` (0 to 3) of a background. Do not change the picture, because it is cached."""
     noise = numpy.random.RandomState(variant)
     fine = noise.randint(-1000, 1001, (size, size, 1)) / 1000
     coarse = _smooth(noise.randint(-1000, 1001, (7, 7)) / 1000, size)[..., None]
@@ -211,14 +211,14 @@ def _background(name: str, size: int, variant: int) -> Image.Image:
 
 
 def _blend(top: tuple[int, int, int], bottom: tuple[int, int, int], down: numpy.ndarray) -> numpy.ndarray:
-    """Returns a vertical gradient of colour, (size, size, 3)."""
+    """Returns a vertical colour gradient of shape (size, size, 3). down: 0 (top) to 1, of shape (size, 1, 1)."""
     size = down.shape[0]
     rows = numpy.array(top) * (1 - down) + numpy.array(bottom) * down
     return numpy.broadcast_to(rows, (size, size, 3))
 
 
 def _smooth(values: numpy.ndarray, size: int) -> numpy.ndarray:
-    """Interpolates values on a coarse grid bilinearly to size x size."""
+    """Interpolates a coarse grid of values bilinearly to an array of shape (size, size)."""
     return numpy.asarray(Image.fromarray(values.astype(numpy.float32)).resize((size, size), Image.BILINEAR))
 
 
@@ -232,6 +232,6 @@ def _bricks(rows: numpy.ndarray, cols: numpy.ndarray) -> numpy.ndarray:
 
 
 def _waves(rows: numpy.ndarray, cols: numpy.ndarray, variant: int) -> numpy.ndarray:
-    """Returns 1 on the crests of zigzag waves and 0 elsewhere."""
+    """Returns an array that is 1 on the crests of zigzag waves and 0 elsewhere."""
     rise = numpy.abs((cols + 3 * variant) % 12 - 6) // 2
     return ((rows + rise) % 11 == 4).astype(float)

@@ -1,6 +1,6 @@
-"""Themes: backgrounds, objects and attributes that occur together. `world.py` draws scenes from them.
+"""Defines themes: backgrounds, objects and attributes that occur together. `world.py` draws scenes from themes.
 
-They let a caption contain information about the things that it leaves out.
+Through themes, a caption contains information about objects that it does not name.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ HIDDEN = {
     "sea": ("blue", "green"),
     "snow": ("white",),
 }
-"""For each background, the colours that can hardly be seen on it. Objects on it never have them."""
+"""Maps each background to colours that can hardly be seen there. Its objects never have these colours."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An object with its usual attributes in a theme. `row` -1 stands for any row."""
+    """An object of a theme with its usual attributes. If `row` is -1, the object may stand in any row."""
 
     shape: str
     colour: str
@@ -31,7 +31,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Theme:
-    """A theme: its usual and its second background, its objects, and pairs of these, by their indices."""
+    """A theme. `grounds` has its usual and its second background. `pairs` has indices of objects in `cast`."""
 
     grounds: tuple[str, str]
     cast: tuple[Kind, ...]

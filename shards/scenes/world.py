@@ -1,16 +1,16 @@
-"""Draws the content of a scene: its theme, background and objects, without pixels and words.
+"""Draws the content of a scene: theme, background and objects. Other modules draw its pixels and words.
 
-A `Content` is a background and four to six `Thing`s (objects) on a grid of 3 x 3 places. All draws come from
-`random.Random(text)`, and only from its `random()` method, whose sequence Python guarantees between versions.
-So a content is a function of (seed, number) on every machine.
+A `Content` has a background and four to six `Thing`s (objects) on a grid of 3 x 3 places. All draws use the
+method `random()` of `random.Random(text)`. Python guarantees the sequence of this method between versions. So
+(seed, number) gives the same content on every machine.
 
-The content has two structures (`d2s.shards.scenes` gives the reasons):
+Scenes are regular in two ways (`d2s.shards.scenes` gives the reasons):
 
-- **Themes** (`d2s.shards.scenes.themes`): one part of a scene contains information about the others.
-  `DEVIATION` says how often an attribute of an object is unusual for the theme, `OFF_THEME` how often the
-  object itself is.
-- **Families**: `FAMILY` scenes with consecutive numbers share theme, background and most objects. Each
-  differs from the first of them by one or two edits (`TWO_EDITS`).
+- **Themes** (`d2s.shards.scenes.themes`): one part of a scene contains information about the other parts.
+  `DEVIATION` says how often an attribute of an object is unusual for the theme. `OFF_THEME` says how often the
+  object itself is unusual.
+- **Families**: `FAMILY` scenes with consecutive numbers share theme, background and most objects. Each scene
+  differs from the first scene of the family by one or two edits (`TWO_EDITS`).
 """
 
 import random
@@ -34,9 +34,9 @@ SIZES = ("small", "medium", "large")
 FAMILY = 5
 """Number of scenes in a family. Larger families make sparse captions more ambiguous."""
 TWO_EDITS = 0.5
-"""Probability that a scene differs from the first of its family by two edits instead of one."""
+"""Probability that a scene differs from the first scene of its family by two edits instead of one edit."""
 COUNTS = {4: 0.3, 5: 0.4, 6: 0.3}
-"""Numbers of objects in a scene, with their probabilities."""
+"""Maps each possible number of objects in a scene to its probability."""
 OFF_THEME = 0.12
 """Probability that an object does not belong to the theme."""
 PAIRED = 0.8
@@ -46,14 +46,14 @@ OTHER_GROUND = 0.15
 OVERLAP = 0.4
 """Probability that a small object stands in front of a large one."""
 DEVIATION = {"colour": 0.2, "texture": 0.25, "size": 0.35, "row": 0.25}
-"""Probability that an attribute of an object differs from the theme's usual one."""
+"""For each attribute of an object, the probability that it is not the usual attribute of the theme."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object. `row` and `col` (0..2, counted from the top left) are its place.
+    """An object. `row` and `col`, 0 to 2 from the top left, are its place.
 
-    If two objects have the same place, one is large, and the other is small and stands in front.
+    If two objects have the same place, one object is large. The other object is small and stands in front.
     """
 
     shape: str
@@ -92,12 +92,12 @@ class Content:
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
-    """Draws one of the options, all with the same probability."""
+    """Draws one of `options`. All have the same probability."""
     return options[int(rng.random() * len(options))]
 
 
 def pick_weighted(rng: random.Random, weights: dict[T, float]) -> T:
-    """Draws one of the keys, with a probability proportional to its value."""
+    """Draws one of the keys of `weights`. The probability of a key is proportional to its value."""
     left = rng.random() * sum(weights.values())
     for option, weight in weights.items():
         left -= weight
@@ -107,7 +107,7 @@ def pick_weighted(rng: random.Random, weights: dict[T, float]) -> T:
 
 
 def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
-    """Returns the items in random order."""
+    """Returns `items` in random order."""
     return [item for _, item in sorted(((rng.random(), item) for item in items), key=lambda pair: pair[0])]
 
 
@@ -118,7 +118,7 @@ def content(seed: int, number: int) -> Content:
 
 @lru_cache(maxsize=64)
 def _family(seed: int, family: int) -> tuple[Content, ...]:
-    """Returns the different scenes of a family: the first, and others made from it by one or two edits."""
+    """Returns the scenes of a family, all different. Edits of the first scene make the other scenes."""
     rng = random.Random(f"d2s scenes {seed} family {family}")
     members = [_first(rng)]
     seen = {_signature(members[0])}
@@ -172,7 +172,7 @@ def _thing(rng: random.Random, scene: Content, kind: Kind, cell: tuple[int, int]
 
 
 def _overlapped(rng: random.Random, scene: Content) -> Content:
-    """Returns the scene with one object moved in front of another, unless both have the same colour."""
+    """Returns `scene` with one object moved in front of another object, unless both have the same colour."""
     first, second = shuffled(rng, range(len(scene.things)))[:2]
     rear, front = replace(scene.things[first], size="large"), replace(scene.things[second], size="small")
     if rear.colour == front.colour:
@@ -183,7 +183,7 @@ def _overlapped(rng: random.Random, scene: Content) -> Content:
 
 
 def _edited(rng: random.Random, scene: Content) -> Content:
-    """Returns the scene with one object changed, or with the places of two objects exchanged."""
+    """Returns `scene` with one object changed, or with the places of two objects exchanged."""
     while True:
         i, j = shuffled(rng, range(len(scene.things)))[:2]
         old, things = scene.things[i], list(scene.things)
@@ -202,7 +202,7 @@ def _edited(rng: random.Random, scene: Content) -> Content:
 
 
 def _legible(scene: Content) -> bool:
-    """Returns whether all objects can be told from the background and from objects at the same place."""
+    """Returns whether each object can be distinguished from the background and from an object at its place."""
     if any(thing.colour in HIDDEN[scene.background] for thing in scene.things):
         return False
     pairs = scene.overlapping()
