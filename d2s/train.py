@@ -30,12 +30,9 @@ SECONDS_AFTER_WORKER_0 = 5.0
 
 def main(arguments: list[str] | None = None, preemption: Preemption | None = None) -> int:
     """Runs the command and returns its exit code.
-
     0: done; 1: training failed; 2: a user's mistake; 75: preempted, run again with --resume; 130: Ctrl-C.
-
     arguments: the command line; by default sys.argv. preemption: an object whose signal handlers are installed. By
-    default stop signals are not handled.
-    """
+    default stop signals are not handled."""
     preemption = preemption or Preemption()
     if _rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -94,10 +91,8 @@ def _rank() -> int:
 
 def _report_error(error: object, code: int, preemption: Preemption) -> int:
     """Prints the error as one line on stderr and returns `code`.
-
     All workers often fail for the same reason. So workers other than worker 0 wait, so that worker 0 can report the
-    error and end them.
-    """
+    error and end them."""
     preemption.uninstall()
     _exit_if_another_failed()
     if _rank():

@@ -106,11 +106,9 @@ class BatchBuilder:
         damaged: list[str],
     ) -> Batch:
         """Builds a batch from B records. `images` has shape (B, 3, H, W), all other arrays have shape (B,).
-
         items: the item numbers, which seed the random draws. sparse: which of its sparse captions to take from each
-        record. samples, damaged: as in :class:`Batch`. dense_start: the number in the data set of each record's first
-        dense caption; None in a stream.
-        """
+        record. samples, damaged: as in :class:`Batch`. dense_start: the number in the data set of each record's
+        first dense caption; None in a stream."""
         config, seed, cut_before = self.config, self.seed, self.pipeline.truncated
         dense_index, long = np.full(len(records), -1), []
         if self.captions != "sparse":
@@ -149,9 +147,7 @@ class BatchBuilder:
 
 def draw_one(counts: I64, seed: int, epoch: int, items: I64, stream: str) -> I64:
     """Returns a random integer from 0 to counts[i] - 1 for each items[i]. All arrays are int64, of shape (B,).
-
-    stream: name of the purpose, such as "caption". Draws for different purposes are independent.
-    """
+    stream: name of the purpose, such as "caption". Draws for different purposes are independent."""
     return (draws.uniform(seed, epoch, items, stream)[:, 0] * counts).astype(np.int64)
 
 

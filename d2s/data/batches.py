@@ -1,8 +1,8 @@
 """Builds the training batches from an indexed data set.
 
-An epoch visits every item once. Items are images, or pairs of an image and a sparse caption. The batch of training
-step g in epoch e depends only on (seed, e, g, rank, world). A permutation of the items tells which items are in the
-batch. Every random draw depends only on (seed, epoch, item).
+An epoch visits items. Items are images, or pairs of an image and a sparse caption. The batch of training step g in
+epoch e depends only on (seed, e, g, rank, world). A permutation of the items tells which items are in the batch.
+Every random draw depends only on (seed, epoch, item).
 """
 
 from collections.abc import Iterator
@@ -145,11 +145,9 @@ class _TrainSteps(Dataset):
         damaged: list[str],
     ) -> tuple[int, int, Record]:
         """Reads the sample of `item` and writes its image to `out`. Returns its row, caption number and record.
-
         place: row of the sample, and which of its sparse captions to use. crop: random numbers for the crop. If the
         sample is damaged, adds a message to `damaged` and reads a random sample instead, drawn with `item` as seed.
-        Raises ValueError if 16 samples in succession are damaged.
-        """
+        Raises ValueError if 16 samples in succession are damaged."""
         (row, number), replacements = place, None
         for attempt in range(_REPLACEMENTS):
             try:

@@ -37,7 +37,7 @@ def check_budget(known: list[str], budget: int) -> None:
 
 
 def count_damage(batches: Iterable[Batch], known: list[str], budget: int) -> Iterator[Batch]:
-    """Yields `batches`, and appends their messages about damaged samples to `known`. Raises as `check_budget`."""
+    """Yields `batches`, and appends their messages about damaged samples to `known`; see :func:`check_budget`."""
     for batch in batches:
         add_new(known, batch.damaged)
         check_budget(known, budget)

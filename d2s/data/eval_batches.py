@@ -39,9 +39,8 @@ class _ImageSteps(Dataset):
 
 def _numbers(n: int, step: int, local: int, rank: int, world: int) -> tuple[I64, NDArray[np.bool_]]:
     """Returns the numbers of the images or captions that worker `rank` of `world` reads for its batch `step`.
-
-    Also returns a boolean array that is True where the number is below n, their count. Both have shape (local,).
-    """
+    n: how many images or captions there are. local: batch size of one worker. Also returns a boolean array, which is
+    True if a number is below n. Both arrays have shape (local,)."""
     positions = batch_positions(step, local * world, rank, world)
     numbers = np.arange(positions.start, positions.stop)
     return numbers, numbers < n

@@ -17,10 +17,8 @@ _PROCESSES: WeakSet[BaseProcess] = WeakSet()
 
 class StepLoader:
     """Computes `dataset[item]` for a list of items in several processes, and yields the results in the list's order.
-
     An item describes a whole batch, so batches do not depend on the number of processes. The processes stay alive
-    between calls of :meth:`run`.
-    """
+    between calls of :meth:`run`."""
 
     def __init__(self, dataset: Dataset, processes: int) -> None:
         self._dataset, self._processes = _ErrorsAsResults(dataset), processes
@@ -48,9 +46,7 @@ class StepLoader:
 
 def new_loader(dataset: Dataset, processes: int, **settings: Any) -> DataLoader:
     """Returns a DataLoader for a dataset of whole batches. Its processes ignore stop signals.
-
-    settings: other arguments of torch's DataLoader.
-    """
+    settings: other arguments of torch's DataLoader."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -70,10 +66,8 @@ def _ignore_stop_signals(process: int) -> None:
 
 def results_of(loader: DataLoader) -> Iterator[Any]:
     """Yields the results of `loader`. Raises a result that is a ValueError. Kills the loader processes at exit.
-
     A loader process returns a ValueError instead of raising it. If it raised, torch would add two tracebacks to the
-    message.
-    """
+    message."""
     results = iter(loader)
     # At exit Python sends TERM to the processes and waits for them. They ignore TERM, so kill them before.
     # Our exit handler is registered last, so it runs first. torch's handler would wait seconds for each process.

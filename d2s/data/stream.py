@@ -73,9 +73,7 @@ class StreamBatches:
 
 class _StreamSteps(IterableDataset):
     """Yields the batches of `steps`, which is (epoch, first training step, last training step + 1).
-
-    Loader process w of k builds batches w, w + k, w + 2k, ... batch: (global batch size, rank, world).
-    """
+    Loader process w of k builds batches w, w + k, w + 2k, ... batch: (global batch size, rank, world)."""
 
     def __init__(self, tars: list[str], builder: BatchBuilder, batch: tuple[int, int, int]) -> None:
         self.tars, self.builder, self.batch = tars, builder, batch

@@ -11,12 +11,10 @@ from d2s.losses.config import LossConfig
 
 class Sides(NamedTuple):
     """The inputs of an alignment loss, which compares B rows with M columns by the similarities rows @ columns.T.
-
-    The rows are embeddings of images and the columns embeddings of captions, or the other way round. D: their width.
-    """
+    The rows are embeddings of images and the columns embeddings of captions, or the other way round."""
 
     rows: Tensor
-    """Embeddings of this worker, of shape (B, D)."""
+    """Embeddings of this worker, of shape (B, D). D: the width of an embedding."""
     columns: Tensor
     """Embeddings of this worker or of all workers, of shape (M, D)."""
     row_ids: Tensor
@@ -30,35 +28,30 @@ class Sides(NamedTuple):
 
 
 class Loss:
-    """A term of the objective. Its values on all workers add up to its value for the global batch."""
+    """A term of the objective. The values that workers compute add up to the value for the global batch."""
 
     compares_pairs = True
     """Whether the loss compares different pairs of a batch. If so, it learns nothing from a batch of one pair."""
     gathered_sides = 0
-    """How many tensors with a row for each pair of the global batch a worker holds if it gathers all embeddings.
-    Gradients of such tensors are counted too."""
+    """A worker that gathers the embeddings of all workers holds this number of tensors with a row for each pair of
+    the global batch. Gradients are counted too."""
 
     def __init__(self, config: LossConfig) -> None:
         self.config = config
 
     def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
-        """Returns two numbers: how many bytes of embeddings a worker sends in a training step, and how many bytes of
-        gradients of embeddings.
-
-        workers: number of workers, above 1. local: number of pairs of each worker. row: bytes of one embedding.
-        """
+        """Returns how many bytes a worker sends in a training step: of embeddings, and of their gradients.
+        workers: number of workers, above 1. local: number of pairs of each worker. row: bytes of one embedding."""
         return 0, 0
 
 
 class Alignment(Loss, ABC):
     """A loss on the similarities of images and captions.
-
-    A positive is the image or caption of the same pair. All others with another image id are negatives.
-    """
+    A positive is the image or caption of the same pair. All others with another image id are negatives."""
 
     one_way = False
-    """True if the loss compares only local images with all captions. False if it also compares local captions with
-    all images. Local means: of this worker."""
+    """True if the loss compares only this worker's images with all captions. False if it also compares this worker's
+    captions with all images."""
     gathered_sides = 4  # images, captions, and the gradient of each
 
     def learned(self) -> dict[str, float]:
@@ -67,32 +60,24 @@ class Alignment(Loss, ABC):
 
     def factors(self, parameters: nn.Module) -> tuple[Tensor, ...]:
         """Returns the scale and the bias that the loss applies to similarities: neither, only the scale, or both.
-
-        Both have shape (1,). parameters: a module that has the learned numbers of :meth:`learned` as attributes.
-        """
+        Both have shape (1,). parameters: a module that has the learned numbers of :meth:`learned` as attributes."""
         return ()
 
     def sparse_gradient(self, warmup: float) -> bool:
         """Returns True if the loss gives most gathered embeddings a zero gradient.
-
-        If so, workers send each other only the nonzero gradients. warmup: as for :meth:`value`.
-        """
+        If so, workers send each other only the nonzero gradients. warmup: as for :meth:`value`."""
         return False
 
     @abstractmethod
     def value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
         """Returns the loss of the rows against the columns, of shape (), with gradient.
-
         factors: the result of :meth:`factors`. warmup: progress of the hinge's warm-up (`LossConfig.warmup_epochs`),
-        from 0 to 1; other losses ignore it.
-        """
+        from 0 to 1; other losses ignore it."""
 
     @abstractmethod
     def ring_value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
         """Returns the loss of this worker's rows against the columns of all workers, of shape (), with gradient.
-
-        `sides.columns` are this worker's columns; ring.py passes them from worker to worker. Else as :meth:`value`.
-        """
+        `sides.columns` are this worker's columns. ring.py passes them on. Other arguments: see :meth:`value`."""
 
     def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
         side = (workers - 1) * local * row
@@ -119,7 +104,5 @@ class Distillation(Loss, ABC):
     @abstractmethod
     def value(self, text: Tensor, teacher: Tensor) -> Tensor:
         """Returns this worker's part of the loss, of shape (), with gradient.
-
         text: embeddings of this worker's sparse captions, of shape (B, D). teacher: the teacher's embeddings of the
-        dense captions of the same pairs, of shape (B, D), without gradient.
-        """
+        dense captions of the same pairs, of shape (B, D), without gradient."""

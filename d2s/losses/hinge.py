@@ -18,10 +18,8 @@ _INDEX_BYTES = 8
 
 class Hinge(Alignment):
     """The hinge loss max(0, margin + S_negative - S_positive), where S is a similarity, summed over rows.
-
     If `warmup` is below 1, sums also over all negatives of a row, and multiplies the sum by `warmup`. If `warmup` is
-    1, uses only the hardest negative of each row: the most similar one.
-    """
+    1, uses only the hardest negative of each row: the most similar one."""
 
     def sparse_gradient(self, warmup: float) -> bool:
         return warmup >= 1
@@ -46,9 +44,7 @@ class Hinge(Alignment):
 
 class _SumRule:
     """The ring rule (:class:`d2s.losses.ring.RingRule`) of the hinge over all negatives.
-
-    Counts in `active`, of shape (B,), how many negatives of each row have a loss above 0.
-    """
+    Counts in `active`, of shape (B,), how many negatives of each row have a loss above 0."""
 
     def __init__(self, margin: float) -> None:
         self.margin = margin
@@ -77,10 +73,8 @@ class _SumRule:
 
 class _HardestRing(torch.autograd.Function):
     """Computes the hinge loss with the hardest negative of each row, around the ring of workers.
-
     If several negatives are equally hard, takes the one with the lowest index in the global batch. The forward pass
-    keeps the hardest negatives, so the backward pass does not send columns around the ring again.
-    """
+    keeps the hardest negatives, so the backward pass does not send columns around the ring again."""
 
     @staticmethod
     def forward(ctx, rows, columns, ids, margin: float):
@@ -117,9 +111,7 @@ class _HardestRing(torch.autograd.Function):
 
 def _sum_by_index(index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Adds up the rows that have the same index. Returns the u distinct indices, ascending, and the u sums.
-
-    index: shape (k,). rows: shape (k, D); rows[j] belongs to index[j]. The sums have shape (u, D).
-    """
+    index: shape (k,). rows: shape (k, D); rows[j] belongs to index[j]. The sums have shape (u, D)."""
     places, inverse, counts = torch.unique(index, return_inverse=True, return_counts=True)
     if not len(places):
         return places, rows

@@ -21,9 +21,7 @@ class InfoNCE(ScaledAlignment):
 
 class _Rule:
     """The ring rule (:class:`d2s.losses.ring.RingRule`) of InfoNCE.
-
-    The loss of a row is 0.5 * (log-sum-exp of its logits - logit of its positive).
-    """
+    The loss of a row is 0.5 * (log-sum-exp of its logits - logit of its positive)."""
 
     def start(self, positive: Tensor, scale: Tensor) -> None:
         self.scale, self.positive = scale, positive * scale

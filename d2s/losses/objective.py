@@ -29,9 +29,7 @@ REFERENCE_BATCH = 128
 
 class Losses(NamedTuple):
     """This worker's part of the total loss, with gradient, and of its two terms, without gradient. All of shape ().
-
-    This class must be a tuple: ZeRO 3 searches a module's output for tensors with a gradient, but only in tuples.
-    """
+    This class must be a tuple: ZeRO 3 searches a module's output for tensors with a gradient, but only in tuples."""
 
     total: Tensor
     align: Tensor
@@ -40,9 +38,7 @@ class Losses(NamedTuple):
 
 class Objective(nn.Module):
     """Computes the loss that `config` describes. Its parameters are the numbers that the alignment loss learns.
-
-    Each parameter has shape (1,), because DeepSpeed fails on 0-dim parameters.
-    """
+    Each parameter has shape (1,), because DeepSpeed fails on 0-dim parameters."""
 
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
@@ -79,11 +75,9 @@ class Objective(nn.Module):
         teacher: Tensor | None = None,
     ) -> Losses:
         """Returns this worker's part of the loss. The result depends on the arguments only, not on parameters.
-
         image, text: L2-normalised embeddings of this worker's pairs, of shape (B, D). image_ids: int64, shape (B,).
         factors: the result of :meth:`factors`. warmup: progress of the hinge's warm-up, from 0 to 1; see `Hinge`.
-        teacher: the teacher's embeddings of the dense captions, of shape (B, D); needed if distill_weight > 0.
-        """
+        teacher: the teacher's embeddings of the dense captions, of shape (B, D); needed if distill_weight > 0."""
         image, text = at_least_fp32(image), at_least_fp32(text)
         pairs = image.shape[0] * world_size()
         align = distill = text.new_zeros(())
@@ -100,9 +94,7 @@ class Objective(nn.Module):
         self, image: Tensor, text: Tensor, ids: Tensor, factors: tuple[Tensor, ...], warmup: float
     ) -> Tensor:
         """Returns the loss of local images against all captions, plus the loss of local captions against all images.
-
-        A loss with `one_way` has only the first term. Arguments: see :meth:`losses`.
-        """
+        A loss with `one_way` has only the first term. Arguments: see :meth:`losses`."""
         loss = self.alignment
         if not several_workers():
             return loss.value(Sides(image, text, ids, both=True), factors, warmup)

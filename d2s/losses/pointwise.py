@@ -8,9 +8,7 @@ from d2s.losses.base import Distillation
 
 class Pointwise(Distillation):
     """Distance between the sparse and the dense caption's embedding, summed over pairs. Workers exchange nothing.
-
-    `config.distill` selects the distance: cosine, l1 or l2.
-    """
+    `config.distill` selects the distance: cosine, l1 or l2."""
 
     compares_pairs = False
 

@@ -14,10 +14,8 @@ from d2s.workers.group import several_workers
 
 class Relational(Distillation):
     """The Kullback-Leibler divergence KL(p || q), summed over the captions of this worker.
-
-    p: softmax of the teacher's similarities of one caption with all captions, divided by the temperature. q: the
-    same for the student.
-    """
+    p: softmax of the teacher's similarities of one caption with all captions, divided by the temperature.
+    q: softmax of the student's similarities, divided by the temperature."""
 
     gathered_sides = 3  # the captions, their gradient, and the teacher's embeddings
 
@@ -43,10 +41,8 @@ class Relational(Distillation):
 
 class _Rule:
     """The ring rule (:class:`d2s.losses.ring.RingRule`) of the divergence.
-
     s and t are the similarities of student and teacher, divided by the temperature. The rule accumulates three
-    numbers for each row: the log-sum-exp of s, the log-sum-exp of t, and the sum of exp(t) * (t - s).
-    """
+    numbers for each row: the log-sum-exp of s, the log-sum-exp of t, and the sum of exp(t) * (t - s)."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature

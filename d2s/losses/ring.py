@@ -42,9 +42,7 @@ class Chunk:
 
     def diagonal(self, x: Tensor) -> Tensor:
         """Returns the entries of `x` at positive pairs, as a view. Must only be called if `own` is True.
-
-        x: shape (r, B). The result has shape (r,).
-        """
+        x: shape (r, B). The result has shape (r,)."""
         return x[:, self.part.start :].diagonal()
 
 
@@ -53,9 +51,7 @@ class RingRule(Protocol):
 
     def start(self, positive: Tensor, *factors: Tensor) -> None:
         """Prepares for the first chunk.
-
-        positive: similarities of the positive pairs, of shape (B,). factors: scale and bias, as of `ring_loss`.
-        """
+        positive: similarities of the positive pairs, of shape (B,). factors: see :func:`ring_loss`."""
 
     def fold(self, chunk: Chunk) -> None:
         """Adds `chunk` to the statistics of its rows. Called in the forward pass."""
@@ -64,27 +60,21 @@ class RingRule(Protocol):
         """Returns the loss, of shape (). Called when every chunk has been passed to `fold`."""
 
     def slope(self, chunk: Chunk) -> Tensor:
-        """Returns the gradient of the loss with respect to the similarities `chunk.s`, of shape (r, B).
-
-        If the rule has factors, the gradient is with respect to scale * chunk.s + bias. Called in the backward pass.
-        """
+        """Returns the gradient of the loss with respect to the similarities `chunk.s`, of shape (r, B). If the rule
+        has factors, the gradient is with respect to scale * chunk.s + bias. Called in the backward pass."""
 
 
 class RunningLogSumExp:
     """Computes the log-sum-exp of each of B rows. The entries of the rows arrive in chunks.
-
-    like: a tensor of shape (B,). The results have its dtype and device.
-    """
+    like: a tensor of shape (B,). The results have its dtype and device."""
 
     def __init__(self, like: Tensor) -> None:
         self.top, self.total = torch.full_like(like, -torch.inf), torch.zeros_like(like)
 
     def fold(self, logits: Tensor, part: slice) -> Tensor:
         """Adds entries to the r rows at the positions `part`. logits: the entries, of shape (r, B).
-
         Returns exp(old maximum - new maximum) of each row, of shape (r,). If the caller keeps other sums of
-        exp(logit - maximum), it must multiply them by this factor.
-        """
+        exp(logit - maximum), it must multiply them by this factor."""
         top = torch.maximum(self.top[part], logits.amax(1))
         # If a row has had only -inf so far, use 0 in place of its maximum, because -inf - -inf is NaN.
         reference = torch.where(top == -torch.inf, 0, top)
@@ -100,9 +90,7 @@ class RunningLogSumExp:
 
 def around_the_ring(*block: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Sends blocks around the ring. Yields every worker's rank and `block`, first this worker's own.
-
-    If the caller changes a block in place, the next worker gets the changed block.
-    """
+    If the caller changes a block in place, the next worker gets the changed block."""
     for hop in range(world_size()):
         yield (rank() - hop) % world_size(), block
         if hop < world_size() - 1:
@@ -113,10 +101,8 @@ def chunks(
     rows: Tensor, ids: Tensor, columns: Tensor, column_ids: Tensor, *, own: bool, width: int
 ) -> Iterator[Chunk]:
     """Computes the similarities of `rows` with `columns`. Yields them as chunks of a few rows.
-
     rows, columns: shape (B, E). The first `width` of the E numbers are the student's embedding. The rest, if any, is
-    the teacher's. ids, column_ids: image ids, of shape (B,). own: see :class:`Chunk`.
-    """
+    the teacher's. ids, column_ids: image ids, of shape (B,). own: see :class:`Chunk`."""
     size = max(1, _CHUNK_ENTRIES // columns.shape[0])
     for start in range(0, rows.shape[0], size):
         part = slice(start, min(start + size, rows.shape[0]))
@@ -179,10 +165,8 @@ def ring_loss(
     teacher: Tensor | None = None,
 ) -> Tensor:
     """Returns the loss of this worker's rows against the columns of all workers, of shape (), computed by `rule`.
-
-    rows, columns: this worker's embeddings, of shape (B, D); the positive of row i is column i. ids: image ids, int64
-    of shape (B,), for rows and columns. factors: nothing, the scale, or scale and bias, of shape (1,). teacher: the
-    teacher's embeddings for rows and columns, of shape (B, E). The loss has a gradient with respect to the rows, the
-    columns of every worker, and the factors.
-    """
+    rows, columns: this worker's embeddings, of shape (B, D); the positive of row i is column i. ids: image ids,
+    int64 of shape (B,), for rows and columns. factors: nothing, the scale, or scale and bias, of shape (1,).
+    teacher: the teacher's embeddings for rows and columns, of shape (B, E). The loss has a gradient with respect to
+    the rows, the columns of every worker, and the factors."""
     return _Ring.apply(rule, rows, columns, ids, teacher, *factors)

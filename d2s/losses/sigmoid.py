@@ -14,9 +14,7 @@ _EXACT = 60.0
 
 class Sigmoid(ScaledAlignment):
     """Sums log(1 + exp(-y * (scale * S + bias))) over all pairs of an image and a caption.
-
-    S is the similarity of the pair. y is 1 for a positive and -1 for a negative.
-    """
+    S is the similarity of the pair. y is 1 for a positive and -1 for a negative."""
 
     one_way = True
 
@@ -36,9 +34,7 @@ class Sigmoid(ScaledAlignment):
 
 class _Rule:
     """The ring rule (:class:`d2s.losses.ring.RingRule`) of the sigmoid loss.
-
-    `start` computes the loss of the positives. `fold` adds the loss of the negatives in a chunk.
-    """
+    `start` computes the loss of the positives. `fold` adds the loss of the negatives in a chunk."""
 
     def start(self, positive: Tensor, scale: Tensor, bias: Tensor) -> None:
         self.scale, self.bias = scale, bias

@@ -89,9 +89,7 @@ def build_model(spec: RunSpec) -> D2SModel:
 
 def build_module(spec: RunSpec, model: D2SModel) -> TrainingModule:
     """Returns model and objective as one module.
-
-    Raises ValueError if micro-batches are set, but the model does not allow them; see :func:`check_norms`.
-    """
+    Raises ValueError if micro-batches are set, but the model does not allow them; see :func:`check_norms`."""
     engine = spec.config.engine
     check_norms(model, engine.micro_batch, spec.local_batch)
     return TrainingModule(
@@ -168,9 +166,7 @@ def _build_teacher(
     spec: RunSpec, model: D2SModel, pipeline: TextPipeline, workers: Workers, preemption: Preemption
 ) -> Teacher | TeacherTable | None:
     """Returns the teacher: a frozen copy of the text tower of stage 1, or a table of its embeddings.
-
-    loss.teacher selects which. Returns None without distillation.
-    """
+    loss.teacher selects which. Returns None without distillation."""
     loss = spec.config.loss
     if not loss.distill_weight:
         return None

@@ -75,8 +75,8 @@ class TrainConfig(Settings):
     batch_size: PositiveInt = 128
     """Global batch size: number of pairs in a training step, over all workers."""
     epochs: PositiveInt = 30
-    """Number of epochs. In finetune with data.sparse "all", an epoch visits each pair of an image and a sparse caption
-    of the training split. Otherwise it visits each image."""
+    """Number of epochs. In finetune with data.sparse "all", an epoch is a pass over the training split's pairs of an
+    image and a sparse caption. Otherwise it is a pass over the images."""
     max_steps: NonNegativeInt = 0
     """Number of training steps, also for the learning-rate schedule. 0 trains for all epochs."""
     samples_per_epoch: NonNegativeInt = 0

@@ -66,10 +66,8 @@ class EngineConfig(Settings):
 
 def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) -> dict[str, Any]:
     """Returns DeepSpeed's settings, with the settings of the user's JSON file (`config.deepspeed_json`) merged in.
-
     local_batch: pairs of each worker. grad_clip: maximum norm of the gradient; 0 for no clipping. Raises ValueError
-    if the file is missing, is not a JSON object, or contains a setting that it must not contain.
-    """
+    if the file is missing, is not a JSON object, or contains a setting that it must not contain."""
     settings = {
         "train_micro_batch_size_per_gpu": local_batch,
         "gradient_accumulation_steps": 1,

@@ -13,10 +13,10 @@ The engine adds up the gradients of phase 3 and exchanges them between workers a
 gradient of the whole batch, up to rounding. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under
 Memory Limited Setup", 2021.
 
-Phases 1 and 3 use the same random numbers. Augmentation, token dropout and the dropout after the text tower
-(model.text_dropout) depend on the seed of each sample, and not on the micro-batch size. Dropout inside a Hugging Face
-tower depends on (seed, training step, worker, micro-batch). It is repeatable, but differs for another micro-batch
-size. Without micro-batches, model.text_dropout depends on (seed, training step, worker, position in the batch).
+Phases 1 and 3 use the same random numbers. Augmentation and token dropout depend on the seed of each sample, and not
+on the micro-batch size. Dropout inside a Hugging Face tower depends on (seed, training step, worker, micro-batch). It
+is repeatable, but differs for another micro-batch size. The dropout after the text tower (model.text_dropout) depends
+on the seed of each sample if there are micro-batches, else on (seed, training step, worker, position in the batch).
 
 In a BatchNorm with batch statistics, an embedding depends on all pairs of the batch. :func:`check_norms` refuses such
 a model. Therefore the phases change no buffer of the model.
@@ -50,15 +50,13 @@ def trained_batch_norms(model: nn.Module) -> list[str]:
 
 def check_norms(model: nn.Module, micro_batch: int, local_batch: int) -> None:
     """Raises ValueError if micro-batches are used and the model has a BatchNorm outside frozen towers.
-
-    micro_batch: EngineConfig.micro_batch. local_batch: number of pairs of each worker.
-    """
+    micro_batch: EngineConfig.micro_batch. local_batch: number of pairs of each worker."""
     for name in trained_batch_norms(model):
         refuse_batch_norm(name, micro_batch, local_batch)
 
 
 def refuse_batch_norm(name: str, micro_batch: int, local_batch: int) -> None:
-    """Raises ValueError about the BatchNorm module `name` if micro-batches are used. Else as :func:`check_norms`."""
+    """Raises ValueError about the BatchNorm module `name` if micro-batches are used. See :func:`check_norms`."""
     if not 0 < micro_batch < local_batch:
         return
     remedy = "choose a tower without BatchNorm (ViT, Swin, ConvNeXt)"
@@ -86,9 +84,7 @@ class MicroBatches(WholeBatch):
 
     def forward(self, batch: Batch, step: int, warmup: float) -> tuple[Tensor, Tensor, Tensor]:
         """Runs phases 1 and 2. Returns the same losses as `WholeBatch.forward`, but `total` has no gradient.
-
-        Stores the gradients with respect to the embeddings for :meth:`backward`.
-        """
+        Stores the gradients with respect to the embeddings for :meth:`backward`."""
         self.batch, self.step = batch, step
         images, texts, targets = [], [], []
         with torch.no_grad():
@@ -127,9 +123,7 @@ class MicroBatches(WholeBatch):
 
     def _surrogate(self, outputs: tuple[Tensor, ...], number: int) -> Tensor:
         """Returns a loss, of shape (), whose gradient with respect to `outputs` is the gradient stored by `forward`.
-
-        outputs: embeddings, scale and bias of micro-batch `number`.
-        """
+        outputs: embeddings, scale and bias of micro-batch `number`."""
         rows = slice(number * self.size, (number + 1) * self.size)
         terms = []
         for place, (output, gradient) in enumerate(zip(outputs, self.gradients, strict=True)):

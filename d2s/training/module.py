@@ -28,11 +28,9 @@ class TrainingModule(nn.Module):
         self, batch: Batch, warmup: float = 1.0, teacher: Tensor | None = None, *, embed_only: bool = False
     ) -> tuple[Tensor, ...]:
         """Returns this worker's part of total, align and distill, of shape (). Only `total` has a gradient.
-
         If `embed_only` is True, returns the inputs of the losses, with gradient: the image embeddings and the text
-        embeddings, of shape (B, D), and the objective's scale and bias, of shape (1,), if it has them. warmup, teacher:
-        see :meth:`Objective.losses`.
-        """
+        embeddings, of shape (B, D), and the objective's scale and bias, of shape (1,), if it has them. warmup,
+        teacher: see :meth:`Objective.losses`."""
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self._bf16):
             image = self.model.forward_image(batch.images, batch.draw_seeds)
             seeds = batch.draw_seeds if self._sample_draws else None

@@ -23,8 +23,8 @@ class NonFiniteDetector:
     Inspection takes time, because it reads every gradient once more. So the detector is active only from a skipped
     training step to the next step that is not skipped. If `limit` is 1, it is always active.
 
-    module: its trainable parameters, whose gradients are inspected. objective: the module that gets the embeddings as
-    its first two arguments; they are inspected. limit: how many skipped steps in a row end the run.
+    module: the gradients of its trainable parameters are inspected. objective: a module. The first two arguments of
+    its calls, this worker's embeddings, are inspected. limit: how many skipped steps in a row end the run.
     """
 
     def __init__(self, module: nn.Module, objective: nn.Module, limit: int) -> None:
@@ -73,11 +73,9 @@ class NonFiniteDetector:
 
 def report(what: str, steps: int, evidence: int, keys: Sequence[str]) -> str:
     """Returns the error message, which is the same on every worker. All workers call this together.
-
-    what: "loss" or "gradient". steps: how many training steps in a row were skipped. evidence: a number that is higher
-    if this worker is more likely the origin. The message names the workers with the highest number, and the `keys` of
-    their samples.
-    """
+    what: "loss" or "gradient". steps: how many training steps in a row were skipped. evidence: a number that is
+    higher if this worker is more likely the origin. The message names the workers with the highest number, and the
+    `keys` of their samples."""
     mine = (evidence, list(keys[:MOST_KEYS]), len(keys))
     found = all_gather_objects(mine)
     # If the NaN arose in the sum of the workers' gradients, `evidence` is 0 on all workers: name all of them.

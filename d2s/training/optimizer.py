@@ -28,7 +28,7 @@ class OptimConfig(Settings):
     grad_clip: NonNegativeFloat = 2.0
     """Clip the norm of the gradient over all parameters to this value; 0 switches clipping off."""
     schedule: Literal["steps", "cosine", "constant"] = "steps"
-    """steps: multiply the learning rate by optim.decay at each milestone. cosine: lower it to 0 along half a cosine."""
+    """steps: multiply the rate by optim.decay at each milestone. cosine: lower the rate to 0 along half a cosine."""
     milestones: tuple[NonNegativeFloat, ...] = (9, 15, 20, 25)
     """Epochs at which the schedule "steps" lowers the learning rate."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.3
@@ -64,10 +64,8 @@ def build_optimizer(
     module: nn.Module, backbone: list[nn.Parameter], config: OptimConfig
 ) -> torch.optim.AdamW:
     """Returns AdamW for the trainable parameters of `module`. Groups them by learning rate and weight decay.
-
     backbone: the parameters that get config.backbone_lr. All others get config.lr. Raises ValueError if no parameter
-    is trainable.
-    """
+    is trainable."""
     backbone_ids = {id(parameter) for parameter in backbone}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in module.parameters():

@@ -116,16 +116,12 @@ class Run:
 
     def validate(self) -> None:
         """Evaluates the model on the val split. Exports the model if it is the best so far.
-
-        Stores the result in the checkpoint of this training step. All workers call this together.
-        """
+        Stores the result in the checkpoint of this training step. All workers call this together."""
         state, start = self.state, time.monotonic()
         self.engine.eval()
         with self.full_model.gathered() as model:
             result = self.evaluate(model)
-        captions = (
-            "dense" if self.config.stage == "pretrain" else "sparse"
-        )  # the captions that this stage aligns
+        captions = "dense" if self.config.stage == "pretrain" else "sparse"  # aligned in this stage
         aligned = result.dense if captions == "dense" else result
         score = run_on_all(lambda: aligned.rsum)[0]  # the first worker's score, so that all decide the same
         improved = score > state.best.get("rsum", -1.0)
@@ -155,9 +151,7 @@ class Run:
 
     def export(self, name: str) -> None:
         """Writes the model to the folder `name` in the run folder. All workers call this together.
-
-        Raises ValueError, on all workers, if writing fails.
-        """
+        Raises ValueError, on all workers, if writing fails."""
 
         def write() -> None:
             if self.workers.is_main:

@@ -1,4 +1,4 @@
-"""Writes the metrics of a run to metrics.jsonl, to TensorBoard, to Weights & Biases (W&B) if wanted, and to the screen.
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard, Weights & Biases (W&B) if wanted, and the screen.
 
 Other code reads only metrics.jsonl. Only the first worker writes. A terminal shows one progress line that is redrawn.
 Elsewhere, as in a log file, each update is a new line.
@@ -18,12 +18,10 @@ from d2s.common.progress import clock
 
 
 class RunLog:
-    """Appends rows to metrics.jsonl in the folder `run`, and copies their numbers to TensorBoard and, if wanted, W&B.
-
+    """Appends rows to metrics.jsonl in the folder `run`, and copies the numbers to TensorBoard and W&B.
     is_main: True on the first worker. On other workers `row` and `progress` do nothing. resume_step: rows after this
-    training step are deleted, because the resumed run writes them again. total_steps: number of training steps of the
-    whole run. wandb_project: name of the W&B project; empty for none.
-    """
+    training step are deleted, because the resumed run writes them again. total_steps: number of training steps of
+    the whole run. wandb_project: name of the W&B project; empty for none."""
 
     def __init__(
         self,

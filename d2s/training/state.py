@@ -30,14 +30,13 @@ class RunState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent_losses: list[Tensor] = field(default_factory=list)
-    """One tensor for each training step since the last row of metrics: total, align, distill of the global batch."""
+    """A tensor of shape (3,) for each training step since the last row of metrics. It contains total, align and
+    distill of the global batch."""
 
     def count_over_workers(self, workers: Workers, damage_budget: int) -> tuple[int, int]:
         """Returns how many samples were damaged, and how many captions were cut, on all workers since the run began.
-
         All workers call this together. Raises ValueError, on all workers, if more than `damage_budget` samples are
-        damaged.
-        """
+        damaged."""
         counts = torch.tensor([self.damage.unshared, self.truncated], dtype=torch.int64)
         unshared, truncated = sum_over_workers(counts.to(workers.device)).tolist()
         if unshared:

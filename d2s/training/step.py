@@ -29,7 +29,7 @@ class WholeBatch:
         self.engine, self.teacher, self.workers, self.seed = engine, teacher, workers, seed
 
     def forward(self, batch: Batch, step: int, warmup: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns this worker's part of the losses total, align and distill, of shape (). Only `total` has a gradient.
+        """Returns this worker's part of total, align and distill, each of shape (). Only `total` has a gradient.
 
         step: the training step, which seeds the dropout. warmup: see :meth:`Objective.losses`.
         """
@@ -73,8 +73,6 @@ def clip_and_step(engine: Any) -> tuple[float, bool]:
 
 def seed_dropout(seed: int, step: int, rank: int, *micro_batch: int) -> None:
     """Seeds torch with the arguments, so that a resumed run repeats the same dropout.
-
-    step: the training step. micro_batch: the number of the micro-batch, if there are micro-batches.
-    """
+    step: the training step. micro_batch: the number of the micro-batch, if there are micro-batches."""
     words = np.random.SeedSequence([seed, step, rank, *micro_batch]).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0] >> 1))

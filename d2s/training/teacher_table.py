@@ -33,7 +33,7 @@ class TeacherTable:
         self._first = first
 
     def rows(self, dense_index: Tensor) -> Tensor:
-        """Returns embeddings, float32 of shape (B, D). dense_index: see :class:`Batch`, int64 of shape (B,)."""
+        """Returns the embeddings of B dense captions, float32 of shape (B, D). dense_index: as in :class:`Batch`."""
         return torch.from_numpy(self._table[dense_index.cpu().numpy() - self._first])
 
 
@@ -49,13 +49,11 @@ def teacher_table(
     poll: Callable[[], None] | None = None,
     batch_size: int = 128,
 ) -> TeacherTable:
-    """Returns the table stored in `folder`. If there is none, computes and stores it. All workers call this together.
-
+    """Returns the table in `folder`. If there is none, computes and stores it. All workers call this together.
     made_from: identifies teacher and data. A stored table with another value is replaced. poll: a function that is
     called before each batch on all workers. If it raises an error, such as Preempted, no table is stored.
-    batch_size: number of captions that a worker embeds at a time.
-    Raises ValueError, on all workers, if the disk is full or broken.
-    """
+    batch_size: number of captions that a worker embeds at a time. Raises ValueError, on all workers, if the disk is
+    full or broken."""
     first, count = int(index.column("dense_start")[index.rows(split).start]), index.total(split, "dense")
     width = teacher.text_encoder.linear.out_features
     path, marker = folder / "dense.f32", folder / "teacher.json"
@@ -102,8 +100,8 @@ def _on_disk(action: Callable[[], None], path: Path) -> None:
 
 
 def allocate_file(path: Path, size: int) -> None:
-    """Creates a file of `size` bytes and reserves the disk space. If space ran out later, SIGBUS would kill the process
-    that writes to the memory map. Raises OSError if the disk is full."""
+    """Creates a file of `size` bytes and reserves the disk space. If space ran out later, SIGBUS would kill the
+    process that writes to the memory map. Raises OSError if the disk is full."""
     with open(path, "wb") as file:
         try:
             if hasattr(os, "posix_fallocate"):

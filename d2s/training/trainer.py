@@ -80,9 +80,7 @@ class Trainer(Run):
 
     def train_step(self, batch: Batch) -> Agreement:
         """Makes one training step. All workers skip the update if the loss or the gradient is not finite.
-
-        batch: this worker's part of the global batch.
-        """
+        batch: this worker's part of the global batch."""
         for line in self.state.damage.new_lines():  # each worker reports the samples that it read
             self.log.say(f"damaged sample replaced: {line}")
         self.statistics.snapshot()
@@ -118,7 +116,7 @@ class Trainer(Run):
         return Agreement(not nonfinite, stop, save, sums[3:])
 
     def hinge_warmup(self) -> float:
-        """Returns the progress of the hinge's warm-up at this training step: above 0, and 1 at the end of it."""
+        """Returns the progress of the hinge's warm-up at this training step: above 0, and 1 after the warm-up."""
         steps = self.config.loss.warmup_epochs * self.batches.steps_per_epoch
         return (self.state.step + 1) / steps if self.state.step < steps else 1.0
 

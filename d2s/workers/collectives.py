@@ -61,11 +61,9 @@ def max_over_workers(value: int) -> int:
 
 def run_on_all(action: Callable[[], T]) -> list[T]:
     """Runs `action` on every worker and returns all results in rank order.
-
     If `action` raises OSError on any worker, every worker raises a ValueError that names the first failed rank.
     (If only the failed worker raised an error, the others would wait for it forever.) Other exceptions are bugs and
-    are not caught.
-    """
+    are not caught."""
     result, failure = None, ""
     try:
         result = action()

@@ -11,9 +11,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 def choose_device(local_rank: int) -> torch.device:
     """Returns this worker's GPU, and makes it torch's current device. Returns the CPU if torch sees no GPU.
-
-    local_rank: number of this worker on its machine. Raises ValueError if the machine has fewer GPUs than workers.
-    """
+    local_rank: number of this worker on its machine. Raises ValueError if there are fewer GPUs than workers."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", cuda_index(local_rank))
@@ -40,10 +38,8 @@ def in_full_precision() -> None:
 
 def check_devices(device: torch.device) -> None:
     """Checks that no two workers share a GPU, and that either all workers have a GPU or none has.
-
-    All workers call this function together. If the check fails, all raise ValueError. The function uses torch's store
-    and no collective, because a collective might hang if two workers share a GPU. device: this worker's device.
-    """
+    All workers call this function together. If the check fails, all raise ValueError. device: this worker's device.
+    The workers exchange names through torch's store. A collective might hang if two workers share a GPU."""
     rank, world = dist.get_rank(), dist.get_world_size()
     name = "cpu"
     if device.type == "cuda":
@@ -56,9 +52,7 @@ def check_devices(device: torch.device) -> None:
 
 def refuse_shared_devices(devices: list[str]) -> None:
     """Raises ValueError if two workers share a GPU, or if only some workers have a GPU.
-
-    devices: a unique name of each worker's GPU, or "cpu", in rank order.
-    """
+    devices: a unique name of each worker's GPU, or "cpu", in rank order."""
     without = [rank for rank, name in enumerate(devices) if name == "cpu"]
     if without and len(without) < len(devices):
         raise ValueError(
@@ -76,10 +70,8 @@ def refuse_shared_devices(devices: list[str]) -> None:
 
 def share_cores() -> None:
     """Sets how many CPU threads torch uses: D2S_THREADS, or by default this worker's share of the machine's cores.
-
     This replaces the launcher's choice, which may be one thread, or as many threads as the machine has cores. Raises
-    ValueError if D2S_THREADS is not a number from 1 to 9999.
-    """
+    ValueError if D2S_THREADS is not a number from 1 to 9999."""
     threads = os.environ.get("D2S_THREADS")
     if threads is None:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))

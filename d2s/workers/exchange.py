@@ -32,21 +32,16 @@ class _GatherRows(torch.autograd.Function):
 
 def gather_rows(rows: Tensor, *, sparse: bool = False) -> Tensor:
     """Returns the rows of all workers in rank order, of shape (N, D), with gradient.
-
     The backward pass gives each row the sum of its gradients from the losses of all workers.
-
     rows: this worker's rows, of shape (B, D), with the same B on all workers. sparse: send only nonzero rows of the
-    gradient back. This is faster if most rows are zero, but the CPU must wait for the GPU to count nonzero rows.
-    """
+    gradient back. This is faster if most rows are zero, but the CPU must wait for the GPU to count nonzero rows."""
     return _GatherRows.apply(rows, sparse) if several_workers() else rows
 
 
 def send_to_owners(index: Tensor, rows: Tensor, local: int) -> Tensor:
     """Sends rows[j] to the worker that owns row index[j] of the global batch. All workers call this together.
-
     Returns a tensor of shape (B, D). Row i is the sum of all rows that workers sent for the i-th row of this worker.
-    index: int64 of shape (k,), ascending, without duplicates. rows: shape (k, D). local: B, the rows of each worker.
-    """
+    index: int64 of shape (k,), ascending, without duplicates. rows: shape (k, D). local: B, rows of one worker."""
     world = world_size()
     bounds = torch.arange(world + 1, device=index.device) * local
     counts = torch.searchsorted(index, bounds).diff()
@@ -66,9 +61,7 @@ def send_to_owners(index: Tensor, rows: Tensor, local: int) -> Tensor:
 
 def pass_on(*blocks: Tensor) -> tuple[Tensor, ...]:
     """Sends `blocks` to the next worker of the ring. Returns the blocks that the previous worker sent.
-
-    The blocks of all workers must have the same shapes.
-    """
+    The blocks of all workers must have the same shapes."""
     world, me = world_size(), rank()
     received = tuple(torch.empty_like(block) for block in blocks)
     following, previous = (me + 1) % world, (me - 1) % world

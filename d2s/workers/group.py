@@ -55,13 +55,10 @@ def several_workers() -> bool:
 
 def start_workers() -> Workers:
     """Joins the process group that the launcher describes. Without a launcher, creates a group of one process.
-
     Reads two environment variables. D2S_TIMEOUT: how many minutes a collective waits for a worker that is alive but
     does not answer; by default 30. D2S_THREADS: number of CPU threads of each worker; by default its share of cores.
-
     Raises ValueError if D2S_TIMEOUT or D2S_THREADS is invalid, if the launcher set only some of RANK, WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT, or if two workers share a GPU or only some workers have one.
-    """
+    MASTER_ADDR and MASTER_PORT, or if two workers share a GPU or only some workers have one."""
     global _watchdog
     timeout = waiting_time()
     _complete_environment()
@@ -78,9 +75,7 @@ def start_workers() -> Workers:
 
 def _complete_environment() -> None:
     """Sets the environment variables that `init_process_group` needs, if no launcher set them.
-
-    Raises ValueError if a launcher set only some of them.
-    """
+    Raises ValueError if a launcher set only some of them."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
@@ -99,9 +94,7 @@ def _complete_environment() -> None:
 
 def waiting_time() -> timedelta:
     """Returns how long a collective waits for a worker that does not answer. Reads D2S_TIMEOUT, in minutes.
-
-    Raises ValueError if D2S_TIMEOUT is not a number above 0.
-    """
+    Raises ValueError if D2S_TIMEOUT is not a number above 0."""
     text = os.environ.get("D2S_TIMEOUT", "30")
     try:
         minutes = float(text)
@@ -114,9 +107,7 @@ def waiting_time() -> timedelta:
 
 def local_batch(batch_size: int, workers: int) -> int:
     """Returns how many pairs of the global batch each worker gets.
-
-    Raises ValueError if `batch_size` cannot be divided evenly among the workers.
-    """
+    Raises ValueError if `batch_size` cannot be divided evenly among the workers."""
     remainder = batch_size % workers
     if remainder:
         near = [str(size) for size in (batch_size - remainder, batch_size - remainder + workers) if size]
@@ -128,12 +119,9 @@ def local_batch(batch_size: int, workers: int) -> int:
 
 def leave(code: int, *, ordered: bool) -> NoReturn:
     """Ends this process with the exit code `code`.
-
-    ordered: True if all workers call this function together. They wait for each other. False if this worker failed.
-    The watchdog then ends the other workers with the same exit code.
-
-    Skips the interpreter's normal shutdown, during which a gloo thread could abort the process.
-    """
+    ordered: if True, all workers call this function together and wait for each other. If False, this worker failed,
+    and the watchdog ends the other workers with the same exit code.
+    Skips the interpreter's normal shutdown, during which a gloo thread could abort the process."""
     if in_group() and ordered:
         dist.barrier()
         dist.destroy_process_group()

@@ -13,7 +13,7 @@ from types import FrameType
 PREEMPTED = 75
 """Exit code of a run that stopped after a signal and can be resumed: EX_TEMPFAIL of sysexits.h."""
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-"""Signals that ask a run to stop, lowest priority first. TERM has the highest, as the job may have been cancelled."""
+"""Stop signals, lowest priority first. TERM has the highest priority: it may mean that the job is cancelled."""
 
 
 class Preempted(Exception):
@@ -52,10 +52,8 @@ class Preemption:
 
     def check(self) -> None:
         """Raises Preempted on all workers if any worker received a stop signal. All workers call this together.
-
         The exchange is an all-reduce of one number. Does nothing if there are several workers but no process group
-        yet, because this worker would stop alone, and the other workers would wait for it.
-        """
+        yet, because this worker would stop alone, and the other workers would wait for it."""
         from d2s.workers.group import in_group
 
         if not in_group() and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -33,10 +33,8 @@ _KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCN
 
 class Watchdog:
     """Listens to this worker's connections in a thread, and ends this process if another worker fails.
-
-    connections: maps the rank at the other end to the connection. Worker 0 has a connection to each other worker. The
-    other workers have only the connection to worker 0.
-    """
+    connections: maps the rank at the other end to the connection. Worker 0 has a connection to each other worker.
+    The other workers have only the connection to worker 0."""
 
     def __init__(self, rank: int, connections: dict[int, socket.socket]) -> None:
         self._rank, self._connections = rank, connections
@@ -89,7 +87,7 @@ class Watchdog:
                 connection.sendall(message)
 
     def exit_if_another_failed(self) -> None:
-        """Waits up to 1 second for the news that another worker failed. If so, lets :meth:`_end` end this process."""
+        """Waits 1 second for news that another worker failed. If news arrives, :meth:`_end` ends this process."""
         if self._another_failed.wait(1.0):
             time.sleep(2 * _GRACE)
 
@@ -101,9 +99,7 @@ class Watchdog:
 
 def start_watchdog(rank: int, world: int) -> Watchdog:
     """Connects this worker with worker 0, and worker 0 with all. Warns if worker 0 cannot be reached in 20 seconds.
-
-    All workers call this function together. Returns the watchdog of this worker.
-    """
+    All workers call this function together. Returns the watchdog of this worker."""
     # Workers get the port from torch's store: a first collective of NCCL may wait forever for a dead worker.
     store = _get_default_store()
     if rank:

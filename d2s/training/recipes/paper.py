@@ -14,8 +14,9 @@ Stage = Literal["pretrain", "finetune", "align"]
 
 def paper(tower: Tower, size: int, stage: Stage) -> TrainConfig:
     """Returns the paper's configuration: 30 epochs, batch 128, hinge loss with margin 0.2, BERT-base. It is the same
-    for both data sets. size: side of the input image in pixels. stage: "align" is the baseline without decoder and
-    teacher. tower: the image tower."""
+    for both data sets.
+    tower: the image tower. size: side of the input image in pixels. stage: "align" is the baseline without decoder
+    and teacher."""
     finetune = stage == "finetune"
     return TrainConfig(
         stage="pretrain" if stage == "pretrain" else "finetune",

@@ -22,11 +22,9 @@ def small(
     data: dict[str, Any],
 ) -> TrainConfig:
     """Returns a configuration with a small image tower, trained from random weights with InfoNCE at a batch of 128.
-
-    The hinge loss of the paper would not learn from random weights, because all similarities are about equal. steps:
-    number of training steps. size: side of the input image in pixels. image, text: the towers. model, data: other
-    fields of ModelConfig and DataConfig.
-    """
+    The hinge loss of the paper would not learn from random weights, because all similarities are about equal.
+    steps: number of training steps. size: side of the input image in pixels. image, text: the towers. model, data:
+    other fields of ModelConfig and DataConfig."""
     finetune = stage == "finetune"
     return TrainConfig(
         stage="pretrain" if stage == "pretrain" else "finetune",
