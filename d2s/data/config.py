@@ -19,7 +19,7 @@ class DataConfig(Settings):
     sparse: Literal["all", "one"] = "all"
     """all: an epoch visits each image once for each of its sparse captions. one: once, with a random one of them."""
     dense: Literal["whole", "sentences"] = "whole"
-    """whole: use the whole dense caption. sentences: in training, use a random subset of its sentences, in order."""
+    """whole: use the whole dense caption. sentences: in training, use random sentences of the caption, in order."""
     max_words_sparse: Length = 64
     """Maximum tokens of a sparse caption, with special tokens. Longer captions are cut, and counted in the log."""
     max_words_dense: Length = 256

@@ -1,4 +1,4 @@
-"""Builds evaluation batches. All workers together read every image or caption of a split exactly once."""
+"""Builds evaluation batches. The workers divide the images or captions of a split, and read each exactly once."""
 
 from collections.abc import Iterator
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Distillation of similarities: makes the similarities among sparse captions like those among dense captions."""
+"""Distillation of similarities. Moves similarities among sparse captions towards similarities among dense captions."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The configuration of a run, and how the command line overrides its fields.
+"""Defines the configuration of a run, and lets the command line override fields.
 
 Each group of settings is defined in the file whose code uses it. A recipe (:mod:`d2s.training.recipes`) is a function
 that returns a :class:`TrainConfig`. The command line sets fields by name: `--optim.lr 1e-4 --loss.distill_weight 0`.
@@ -51,7 +51,7 @@ class CheckpointConfig(Settings):
     every_steps: NonNegativeInt = 0
     """Write a checkpoint each time this many training steps are done; 0 for never."""
     every_minutes: NonNegativeFloat = 0.0
-    """Write a checkpoint if the newest one is this many minutes old; 0 for never."""
+    """Write a checkpoint if the newest checkpoint is this many minutes old; 0 for never."""
     max_stalled_restarts: NonNegativeInt = 3
     """--resume fails after this many starts from the same checkpoint, if none wrote a newer one; 0 for no limit."""
 

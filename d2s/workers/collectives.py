@@ -1,4 +1,4 @@
-"""Collectives without gradient. All workers call a function together, and each worker gets the same result.
+"""Defines collectives without gradient. All workers call a function together. All get the same result.
 
 With a single worker, or without a process group, nothing is exchanged. Collectives with gradient are in
 :mod:`d2s.workers.exchange`.

@@ -28,7 +28,7 @@ class Preemption:
         """Number of the highest-priority signal that this worker received; 0 for none."""
 
     def install(self) -> None:
-        """Installs the handlers of the stop signals. Only the main thread may call it."""
+        """Installs the handlers of the stop signals. Only the main thread may call this method."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
