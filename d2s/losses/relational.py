@@ -1,4 +1,4 @@
-"""Distillation of similarities. Moves similarities among sparse captions towards similarities among dense captions."""
+"""Distillation of similarities: moves similarities among sparse captions to similarities among dense captions."""
 
 import torch
 from torch import Tensor
