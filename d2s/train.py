@@ -1,7 +1,7 @@
 """Trains one stage: `deepspeed d2s/train.py RECIPE --data DIR --run DIR [--init RUN] [--field value ...]`.
 
-The same file runs under deepspeed, torchrun, srun and plain python. A mistake in the arguments, the
-configuration or the data is reported in one line before training starts.
+The same file runs under deepspeed, torchrun, srun and plain python. It reports a mistake in the arguments, the
+configuration or the data in one line, before training starts.
 """
 
 import os
@@ -25,16 +25,14 @@ if TYPE_CHECKING:
     from d2s.training.trainer import Trainer
 
 SECONDS_AFTER_WORKER_0 = 5.0
-"""Seconds that the other workers wait before they report an error, because worker 0 probably reports the same one."""
+"""Seconds that the other workers wait before they report an error. Worker 0 probably reports the same error."""
 
 
 def main(arguments: list[str] | None = None, preemption: Preemption | None = None) -> int:
     """Runs the command and returns its exit code.
-
     0: done; 1: training failed; 2: a user's mistake; 75: preempted, run again with --resume; 130: Ctrl-C.
-
-    preemption: records stop signals; its handlers are already installed. With None, stop signals are not handled.
-    """
+    arguments: the command line; by default sys.argv. preemption: an object whose signal handlers are installed. By
+    default stop signals are not handled."""
     preemption = preemption or Preemption()
     if _rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -93,9 +91,8 @@ def _rank() -> int:
 
 def _report_error(error: object, code: int, preemption: Preemption) -> int:
     """Prints the error as one line on stderr and returns `code`.
-
-    Workers often fail for the same reason. So the others wait for worker 0 to report the error and to end them.
-    """
+    All workers often fail for the same reason. So workers other than worker 0 wait, so that worker 0 can report the
+    error and end them."""
     preemption.uninstall()
     _exit_if_another_failed()
     if _rank():
@@ -108,7 +105,7 @@ def _report_error(error: object, code: int, preemption: Preemption) -> int:
 
 
 def _record_for_torchrun(error: BaseException) -> None:
-    """Stores the error for torchrun, if it is used. torchrun shows it in its final table of failed workers."""
+    """Stores the error in a file for torchrun, which shows it in its table of failed workers. Else does nothing."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ and "torch" in sys.modules:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -116,7 +113,7 @@ def _record_for_torchrun(error: BaseException) -> None:
 
 
 def _exit_if_another_failed() -> None:
-    """Ends this process silently if another worker failed first: the error here is then only a consequence."""
+    """Ends this process silently if another worker failed first, because the error here is only a consequence."""
     if "torch" in sys.modules:
         from d2s.workers.group import exit_if_another_failed
 
@@ -126,9 +123,9 @@ def _exit_if_another_failed() -> None:
 def _exit_on_uncaught(
     kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """Ends the process at once after an uncaught error. It is the exit callback of a `with` block.
+    """Ends the process at once after an uncaught error. An ExitStack calls this function.
 
-    A normal exit of the interpreter may hang or abort while it closes threads and connections.
+    The interpreter's normal exit may hang or abort while it closes threads and connections.
     """
     if kind is None or "torch" not in sys.modules:
         return
@@ -143,7 +140,7 @@ def _exit_on_uncaught(
 
 
 def run() -> NoReturn:
-    """Runs the script: installs signal handlers before any slow import, trains, and ends the process."""
+    """Runs this script: installs the signal handlers before any slow import, trains, and ends the process."""
     preemption = Preemption()
     preemption.install()
     with ExitStack() as stack:

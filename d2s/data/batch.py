@@ -24,25 +24,27 @@ class Batch:
     """One worker's part of a global batch: B pairs of an image and a caption."""
 
     images: torch.Tensor
-    """uint8 (B, 3, H, W). H and W are both image_size."""
+    """Images, uint8 of shape (B, 3, H, W). H and W are both `DataConfig.image_size`."""
     text_ids: torch.Tensor
-    """int64 (B, L): tokens of the caption to align, after augmentation; dense in the pretrain stage, else sparse."""
+    """Tokens of the captions to align, augmented. They are dense captions in the pretrain stage, else sparse ones.
+    int64, of shape (B, L)."""
     text_mask: torch.Tensor
-    """bool (B, L): True at tokens, False at padding."""
+    """True at tokens, False at padding. Boolean, of shape (B, L)."""
     dense_ids: torch.Tensor | None = None
-    """int64 (B, K): tokens of the dense caption for an online teacher, not augmented; None without such a teacher."""
+    """Tokens of the dense captions, not augmented, int64 of shape (B, K). None if no online teacher reads them."""
     dense_mask: torch.Tensor | None = None
-    """bool (B, K): True at tokens, False at padding."""
+    """True at tokens of `dense_ids`, False at padding. Boolean, of shape (B, K)."""
     image_ids: torch.Tensor
-    """int64 (B,): an image and a caption with the same id are never a negative pair."""
+    """Image ids, int64 of shape (B,). An image and a caption with the same id are never a negative pair."""
     samples: torch.Tensor
-    """int64 (B,): the row of each image in the data set's index; -1 in a stream."""
+    """The row of each image in the data set's index, int64 of shape (B,). -1 in a stream."""
     dense_index: torch.Tensor
-    """int64 (B,): number of the dense caption in the data set, to find its row in the teacher table; -1 if none."""
+    """The number of each dense caption in the data set, to find its row in the teacher table. int64, of shape (B,).
+    -1 for no dense caption."""
     draw_seeds: torch.Tensor
-    """int64 (B,): a random seed for each sample, used for random draws inside the model."""
+    """A random seed for each sample, int64 of shape (B,). The model seeds its random draws with it."""
     damaged: list[str] = field(default_factory=list)
-    """A message for each damaged sample that was replaced."""
+    """A message about each damaged sample that was replaced by another sample."""
     truncated: int = 0
     """How many captions were cut to the maximum length."""
 
@@ -54,7 +56,7 @@ class Batch:
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
     def rows(self, start: int, stop: int) -> "Batch":
-        """Returns the pairs start .. stop - 1 as views, with `damaged` and `truncated` of the whole batch."""
+        """Returns the pairs start .. stop - 1 as a batch of views. It keeps `damaged` and `truncated` unchanged."""
         return self._map(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -67,7 +69,7 @@ class Batch:
 
 
 class BatchBuilder:
-    """Builds batches from records and images. Each random draw depends only on seed, epoch and item.
+    """Builds batches from records and images. Each random draw depends only on seed, epoch and item (see batches.py).
 
     Args:
         config: image, text, order and loading settings.
@@ -75,8 +77,8 @@ class BatchBuilder:
         captions: which captions to align with images, "sparse" or "dense". "both" aligns sparse captions and adds a
             dense caption of the same image for the teacher.
         seed: decides the order of the samples and all random draws.
-        dense_text: with "both", whether a batch holds the dense caption's tokens. A teacher with stored embeddings
-            needs only the caption's number in the data set.
+        dense_text: if `captions` is "both", whether batches contain tokens of dense captions. A teacher with stored
+            embeddings needs only the number of a dense caption in the data set.
     """
 
     def __init__(
@@ -103,11 +105,10 @@ class BatchBuilder:
         dense_start: I64 | None,
         damaged: list[str],
     ) -> Batch:
-        """Builds a batch from B records, their images (B, 3, H, W) and the items (B,) that seed the random draws.
-
-        sparse: (B,), index of the caption to take from each record's sparse captions. samples, damaged: as in Batch.
-        dense_start: (B,), the number in the data set of each record's first dense caption; None in a stream.
-        """
+        """Builds a batch from B records. `images` has shape (B, 3, H, W), all other arrays have shape (B,).
+        items: the item numbers, which seed the random draws. sparse: which of its sparse captions to take from each
+        record. samples, damaged: as in :class:`Batch`. dense_start: the number in the data set of each record's
+        first dense caption; None in a stream."""
         config, seed, cut_before = self.config, self.seed, self.pipeline.truncated
         dense_index, long = np.full(len(records), -1), []
         if self.captions != "sparse":
@@ -145,12 +146,13 @@ class BatchBuilder:
 
 
 def draw_one(counts: I64, seed: int, epoch: int, items: I64, stream: str) -> I64:
-    """Returns a random integer in 0 .. counts[i] - 1 for each item i, int64 (B,). `stream` names the kind of draw."""
+    """Returns a random integer from 0 to counts[i] - 1 for each items[i]. All arrays are int64, of shape (B,).
+    stream: name of the purpose, such as "caption". Draws for different purposes are independent."""
     return (draws.uniform(seed, epoch, items, stream)[:, 0] * counts).astype(np.int64)
 
 
 def random_sentences(text: str, seed: int, epoch: int, item: int) -> str:
-    """Returns some randomly chosen sentences of `text`, in their order. Their number is random too, at least one."""
+    """Returns a random number of randomly chosen sentences of `text`, at least one, in their original order."""
     sentences = _SENTENCE_END.split(text.strip())
     if len(sentences) == 1:
         return text

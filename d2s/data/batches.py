@@ -1,8 +1,8 @@
 """Builds the training batches from an indexed data set.
 
-An epoch visits items; an item is an image, or a pair of an image and a sparse caption. The batch of step g in epoch e
-depends only on (seed, e, g, rank, world): a permutation of the items selects those of the batch, and every random
-draw depends only on (seed, epoch, item).
+An epoch visits items. Items are images, or pairs of an image and a sparse caption. The batch of training step g in
+epoch e depends only on (seed, e, g, rank, world). A permutation of the items tells which items are in the batch.
+Every random draw depends only on (seed, epoch, item).
 """
 
 from collections.abc import Iterator
@@ -27,12 +27,12 @@ class TrainBatches:
     """The training batches of one worker.
 
     Args:
-        index: the index of the data set. split: the split to train on.
+        index: the index of the data set. split: name of the split to train on.
         builder: builds the batches, and holds their settings.
         batch_size: N, the number of pairs in a global batch; each worker gets N / world pairs.
         rank, world: the rank of this worker, and the number of workers.
     Attributes:
-        damaged: a message for each damaged sample that this worker read or that another worker reported.
+        damaged: a message about each damaged sample that this worker read or that another worker reported.
     Raises:
         ValueError: the split is unknown or empty, an image lacks a required caption, or the batch is too large.
     """
@@ -59,7 +59,7 @@ class TrainBatches:
         return self.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yields the batches start_step .. steps_per_epoch - 1 of an epoch. A later call ends this iterator.
+        """Yields the batches start_step .. steps_per_epoch - 1 of an epoch. The next call ends this iterator.
 
         Raises:
             ValueError: more samples are damaged than config.damage_budget allows.
@@ -69,7 +69,7 @@ class TrainBatches:
 
 
 class _Items:
-    """The items of an epoch: the images of a split, or its pairs of an image and a sparse caption."""
+    """The items that an epoch visits: all images of a split, or all pairs of an image and a sparse caption."""
 
     def __init__(self, index: ShardIndex, split: str, builder: BatchBuilder) -> None:
         self.index, self.split, self.config, self.seed = index, split, builder.config, builder.seed
@@ -89,14 +89,15 @@ class _Items:
         self.n = index.n_sparse_total(split) if self.pairs else len(self.rows)
 
     def order(self, epoch: int) -> Permutation | BlockPermutation:
-        """Returns the permutation that maps positions in the epoch to items."""
+        """Returns the permutation that maps positions in the epoch to item numbers."""
         if self.config.order == "rows":
             return Permutation(self.n, self.seed, epoch)
         sizes = self.index.shard_sizes(self.split, "sparse" if self.pairs else "rows")
         return BlockPermutation(sizes, self.seed, epoch, self.config.block_shards)
 
     def rows_and_captions(self, items: I64, epoch: int) -> tuple[I64, I64]:
-        """Returns the image's row in the index and the index of its sparse caption (-1 for none), (B,) each."""
+        """Returns two int64 arrays of shape (B,): for each item, the row of its image in the index, and which of the
+        image's sparse captions to use (-1 for none). items: item numbers, of shape (B,)."""
         if self.pairs:
             return self.index.pair(self.split, items)
         rows = items + self.rows.start
@@ -106,7 +107,7 @@ class _Items:
 
 
 class _TrainSteps(Dataset):
-    """Maps (epoch, step) to a Batch. It runs in the loader processes. batch: (global batch size, rank, world)."""
+    """Builds the batch of an (epoch, training step), in a loader process. batch: (global batch size, rank, world)."""
 
     def __init__(self, items: _Items, builder: BatchBuilder, batch: tuple[int, int, int]) -> None:
         self.items, self.builder, self.batch = items, builder, batch
@@ -143,11 +144,10 @@ class _TrainSteps(Dataset):
         out: NDArray,
         damaged: list[str],
     ) -> tuple[int, int, Record]:
-        """Reads a sample and writes its image to `out`. place: its row and the index of its sparse caption.
-
-        Replaces a damaged sample by a random one, seeded by `item`, and adds a message to `damaged`. Returns the row,
-        the caption index and the record of the sample that was read. Raises ValueError after 16 damaged samples.
-        """
+        """Reads the sample of `item` and writes its image to `out`. Returns its row, caption number and record.
+        place: row of the sample, and which of its sparse captions to use. crop: random numbers for the crop. If the
+        sample is damaged, adds a message to `damaged` and reads a random sample instead, drawn with `item` as seed.
+        Raises ValueError if 16 samples in succession are damaged."""
         (row, number), replacements = place, None
         for attempt in range(_REPLACEMENTS):
             try:
@@ -162,7 +162,7 @@ class _TrainSteps(Dataset):
         raise ValueError(f"{_REPLACEMENTS} samples one after the other are damaged, the last: {damaged[-1]}")
 
     def _decode(self, row: int, crop: NDArray, out: NDArray) -> Record:
-        """Reads the record of a row, writes its augmented image to `out`, and returns it. Raises DamagedSample."""
+        """Returns the record of a row, and writes its augmented image to `out`. Raises DamagedSample."""
         config = self.builder.config
         record = self.reader.record(row)
         try:

@@ -17,13 +17,13 @@ class DataConfig(Settings):
     image_size: PositiveInt = 224
     """Side of the square input image in pixels."""
     sparse: Literal["all", "one"] = "all"
-    """all: an epoch visits every image with each of its sparse captions. one: only with one of them, at random."""
+    """all: an epoch visits each image once for each of its sparse captions. one: once, with a random one of them."""
     dense: Literal["whole", "sentences"] = "whole"
-    """whole: use the whole dense caption. sentences: in training, use a random subset of its sentences, in order."""
+    """whole: use the whole dense caption. sentences: in training, use random sentences of the caption, in order."""
     max_words_sparse: Length = 64
-    """Maximum tokens of a sparse caption, special tokens included. Longer captions are cut and counted in the log."""
+    """Maximum tokens of a sparse caption, with special tokens. Longer captions are cut, and counted in the log."""
     max_words_dense: Length = 256
-    """Maximum tokens of a dense caption, special tokens included. Longer captions are cut, and counted in the log."""
+    """Maximum tokens of a dense caption, with special tokens. Longer captions are cut, and counted in the log."""
     crop_min: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Smallest side of a random crop, as a fraction of the image's side; 1 switches cropping off."""
     flip: Probability = 0.5
@@ -33,8 +33,8 @@ class DataConfig(Settings):
     order: Literal["rows", "blocks"] = "rows"
     """rows: shuffle the whole split. blocks: shuffle within blocks of shards, for storage with slow random reads."""
     block_shards: PositiveInt = 8
-    """Shards in a block, if data.order is "blocks"."""
+    """Number of shards in a block, if data.order is "blocks"."""
     loader_workers: NonNegativeInt = 2
-    """Loader processes of each worker; 0 loads in the training process. The batches are the same for any number."""
+    """Number of loader processes of each worker; 0 loads in the training process. It does not change the batches."""
     damage_budget: NonNegativeInt = 100
-    """How many different damaged samples a run may replace; it stops if there are more."""
+    """How many different damaged samples a run may replace. The run stops if there are more."""

@@ -11,13 +11,14 @@ _SAMPLE = re.compile(r".*?\brow \d+\)?(?=: )")
 
 
 def _sample(line: str) -> str:
-    """Returns the part of a message that names the sample; the whole message if it names no row, as in a stream."""
+    """Returns the part of a message that names the sample. Returns the whole message if it contains no row number, as
+    in a stream."""
     found = _SAMPLE.match(line)
     return found[0] if found else line
 
 
 def add_new(known: list[str], lines: Iterable[str]) -> None:
-    """Adds each message of `lines` to `known`, in place, unless `known` has a message about the same sample."""
+    """Appends the messages in `lines` to `known`, except messages about a sample that `known` already mentions."""
     lines = list(lines)
     samples = {_sample(other) for other in known} if lines else set()
     for line in lines:
@@ -27,7 +28,7 @@ def add_new(known: list[str], lines: Iterable[str]) -> None:
 
 
 def check_budget(known: list[str], budget: int) -> None:
-    """Raises ValueError if there are more than `budget` damaged samples, the number that a run may replace."""
+    """Raises ValueError if `known` has more than `budget` messages. budget: `DataConfig.damage_budget`."""
     if len(known) > budget:
         raise ValueError(
             f"data.damage_budget is {budget} but {len(known)} samples are damaged, the last: {known[-1]}: "
@@ -36,7 +37,7 @@ def check_budget(known: list[str], budget: int) -> None:
 
 
 def count_damage(batches: Iterable[Batch], known: list[str], budget: int) -> Iterator[Batch]:
-    """Yields `batches`, and adds their damaged samples to `known`. Raises ValueError if these exceed the budget."""
+    """Yields `batches`, and appends their messages about damaged samples to `known`; see :func:`check_budget`."""
     for batch in batches:
         add_new(known, batch.damaged)
         check_budget(known, budget)
@@ -44,9 +45,9 @@ def count_damage(batches: Iterable[Batch], known: list[str], budget: int) -> Ite
 
 
 class Damage:
-    """Keeps the damaged samples that this worker knows of, and shares them with the other workers.
+    """Keeps messages about damaged samples, and shares them with the other workers.
 
-    known: a message for each damaged sample. This worker's loader appends to it.
+    known: a message about each damaged sample that this worker knows of. This worker's loader appends to the list.
     """
 
     def __init__(self, known: list[str]) -> None:
@@ -54,7 +55,7 @@ class Damage:
         self._shared = self._logged = len(known)
 
     def new_lines(self) -> list[str]:
-        """Returns the messages that this worker added since the last call."""
+        """Returns the messages that this worker's loader added since the last call of this method."""
         new = self.known[self._logged :]
         self._logged = len(self.known)
         return new
@@ -65,7 +66,7 @@ class Damage:
         return len(self.known) - self._shared
 
     def share(self) -> None:
-        """Gives every worker the same messages in the same order. All workers call it together."""
+        """Gives every worker all messages, in the same order on each. All workers call this method together."""
         mine = self.known[self._shared :]
         del self.known[self._shared :]
         for lines in run_on_all(lambda: mine):
@@ -73,6 +74,6 @@ class Damage:
         self._shared = self._logged = len(self.known)
 
     def restore(self, lines: list[str]) -> None:
-        """Replaces all messages by those of a checkpoint."""
+        """Replaces all messages by `lines`, which come from a checkpoint."""
         self.known[:] = lines
         self._shared = self._logged = len(lines)

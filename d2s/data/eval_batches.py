@@ -1,4 +1,4 @@
-"""Builds evaluation batches. All workers together read every image or caption of a split exactly once."""
+"""Builds evaluation batches. The workers divide the images or captions of a split, and read each exactly once."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -38,7 +38,9 @@ class _ImageSteps(Dataset):
 
 
 def _numbers(n: int, step: int, local: int, rank: int, world: int) -> tuple[I64, NDArray[np.bool_]]:
-    """Returns the numbers that a worker handles at a step, (local,), and whether each is below n, (local,)."""
+    """Returns the numbers of the images or captions that worker `rank` of `world` reads for its batch `step`.
+    n: how many images or captions there are. local: batch size of one worker. Also returns a boolean array, which is
+    True if a number is below n. Both arrays have shape (local,)."""
     positions = batch_positions(step, local * world, rank, world)
     numbers = np.arange(positions.start, positions.stop)
     return numbers, numbers < n
@@ -50,12 +52,12 @@ def eval_images(
     """Yields this worker's share of the images of a split. Every worker gets the same number of batches.
 
     Args:
-        batch_size: B, the images in a batch of one worker.
+        batch_size: B, the number of images in a batch of one worker.
     Yields:
-        Rows in the index, int64 (B,); images, uint8 (B, 3, H, W); valid, bool (B,). valid is False beyond the end of
-        the split, and there the row is -1 and the image black.
+        Three tensors: rows in the index, int64 of shape (B,); images, uint8 of shape (B, 3, H, W); `valid`, boolean
+        of shape (B,). The last batch may be filled up with black images. There `valid` is False and the row is -1.
     Raises:
-        ValueError: the split does not exist, or a sample is damaged; an evaluation does not replace it.
+        ValueError: the split does not exist, or a sample is damaged. Damaged samples are not replaced in evaluation.
     """
     rows = index.rows(split)
     dataset = _ImageSteps(index, rows, config.image_size, (batch_size, rank, world))
@@ -76,13 +78,14 @@ def eval_texts(
     """Yields this worker's share of the captions of a split. Every worker gets the same number of batches.
 
     Args:
-        kind: whether to read the sparse or the dense captions. batch_size: B, the captions in a batch of one worker.
-        skip_damaged: mark captions of a damaged sample as not valid, instead of raising.
+        kind: whether to read sparse or dense captions. batch_size: B, number of captions in a batch of one worker.
+        skip_damaged: if a sample is damaged, mark its captions as not valid, instead of raising ValueError.
     Yields:
-        Caption numbers within the split, int64 (B,); rows of their images in the index, int64 (B,); token ids, int64
-        (B, L); mask, bool (B, L); valid, bool (B,). If valid is False, both numbers are -1 and the caption is empty.
+        Five tensors: caption numbers within the split, and rows of their images in the index, both int64 of shape
+        (B,); token ids, int64, and mask, boolean, both of shape (B, L); `valid`, boolean of shape (B,). If `valid` is
+        False, the caption is empty, and its number and row are -1.
     Raises:
-        ValueError: the split does not exist or has no such captions, or a sample is damaged.
+        ValueError: the split does not exist or has no captions of this kind, or a sample is damaged.
     """
     total, reader = index.total(split, kind), ShardReader(index)
     if total == 0:

@@ -1,4 +1,4 @@
-"""Loads batches in processes. Yields the results in order, reports an error in one line, and ends the processes."""
+"""Loads batches in loader processes. Keeps their order, reports errors in one line, and ends the processes."""
 
 import atexit
 import signal
@@ -17,9 +17,8 @@ _PROCESSES: WeakSet[BaseProcess] = WeakSet()
 
 class StepLoader:
     """Computes `dataset[item]` for a list of items in several processes, and yields the results in the list's order.
-
-    An item describes a whole batch, so batches do not depend on the number of processes, which live through all runs.
-    """
+    An item describes a whole batch, so batches do not depend on the number of processes. The processes stay alive
+    between calls of :meth:`run`."""
 
     def __init__(self, dataset: Dataset, processes: int) -> None:
         self._dataset, self._processes = _ErrorsAsResults(dataset), processes
@@ -27,9 +26,9 @@ class StepLoader:
         self._loader: DataLoader | None = None
 
     def run(self, items: Sequence[Any]) -> Iterator[Any]:
-        """Yields dataset[item] for each item. A later call of `run` ends the iterator of the earlier one.
+        """Yields dataset[item] for each item. The next call of `run` ends this call's iterator.
 
-        If dataset[item] raises a ValueError, stops the processes and raises it here.
+        If dataset[item] raises a ValueError in a process, stops all processes and raises the same error.
         """
         if not items:
             return
@@ -41,12 +40,13 @@ class StepLoader:
         try:
             yield from results_of(self._loader)
         except ValueError:
-            self._loader = None  # the last reference to the processes, which stop now
+            self._loader = None  # this was the last reference to the processes, so they stop
             raise
 
 
 def new_loader(dataset: Dataset, processes: int, **settings: Any) -> DataLoader:
-    """Returns a DataLoader for a dataset that returns whole batches. Its processes ignore stop signals."""
+    """Returns a DataLoader for a dataset of whole batches. Its processes ignore stop signals.
+    settings: other arguments of torch's DataLoader."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -58,19 +58,19 @@ def new_loader(dataset: Dataset, processes: int, **settings: Any) -> DataLoader:
 
 
 def _ignore_stop_signals(process: int) -> None:
-    """Makes a loader process ignore stop signals, which may go to all processes: the worker still needs batches."""
+    """Makes a loader process ignore stop signals. A cluster may send them to all processes, but the worker needs
+    batches until it stops. process: the number of the loader process; not used."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def results_of(loader: DataLoader) -> Iterator[Any]:
-    """Yields the results of `loader`. If a result is a ValueError, raises it. Kills the processes at exit.
-
-    The processes return a ValueError instead of raising it, because torch would add two tracebacks to its message.
-    """
+    """Yields the results of `loader`. Raises a result that is a ValueError. Kills the loader processes at exit.
+    A loader process returns a ValueError instead of raising it. If it raised, torch would add two tracebacks to the
+    message."""
     results = iter(loader)
-    # At exit Python would send TERM to the processes, which ignore it, and wait for them forever: kill them first.
-    # The exit handler is registered last, to run before torch's handler, which waits seconds for each process.
+    # At exit Python sends TERM to the processes and waits for them. They ignore TERM, so kill them before.
+    # Our exit handler is registered last, so it runs first. torch's handler would wait seconds for each process.
     _PROCESSES.update(getattr(results, "_workers", ()))
     atexit.unregister(_kill_processes)
     atexit.register(_kill_processes)
@@ -79,7 +79,7 @@ def results_of(loader: DataLoader) -> Iterator[Any]:
             try:
                 raise result
             finally:
-                # The error's traceback keeps this frame's variables alive: drop those that keep the processes alive.
+                # The error's traceback keeps this frame's variables alive. These would keep the processes alive.
                 del result, results, loader
         yield result
 
@@ -91,7 +91,7 @@ def _kill_processes() -> None:
 
 
 class _ErrorsAsResults(Dataset):
-    """Wraps a dataset: returns a ValueError as the result instead of raising it. See :func:`results_of`."""
+    """A wrapper around a dataset. If the dataset raises a ValueError, returns it as the result. See `results_of`."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""Builds training batches from tar files at a URL pattern. The interface is that of `TrainBatches`."""
+"""Builds training batches from tar files at a URL pattern. `StreamBatches` has the interface of `TrainBatches`."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,15 +19,15 @@ from d2s.shards.read.stream import DENSE_COLUMNS, SPARSE_COLUMNS, Stream, expand
 class StreamBatches:
     """The training batches of one worker, from a stream of tar files.
 
-    An epoch is `samples_per_epoch` images, not one pass over the data; a reader at the end of its tars starts again.
-    Every worker makes samples_per_epoch // batch_size steps. Each time an image is read, one caption is drawn.
+    An epoch is `samples_per_epoch` images, not one pass over the data. A reader that has read all of its tars starts
+    again. An epoch has samples_per_epoch // batch_size training steps. Each visit of an image draws one caption.
 
     Args:
         urls: a pattern of tars, such as `https://host/{00000..00099}.tar`, or several patterns joined by `::`.
-        samples_per_epoch: images in an epoch, over all workers.
+        samples_per_epoch: number of images in an epoch, over all workers.
         builder, batch_size, rank, world: as for `TrainBatches`.
     Attributes:
-        damaged: a message for each sample or tar that this worker could not use.
+        damaged: a message about each sample or tar that this worker could not use.
     Raises:
         ValueError: the pattern matches no tars, the batch is too large, or (while iterating) too much is damaged.
     Warns:
@@ -59,7 +59,9 @@ class StreamBatches:
         return self.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yields the batches of steps start_step .. steps_per_epoch - 1. Another start step gives other samples.
+        """Yields the batches of training steps start_step .. steps_per_epoch - 1 of an epoch.
+
+        The samples depend on `start_step`: an epoch that is resumed in the middle does not continue the same order.
 
         Raises:
             ValueError: no sample is usable, or more samples are damaged than config.damage_budget allows.
@@ -70,7 +72,8 @@ class StreamBatches:
 
 
 class _StreamSteps(IterableDataset):
-    """The batches of `steps`: (epoch, first step, end). Loader process w of k builds batches w, w + k, w + 2k, ..."""
+    """Yields the batches of `steps`, which is (epoch, first training step, last training step + 1).
+    Loader process w of k builds batches w, w + k, w + 2k, ... batch: (global batch size, rank, world)."""
 
     def __init__(self, tars: list[str], builder: BatchBuilder, batch: tuple[int, int, int]) -> None:
         self.tars, self.builder, self.batch = tars, builder, batch
@@ -81,7 +84,7 @@ class _StreamSteps(IterableDataset):
         process, processes = (info.id, info.num_workers) if info else (0, 1)
         global_batch, rank, world = self.batch
         epoch, start, stop = self.steps
-        # Each start step has its own random order: to skip samples of one order, they would have to be read.
+        # Each start step has its own random order. To continue one order, skipped samples would have to be read.
         stream = Stream(
             self.tars,
             seed=int(draws.bits(self.builder.seed, epoch, [start], "stream")[0, 0]),

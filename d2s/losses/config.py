@@ -18,8 +18,8 @@ class LossConfig(Settings):
     margin: NonNegativeFloat = 0.2
     """Margin of the hinge, in cosine similarity."""
     warmup_epochs: NonNegativeFloat = 1.0
-    """Number of epochs in which the hinge sums over all negatives, with a weight that rises from 0 to 1. Later only
-    the hardest negative counts."""
+    """Number of warm-up epochs, in which the hinge sums over all negatives with a weight that rises from 0 to 1.
+    Afterwards only the hardest (most similar) negative counts."""
     logit_scale: PositiveFloat = 14.2857
     """Initial value of the inverse temperature that InfoNCE and sigmoid learn."""
     max_logit_scale: float = 100.0
@@ -27,19 +27,20 @@ class LossConfig(Settings):
     logit_bias: float = -10.0
     """Initial value of the bias that the sigmoid loss learns."""
     distill: Literal["cosine", "l1", "l2", "relational"] = "cosine"
-    """The distillation loss: a distance between a sparse caption's embedding and its dense caption's, or relational,
-    which compares the similarities among sparse captions with those among dense captions."""
+    """The distillation loss. cosine, l1, l2: the distance between the embeddings of an image's sparse and dense
+    caption. relational: the difference between similarities among sparse and similarities among dense captions."""
     distill_weight: NonNegativeFloat = 0.0
-    """Weight of the distillation term; 0 leaves the term out, and then no teacher is needed."""
+    """Weight of the distillation term; 0 leaves the term out, so that no teacher is needed."""
     distill_temperature: PositiveFloat = 0.05
     """Temperature of the softmax over similarities in relational distillation."""
     teacher: Literal["cached", "online"] = "cached"
-    """cached: compute the teacher's embeddings once and store them in the run. online: compute them at every step."""
+    """cached: compute the teacher's embeddings once and store them in the run folder. online: compute them in every
+    training step."""
     exchange: Literal["gather", "ring"] = "gather"
-    """How a worker gets the embeddings of the other workers: all at once (gather), or one worker's at a time (ring).
-    The ring is for a global batch that does not fit on a worker; it transfers twice as much, for the same loss."""
+    """How a worker gets the embeddings of other workers. gather: all at once. ring: from one worker at a time, for
+    a global batch that is too large for one worker. The loss is the same. The ring transfers about twice as much."""
     teacher_train_mode: bool = False
-    """Keep dropout on in the online teacher, and update its BatchNorm statistics, as the authors' release does."""
+    """Keep dropout on in the online teacher, and update its BatchNorm statistics, as the authors' code does."""
 
     def __post_init__(self) -> None:
         if self.teacher_train_mode and self.teacher == "cached":

@@ -1,4 +1,7 @@
-"""The triplet hinge loss of VSE++ (Faghri et al. 2018): over all negatives during the warm-up, then the hardest."""
+"""The triplet hinge loss of VSE++ (Faghri et al. 2018).
+
+During the warm-up the loss sums over all negatives. Afterwards it uses only the hardest negative of each row.
+"""
 
 import torch
 from torch import Tensor
@@ -14,10 +17,9 @@ _INDEX_BYTES = 8
 
 
 class Hinge(Alignment):
-    """Hinge loss max(0, margin + S_negative - S_positive).
-
-    If warmup < 1: summed over all negatives, times `warmup`. Otherwise: for each row's most similar negative only.
-    """
+    """The hinge loss max(0, margin + S_negative - S_positive), where S is a similarity, summed over rows.
+    If `warmup` is below 1, sums also over all negatives of a row, and multiplies the sum by `warmup`. If `warmup` is
+    1, uses only the hardest negative of each row: the most similar one."""
 
     def sparse_gradient(self, warmup: float) -> bool:
         return warmup >= 1
@@ -35,13 +37,14 @@ class Hinge(Alignment):
         return warmup * ring_loss(_SumRule(self.config.margin), *sides[:3])
 
     def bytes_sent(self, workers: int, local: int, row: int) -> tuple[int, int]:
-        # After the warm-up each hardest negative's gradient and index are sent to the worker of that negative.
+        # After the warm-up, the gradient and the index of each hardest negative go to the worker that owns it.
         back = 2 * (workers - 1) * local * (row + _INDEX_BYTES) // workers
         return 2 * (workers - 1) * local * row, back
 
 
 class _SumRule:
-    """The ring rule of the hinge over all negatives. `active` (B,): how many negatives of each row have a loss."""
+    """The ring rule (:class:`d2s.losses.ring.RingRule`) of the hinge over all negatives.
+    Counts in `active`, of shape (B,), how many negatives of each row have a loss above 0."""
 
     def __init__(self, margin: float) -> None:
         self.margin = margin
@@ -69,10 +72,9 @@ class _SumRule:
 
 
 class _HardestRing(torch.autograd.Function):
-    """The hinge at each row's hardest negative; among equal ones, at the one with the lowest index.
-
-    The forward pass keeps the hardest negatives, so the backward pass does not send columns around the ring again.
-    """
+    """Computes the hinge loss with the hardest negative of each row, around the ring of workers.
+    If several negatives are equally hard, takes the one with the lowest index in the global batch. The forward pass
+    keeps the hardest negatives, so the backward pass does not send columns around the ring again."""
 
     @staticmethod
     def forward(ctx, rows, columns, ids, margin: float):
@@ -86,7 +88,7 @@ class _HardestRing(torch.autograd.Function):
                     part = chunk.part
                     top, place = chunk.s.masked_fill_(chunk.same_image, -torch.inf).max(1)
                     place += owner * local
-                    # Blocks do not arrive in rank order, so compare indices to find the lowest one in a tie.
+                    # Blocks do not arrive in rank order. So compare indices to find the lowest one in a tie.
                     better = (top > best[part]) | ((top == best[part]) & (place < index[part]))
                     better &= top > -torch.inf
                     best[part] = torch.where(better, top, best[part])
@@ -108,7 +110,8 @@ class _HardestRing(torch.autograd.Function):
 
 
 def _sum_by_index(index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the u distinct values of `index` (k,), ascending, and for each the sum of its `rows` (k, D): (u, D)."""
+    """Adds up the rows that have the same index. Returns the u distinct indices, ascending, and the u sums.
+    index: shape (k,). rows: shape (k, D); rows[j] belongs to index[j]. The sums have shape (u, D)."""
     places, inverse, counts = torch.unique(index, return_inverse=True, return_counts=True)
     if not len(places):
         return places, rows

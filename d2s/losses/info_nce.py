@@ -9,7 +9,7 @@ from d2s.losses.ring import Chunk, RunningLogSumExp, ring_loss
 
 
 class InfoNCE(ScaledAlignment):
-    """Half the cross entropy of the logits scale * S, summed over the rows of both directions."""
+    """Half the cross entropy of the logits scale * S, summed over rows and both directions. S: the similarities."""
 
     def value(self, sides: Sides, factors: tuple[Tensor, ...], warmup: float) -> Tensor:
         (scale,) = factors
@@ -20,7 +20,8 @@ class InfoNCE(ScaledAlignment):
 
 
 class _Rule:
-    """The ring rule: the loss of a row is 0.5 * (log-sum-exp of its logits - logit of its positive)."""
+    """The ring rule (:class:`d2s.losses.ring.RingRule`) of InfoNCE.
+    The loss of a row is 0.5 * (log-sum-exp of its logits - logit of its positive)."""
 
     def start(self, positive: Tensor, scale: Tensor) -> None:
         self.scale, self.positive = scale, positive * scale

@@ -1,11 +1,11 @@
-"""The loss that is minimised: alignment of images with captions, plus distillation of the dense caption's embedding.
+"""The loss that is minimised: alignment of images with captions, plus distillation from dense to sparse captions.
 
 `align` and `distill` are sums over the global batch of N pairs. The weights are meant for the paper's batch of 128:
 
     loss = 128 / N * (align_weight * align + distill_weight / 128 * distill)
 
-At N = 128 and weights of 1 this is the paper's loss: the sum of `align` plus the mean of `distill`. With the factor
-128 / N, the ratio of the terms and the effect of a clipping norm are the same for any batch and number of workers.
+At N = 128 and weights of 1 this is the paper's loss: the sum of `align` plus the mean of `distill`. The factor
+128 / N keeps two things the same for any batch size: the ratio of the terms, and the effect of a clipping norm.
 
 Each worker computes the loss of its own rows against the columns of all workers. These parts add up to the loss of
 the global batch, and each part sends gradients to the columns of every worker. An engine that averages gradients over
@@ -28,10 +28,8 @@ REFERENCE_BATCH = 128
 
 
 class Losses(NamedTuple):
-    """This worker's part of the total (0-dim, with gradient) and of its two terms (0-dim, detached).
-
-    It is a tuple because ZeRO 3 finds tensors with a gradient only in tuples, to fetch parameters for their backward.
-    """
+    """This worker's part of the total loss, with gradient, and of its two terms, without gradient. All of shape ().
+    This class must be a tuple: ZeRO 3 searches a module's output for tensors with a gradient, but only in tuples."""
 
     total: Tensor
     align: Tensor
@@ -40,9 +38,7 @@ class Losses(NamedTuple):
 
 class Objective(nn.Module):
     """Computes the loss that `config` describes. Its parameters are the numbers that the alignment loss learns.
-
-    Each parameter has shape (1,), because DeepSpeed fails on 0-dim parameters.
-    """
+    Each parameter has shape (1,), because DeepSpeed fails on 0-dim parameters."""
 
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
@@ -53,7 +49,7 @@ class Objective(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.tensor([value])))
 
     def factors(self) -> tuple[Tensor, ...]:
-        """Returns the current scale and bias of the similarities, (1,) each: none, only the scale, or both."""
+        """Returns the current scale and bias of the similarities; see :meth:`Alignment.factors`."""
         return self.alignment.factors(self)
 
     def forward(
@@ -65,7 +61,7 @@ class Objective(nn.Module):
         warmup: float = 1.0,
         teacher: Tensor | None = None,
     ) -> Losses:
-        """Returns this worker's part of the loss, with the current scale and bias; see :meth:`losses`."""
+        """Returns this worker's part of the loss, with the current scale and bias. Arguments: see :meth:`losses`."""
         return self.losses(image, text, image_ids, self.factors(), warmup=warmup, teacher=teacher)
 
     def losses(
@@ -79,11 +75,9 @@ class Objective(nn.Module):
         teacher: Tensor | None = None,
     ) -> Losses:
         """Returns this worker's part of the loss. The result depends on the arguments only, not on parameters.
-
-        image, text: (B, D), L2-normalised, this worker's pairs. image_ids: (B,) int64. factors: as :meth:`factors`
-        returns them. warmup: progress of the hinge's warm-up, in [0, 1]; at 1 only the hardest negative counts.
-        teacher: (B, D), frozen embeddings of the dense captions; needed if distill_weight > 0.
-        """
+        image, text: L2-normalised embeddings of this worker's pairs, of shape (B, D). image_ids: int64, shape (B,).
+        factors: the result of :meth:`factors`. warmup: progress of the hinge's warm-up, from 0 to 1; see `Hinge`.
+        teacher: the teacher's embeddings of the dense captions, of shape (B, D); needed if distill_weight > 0."""
         image, text = at_least_fp32(image), at_least_fp32(text)
         pairs = image.shape[0] * world_size()
         align = distill = text.new_zeros(())
@@ -99,7 +93,8 @@ class Objective(nn.Module):
     def _align(
         self, image: Tensor, text: Tensor, ids: Tensor, factors: tuple[Tensor, ...], warmup: float
     ) -> Tensor:
-        """Returns the alignment loss of local images against all captions plus local captions against all images."""
+        """Returns the loss of local images against all captions, plus the loss of local captions against all images.
+        A loss with `one_way` has only the first term. Arguments: see :meth:`losses`."""
         loss = self.alignment
         if not several_workers():
             return loss.value(Sides(image, text, ids, both=True), factors, warmup)

@@ -1,4 +1,4 @@
-"""Distillation pair by pair: moves the embedding of each sparse caption towards that of its dense caption."""
+"""Distillation pair by pair: moves each sparse caption's embedding towards the embedding of its dense caption."""
 
 from torch import Tensor
 
@@ -7,7 +7,8 @@ from d2s.losses.base import Distillation
 
 
 class Pointwise(Distillation):
-    """Cosine, L1 or L2 distance (loss.distill) between the two embeddings of a pair. Workers exchange nothing."""
+    """Distance between the sparse and the dense caption's embedding, summed over pairs. Workers exchange nothing.
+    `config.distill` selects the distance: cosine, l1 or l2."""
 
     compares_pairs = False
 

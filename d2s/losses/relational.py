@@ -1,4 +1,4 @@
-"""Distillation of similarities: makes the similarities among sparse captions like those among dense captions."""
+"""Distillation of similarities: moves similarities among sparse captions to similarities among dense captions."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from d2s.workers.group import several_workers
 
 
 class Relational(Distillation):
-    """KL(p || q), summed over rows. p, q: softmax of the teacher's and the student's similarities / temperature."""
+    """The Kullback-Leibler divergence KL(p || q), summed over the captions of this worker.
+    p: softmax of the teacher's similarities of one caption with all captions, divided by the temperature.
+    q: softmax of the student's similarities, divided by the temperature."""
 
     gathered_sides = 3  # the captions, their gradient, and the teacher's embeddings
 
@@ -38,8 +40,9 @@ class Relational(Distillation):
 
 
 class _Rule:
-    """The ring rule. s, t: similarities / temperature of student and teacher. For each row it keeps the log-sum-exp
-    of s, that of t, and the sum of exp(t) * (t - s)."""
+    """The ring rule (:class:`d2s.losses.ring.RingRule`) of the divergence.
+    s and t are the similarities of student and teacher, divided by the temperature. The rule accumulates three
+    numbers for each row: the log-sum-exp of s, the log-sum-exp of t, and the sum of exp(t) * (t - s)."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature

@@ -1,12 +1,13 @@
-"""Computes a loss for a global batch too large to gather on a worker: columns travel around the ring of workers.
+"""Computes a loss for a global batch that is too large to gather on one worker.
 
-Gathering puts N = W * B columns on every worker. Here a worker holds its own B rows and one block of B columns, which
-came from one worker. After W - 1 hops the worker has seen all blocks. For each row it accumulates a statistic over
-all columns: the hardest negative, a log-sum-exp, or a sum. Most gradients need the final statistic, so the backward
-pass sends the columns around again, with their gradients. After W hops the gradients are back on their own worker.
+Gathering puts N = W * B columns on every worker. Here a worker holds its own B rows and one block of B columns. The
+blocks travel around a ring: in each hop, every worker sends its block to the next worker. After W - 1 hops a worker
+has seen all blocks. For each row it accumulates a statistic over all columns: the hardest negative, a log-sum-exp, or
+a sum. Most gradients need the final statistic. So the backward pass sends the columns around the ring again, together
+with their gradients. After W hops the gradients are back on the worker that owns the columns.
 
-The losses equal those of `d2s.kernels.functional` with both=False: one direction, local rows against all columns.
-Blocks arrive in the order me, me - 1, ..., me + 1 (modulo W), so the order of every sum is fixed.
+A loss computed here equals the loss in `d2s.kernels.functional` with both=False: local rows against all columns.
+Worker k gets the blocks of workers k, k - 1, ..., k + 1 (modulo W) in this order. So the order of every sum is fixed.
 Sizes: B local rows, r rows of a chunk, D width, W workers.
 """
 
@@ -29,50 +30,53 @@ class Chunk:
     """The similarities of r local rows with one block of columns."""
 
     part: slice
-    """Indices of the rows among the B local rows."""
+    """The positions of the r rows among the B local rows."""
     s: Tensor
-    """(r, B) similarities. A rule without a scale may overwrite them."""
+    """Similarities, of shape (r, B). A rule without a scale may overwrite them."""
     teacher: Tensor | None
-    """(r, B) similarities by the teacher's embeddings, for relational distillation; else None."""
+    """Similarities of the teacher's embeddings, of shape (r, B), for relational distillation; otherwise None."""
     same_image: Tensor
-    """(r, B) bool: True if row and column have the same image id."""
+    """Boolean, of shape (r, B). An entry is True if its row and its column have the same image id."""
     own: bool
-    """Whether the columns are this worker's. If so, row i of the B local rows has its positive in column i."""
+    """True if the columns belong to this worker. If so, column i is the positive of local row i."""
 
     def diagonal(self, x: Tensor) -> Tensor:
-        """Returns a view (r,) of the entries of x (r, B) that belong to positive pairs. Only valid if `own`."""
+        """Returns the entries of `x` at positive pairs, as a view. Must only be called if `own` is True.
+        x: shape (r, B). The result has shape (r,)."""
         return x[:, self.part.start :].diagonal()
 
 
 class RingRule(Protocol):
-    """Computes one loss chunk by chunk. Every forward pass uses a new object, which its backward pass reads."""
+    """Computes one loss chunk by chunk. Every forward pass needs a new object. The backward pass reads it."""
 
     def start(self, positive: Tensor, *factors: Tensor) -> None:
-        """Initializes. positive: (B,) similarities of positive pairs. factors: none, the scale, or scale and bias."""
+        """Prepares for the first chunk.
+        positive: similarities of the positive pairs, of shape (B,). factors: see :func:`ring_loss`."""
 
     def fold(self, chunk: Chunk) -> None:
-        """Adds a chunk of the forward pass to the statistics of its rows."""
+        """Adds `chunk` to the statistics of its rows. Called in the forward pass."""
 
     def loss(self) -> Tensor:
-        """Returns the loss, 0-dim, once all chunks have been folded."""
+        """Returns the loss, of shape (). Called when every chunk has been passed to `fold`."""
 
     def slope(self, chunk: Chunk) -> Tensor:
-        """Returns the loss's gradient (r, B) with respect to chunk.s or, with factors, to scale * chunk.s + bias."""
+        """Returns the gradient of the loss with respect to the similarities `chunk.s`, of shape (r, B). If the rule
+        has factors, the gradient is with respect to scale * chunk.s + bias. Called in the backward pass."""
 
 
 class RunningLogSumExp:
-    """Computes the log-sum-exp of B rows whose entries arrive in chunks, with dtype and device of `like` (B,)."""
+    """Computes the log-sum-exp of each of B rows. The entries of the rows arrive in chunks.
+    like: a tensor of shape (B,). The results have its dtype and device."""
 
     def __init__(self, like: Tensor) -> None:
         self.top, self.total = torch.full_like(like, -torch.inf), torch.zeros_like(like)
 
     def fold(self, logits: Tensor, part: slice) -> Tensor:
-        """Adds logits (r, B) of the rows in `part`.
-
-        Returns exp(old maximum - new maximum), (r,), by which the caller must multiply other sums of these rows.
-        """
+        """Adds entries to the r rows at the positions `part`. logits: the entries, of shape (r, B).
+        Returns exp(old maximum - new maximum) of each row, of shape (r,). If the caller keeps other sums of
+        exp(logit - maximum), it must multiply them by this factor."""
         top = torch.maximum(self.top[part], logits.amax(1))
-        # If a row has had only -inf so far, its sum is 0. Then 0 replaces the maximum, because -inf - -inf is NaN.
+        # If a row has had only -inf so far, use 0 in place of its maximum, because -inf - -inf is NaN.
         reference = torch.where(top == -torch.inf, 0, top)
         shrink = torch.exp(self.top[part] - reference)
         self.total[part] = self.total[part] * shrink + torch.exp(logits - reference[:, None]).sum(1)
@@ -80,12 +84,13 @@ class RunningLogSumExp:
         return shrink
 
     def value(self) -> Tensor:
-        """Returns the log-sum-exp (B,) of all logits added so far."""
+        """Returns the log-sum-exp of all logits added so far, of shape (B,)."""
         return self.top + self.total.log()
 
 
 def around_the_ring(*block: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Yields (rank, block) for every worker, this one first. Changes that the caller makes in place are passed on."""
+    """Sends blocks around the ring. Yields every worker's rank and `block`, first this worker's own.
+    If the caller changes a block in place, the next worker gets the changed block."""
     for hop in range(world_size()):
         yield (rank() - hop) % world_size(), block
         if hop < world_size() - 1:
@@ -95,10 +100,9 @@ def around_the_ring(*block: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
 def chunks(
     rows: Tensor, ids: Tensor, columns: Tensor, column_ids: Tensor, *, own: bool, width: int
 ) -> Iterator[Chunk]:
-    """Yields the similarities of rows (B, E) with columns (B, E), a few rows at a time. ids, column_ids: (B,) each.
-
-    width: how many of the E numbers are the student's embedding; the rest, if any, are the teacher's.
-    """
+    """Computes the similarities of `rows` with `columns`. Yields them as chunks of a few rows.
+    rows, columns: shape (B, E). The first `width` of the E numbers are the student's embedding. The rest, if any, is
+    the teacher's. ids, column_ids: image ids, of shape (B,). own: see :class:`Chunk`."""
     size = max(1, _CHUNK_ENTRIES // columns.shape[0])
     for start in range(0, rows.shape[0], size):
         part = slice(start, min(start + size, rows.shape[0]))
@@ -130,7 +134,7 @@ class _Ring(torch.autograd.Function):
         rows, columns, ids, *factors = ctx.saved_tensors
         width, own_rows = ctx.width, rows[:, : ctx.width]
         d_rows = torch.zeros_like(own_rows)
-        # The gradient is sum(slope * S) with respect to the scale, and sum(slope) with respect to the bias.
+        # The gradient with respect to the scale is sum(slope * S), with respect to the bias sum(slope).
         d_factors = [rows.new_zeros(()) for _ in factors]
         scale = factors[0].to(rows.dtype) if factors else 1.0
         with torch.autocast(rows.device.type, enabled=False):
@@ -160,10 +164,9 @@ def ring_loss(
     *factors: Tensor,
     teacher: Tensor | None = None,
 ) -> Tensor:
-    """Returns the loss that `rule` computes, 0-dim: this worker's rows (B, D) against the columns of all workers.
-
-    columns: (B, D), this worker's; the positive of row i is column i. ids: (B,) int64, image ids of the rows and of
-    the columns. factors: none, the scale, or the scale and the bias, (1,) each. teacher: (B, E), teacher's embeddings
-    of the rows and of the columns; gets no gradient. Rows, columns of every worker, and factors get a gradient.
-    """
+    """Returns the loss of this worker's rows against the columns of all workers, of shape (), computed by `rule`.
+    rows, columns: this worker's embeddings, of shape (B, D); the positive of row i is column i. ids: image ids,
+    int64 of shape (B,), for rows and columns. factors: nothing, the scale, or scale and bias, of shape (1,).
+    teacher: the teacher's embeddings for rows and columns, of shape (B, E). The loss has a gradient with respect to
+    the rows, the columns of every worker, and the factors."""
     return _Ring.apply(rule, rows, columns, ids, teacher, *factors)

@@ -13,7 +13,8 @@ _EXACT = 60.0
 
 
 class Sigmoid(ScaledAlignment):
-    """The sum of log(1 + exp(-y * (scale * S + bias))) over all pairs; y is 1 for a positive, -1 for a negative."""
+    """Sums log(1 + exp(-y * (scale * S + bias))) over all pairs of an image and a caption.
+    S is the similarity of the pair. y is 1 for a positive and -1 for a negative."""
 
     one_way = True
 
@@ -32,7 +33,8 @@ class Sigmoid(ScaledAlignment):
 
 
 class _Rule:
-    """The ring rule: `start` computes the loss of the positives, and `fold` adds that of a chunk's negatives."""
+    """The ring rule (:class:`d2s.losses.ring.RingRule`) of the sigmoid loss.
+    `start` computes the loss of the positives. `fold` adds the loss of the negatives in a chunk."""
 
     def start(self, positive: Tensor, scale: Tensor, bias: Tensor) -> None:
         self.scale, self.bias = scale, bias

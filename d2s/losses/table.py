@@ -20,7 +20,7 @@ DISTILLATIONS: dict[str, type[Distillation]] = {
 
 
 def losses_of(config: LossConfig) -> list[Loss]:
-    """Returns the losses that have a weight above 0 in `config`."""
+    """Returns the alignment and the distillation loss named in `config`, without any whose weight is 0."""
     both = [
         (config.align_weight, LOSSES[config.align]),
         (config.distill_weight, DISTILLATIONS[config.distill]),

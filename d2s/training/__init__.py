@@ -5,6 +5,6 @@ arguments.py          parses the other options of the command line
 checks.py             checks what the user gave, and returns a RunSpec (run_spec.py)
 build.py              builds everything, with teacher_table.py, optimizer.py, engine.py, module.py; returns a Trainer
 trainer.py            runs the training loop; step.py or gradient_cache.py computes a step
-nonfinite.py          finds the worker that produced a NaN
+nonfinite.py          finds the worker that produced a NaN or an infinite number
 run.py                logs, saves, validates, exports; with state.py, run_log.py, run_folder.py
 """

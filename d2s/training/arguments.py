@@ -17,7 +17,7 @@ Any field of the configuration can be overridden by its dotted name, as in --opt
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses the command line. Returns its options, and the remaining arguments, which override configuration fields.
 
-    Raises ValueError if no recipe is named.
+    Raises ValueError if the command line names no recipe.
     """
     parser = argparse.ArgumentParser(
         prog="train.py",

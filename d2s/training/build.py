@@ -37,14 +37,14 @@ from d2s.workers.preemption import Preemption
 
 TOWERS = ("image_encoder", "text_encoder")
 TOKENIZER_IMAGES = 1_000_000
-"""A word tokenizer's vocabulary is built from the captions of at most this many images."""
+"""The vocabulary of a word tokenizer is built from the captions of at most this many images."""
 
 
 def build_trainer(spec: RunSpec, preemption: Preemption) -> Trainer:
-    """Builds the trainer, and restores the newest checkpoint if the run is resumed. All workers call it together.
+    """Builds the trainer, and restores the newest checkpoint if the run is resumed. All workers call this together.
 
-    Raises on all workers: Preempted if one of them got a stop signal; StalledError if the run was started too often
-    from the same checkpoint without writing a newer one.
+    Raises on all workers: Preempted if a worker received a stop signal; StalledError if the run was started too often
+    from the same checkpoint without writing a newer checkpoint.
     """
     assert spec.run is not None
     workers = start_workers()
@@ -52,7 +52,7 @@ def build_trainer(spec: RunSpec, preemption: Preemption) -> Trainer:
         lock = run_folder.claim(spec.run) if workers.is_main else None
         if lock is not None:
             on_failure.callback(os.close, lock)
-        # The first worker decides: a network file system may show the folder differently on another machine.
+        # The first worker decides, because a network file system may show another machine an outdated folder.
         spec = dataclasses.replace(spec, resume_from=run_on_all(lambda: spec.resume_from)[0])
         try:
             _refuse_stalled_restart(spec, workers)
@@ -66,7 +66,7 @@ def build_trainer(spec: RunSpec, preemption: Preemption) -> Trainer:
 
 
 def build_model(spec: RunSpec) -> D2SModel:
-    """Builds the model. Its towers come from the model at `spec.init`, or start as their settings say."""
+    """Builds the model. Loads its towers from the model at `spec.init` if given, else creates them from settings."""
     torch.manual_seed(spec.config.seed)
     settings = spec.config.model
     if spec.init:
@@ -88,7 +88,8 @@ def build_model(spec: RunSpec) -> D2SModel:
 
 
 def build_module(spec: RunSpec, model: D2SModel) -> TrainingModule:
-    """Returns model and objective as one module. Raises ValueError if the model does not allow micro-batches."""
+    """Returns model and objective as one module.
+    Raises ValueError if micro-batches are set, but the model does not allow them; see :func:`check_norms`."""
     engine = spec.config.engine
     check_norms(model, engine.micro_batch, spec.local_batch)
     return TrainingModule(
@@ -164,7 +165,8 @@ def _build_batches(spec: RunSpec, pipeline: TextPipeline, workers: Workers) -> T
 def _build_teacher(
     spec: RunSpec, model: D2SModel, pipeline: TextPipeline, workers: Workers, preemption: Preemption
 ) -> Teacher | TeacherTable | None:
-    """Returns a frozen copy of stage 1's text tower, or the table of its embeddings; None without distillation."""
+    """Returns the teacher: a frozen copy of the text tower of stage 1, or a table of its embeddings.
+    loss.teacher selects which. Returns None without distillation."""
     loss = spec.config.loss
     if not loss.distill_weight:
         return None
@@ -186,7 +188,7 @@ def _build_teacher(
 
 
 def _refuse_stalled_restart(spec: RunSpec, workers: Workers) -> None:
-    """Counts this start, unless the run is already finished.
+    """Counts this start of the run, unless the run is already finished.
 
     Raises StalledError, on all workers, if too many starts continued from the same checkpoint.
     """

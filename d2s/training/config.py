@@ -1,4 +1,4 @@
-"""The configuration of a run, and how the command line overrides its fields.
+"""Defines the configuration of a run, and lets the command line override fields.
 
 Each group of settings is defined in the file whose code uses it. A recipe (:mod:`d2s.training.recipes`) is a function
 that returns a :class:`TrainConfig`. The command line sets fields by name: `--optim.lr 1e-4 --loss.distill_weight 0`.
@@ -29,31 +29,31 @@ RENAMED = {
     "log.save_minutes": "checkpoint.every_minutes",
     "log.save_steps": "checkpoint.every_steps",
 }
-"""Old names of fields, which may occur in saved configurations, and their new names."""
+"""Maps old names of fields, which may occur in saved configurations, to the new names."""
 
 
 @settings("log")
 class LogConfig(Settings):
-    """How often metrics are written, and where."""
+    """How often metrics are written, and whether they also go to Weights & Biases."""
 
     every: PositiveInt = 10
-    """Training steps between two rows of metrics."""
+    """Number of training steps between two rows of metrics."""
     wandb: str = ""
-    """Weights & Biases project that also gets the metrics; empty for none."""
+    """Name of a Weights & Biases project that gets the metrics too; empty for none."""
 
 
 @settings("checkpoint")
 class CheckpointConfig(Settings):
-    """How many checkpoints are kept, and when they are written, in addition to one before each validation."""
+    """How many checkpoints are kept, and when they are written. One is also written before each validation."""
 
     keep: PositiveInt = 2
     """How many complete checkpoints to keep. The best model is stored separately."""
     every_steps: NonNegativeInt = 0
     """Write a checkpoint each time this many training steps are done; 0 for never."""
     every_minutes: NonNegativeFloat = 0.0
-    """Write a checkpoint if the newest one is this many minutes old; 0 for never."""
+    """Write a checkpoint if the newest checkpoint is this many minutes old; 0 for never."""
     max_stalled_restarts: NonNegativeInt = 3
-    """--resume fails after this many starts from the same checkpoint that saved no newer one; 0 for no limit."""
+    """--resume fails after this many starts from the same checkpoint, if none wrote a newer one; 0 for no limit."""
 
 
 @settings("validation")
@@ -73,18 +73,18 @@ class TrainConfig(Settings):
     stage: Literal["pretrain", "finetune"] = "pretrain"
     """pretrain aligns images with dense captions. finetune aligns them with sparse captions, and may distill."""
     batch_size: PositiveInt = 128
-    """Global batch size: pairs in a training step, over all workers."""
+    """Global batch size: number of pairs in a training step, over all workers."""
     epochs: PositiveInt = 30
-    """Passes over the images of the training split; in finetune, over its pairs of an image and a sparse caption,
-    unless data.sparse is "one"."""
+    """Number of epochs. In finetune with data.sparse "all", an epoch is a pass over the training split's pairs of an
+    image and a sparse caption. Otherwise it is a pass over the images."""
     max_steps: NonNegativeInt = 0
-    """Number of training steps, for which the learning rate is scheduled too; 0 trains for all epochs."""
+    """Number of training steps, also for the learning-rate schedule. 0 trains for all epochs."""
     samples_per_epoch: NonNegativeInt = 0
     """Number of samples in an epoch if --data is a stream of tars, which has no length."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of the initial weights, the order of the samples, augmentation and dropout."""
     nonfinite_limit: PositiveInt = 20
-    """Stop after this many training steps in a row with a NaN or infinite loss or gradient. They are skipped."""
+    """A training step is skipped if its loss or gradient is NaN or infinite. Stop after this many in a row."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -108,7 +108,7 @@ class TrainConfig(Settings):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Returns the configuration that `to_dict` saved, in this version or in an earlier one with old field names.
+        """Returns the configuration that `to_dict` saved. Earlier versions may have saved it, with old field names.
 
         Raises ValueError for an unknown field or an invalid value.
         """
@@ -125,7 +125,7 @@ class TrainConfig(Settings):
 
 
 def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns the values of all fields of a dataclass instance, nested ones included, by dotted names."""
+    """Returns all fields of a dataclass instance, with nested fields. The keys are dotted names after `prefix`."""
     found = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -137,7 +137,7 @@ def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Returns the old and the new value of each field in which two configurations differ, by dotted names."""
+    """Returns the old and the new value of each field that differs. The keys are dotted names."""
     before, after = fields_of(old), fields_of(new)
     pairs = {name: (before.get(name), after.get(name)) for name in sorted({*before, *after})}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -147,7 +147,7 @@ def override(config: TrainConfig, arguments: list[str]) -> TrainConfig:
     """Returns a copy of `config` with fields set by command-line arguments such as `["--optim.lr", "1e-4"]`.
 
     If `--help` is among the arguments, prints every field with its meaning and exits. Raises ValueError, in one line,
-    for an invalid value or an unknown field; for a field it suggests the most similar name.
+    for an invalid value or an unknown field. If a field is unknown, the message suggests the most similar name.
     """
     known = fields_of(config)
     for argument in arguments:
@@ -182,13 +182,13 @@ def _is_field(name: str, known: dict[str, Any]) -> bool:
 
 
 def _first_complaint(printed: str) -> str:
-    """Returns tyro's error message, which was printed as a box of several lines, as one line without hints."""
+    """Returns tyro's error message as one line, without hints. printed: tyro's output, a box of several lines."""
     lines = [re.sub(r"[^\x20-\x7e]+", " ", line).strip(" -|") for line in printed.splitlines()]
     lines = [line for line in lines if line]
     body = lines[1:] if len(lines) > 1 else lines
     hints = ("Argument help", "For full help")
     end = next((number for number, line in enumerate(body) if line.startswith(hints)), None)
     complaint = " ".join(body[:end]) or "the overrides could not be read"
-    # Error messages of settings contain the field's full name, except those of a tower: keep the name from tyro.
+    # Error messages of settings already contain the field's full name. Only messages of towers need tyro's name.
     complaint = re.sub(r"^Error parsing ([\w.]+): tower\b", r"\1", complaint)
     return re.sub(r"^Error parsing [\w.]+: ", "", complaint)

@@ -20,7 +20,7 @@ from d2s.workers.group import waiting_time
 if TYPE_CHECKING:
     from d2s.model import D2SModel
 
-# Settings that a user's DeepSpeed JSON must not contain, because other code relies on them, and what to do instead.
+# Maps settings that a user's DeepSpeed JSON must not contain to the remedy. Our code relies on their values.
 _RESERVED = {
     "train_batch_size": "set batch_size",
     "train_micro_batch_size_per_gpu": "set batch_size",
@@ -36,7 +36,7 @@ _RESERVED = {
     "zero_optimization.stage": "set engine.zero_stage",
 }
 BUCKET = 500_000_000
-"""DeepSpeed's default of reduce_bucket_size, the number of gradient elements that ZeRO sends at a time."""
+"""Default value of DeepSpeed's setting reduce_bucket_size: how many gradient elements ZeRO sends at a time."""
 
 
 @settings("engine")
@@ -48,13 +48,13 @@ class EngineConfig(Settings):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage. 1 divides the optimizer's state among workers, 2 also the gradients, 3 also the weights."""
     offload_optimizer: bool = False
-    """Keep AdamW's state in the host's memory, and run AdamW there. Needs ZeRO; has no effect without a GPU."""
+    """Keep AdamW's state in CPU memory, and run AdamW on the CPU. Needs ZeRO. Has no effect without a GPU."""
     activation_checkpointing: bool = False
-    """Save memory: keep only the inputs of the towers' layers, and recompute the rest in the backward pass."""
+    """Save memory: keep only the inputs of the towers' layers, and recompute the layers in the backward pass."""
     micro_batch: NonNegativeInt = 0
-    """How many pairs a worker embeds at a time; 0 for all of its pairs. The gradient is that of the whole batch."""
+    """How many pairs a worker embeds at a time; 0 for all of its pairs. It does not change the gradient."""
     deepspeed_json: str = ""
-    """Path of a JSON file with DeepSpeed settings, which are added to the derived settings or replace them."""
+    """Path of a JSON file with DeepSpeed settings. They are merged into the derived settings, and take precedence."""
 
     def __post_init__(self) -> None:
         if self.offload_optimizer and not self.zero_stage:
@@ -65,10 +65,9 @@ class EngineConfig(Settings):
 
 
 def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) -> dict[str, Any]:
-    """Returns DeepSpeed's settings for `local_batch` pairs on each worker, updated by the user's JSON file if given.
-
-    Raises ValueError if that file is missing, is not a JSON object, or contains a setting that it must not contain.
-    """
+    """Returns DeepSpeed's settings, with the settings of the user's JSON file (`config.deepspeed_json`) merged in.
+    local_batch: pairs of each worker. grad_clip: maximum norm of the gradient; 0 for no clipping. Raises ValueError
+    if the file is missing, is not a JSON object, or contains a setting that it must not contain."""
     settings = {
         "train_micro_batch_size_per_gpu": local_batch,
         "gradient_accumulation_steps": 1,
@@ -85,7 +84,7 @@ def engine_settings(config: EngineConfig, local_batch: int, grad_clip: float) ->
 
 
 def bucket_size(settings: dict[str, Any]) -> int:
-    """Returns how many gradient elements ZeRO sends at a time with these settings."""
+    """Returns how many gradient elements ZeRO sends at a time. settings: the result of :func:`engine_settings`."""
     return int(settings["zero_optimization"].get("reduce_bucket_size", BUCKET))
 
 
@@ -124,9 +123,9 @@ def idle_engine_settings(config: EngineConfig) -> list[str]:
 
 
 def checkpoint_activations(model: "D2SModel") -> None:
-    """Switches activation checkpointing on in both towers. The recomputed layers repeat the same dropout.
+    """Switches activation checkpointing on in both towers. Recomputed layers repeat the same dropout.
 
-    Warns (IdleSetting) about a tower on which it would have no effect.
+    Warns (IdleSetting) about a tower for which activation checkpointing has no effect.
     """
     for name in ("image_encoder", "text_encoder"):
         encoder = getattr(model, name)
@@ -141,7 +140,7 @@ def checkpoint_activations(model: "D2SModel") -> None:
             line = f"engine.activation_checkpointing has no effect on {name}: {reason}"
             warnings.warn(line, IdleSetting, stacklevel=2)
         else:
-            # transformers renamed the method; with both names, the settings are the first argument.
+            # transformers renamed the method. The settings are its first argument under both names.
             older = tower.gradient_checkpointing_enable
             getattr(tower, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
@@ -156,9 +155,9 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """Starts the DeepSpeed engine around `module`, and returns it. All workers call it together.
+    """Starts the DeepSpeed engine around `module`, and returns the engine. All workers call this together.
 
-    Raises ValueError if a checkpoint could not save the training state that these settings produce.
+    settings: from :func:`engine_settings`. Raises ValueError if with these settings a checkpoint could not be saved.
     """
     import logging
 
@@ -168,11 +167,11 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
     import deepspeed.ops
     from deepspeed.utils import groups
 
-    # Do not compile DeepSpeed's shared-memory collective: this takes half a minute, and a killed compiler leaves a
-    # lock that blocks every later run. gloo does the same work.
+    # Do not compile DeepSpeed's shared-memory collective. It takes half a minute, and a killed compiler leaves a lock
+    # that blocks every later run. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed uses deprecated names of torch, which would fill the screen under ZeRO 3.
+    # DeepSpeed uses deprecated names of torch. Under ZeRO 3 the warnings would fill the screen.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     if groups._WORLD_GROUP is None and dist.is_initialized():
         # A group that DeepSpeed creates would have the backend's default timeout, 10 minutes with NCCL.
@@ -183,5 +182,5 @@ def start_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: 
         model_parameters=[p for p in module.parameters() if p.requires_grad],
         config=settings,
     )
-    ZeroState(engine)  # raises the ValueError here, rather than at the first checkpoint, an epoch later
+    ZeroState(engine)  # raises the ValueError now, and not an epoch later at the first checkpoint
     return engine

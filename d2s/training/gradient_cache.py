@@ -1,24 +1,25 @@
 """Gradient caching: computes the exact gradient of a batch while only a few pairs are embedded at a time.
 
-The losses compare every pair of a global batch with every other pair, so the gradients of small batches do not add up
-to that of a large batch. But a loss depends on the model only through the embeddings. So a step has these phases:
+The losses compare every pair of a global batch with every other pair. So the gradients of small batches do not add up
+to the gradient of a large batch. But a loss depends on the model only through the embeddings. So a training step has
+three phases:
 
 1. Embed every micro-batch without a graph, and keep the embeddings: two vectors of D numbers for each pair.
 2. Compute the loss over the global batch, and its gradient with respect to the embeddings, the scale and the bias.
 3. Embed every micro-batch again, with a graph, and backpropagate the gradient of its embeddings from phase 2.
 
-The engine adds up the gradients of phase 3 and exchanges them between workers after the last micro-batch (with ZeRO 2
-and 3, which divide gradients, after each micro-batch). By the chain rule the sum is the gradient of the whole batch,
-up to rounding. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021.
+The engine adds up the gradients of phase 3 and exchanges them between workers after the last micro-batch. (ZeRO 2 and
+3 divide the gradients among workers, and exchange them after each micro-batch.) By the chain rule the sum is the
+gradient of the whole batch, up to rounding. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under
+Memory Limited Setup", 2021.
 
-Randomness. Phases 1 and 3 use exactly the same random numbers. Augmentation, token dropout and, with micro-batches,
-the dropout after the text tower (model.text_dropout) depend on the seed of each sample, and not on the micro-batch
-size. Dropout inside a Hugging Face tower depends on (seed, step, worker, micro-batch): it is repeatable, but differs
-for another micro-batch size. Without micro-batches, model.text_dropout depends on (seed, step, worker) and on the
-sample's position in the batch.
+Phases 1 and 3 use the same random numbers. Augmentation and token dropout depend on the seed of each sample, and not
+on the micro-batch size. Dropout inside a Hugging Face tower depends on (seed, training step, worker, micro-batch). It
+is repeatable, but differs for another micro-batch size. The dropout after the text tower (model.text_dropout) depends
+on the seed of each sample if there are micro-batches, else on (seed, training step, worker, position in the batch).
 
-With a trained BatchNorm, an embedding depends on all pairs of the batch, so :func:`check_norms` does not allow one.
-Therefore the two passes change no buffer of the model.
+In a BatchNorm with batch statistics, an embedding depends on all pairs of the batch. :func:`check_norms` refuses such
+a model. Therefore the phases change no buffer of the model.
 """
 
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from d2s.workers.preemption import Preemption
 
 
 def trained_batch_norms(model: nn.Module) -> list[str]:
-    """Returns the names of the BatchNorms that use batch statistics in training, not those of frozen towers."""
+    """Returns the names of the BatchNorm modules that use batch statistics in training. Skips frozen towers."""
     training = model.training
     model.train()  # frozen towers stay in eval mode and use fixed statistics
     norms = {name: child for name, child in model.named_modules() if isinstance(child, _BatchNorm)}
@@ -48,13 +49,14 @@ def trained_batch_norms(model: nn.Module) -> list[str]:
 
 
 def check_norms(model: nn.Module, micro_batch: int, local_batch: int) -> None:
-    """Raises ValueError, in one line, if there are micro-batches and the model has a trained BatchNorm."""
+    """Raises ValueError if micro-batches are used and the model has a BatchNorm outside frozen towers.
+    micro_batch: EngineConfig.micro_batch. local_batch: number of pairs of each worker."""
     for name in trained_batch_norms(model):
         refuse_batch_norm(name, micro_batch, local_batch)
 
 
 def refuse_batch_norm(name: str, micro_batch: int, local_batch: int) -> None:
-    """Raises ValueError about the BatchNorm called `name` if a worker's batch is divided into micro-batches."""
+    """Raises ValueError about the BatchNorm module `name` if micro-batches are used. See :func:`check_norms`."""
     if not 0 < micro_batch < local_batch:
         return
     remedy = "choose a tower without BatchNorm (ViT, Swin, ConvNeXt)"
@@ -69,8 +71,8 @@ def refuse_batch_norm(name: str, micro_batch: int, local_batch: int) -> None:
 class MicroBatches(WholeBatch):
     """Runs the forward and backward pass of a worker's part of a batch, in micro-batches of at most `size` pairs.
 
-    After a stop signal both passes raise Preempted on all workers. The training step is then dropped; it has not
-    changed weights, optimizer or buffers.
+    After a stop signal both passes raise Preempted on all workers. The caller drops the training step. Until then the
+    step has changed no weights, no optimizer state and no buffers.
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class MicroBatches(WholeBatch):
         self.size, self.detector, self.preemption = size, detector, preemption
 
     def forward(self, batch: Batch, step: int, warmup: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs phases 1 and 2. Returns the same losses as WholeBatch, but without gradient, which is cached."""
+        """Runs phases 1 and 2. Returns the same losses as `WholeBatch.forward`, but `total` has no gradient.
+        Stores the gradients with respect to the embeddings for :meth:`backward`."""
         self.batch, self.step = batch, step
         images, texts, targets = [], [], []
         with torch.no_grad():
@@ -96,13 +99,13 @@ class MicroBatches(WholeBatch):
         ids = batch.image_ids.to(self.workers.device)
         objective = self.engine.module.objective
         losses = objective.losses(image, text, ids, tuple(factors), warmup=warmup, teacher=target)
-        # Gradients of the total with respect to image (B, D), text (B, D), and scale and bias, if any, (1,) each.
+        # Gradients with respect to image and text, of shape (B, D), and to scale and bias, of shape (1,), if any.
         self.gradients = torch.autograd.grad(losses.total, leaves, allow_unused=True)
         self.detector.inspect(image, text)
         return losses.total.detach(), losses.align, losses.distill
 
     def backward(self, total: Tensor) -> None:
-        """Runs phase 3, which leaves the gradient of the global loss in the engine."""
+        """Runs phase 3, which leaves the gradient of the global loss in the engine. Ignores `total`."""
         last = (len(self.batch) - 1) // self.size
         for number, part in self._parts():
             self.engine.set_gradient_accumulation_boundary(number == last)
@@ -111,7 +114,7 @@ class MicroBatches(WholeBatch):
             self.engine.backward(self.workers.world * self._surrogate(outputs, number))
 
     def _parts(self) -> Iterator[tuple[int, Batch]]:
-        """Yields each micro-batch with its number. It is on the device, and torch is seeded for its dropout."""
+        """Yields the number of each micro-batch, and the micro-batch on the device. Seeds torch's dropout for it."""
         for number, start in enumerate(range(0, len(self.batch), self.size)):
             self.preemption.check()
             part = self.batch.rows(start, start + self.size).to(self.workers.device)
@@ -119,7 +122,8 @@ class MicroBatches(WholeBatch):
             yield number, part
 
     def _surrogate(self, outputs: tuple[Tensor, ...], number: int) -> Tensor:
-        """Returns a 0-dim loss whose gradient with respect to `outputs` is the cached one of micro-batch `number`."""
+        """Returns a loss, of shape (), whose gradient with respect to `outputs` is the gradient stored by `forward`.
+        outputs: embeddings, scale and bias of micro-batch `number`."""
         rows = slice(number * self.size, (number + 1) * self.size)
         terms = []
         for place, (output, gradient) in enumerate(zip(outputs, self.gradients, strict=True)):
@@ -128,8 +132,8 @@ class MicroBatches(WholeBatch):
             if place < 2:
                 gradient = gradient[rows]
             elif number:
-                # Scale and bias get their gradient in the first micro-batch. Later it is zero, not missing: an engine
-                # that divides gradients expects gradients of the same parameters in every pass.
+                # Scale and bias get their gradient in the first micro-batch. In later ones it is zero and not
+                # missing, because ZeRO 2 and 3 expect gradients of the same parameters in every pass.
                 gradient = torch.zeros_like(gradient)
             terms.append((output * gradient).sum())
         return torch.stack(terms).sum()

@@ -9,10 +9,10 @@ from d2s.model import D2SModel
 
 
 class TrainingModule(nn.Module):
-    """Model and objective in one module, which computes this worker's part of the losses from a batch.
+    """Contains model and objective. Computes this worker's part of the losses from a batch.
 
-    bf16: compute the embeddings under bf16 autocast. sample_draws: seed the dropout on the text tower's output by
-    sample, and not by position in the batch, so that micro-batches drop the same values as the whole batch.
+    bf16: compute the embeddings under bf16 autocast. sample_draws: seed the dropout on the text tower's output for
+    each sample, and not for the whole batch. Then micro-batches drop the same values as the whole batch.
     """
 
     def __init__(
@@ -27,11 +27,10 @@ class TrainingModule(nn.Module):
     def forward(
         self, batch: Batch, warmup: float = 1.0, teacher: Tensor | None = None, *, embed_only: bool = False
     ) -> tuple[Tensor, ...]:
-        """Returns this worker's (total, align, distill), 0-dim; only `total` has a gradient.
-
-        With `embed_only` it returns the inputs of the losses, with gradient: the embeddings of images and of texts,
-        (B, D) each, and the objective's scale and bias, if any, (1,) each.
-        """
+        """Returns this worker's part of total, align and distill, of shape (). Only `total` has a gradient.
+        If `embed_only` is True, returns the inputs of the losses, with gradient: the image embeddings and the text
+        embeddings, of shape (B, D), and the objective's scale and bias, of shape (1,), if it has them. warmup,
+        teacher: see :meth:`Objective.losses`."""
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self._bf16):
             image = self.model.forward_image(batch.images, batch.draw_seeds)
             seeds = batch.draw_seeds if self._sample_draws else None

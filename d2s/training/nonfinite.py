@@ -1,8 +1,8 @@
-"""Finds the worker, and its samples, that produced a number that is not finite.
+"""Finds the worker that first produced a number that is not finite, and its samples.
 
-Gathered embeddings spread one worker's NaN over all losses, and the reduction spreads it over all gradients. So loss
-and gradient norm do not show which worker produced the NaN. While :class:`NonFiniteDetector` is active, each worker
-inspects its embeddings before they are gathered, and its gradients before they are reduced.
+A NaN in the embeddings of one worker spreads to the losses of all workers, because embeddings are gathered. A NaN in
+a gradient spreads when gradients are reduced. So loss and gradient norm do not show which worker produced the NaN. An
+active :class:`NonFiniteDetector` inspects a worker's embeddings and gradients before the workers exchange them.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from d2s.workers.collectives import all_gather_objects
 
 MOST_KEYS = 8
-"""How many sample keys of a worker an error message lists at most."""
+"""How many keys of samples an error message lists for each worker, at most."""
 
 
 class NonFiniteDetector:
     """Records whether this worker produced a number that is not finite.
 
-    Inspection reads every gradient once more. So the detector is active only from a skipped training step to the next
-    good one, or always if `limit` is 1, because then the first skipped step ends the run.
+    Inspection takes time, because it reads every gradient once more. So the detector is active only from a skipped
+    training step to the next step that is not skipped. If `limit` is 1, it is always active.
 
-    module: the gradients of its trainable parameters are inspected. objective: a module; the first two arguments of
+    module: the gradients of its trainable parameters are inspected. objective: a module. The first two arguments of
     its calls, this worker's embeddings, are inspected. limit: how many skipped steps in a row end the run.
     """
 
@@ -54,7 +54,7 @@ class NonFiniteDetector:
         self._handles.clear()
 
     def inspect(self, *embeddings: Tensor) -> None:
-        """Inspects embeddings, if the detector is active. For embeddings that are not passed to `objective(...)`."""
+        """Inspects embeddings, if the detector is active. Needed only if `objective` is not called with them."""
         if self._handles:
             for values in embeddings:
                 self._record(values.detach())
@@ -63,7 +63,7 @@ class NonFiniteDetector:
         self.inspect(*arguments[:2])
 
     def _record(self, values: Tensor) -> None:
-        # Keep one number for each tensor and read it after the training step, so as not to wait for the device here.
+        # Keep one number for each tensor, and read it after the training step. Reading now would wait for the device.
         self._nonfinite.append(~torch.isfinite(values.sum()))
 
     def found_any(self) -> bool:
@@ -72,14 +72,13 @@ class NonFiniteDetector:
 
 
 def report(what: str, steps: int, evidence: int, keys: Sequence[str]) -> str:
-    """Returns the error message, the same on every worker. All workers call it together.
-
-    what: "loss" or "gradient". steps: how many training steps in a row were skipped. evidence: how likely this worker
-    is the origin; the workers with the highest number are named. keys: the keys of this worker's samples.
-    """
+    """Returns the error message, which is the same on every worker. All workers call this together.
+    what: "loss" or "gradient". steps: how many training steps in a row were skipped. evidence: a number that is
+    higher if this worker is more likely the origin. The message names the workers with the highest number, and the
+    `keys` of their samples."""
     mine = (evidence, list(keys[:MOST_KEYS]), len(keys))
     found = all_gather_objects(mine)
-    # If no worker has evidence, the number arose in the sum of the workers' gradients: name all workers.
+    # If the NaN arose in the sum of the workers' gradients, `evidence` is 0 on all workers: name all of them.
     named = [rank for rank, other in enumerate(found) if other[0] == max(found)[0]]
     where = "; ".join(f"on worker {rank} with samples {_list(*found[rank][1:])}" for rank in named)
     return (

@@ -24,17 +24,17 @@ class OptimConfig(Settings):
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay. It is 0 for biases, norms and other one-dimensional parameters."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments."""
+    """AdamW's decay rates of the first and the second moment."""
     grad_clip: NonNegativeFloat = 2.0
     """Clip the norm of the gradient over all parameters to this value; 0 switches clipping off."""
     schedule: Literal["steps", "cosine", "constant"] = "steps"
-    """steps: multiply the learning rate by `decay` at each milestone. cosine: lower it to 0 along a half cosine."""
+    """steps: multiply the rate by optim.decay at each milestone. cosine: lower the rate to 0 along half a cosine."""
     milestones: tuple[NonNegativeFloat, ...] = (9, 15, 20, 25)
-    """Epochs at which schedule "steps" lowers the learning rate."""
+    """Epochs at which the schedule "steps" lowers the learning rate."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """Factor of the learning rate at each milestone."""
+    """The learning rate is multiplied by this number at each milestone."""
     warmup_steps: NonNegativeInt = 0
-    """Number of training steps in which the learning rate rises linearly from 0."""
+    """Number of training steps at the start in which the learning rate rises linearly from 0."""
 
     def __post_init__(self) -> None:
         if not all(before < after for before, after in pairwise(self.milestones)):
@@ -42,7 +42,7 @@ class OptimConfig(Settings):
 
 
 def lr_factor(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """Returns the factor of all learning rates at training step `step` (the first is 0), in [0, 1]."""
+    """Returns the factor, from 0 to 1, of all learning rates at training step `step`. The first step is 0."""
     factor = 1.0
     if config.schedule == "steps":
         epoch = step // steps_per_epoch
@@ -63,10 +63,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def build_optimizer(
     module: nn.Module, backbone: list[nn.Parameter], config: OptimConfig
 ) -> torch.optim.AdamW:
-    """Returns AdamW for the trainable parameters of `module`, in up to four groups by learning rate and weight decay.
-
-    backbone: the parameters that get config.backbone_lr. Raises ValueError if no parameter is trainable.
-    """
+    """Returns AdamW for the trainable parameters of `module`. Groups them by learning rate and weight decay.
+    backbone: the parameters that get config.backbone_lr. All others get config.lr. Raises ValueError if no parameter
+    is trainable."""
     backbone_ids = {id(parameter) for parameter in backbone}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in module.parameters():

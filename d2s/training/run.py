@@ -1,4 +1,4 @@
-"""A run, with all objects that it needs. Its methods log, save, validate and export."""
+"""Defines a training run: its objects and its progress. The methods log, save, validate and export."""
 
 import os
 import time
@@ -29,7 +29,7 @@ from d2s.workers.preemption import Preemption
 
 @dataclass(kw_only=True)
 class Run:
-    """A run: its configuration, the objects that it needs, and its progress."""
+    """A training run: its configuration, the objects that it uses, and its progress."""
 
     config: TrainConfig
     run: Path
@@ -45,12 +45,12 @@ class Run:
     detector: NonFiniteDetector
     log: RunLog | None = None
     lock: int | None = None
-    """File descriptor that locks the run folder while it is open; None on all workers but the first."""
+    """File descriptor that locks the run folder until it is closed. Only the first worker has it, others None."""
     saved_step: int | None = None
-    """Training step of the newest checkpoint."""
+    """Training step of the newest checkpoint; None if there is none."""
     saved_at: float = field(default_factory=time.monotonic)
     timed_from: tuple[int, float] = (0, 0.0)
-    """(training step, time) from which throughput is measured: of the last row of metrics or the epoch's start."""
+    """Training step and time from which throughput is measured: the last row of metrics or the start of the epoch."""
     grad_norm: float = 0.0
     """Norm of the newest gradient of the global loss, before clipping."""
 
@@ -72,7 +72,7 @@ class Run:
         return self.engine.module.model
 
     def log_row(self, factor: float) -> None:
-        """Writes a row of metrics, with the mean losses since the last row. factor: of the learning rates."""
+        """Writes a row of metrics, with the mean losses since the last row. factor: result of `lr_factor`."""
         state, config = self.state, self.config
         steps, seconds = state.step - self.timed_from[0], time.monotonic() - self.timed_from[1]
         total, align, distill = torch.stack(state.recent_losses).mean(0).tolist()
@@ -98,13 +98,13 @@ class Run:
         self.log.progress(state.step, values)
 
     def save(self) -> None:
-        """Writes a checkpoint of the current training step. All workers call it together."""
+        """Writes a checkpoint of the current training step. All workers call this together."""
         keep = self.config.checkpoint.keep
         checkpoint.save(self.run, self.state.step, self._saved_state(), self.engine, self.workers, keep=keep)
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
 
     def restore(self) -> None:
-        """Restores the newest intact checkpoint, if there are any. Raises ValueError if all are damaged."""
+        """Restores the newest intact checkpoint, if there are checkpoints. Raises ValueError if all are damaged."""
         saved = checkpoint.load(self.run, self.engine, self.workers)
         if saved is not None:
             self.state.restore(saved)
@@ -115,14 +115,15 @@ class Run:
         return {**state, "config": self.config.to_dict()}
 
     def validate(self) -> None:
-        """Evaluates the val split, exports the model if it is the best so far, and updates this step's checkpoint."""
+        """Evaluates the model on the val split. Exports the model if it is the best so far.
+        Stores the result in the checkpoint of this training step. All workers call this together."""
         state, start = self.state, time.monotonic()
         self.engine.eval()
         with self.full_model.gathered() as model:
             result = self.evaluate(model)
-        captions = "dense" if self.config.stage == "pretrain" else "sparse"  # which the stage aligns
+        captions = "dense" if self.config.stage == "pretrain" else "sparse"  # aligned in this stage
         aligned = result.dense if captions == "dense" else result
-        score = run_on_all(lambda: aligned.rsum)[0]  # all use the first worker's score, to decide the same
+        score = run_on_all(lambda: aligned.rsum)[0]  # the first worker's score, so that all decide the same
         improved = score > state.best.get("rsum", -1.0)
         if improved:
             state.best = {"rsum": score, "step": state.step}
@@ -149,7 +150,8 @@ class Run:
         )
 
     def export(self, name: str) -> None:
-        """Writes the model to the folder `name` of the run. Raises ValueError, on all workers, if that fails."""
+        """Writes the model to the folder `name` in the run folder. All workers call this together.
+        Raises ValueError, on all workers, if writing fails."""
 
         def write() -> None:
             if self.workers.is_main:

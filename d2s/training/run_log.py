@@ -1,6 +1,7 @@
-"""Writes a run's metrics to metrics.jsonl (the source of truth), TensorBoard, W&B if wanted, and the screen.
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard, Weights & Biases (W&B) if wanted, and the screen.
 
-Only the first worker writes. A terminal shows one progress line that is redrawn; elsewhere each update is a new line.
+Other code reads only metrics.jsonl. Only the first worker writes. A terminal shows one progress line that is redrawn.
+Elsewhere, as in a log file, each update is a new line.
 """
 
 import json
@@ -17,11 +18,10 @@ from d2s.common.progress import clock
 
 
 class RunLog:
-    """Appends rows to metrics.jsonl in the folder `run`, and copies their numbers to TensorBoard and, if wanted, W&B.
-
-    is_main: True on the first worker; on the others `row` and `progress` do nothing. resume_step: rows after this
-    training step are deleted, because the resumed run writes them again. wandb_project: empty for none.
-    """
+    """Appends rows to metrics.jsonl in the folder `run`, and copies the numbers to TensorBoard and W&B.
+    is_main: True on the first worker. On other workers `row` and `progress` do nothing. resume_step: rows after this
+    training step are deleted, because the resumed run writes them again. total_steps: number of training steps of
+    the whole run. wandb_project: name of the W&B project; empty for none."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class RunLog:
 
         self._path = run / "metrics.jsonl"
         _drop_after(self._path, resume_step)
-        # Unbuffered: if a write fails on a full disk, a buffer would write again, and fail again, when closed.
+        # Unbuffered, because after a failed write on a full disk a buffer would fail again when it is closed.
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step)
         self._wandb = None
@@ -70,7 +70,7 @@ class RunLog:
             self._wandb.log(numbers, step=step)
 
     def progress(self, step: int, values: dict[str, float]) -> None:
-        """Shows the numbers of a row on the screen, and the time left, estimated from the speed since the start."""
+        """Shows a row's numbers and the time left. Estimates the time from the mean speed since the first call."""
         if not self._is_main:
             return
         now = time.monotonic()
@@ -87,7 +87,7 @@ class RunLog:
         print(start + text, end=end, flush=True)
 
     def say(self, text: str) -> None:
-        """Prints a line in place of the progress line. The first worker prints on stdout, the others on stderr."""
+        """Prints a line, and removes the progress line. The first worker prints on stdout, the others on stderr."""
         self._clear_line()
         print(text, file=sys.stdout if self._is_main else sys.stderr, flush=True)
 
@@ -115,7 +115,7 @@ class RunLog:
 
 @contextmanager
 def _one_line(path: object) -> Iterator[None]:
-    """Turns an OSError into a ValueError that names `path` and the remedy."""
+    """Turns an OSError in the `with` block into a ValueError that names `path` and a remedy."""
     try:
         yield
     except OSError as error:
@@ -126,7 +126,7 @@ def _one_line(path: object) -> Iterator[None]:
 
 
 def read_rows(run: Path) -> list[dict]:
-    """Returns the rows of a run's metrics.jsonl. An incomplete last line, left by a killed process, is ignored."""
+    """Returns the rows of metrics.jsonl in the folder `run`. Ignores an incomplete last line of a killed process."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

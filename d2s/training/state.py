@@ -1,4 +1,4 @@
-"""The progress of a run. A checkpoint contains it, along with the weights, the optimizer and the configuration."""
+"""Defines the progress of a run, which is saved in checkpoints beside weights, optimizer and configuration."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,27 +16,27 @@ class RunState:
     """The progress and the counters of a run."""
 
     damage: Damage
-    """The damaged samples found so far. The loader adds to them."""
+    """The damaged samples found so far."""
     step: int = 0
     """How many training steps are done, including skipped ones."""
     validation_pending: bool = False
-    """Whether validation is due at this training step, but not done yet."""
+    """True if validation is due at this training step, but not done yet."""
     best: dict[str, float] = field(default_factory=dict)
-    """The rSum of the best model, and its training step; empty before the first validation."""
+    """The best model's "rsum" (sum of recalls) and training "step". Empty before the first validation."""
     truncated: int = 0
-    """How many captions this worker has cut since it started."""
+    """How many captions this worker has cut to the maximum length since it started."""
     truncated_before: int = 0
-    """How many captions all workers had cut before the run was resumed."""
+    """How many captions all workers together had cut before the run was resumed."""
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent_losses: list[Tensor] = field(default_factory=list)
-    """(total, align, distill) of the global batch, shape (3,), for each step since the last row of metrics."""
+    """A tensor of shape (3,) for each training step since the last row of metrics. It contains total, align and
+    distill of the global batch."""
 
     def count_over_workers(self, workers: Workers, damage_budget: int) -> tuple[int, int]:
         """Returns how many samples were damaged, and how many captions were cut, on all workers since the run began.
-
-        All workers call it together. Raises ValueError, on all of them, if more than `damage_budget` are damaged.
-        """
+        All workers call this together. Raises ValueError, on all workers, if more than `damage_budget` samples are
+        damaged."""
         counts = torch.tensor([self.damage.unshared, self.truncated], dtype=torch.int64)
         unshared, truncated = sum_over_workers(counts.to(workers.device)).tolist()
         if unshared:
@@ -45,7 +45,7 @@ class RunState:
         return len(self.damage.known), truncated + self.truncated_before
 
     def to_dict(self, workers: Workers, damage_budget: int) -> dict[str, Any]:
-        """Returns the state as JSON types. All workers call it together. Raises as `count_over_workers` does."""
+        """Returns the state in JSON types. All workers call this together. Raises as `count_over_workers` does."""
         damaged, truncated = self.count_over_workers(workers, damage_budget)
         return {
             "step": self.step,

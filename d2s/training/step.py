@@ -1,7 +1,7 @@
 """Computes the losses and gradients of a training step, and updates the weights.
 
 :class:`WholeBatch` embeds all pairs of a worker at once. :class:`d2s.training.gradient_cache.MicroBatches` embeds a
-few at a time. Both compute the gradient of the global batch.
+few pairs at a time. Both compute the same gradient: the gradient of the loss of the global batch.
 """
 
 import math
@@ -18,9 +18,9 @@ from d2s.workers.group import Workers
 
 
 class WholeBatch:
-    """Runs the forward and the backward pass of a worker's part of a batch.
+    """Runs the forward and the backward pass for this worker's part of a global batch, all pairs at once.
 
-    engine: a DeepSpeed engine around a TrainingModule. teacher: None without distillation.
+    engine: a DeepSpeed engine around a TrainingModule. teacher: None without distillation. seed: seed of the run.
     """
 
     def __init__(
@@ -29,21 +29,21 @@ class WholeBatch:
         self.engine, self.teacher, self.workers, self.seed = engine, teacher, workers, seed
 
     def forward(self, batch: Batch, step: int, warmup: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns this worker's part of (total, align, distill), 0-dim each; only `total` has a gradient.
+        """Returns this worker's part of total, align and distill, each of shape (). Only `total` has a gradient.
 
-        step: the training step, which seeds the dropout. warmup: progress of the hinge's warm-up, in [0, 1].
+        step: the training step, which seeds the dropout. warmup: see :meth:`Objective.losses`.
         """
         seed_dropout(self.seed, step, self.workers.rank)
         batch = batch.to(self.workers.device)
         return self.engine(batch, warmup, self.teacher_embeddings(batch))
 
     def backward(self, total: Tensor) -> None:
-        """Computes the gradient of the global loss and leaves it in the engine. total: first result of `forward`."""
+        """Computes the gradient of the global loss, which the engine keeps. total: the first result of `forward`."""
         # The engine averages gradients over workers, but the loss is the sum of their parts.
         self.engine.backward(total * self.workers.world)
 
     def teacher_embeddings(self, batch: Batch) -> Tensor | None:
-        """Returns the teacher's embeddings (B, D) of a batch's dense captions; None without distillation."""
+        """Returns the teacher's embeddings of the dense captions, of shape (B, D); None without distillation."""
         if self.teacher is None:
             return None
         if isinstance(self.teacher, TeacherTable):
@@ -53,15 +53,15 @@ class WholeBatch:
 
 
 def clip_and_step(engine: Any) -> tuple[float, bool]:
-    """Clips the gradient and updates the weights. Returns the gradient's norm, and whether the weights were updated.
+    """Clips the gradient and updates the weights. Returns the norm before clipping, and whether weights were updated.
 
-    If the norm is not finite, no worker updates weights or optimizer moments.
+    If the norm is not finite, no worker updates its weights or its optimizer state.
     """
     if engine.zero_optimization():
         # ZeRO checks that the norm over all workers is finite before it changes weights or moments.
         engine.step()
         return float(engine.get_global_grad_norm() or 0.0), engine.was_step_applied()
-    # Without ZeRO every worker has the whole gradient, and all have the same bits.
+    # Without ZeRO every worker has the whole gradient, with the same bits on all workers.
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     if not math.isfinite(norm):
@@ -72,6 +72,7 @@ def clip_and_step(engine: Any) -> tuple[float, bool]:
 
 
 def seed_dropout(seed: int, step: int, rank: int, *micro_batch: int) -> None:
-    """Seeds torch with (seed, training step, rank, micro-batch), so that a resumed run repeats the same dropout."""
+    """Seeds torch with the arguments, so that a resumed run repeats the same dropout.
+    step: the training step. micro_batch: the number of the micro-batch, if there are micro-batches."""
     words = np.random.SeedSequence([seed, step, rank, *micro_batch]).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0] >> 1))

@@ -1,7 +1,7 @@
 """Computes the teacher's embeddings of the training split's dense captions once, and stores them in the run folder.
 
 runs/<name>/teacher/dense.f32     the table: float32, one row for each dense caption, in the order of the index
-runs/<name>/teacher/teacher.json  describes teacher and data; written last, so that an incomplete table is never used
+runs/<name>/teacher/teacher.json  describes teacher and data; written last, so that an incomplete table has none
 """
 
 import json
@@ -23,9 +23,9 @@ from d2s.workers.group import Workers
 
 
 class TeacherTable:
-    """The stored embeddings of the dense captions of one split, memory-mapped.
+    """The teacher's embeddings of a split's dense captions, in a memory-mapped file.
 
-    first: number of the split's first dense caption in the data set. width: D.
+    first: the number in the data set of the split's first dense caption. width: D, the width of an embedding.
     """
 
     def __init__(self, path: Path, first: int, width: int) -> None:
@@ -33,7 +33,7 @@ class TeacherTable:
         self._first = first
 
     def rows(self, dense_index: Tensor) -> Tensor:
-        """Returns the embeddings, float32 (B, D), of the dense captions with numbers `dense_index`, int64 (B,)."""
+        """Returns the embeddings of B dense captions, float32 of shape (B, D). dense_index: as in :class:`Batch`."""
         return torch.from_numpy(self._table[dense_index.cpu().numpy() - self._first])
 
 
@@ -49,12 +49,11 @@ def teacher_table(
     poll: Callable[[], None] | None = None,
     batch_size: int = 128,
 ) -> TeacherTable:
-    """Returns the stored table. If there is none, computes and stores it; the workers share the captions.
-
-    made_from: identifies teacher and data. A stored table with another value is replaced. poll: called before each
-    batch on all workers; if it raises, no table is stored.
-    Raises ValueError, on all workers, if the disk is full or broken.
-    """
+    """Returns the table in `folder`. If there is none, computes and stores it. All workers call this together.
+    made_from: identifies teacher and data. A stored table with another value is replaced. poll: a function that is
+    called before each batch on all workers. If it raises an error, such as Preempted, no table is stored.
+    batch_size: number of captions that a worker embeds at a time. Raises ValueError, on all workers, if the disk is
+    full or broken."""
     first, count = int(index.column("dense_start")[index.rows(split).start]), index.total(split, "dense")
     width = teacher.text_encoder.linear.out_features
     path, marker = folder / "dense.f32", folder / "teacher.json"
@@ -77,7 +76,7 @@ def teacher_table(
         _on_disk(allocate, path)
         table = np.memmap(path, np.float32, mode="r+").reshape(count, width)
         with torch.no_grad():
-            # Rows of damaged samples stay 0. Training replaces these samples, so it never reads the rows.
+            # Rows of damaged samples stay 0. Training never reads them, because it replaces damaged samples.
             for numbers, _, ids, mask, valid in eval_texts(
                 index, split, pipeline, "dense", batch_size, workers.rank, workers.world, skip_damaged=True
             ):
@@ -91,7 +90,7 @@ def teacher_table(
 
 
 def _on_disk(action: Callable[[], None], path: Path) -> None:
-    """Runs `action` on all workers. If it fails on one, raises a ValueError about the table on all workers."""
+    """Runs `action` on all workers. If `action` fails on any, all workers raise a ValueError about the table."""
     try:
         run_on_all(action)
     except ValueError as error:
@@ -101,7 +100,8 @@ def _on_disk(action: Callable[[], None], path: Path) -> None:
 
 
 def allocate_file(path: Path, size: int) -> None:
-    """Creates a file of `size` bytes. Reserves its disk space: a full disk would kill a memory map by SIGBUS."""
+    """Creates a file of `size` bytes and reserves the disk space. If space ran out later, SIGBUS would kill the
+    process that writes to the memory map. Raises OSError if the disk is full."""
     with open(path, "wb") as file:
         try:
             if hasattr(os, "posix_fallocate"):

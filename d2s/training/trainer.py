@@ -1,7 +1,7 @@
 """The training loop.
 
-The result of a run depends only on its configuration and its data. In each training step the workers agree, in one
-exchange, whether the loss is finite, whether a worker got a stop signal, and whether a checkpoint is due.
+The result of a run depends only on its configuration and its data. In each training step the workers exchange numbers
+once. They agree whether the loss is finite, whether a worker got a stop signal, and whether a checkpoint is due.
 """
 
 import time
@@ -21,23 +21,23 @@ from d2s.workers.preemption import Preempted
 
 
 class Agreement(NamedTuple):
-    """The result of the exchange in a training step, the same on all workers."""
+    """The result of the workers' exchange in a training step. All workers have the same result."""
 
     finite: bool
     """Whether the losses of all workers are finite."""
     stop: bool
     """Whether a worker got a stop signal."""
     save: bool
-    """Whether a checkpoint is due by time, which the first worker decides."""
+    """Whether the newest checkpoint is older than checkpoint.every_minutes, by the first worker's clock."""
     losses: Tensor
-    """(total, align, distill) of the global batch, shape (3,), on the CPU."""
+    """The losses total, align and distill of the global batch, of shape (3,), on the CPU."""
 
 
 class Trainer(Run):
     """A run with the training loop."""
 
     def train(self) -> None:
-        """Trains from step `state.step` to the last training step, then exports the model to the folder `last`.
+        """Trains from training step `state.step` to the last, and then exports the model to the folder `last`.
 
         After a stop signal, writes a checkpoint of the current step and raises Preempted, on all workers together.
         """
@@ -79,7 +79,8 @@ class Trainer(Run):
                     break  # self.preemption.check() above raises Preempted on all workers
 
     def train_step(self, batch: Batch) -> Agreement:
-        """Makes one training step. All workers skip its update if the loss or the gradient is not finite."""
+        """Makes one training step. All workers skip the update if the loss or the gradient is not finite.
+        batch: this worker's part of the global batch."""
         for line in self.state.damage.new_lines():  # each worker reports the samples that it read
             self.log.say(f"damaged sample replaced: {line}")
         self.statistics.snapshot()
@@ -96,15 +97,15 @@ class Trainer(Run):
         else:
             self.statistics.restore()
             self.count_skipped(batch, losses[0], what="gradient" if agreed.finite else "loss")
-        # Count captions at the end: a stop signal may drop the step, and the resumed run would count them again.
+        # Count captions at the end. If a stop signal drops the step, only the resumed run must count them.
         self.state.truncated += batch.truncated
         self.state.recent_losses.append(agreed.losses)
         return agreed
 
     def agree(self, losses: Tensor) -> Agreement:
-        """Exchanges the losses of a training step, stop signals, and whether a checkpoint is due, between workers.
+        """Exchanges losses, stop signals and due checkpoints with the other workers. All workers call this together.
 
-        losses: this worker's parts of (total, align, distill), shape (3,), without gradient.
+        losses: this worker's parts of total, align and distill, of shape (3,), without gradient.
         """
         minutes = self.config.checkpoint.every_minutes
         save = self.workers.is_main and minutes and time.monotonic() - self.saved_at >= 60 * minutes
@@ -115,14 +116,14 @@ class Trainer(Run):
         return Agreement(not nonfinite, stop, save, sums[3:])
 
     def hinge_warmup(self) -> float:
-        """Returns the progress of the hinge's warm-up at this step, in (0, 1]; 1 after loss.warmup_epochs."""
+        """Returns the progress of the hinge's warm-up at this training step: above 0, and 1 after the warm-up."""
         steps = self.config.loss.warmup_epochs * self.batches.steps_per_epoch
         return (self.state.step + 1) / steps if self.state.step < steps else 1.0
 
     def count_skipped(self, batch: Batch, total: Tensor, *, what: str) -> None:
         """Counts a training step that all workers skip.
 
-        total: this worker's loss. what: which value is not finite, "loss" or "gradient".
+        batch: the batch of the step. total: this worker's loss. what: "loss" or "gradient", whichever is not finite.
         Raises FloatingPointError, on all workers, after config.nonfinite_limit skipped steps in a row.
         """
         state = self.state

@@ -1,1 +1,1 @@
-"""The worker processes of a run: their group, collectives, exchange of rows, watchdog and stop signals."""
+"""Starts, connects, watches and stops the worker processes of a run."""

@@ -1,4 +1,4 @@
-"""Collectives without gradient. All workers call a function together, and each worker gets the same result.
+"""Defines collectives without gradient. All workers call a function together. All get the same result.
 
 With a single worker, or without a process group, nothing is exchanged. Collectives with gradient are in
 :mod:`d2s.workers.exchange`.
@@ -23,7 +23,8 @@ def barrier() -> None:
 
 
 def all_gather(rows: Tensor) -> Tensor:
-    """Returns the rows of all workers in rank order: (B, ...) -> (W * B, ...). Every worker must have the same B."""
+    """Returns the rows of all W workers in rank order, of shape (W * B, ...). rows: shape (B, ...), the same B on all
+    workers."""
     if not several_workers():
         return rows
     out = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
@@ -60,10 +61,9 @@ def max_over_workers(value: int) -> int:
 
 def run_on_all(action: Callable[[], T]) -> list[T]:
     """Runs `action` on every worker and returns all results in rank order.
-
     If `action` raises OSError on any worker, every worker raises a ValueError that names the first failed rank.
-    Otherwise, when a disk fails on one worker, the others would wait forever. Other exceptions are bugs: not caught.
-    """
+    (If only the failed worker raised an error, the others would wait for it forever.) Other exceptions are bugs and
+    are not caught."""
     result, failure = None, ""
     try:
         result = action()

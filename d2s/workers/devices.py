@@ -1,4 +1,4 @@
-"""Chooses a worker's GPU, or its number of CPU threads."""
+"""Chooses the GPU of a worker and its number of CPU threads."""
 
 import os
 import re
@@ -10,10 +10,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """Makes this worker's GPU torch's current device and returns it; returns the CPU if torch sees no GPU.
-
-    Raises ValueError if the machine has GPUs, but fewer than workers.
-    """
+    """Returns this worker's GPU, and makes it torch's current device. Returns the CPU if torch sees no GPU.
+    local_rank: number of this worker on its machine. Raises ValueError if there are fewer GPUs than workers."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", cuda_index(local_rank))
@@ -28,7 +26,7 @@ def choose_device(local_rank: int) -> torch.device:
 
 
 def cuda_index(local_rank: int) -> int:
-    """Returns the index of this worker's GPU. If the launcher shows each worker only one GPU, the index is 0."""
+    """Returns the index of this worker's GPU. It is 0 if the launcher lets each worker see only one GPU."""
     return 0 if torch.cuda.device_count() == 1 else local_rank
 
 
@@ -39,10 +37,9 @@ def in_full_precision() -> None:
 
 
 def check_devices(device: torch.device) -> None:
-    """Checks that no two workers share a GPU, and that all workers or none have one. All workers call it together.
-
-    Raises ValueError on every worker. The devices are exchanged through torch's store: a collective might hang.
-    """
+    """Checks that no two workers share a GPU, and that either all workers have a GPU or none has.
+    All workers call this function together. If the check fails, all raise ValueError. device: this worker's device.
+    The workers exchange names through torch's store. A collective might hang if two workers share a GPU."""
     rank, world = dist.get_rank(), dist.get_world_size()
     name = "cpu"
     if device.type == "cuda":
@@ -54,7 +51,8 @@ def check_devices(device: torch.device) -> None:
 
 
 def refuse_shared_devices(devices: list[str]) -> None:
-    """Raises ValueError if two workers share a GPU or only some have one. devices: by rank, a GPU's name or "cpu"."""
+    """Raises ValueError if two workers share a GPU, or if only some workers have a GPU.
+    devices: a unique name of each worker's GPU, or "cpu", in rank order."""
     without = [rank for rank, name in enumerate(devices) if name == "cpu"]
     if without and len(without) < len(devices):
         raise ValueError(
@@ -71,11 +69,9 @@ def refuse_shared_devices(devices: list[str]) -> None:
 
 
 def share_cores() -> None:
-    """Sets how many CPU threads torch uses: D2S_THREADS, or else this worker's share of the machine's cores.
-
-    Some launchers set one thread for each worker, others as many as the machine has cores. Raises ValueError if
-    D2S_THREADS is not a number from 1 to 9999.
-    """
+    """Sets how many CPU threads torch uses: D2S_THREADS, or by default this worker's share of the machine's cores.
+    This replaces the launcher's choice, which may be one thread, or as many threads as the machine has cores. Raises
+    ValueError if D2S_THREADS is not a number from 1 to 9999."""
     threads = os.environ.get("D2S_THREADS")
     if threads is None:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))

@@ -1,7 +1,7 @@
-"""Exchanges rows between workers: gathers them with gradient, sends them to their owners, passes them around a ring.
+"""Exchanges rows of the global batch between workers.
 
-The global batch has N = W * B rows. Worker r of W owns the rows r * B .. (r + 1) * B - 1. Every sum is taken in rank
-order, so a repeated run with the same W gives the same bits.
+The global batch has N = W * B rows. Worker r of W owns the rows r * B .. (r + 1) * B - 1. Sums over workers are taken
+in rank order, so a repeated run with the same W gives the same bits.
 """
 
 import torch
@@ -31,22 +31,17 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor, *, sparse: bool = False) -> Tensor:
-    """Returns the rows of all workers in rank order, with gradient: (B, D) -> (N, D). All workers have the same B.
-
+    """Returns the rows of all workers in rank order, of shape (N, D), with gradient.
     The backward pass gives each row the sum of its gradients from the losses of all workers.
-
-    sparse: send only the nonzero rows of the gradient back; useful if most are zero, as with hardest negatives. The
-    host then waits for the GPU, to learn how many rows are nonzero.
-    """
+    rows: this worker's rows, of shape (B, D), with the same B on all workers. sparse: send only nonzero rows of the
+    gradient back. This is faster if most rows are zero, but the CPU must wait for the GPU to count nonzero rows."""
     return _GatherRows.apply(rows, sparse) if several_workers() else rows
 
 
 def send_to_owners(index: Tensor, rows: Tensor, local: int) -> Tensor:
-    """Sends rows[j] to the worker that owns row index[j] of the global batch. All workers call it together.
-
-    Returns (B, D): for each row that this worker owns, the sum of all rows that workers sent for it.
-    index: (k,) int64, ascending and distinct. rows: (k, D). local: B, the number of rows that a worker owns.
-    """
+    """Sends rows[j] to the worker that owns row index[j] of the global batch. All workers call this together.
+    Returns a tensor of shape (B, D). Row i is the sum of all rows that workers sent for the i-th row of this worker.
+    index: int64 of shape (k,), ascending, without duplicates. rows: shape (k, D). local: B, rows of one worker."""
     world = world_size()
     bounds = torch.arange(world + 1, device=index.device) * local
     counts = torch.searchsorted(index, bounds).diff()
@@ -65,11 +60,12 @@ def send_to_owners(index: Tensor, rows: Tensor, local: int) -> Tensor:
 
 
 def pass_on(*blocks: Tensor) -> tuple[Tensor, ...]:
-    """Sends `blocks` to the next rank of the ring. Returns the blocks, of the same shapes, from the previous rank."""
+    """Sends `blocks` to the next worker of the ring. Returns the blocks that the previous worker sent.
+    The blocks of all workers must have the same shapes."""
     world, me = world_size(), rank()
     received = tuple(torch.empty_like(block) for block in blocks)
     following, previous = (me + 1) % world, (me - 1) % world
-    # If there are two workers, the next and the previous rank are the same; tags tell the blocks apart.
+    # Several messages go between the same two workers. Tags tell them apart.
     sends = [dist.P2POp(dist.isend, block.contiguous(), following, tag=n) for n, block in enumerate(blocks)]
     receives = [dist.P2POp(dist.irecv, block, previous, tag=n) for n, block in enumerate(received)]
     for request in dist.batch_isend_irecv([*sends, *receives]):

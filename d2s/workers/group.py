@@ -1,4 +1,4 @@
-"""The process group of a run's workers: how this process joins the group, its rank, and how it leaves.
+"""Joins and leaves the process group of a run's workers, and tells this worker's rank.
 
 The same code runs under `deepspeed`, `torchrun`, `srun` and plain `python`. They set different environment variables.
 """
@@ -21,7 +21,7 @@ _watchdog: Watchdog | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """The rank of this process, the number of workers (`world`), and the device of this process."""
+    """The rank and the device of this process, and the number of workers (`world`)."""
 
     rank: int
     world: int
@@ -29,12 +29,12 @@ class Workers:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is worker 0, which writes and prints for all."""
+        """Whether this process is worker 0, which writes files and prints for all workers."""
         return self.rank == 0
 
 
 def in_group() -> bool:
-    """Returns whether this process has joined a process group, which may have a single worker."""
+    """Returns whether this process has joined a process group. The group may have only one worker."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -54,14 +54,11 @@ def several_workers() -> bool:
 
 
 def start_workers() -> Workers:
-    """Joins the process group that the launcher describes, or creates a group of one process if there is no launcher.
-
+    """Joins the process group that the launcher describes. Without a launcher, creates a group of one process.
     Reads two environment variables. D2S_TIMEOUT: how many minutes a collective waits for a worker that is alive but
-    silent; default 30. D2S_THREADS: CPU threads of each worker; default its share of the cores.
-
-    Raises ValueError if one of these is invalid, if the launcher set only some of RANK, WORLD_SIZE, MASTER_ADDR and
-    MASTER_PORT, or if workers lack a GPU or share one.
-    """
+    does not answer; by default 30. D2S_THREADS: number of CPU threads of each worker; by default its share of cores.
+    Raises ValueError if D2S_TIMEOUT or D2S_THREADS is invalid, if the launcher set only some of RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT, or if two workers share a GPU or only some workers have one."""
     global _watchdog
     timeout = waiting_time()
     _complete_environment()
@@ -77,7 +74,8 @@ def start_workers() -> Workers:
 
 
 def _complete_environment() -> None:
-    """Sets the variables for `init_process_group` if no launcher did. Raises ValueError if only some are set."""
+    """Sets the environment variables that `init_process_group` needs, if no launcher set them.
+    Raises ValueError if a launcher set only some of them."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
@@ -88,14 +86,15 @@ def _complete_environment() -> None:
             "use deepspeed, torchrun or srun, or set all four"
         )
     os.environ.setdefault("LOCAL_RANK", "0")
-    # Launchers other than torchrun use a fixed port, which may be taken by another run of one process: choose a free
-    # port. torchrun chooses the port itself, and may already serve its store there: keep the port.
+    # Launchers other than torchrun use a fixed port, which another run of one process may have taken. So choose a
+    # free port. Keep the port of torchrun: torchrun chose a free one, and may already serve its store there.
     if os.environ["WORLD_SIZE"] == "1" and not dist.is_torchelastic_launched():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 def waiting_time() -> timedelta:
-    """Returns how long a collective waits for a silent worker: D2S_TIMEOUT. Raises ValueError if that is invalid."""
+    """Returns how long a collective waits for a worker that does not answer. Reads D2S_TIMEOUT, in minutes.
+    Raises ValueError if D2S_TIMEOUT is not a number above 0."""
     text = os.environ.get("D2S_TIMEOUT", "30")
     try:
         minutes = float(text)
@@ -107,7 +106,8 @@ def waiting_time() -> timedelta:
 
 
 def local_batch(batch_size: int, workers: int) -> int:
-    """Returns how many pairs of the global batch each worker gets. Raises ValueError if the batch does not divide."""
+    """Returns how many pairs of the global batch each worker gets.
+    Raises ValueError if `batch_size` cannot be divided evenly among the workers."""
     remainder = batch_size % workers
     if remainder:
         near = [str(size) for size in (batch_size - remainder, batch_size - remainder + workers) if size]
@@ -119,12 +119,9 @@ def local_batch(batch_size: int, workers: int) -> int:
 
 def leave(code: int, *, ordered: bool) -> NoReturn:
     """Ends this process with the exit code `code`.
-
-    ordered: True if all workers call this together; they wait for each other. False if only this worker failed; the
-    watchdog then ends the other workers with the same code.
-
-    The interpreter's normal shutdown is skipped, because a gloo thread could abort the process during it.
-    """
+    ordered: if True, all workers call this function together and wait for each other. If False, this worker failed,
+    and the watchdog ends the other workers with the same exit code.
+    Skips the interpreter's normal shutdown, during which a gloo thread could abort the process."""
     if in_group() and ordered:
         dist.barrier()
         dist.destroy_process_group()
@@ -136,6 +133,6 @@ def leave(code: int, *, ordered: bool) -> NoReturn:
 
 
 def exit_if_another_failed() -> None:
-    """Ends this process if another worker failed first: the error here is then only a consequence. Else returns."""
+    """Ends this process if another worker failed first, because the error here is only a consequence of that."""
     if _watchdog:
         _watchdog.exit_if_another_failed()

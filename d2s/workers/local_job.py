@@ -18,12 +18,12 @@ _POLL_SECONDS = 0.01
 
 @dataclass
 class LocalJob:
-    """The processes of a job, and the files that contain their output."""
+    """The processes of a job, and the log files with their output."""
 
     processes: list[subprocess.Popen]
     logs: list[Path]
     launched: bool
-    """True if the only process is a launcher, which starts the workers."""
+    """True if `processes` contains only a launcher, which starts the workers."""
     started: float = field(default_factory=time.monotonic)
 
     def pids(self) -> list[int]:
@@ -38,7 +38,7 @@ class LocalJob:
         return [process.poll() for process in self.processes]
 
     def wait(self, seconds: float) -> bool:
-        """Waits until all processes have ended, at most `seconds`. Returns whether they have."""
+        """Waits until all processes have ended, at most `seconds`. Returns whether all have ended."""
         return wait_until(self.ended, seconds)
 
     def end(self) -> None:
@@ -49,7 +49,7 @@ class LocalJob:
             process.wait()
 
     def error(self) -> str:
-        """Returns the last line of the first log that ends with an error message, or else the path of a log."""
+        """Returns the last line of the first log that ends with an error message; "see PATH" if there is none."""
         for log in self.logs:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             if lines and "error" in lines[-1].lower():
@@ -61,8 +61,9 @@ def start_job(command: Sequence[str], workers: int, log: Path, launcher: str = "
     """Starts `workers` processes of `python COMMAND`, or one launcher that starts them.
 
     Args:
-        log: start of the output files' paths; "-rank0.txt" and so on, or "-launcher.txt", is added.
-        launcher: the launcher's command line, put before `command`; {workers} in it becomes the number of workers.
+        command: the arguments of `python`.
+        log: start of the log files' paths. The function appends "-rank0.txt" and so on, or "-launcher.txt".
+        launcher: the launcher's command line. `command` is appended, and {workers} replaced by the number of workers.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     variables = {"D2S_THREADS": os.environ.get("D2S_THREADS", "1")}  # the same for any number of workers
@@ -89,7 +90,7 @@ def _spawn(command: list[str], log: Path, variables: dict[str, str]) -> subproce
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Waits until `condition()` is true, at most `seconds`. Returns whether it became true."""
+    """Waits until `condition()` is true, at most `seconds`. Returns whether the condition became true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

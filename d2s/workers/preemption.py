@@ -1,8 +1,8 @@
-"""Preemption: a worker receives a stop signal, all workers agree, and the run stops with exit code 75.
+"""Preemption: a worker receives a stop signal, all workers agree to stop, and the run ends with exit code 75.
 
-Before a cluster takes a machine back, it sends a signal: USR1 or USR2 if the batch script asked for it, else TERM.
-The handler only records the signal, because all workers must write the checkpoint together, after a training step
-that all have finished. This file imports no torch, so that the handlers can be installed before any slow import.
+Before a cluster takes a machine back, it sends a stop signal: USR1 or USR2 if the batch script asked for one, or else
+TERM. The handler only records the signal, because all workers must write the checkpoint together, after the same
+training step. This file does not import torch, so that handlers can be installed before any slow import.
 """
 
 import os
@@ -13,11 +13,11 @@ from types import FrameType
 PREEMPTED = 75
 """Exit code of a run that stopped after a signal and can be resumed: EX_TEMPFAIL of sysexits.h."""
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-"""Signals that ask a run to stop, lowest priority first. TERM is last: it may mean that the job is cancelled."""
+"""Stop signals, lowest priority first. TERM has the highest priority: it may mean that the job is cancelled."""
 
 
 class Preempted(Exception):
-    """Raised on all workers together when they have agreed to stop."""
+    """Raised on all workers together, after one of them received a stop signal."""
 
 
 class Preemption:
@@ -25,37 +25,35 @@ class Preemption:
 
     def __init__(self) -> None:
         self.received = 0
-        """Number of the highest-priority signal received; 0 for none."""
+        """Number of the highest-priority signal that this worker received; 0 for none."""
 
     def install(self) -> None:
-        """Installs the handlers of the stop signals. Only the main thread may call it."""
+        """Installs the handlers of the stop signals. Only the main thread may call this method."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def uninstall(self) -> None:
-        """Removes the handlers, so that TERM ends this process. For a worker that has nothing left to save."""
+        """Removes the handlers, so that TERM ends this process. Called if this worker has nothing left to save."""
         for number in SIGNALS:
             if signal.getsignal(number) == self._note:
                 signal.signal(number, signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # The handler does nothing else: it can interrupt any statement, even one that writes a checkpoint.
+        # The handler must do nothing else, because it can interrupt any statement.
         self.received = max(self.received, number, key=_priority)
 
     def agreed(self) -> int:
         """Returns the highest-priority signal that any worker received; 0 for none. All workers call it together."""
         from d2s.workers.collectives import max_over_workers
 
-        # Compare priorities: the signals' numbers differ between systems and are not in order of priority.
+        # Compare priorities, because signal numbers differ between systems and are not in order of priority.
         highest = max_over_workers(_priority(self.received))
         return SIGNALS[highest - 1] if highest else 0
 
     def check(self) -> None:
-        """Raises :class:`Preempted` on all workers if any of them received a signal. All workers call it together.
-
-        It costs one all-reduce of a number. If there are several workers and the process group has not started, it
-        does nothing: this worker would stop alone, and the others would wait for it.
-        """
+        """Raises Preempted on all workers if any worker received a stop signal. All workers call this together.
+        The exchange is an all-reduce of one number. Does nothing if there are several workers but no process group
+        yet, because this worker would stop alone, and the other workers would wait for it."""
         from d2s.workers.group import in_group
 
         if not in_group() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -66,7 +64,7 @@ class Preemption:
 
 
 def leave_group(code: int, *, ordered: bool) -> None:
-    """Calls `d2s.workers.group.leave`, which ends this process, if torch was imported. Otherwise returns."""
+    """Ends this process by `d2s.workers.group.leave`. Returns if torch was not imported, so there is no group."""
     if "torch" in sys.modules:
         from d2s.workers.group import leave
 

@@ -1,13 +1,14 @@
 """Ends all workers within seconds after one of them has failed or disappeared.
 
 `srun --kill-on-bad-exit` and torchrun end a job if a worker exits with an error. They do not notice a worker that
-exits with code 0 too early, or a machine that stops responding; plain `python` watches nothing. The other workers
-would then wait in a collective for D2S_TIMEOUT, or forever on a GPU. So each worker keeps an idle TCP connection to
-worker 0. The kernel closes the connection however the process ends, and keeps it open while the process is slow or
-paused. TCP keepalive detects a dead machine.
+exits with code 0 too early, or a machine that stops responding. Plain `python` notices no failure. The other workers
+would wait in a collective for D2S_TIMEOUT minutes, or forever on a GPU. So each worker keeps an idle TCP connection
+to worker 0. The kernel closes the connection when the process ends for any reason, and keeps it open while the
+process is slow or paused. TCP keepalive detects a dead machine.
 
-A worker that exits sends its exit code as one byte: 0 if all workers exit together at the end, another code if the
-worker has printed an error. A connection that closes without such a byte means a crash. Worker 0 tells the others.
+A worker that exits sends its exit code as one byte. It is 0 if all workers exit together at the end, or another code
+if the worker has printed an error. A connection that closes without such a byte means a crash. Worker 0 informs the
+other workers.
 """
 
 import contextlib
@@ -24,24 +25,23 @@ import warnings
 from torch.distributed.distributed_c10d import _get_default_store
 
 _GRACE = 2.0
-"""Seconds that the other workers wait before they exit, so that the launcher sees the failed worker exit first."""
+"""Seconds that a worker waits before it exits after another's failure. The launcher must see the failure first."""
 _CONNECT = 20.0
-"""Seconds that a worker tries to connect to worker 0."""
+"""Seconds after which a worker gives up connecting to worker 0."""
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 
 class Watchdog:
     """Listens to this worker's connections in a thread, and ends this process if another worker fails.
-
-    connections: by the rank at the other end. Worker 0 is connected to all others, which have only this connection.
-    """
+    connections: maps the rank at the other end to the connection. Worker 0 has a connection to each other worker.
+    The other workers have only the connection to worker 0."""
 
     def __init__(self, rank: int, connections: dict[int, socket.socket]) -> None:
         self._rank, self._connections = rank, connections
         self._leaving = False
         self._another_failed = threading.Event()
         threading.Thread(target=self._listen, name="watchdog", daemon=True).start()
-        # A loader process inherits the connections. It closes them, or they would stay open when its worker dies.
+        # A loader process inherits the connections. It must close them, or they stay open when its worker dies.
         os.register_at_fork(after_in_child=self._close)
 
     def _close(self) -> None:
@@ -63,7 +63,7 @@ class Watchdog:
                     selector.unregister(key.fileobj)
 
     def _end(self, gone: int, message: bytes) -> None:
-        """Ends this process because worker `gone` failed. message: that worker's exit code, empty after a crash."""
+        """Ends this process because worker `gone` failed. message: the exit code of `gone`; empty after a crash."""
         if self._leaving:
             return
         self._another_failed.set()
@@ -87,19 +87,20 @@ class Watchdog:
                 connection.sendall(message)
 
     def exit_if_another_failed(self) -> None:
-        """Ends this process if another worker failed first. Else returns, after waiting 1 s for news of a failure."""
+        """Waits 1 second for news that another worker failed. If news arrives, :meth:`_end` ends this process."""
         if self._another_failed.wait(1.0):
             time.sleep(2 * _GRACE)
 
     def announce_exit(self, code: int) -> None:
-        """Tells the other workers that this one exits. code: 0 if all exit together, else this worker's exit code."""
+        """Tells the other workers that this worker exits. code: its exit code, or 0 if all workers exit together."""
         self._leaving = True
         self._send(bytes([code]))
 
 
 def start_watchdog(rank: int, world: int) -> Watchdog:
-    """Connects all workers, which call it together. Warns if worker 0 cannot be reached within 20 seconds."""
-    # The port is shared through torch's store: a first collective of NCCL may wait forever for a dead worker.
+    """Connects this worker with worker 0, and worker 0 with all. Warns if worker 0 cannot be reached in 20 seconds.
+    All workers call this function together. Returns the watchdog of this worker."""
+    # Workers get the port from torch's store: a first collective of NCCL may wait forever for a dead worker.
     store = _get_default_store()
     if rank:
         port, token = json.loads(store.get("d2s/watchdog"))
@@ -120,7 +121,7 @@ def start_watchdog(rank: int, world: int) -> Watchdog:
 
 
 def _accept(listener: socket.socket, world: int, token: str) -> dict[int, socket.socket]:
-    """Returns the connections of the workers that connect in time, by rank. Refuses connections without the token."""
+    """Accepts the other workers' connections for 25 seconds. Returns them by rank. Refuses any without `token`."""
     connections: dict[int, socket.socket] = {}
     deadline = time.monotonic() + _CONNECT + 5
     while len(connections) < world - 1:
@@ -143,7 +144,7 @@ def _accept(listener: socket.socket, world: int, token: str) -> dict[int, socket
 
 
 def _connect(port: int, greeting: str) -> dict[int, socket.socket]:
-    """Connects to worker 0. Returns {0: connection}, or {} with a warning if worker 0 cannot be reached."""
+    """Connects to worker 0 and sends `greeting`. Returns {0: connection}; {} and a warning if that fails."""
     address = os.environ["MASTER_ADDR"]
     try:
         connection = socket.create_connection((address, port), timeout=_CONNECT)

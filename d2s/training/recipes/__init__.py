@@ -1,9 +1,9 @@
 """Recipes. A recipe is a named function that returns a configuration. Each data set has a file with its recipes.
 
 A name gives data set, image tower, input size in pixels and stage: `f30k_vitb16_384_pretrain`. The paper's models are
-called 224 and 384, but were trained at 384 and 480 pixels; the names here give the true size. `pretrain` is stage 1,
-`finetune` is stage 2, and `align` is the baseline without decoder and teacher. A `_compat` recipe does what the
-authors' release does differently from the paper, to reproduce the numbers of the release.
+called 224 and 384, but were trained at 384 and 480 pixels. The names here give the true size. `pretrain` is stage 1,
+`finetune` is stage 2, and `align` is the baseline without decoder and teacher. If the authors' released code differs
+from the paper, a `_compat` recipe follows the code, so that it can reproduce the code's numbers.
 """
 
 import dataclasses
@@ -20,11 +20,12 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     for name, recipe in vars(data_set).items()
     if isinstance(recipe, partial)
 }
-"""All recipes by name. Each `partial` in a data set's file is a recipe."""
+"""Maps the names of recipes to the recipes. Each `partial` in a data set's file is a recipe."""
 
 
 def find_recipe(name: str) -> TrainConfig:
-    """Returns the configuration of a recipe. Raises ValueError, with the most similar name, if there is none."""
+    """Returns the configuration of the recipe `name`. If there is no such recipe, raises ValueError with the most
+    similar name."""
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}{did_you_mean(name, RECIPES) or '; --help lists them'}")
     return dataclasses.replace(RECIPES[name](), recipe=name)

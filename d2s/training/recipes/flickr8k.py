@@ -10,9 +10,8 @@ from d2s.training.recipes.small import small
 
 def _small(stage: Stage, *, steps: int) -> TrainConfig:
     """Returns a small configuration for 112-pixel photographs. The text tower is a frozen MiniLM with trained heads.
-
     Words are not masked, because MiniLM never saw [MASK]. There is no dropout, because a short run does not overfit.
-    """
+    steps: number of training steps."""
     return small(
         stage,
         steps=steps,

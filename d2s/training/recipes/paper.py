@@ -13,9 +13,10 @@ Stage = Literal["pretrain", "finetune", "align"]
 
 
 def paper(tower: Tower, size: int, stage: Stage) -> TrainConfig:
-    """Returns the paper's configuration: 30 epochs, batch 128, hinge loss with margin 0.2, BERT-base. Both data sets
-    use it. size: side of the input image in pixels. stage: "align" is the baseline without decoder and teacher.
-    """
+    """Returns the paper's configuration: 30 epochs, batch 128, hinge loss with margin 0.2, BERT-base. It is the same
+    for both data sets.
+    tower: the image tower. size: side of the input image in pixels. stage: "align" is the baseline without decoder
+    and teacher."""
     finetune = stage == "finetune"
     return TrainConfig(
         stage="pretrain" if stage == "pretrain" else "finetune",
@@ -31,7 +32,7 @@ def paper(tower: Tower, size: int, stage: Stage) -> TrainConfig:
 
 
 def compat(tower: Tower, size: int, stage: Stage) -> TrainConfig:
-    """Returns the configuration of `paper`, with all settings on that copy differences of the authors' release."""
+    """Returns the configuration of `paper`, but follows the authors' released code wherever it differs."""
     config = paper(tower, size, stage)
     decoder, loss = config.model.decoder, config.loss
     if decoder:

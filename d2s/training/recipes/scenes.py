@@ -10,9 +10,8 @@ from d2s.training.recipes.small import small
 
 def _small(stage: Stage, *, steps: int) -> TrainConfig:
     """Returns a small configuration for 64-pixel scenes. Both towers start from random weights.
-
-    The captions name sides and corners of the image; a flip or a narrow crop would make them false.
-    """
+    There are no flips and no narrow crops. They would make captions false that name sides and corners of the image.
+    steps: number of training steps."""
     return small(
         stage,
         steps=steps,

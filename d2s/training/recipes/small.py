@@ -22,10 +22,9 @@ def small(
     data: dict[str, Any],
 ) -> TrainConfig:
     """Returns a configuration with a small image tower, trained from random weights with InfoNCE at a batch of 128.
-
-    It does not use the hinge at the hardest negative, which does not learn from random weights: all similarities are
-    about equal. size: side of the input image in pixels. model, data: other fields of ModelConfig and DataConfig.
-    """
+    The hinge loss of the paper would not learn from random weights, because all similarities are about equal.
+    steps: number of training steps. size: side of the input image in pixels. image, text: the towers. model, data:
+    other fields of ModelConfig and DataConfig."""
     finetune = stage == "finetune"
     return TrainConfig(
         stage="pretrain" if stage == "pretrain" else "finetune",
@@ -39,7 +38,7 @@ def small(
         ),
         data=DataConfig(image_size=size, sparse="one", loader_workers=1, **data),
         loss=LossConfig(align="infonce", distill_weight=64.0 if finetune else 0.0),
-        # The loss is a sum over 128 pairs: 256 here clips like a norm of 2 with a mean.
+        # The loss is a sum over 128 pairs. Clipping its gradient at 256 is like clipping a mean's gradient at 2.
         optim=OptimConfig(lr=1e-3, backbone_lr=1e-3, schedule="cosine", warmup_steps=50, grad_clip=256.0),
         engine=EngineConfig(precision="fp32", zero_stage=0),
         validation=ValidationConfig(every_epochs=5),
