@@ -62,7 +62,7 @@ def _sweep(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BOTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes (largest, sum of exponentials) of ROWS rows and of columns. The strip begins at `start`."""
+    """Computes, for ROWS rows from `start` on and for all columns, the largest S and the sum of exponentials."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_row = start + block * ROWS
     row = first_row + tl.arange(0, ROWS)
