@@ -32,7 +32,7 @@ EMBEDDINGS = """
 import hashlib, json, sys, numpy as np
 from d2s import D2SModel
 model = D2SModel.from_pretrained(sys.argv[1])
-texts = ["a red ball", "two dogs run on the beach", "[MASK] and a long caption. " * 12]
+texts = ["a red ball", "two dogs run on the beach", "and a long caption. " * 12]
 rng = np.random.default_rng(0)
 from PIL import Image
 images = [Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)) for _ in range(3)]
