@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from d2s.common import command
-from d2s.common.command import positive
+from d2s.common.command import positive, user_path
 
 
 def parser() -> command.Parser:
@@ -27,7 +27,7 @@ def parser() -> command.Parser:
     add("--gpus", type=positive, default=1, metavar="N", help="workers (default: 1)")
     add("--memory", type=float, default=80.0, metavar="GB", help="of each, in GiB (default: 80)")
     add("--throughput", type=float, metavar="PAIRS_PER_S", help="measured or hoped for, over all GPUs")
-    add("--data", metavar="DIR", help="data set (default: the usual size of the recipe's)")
+    add("--data", type=user_path, metavar="DIR", help="data set (default: the usual size of the recipe's)")
     add("--check", action="store_true", help="train a few steps here and compare; scenes without --data")
     return parser
 
